@@ -1,0 +1,1 @@
+"""MPI-native, communication-efficient distributed SGD for PyTorch."""

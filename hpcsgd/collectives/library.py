@@ -1,0 +1,25 @@
+"""MPI's own collectives on a bucket."""
+
+from __future__ import annotations
+
+import torch
+
+from hpcsgd.tensors import Bucket
+
+
+def allreduce(bucket: Bucket, what: str, scale: float) -> None:
+    """Sum by `MPI_Allreduce`. MPI has no half precision: those travel as float32."""
+    world, data = bucket.world, bucket.host
+    if data.element_size() < 4:
+        wide = data.to(torch.float32)
+        world.all.allreduce(wide.numpy(), what)
+        data.copy_(wide.mul_(scale))
+    else:
+        world.all.allreduce(data.numpy(), what)
+        if scale != 1.0:
+            data.mul_(scale)
+
+
+def broadcast(bucket: Bucket, what: str, root: int) -> None:
+    """Overwrite with the bucket of `root` by `MPI_Bcast`."""
+    bucket.world.all.broadcast(bucket.host.view(torch.uint8).numpy(), root, what)

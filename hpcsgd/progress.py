@@ -1,0 +1,164 @@
+"""The communication thread: one queue of jobs, executed in order, so that every rank has one order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hpcsgd.mail import Status
+from hpcsgd.wait import Waiter
+
+_IDLE_LOOK_AROUND = 0.25  # seconds
+
+
+class Work:
+    """A job that was handed to the communication thread.
+
+    Its result is ready once `test()` is true; `wait()` returns it or raises what the job raised.
+    """
+
+    def __init__(self, progress: Progress, what: str, job: Callable[[], Any]) -> None:
+        self.what = what
+        self._progress = progress
+        self._job: Callable[[], Any] | None = job
+        self._done = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def test(self) -> bool:
+        """Whether the job is over, without waiting."""
+        return self._done.is_set()
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Return the job's result once it is there.
+
+        Parameters
+        ----------
+        timeout
+            Seconds; by default the world's deadline (`HPCSGD_TIMEOUT`).
+
+        Raises
+        ------
+        DeadlineExceeded
+            When the timeout passes first. The job stays in the queue.
+        """
+        self._finish(timeout)
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _finish(self, timeout: float | None) -> None:
+        if not self._done.is_set():
+            started = time.perf_counter()
+            self._progress.waiter.event(self._done, lambda: self.what, timeout)
+            self._progress.wait_seconds += time.perf_counter() - started
+
+    def _run(self) -> None:
+        job, self._job = self._job, None
+        assert job is not None
+        try:
+            self._result = self._progress._execute(self.what, job)
+        except BaseException as error:
+            self._error = error
+        # The job holds the buffers; it is dropped first, so that who sees "done" may free them.
+        del job
+        self._done.set()
+
+
+class Progress:
+    """Runs the communication of one rank.
+
+    Parameters
+    ----------
+    waiter
+        Waits and answers for this rank.
+    status
+        Where the current operation is written for who asks.
+    threaded
+        False runs every job at once in the caller (MPI below `MPI_THREAD_MULTIPLE`).
+    """
+
+    def __init__(self, waiter: Waiter, status: Status, *, threaded: bool) -> None:
+        self.waiter = waiter
+        self.status = status
+        self.threaded = threaded
+        self.busy_seconds = 0.0
+        self.wait_seconds = 0.0
+        self._jobs: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._count = threading.Lock()
+        self._unfinished = 0
+        self._failed: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, what: str, job: Callable[[], Any]) -> Work:
+        """Queue a job; every rank must submit the same jobs in the same order."""
+        work = Work(self, what, job)
+        if not self.threaded:
+            work._run()
+            return work
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name="hpcsgd", daemon=True)
+            self._thread.start()
+        with self._count:
+            self._unfinished += 1
+        self._jobs.put(work)
+        return work
+
+    def run(self, what: str, job: Callable[[], Any]) -> Any:
+        """Execute a job and return its result; in this thread where nothing is queued before it.
+
+        The order is the same as with `submit`, and a small job is spared two changes of thread.
+        """
+        if self._unfinished:
+            return self.submit(what, job).wait()
+        started = time.perf_counter()
+        try:
+            return self._execute(what, job)
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Wait until every job submitted so far is over; errors stay with their `Work`."""
+        if self._unfinished:
+            self.submit("the jobs outstanding", lambda: None)._finish(timeout)
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Finish the queue and end the thread."""
+        if self._thread is not None:
+            self.drain(timeout)
+            self._jobs.put(None)
+            self._thread.join(self.waiter.timeout)
+            self._thread = None
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                work = self._jobs.get(timeout=_IDLE_LOOK_AROUND)
+            except queue.Empty:
+                self.waiter.look_around()
+                continue
+            if work is None:
+                return
+            work._run()
+            with self._count:
+                self._unfinished -= 1
+            # An idle thread that still held the last job would keep its buffers alive.
+            del work
+
+    def _execute(self, what: str, job: Callable[[], Any]) -> Any:
+        if self._failed is not None:
+            # The ranks no longer agree on what comes next: nothing else is started.
+            raise self._failed
+        started = time.perf_counter()
+        self.status.communication = what
+        try:
+            return job()
+        except BaseException as error:
+            self._failed = error
+            raise
+        finally:
+            self.status.communication = "nothing in flight"
+            self.busy_seconds += time.perf_counter() - started

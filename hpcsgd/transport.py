@@ -1,0 +1,111 @@
+"""MPI calls on one communicator: polled, so that waiting yields and ends, and counted in bytes."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hpcsgd.wait import Waiter
+
+Buffer = Any  # a NumPy array, or a device tensor where MPI is CUDA-aware
+
+
+class Traffic:
+    """Bytes that this rank moved, counted where they leave.
+
+    Attributes
+    ----------
+    sent
+        Bytes given to MPI messages. MPI does not tell what one of its own collectives sends; for an
+        all-reduce of B bytes over p ranks the bandwidth-optimal 2(p-1)/p * B is counted, for a
+        broadcast B at the root.
+    shared
+        Bytes of other ranks' buffers that were read or written in the node's shared memory.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.shared = 0
+
+
+class Transport:
+    """One communicator, used by one thread at a time.
+
+    Parameters
+    ----------
+    comm
+        An mpi4py communicator that belongs to hpcsgd.
+    ranks
+        For each of its ranks the rank in the world, for errors.
+    waiter, traffic
+        How to wait, and where to count.
+    """
+
+    def __init__(self, comm: Any, ranks: Sequence[int], waiter: Waiter, traffic: Traffic) -> None:
+        self.comm = comm
+        self.rank: int = comm.rank
+        self.size: int = comm.size
+        self.ranks = list(ranks)
+        self._waiter = waiter
+        self._traffic = traffic
+
+    def isend(self, buffer: Buffer, dest: int, tag: int = 0) -> Any:
+        """Start to send; the buffer must stay unchanged until the request is complete."""
+        self._traffic.sent += buffer.nbytes
+        return self.comm.Isend(_bytes(buffer), dest, tag)
+
+    def irecv(self, buffer: Buffer, source: int, tag: int = 0) -> Any:
+        """Start to receive exactly `buffer.nbytes` bytes."""
+        return self.comm.Irecv(_bytes(buffer), source, tag)
+
+    def wait(self, request: Any, what: str, peer: int | None = None) -> None:
+        """Wait for one request; `peer` is who it depends on."""
+        missing = None if peer is None else lambda: [self.ranks[peer]]
+        self._waiter.until(request.Test, what, missing)
+
+    def allreduce(self, buffer: Buffer, what: str, op: str = "SUM") -> None:
+        """Reduce in place by the library's own all-reduce; `op` is the name of an MPI operation."""
+        from mpi4py import MPI
+
+        self._traffic.sent += 2 * (self.size - 1) * int(buffer.nbytes) // self.size
+        request = self.comm.Iallreduce(MPI.IN_PLACE, buffer, getattr(MPI, op))
+        self.wait(request, what)
+
+    def broadcast(self, buffer: Buffer, root: int, what: str) -> None:
+        """Overwrite the buffer with that of `root`."""
+        if self.rank == root:
+            self._traffic.sent += buffer.nbytes
+        self.wait(self.comm.Ibcast(_bytes(buffer), root), what, root)
+
+    def barrier(self, what: str) -> None:
+        """Wait until all ranks are here."""
+        self.wait(self.comm.Ibarrier(), what)
+
+    def gather_objects(self, value: object, what: str) -> list[Any]:
+        """The values of all ranks, in rank order, on every rank."""
+        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = np.empty(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([mine.size], np.int64), sizes), what)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        everything = np.empty(starts[-1], np.uint8)
+        request = self.comm.Iallgatherv(mine, [everything, sizes, starts[:-1], _mpi_byte()])
+        self.wait(request, what)
+        self._traffic.sent += mine.nbytes
+        return [
+            pickle.loads(everything[a:b].tobytes())
+            for a, b in zip(starts[:-1], starts[1:], strict=True)
+        ]
+
+
+def _mpi_byte() -> Any:
+    from mpi4py import MPI
+
+    return MPI.BYTE
+
+
+def _bytes(buffer: Buffer) -> Any:
+    # As bytes every dtype travels, those MPI has no name for (bfloat16) too.
+    return buffer.view(np.uint8) if isinstance(buffer, np.ndarray) else buffer

@@ -1,0 +1,117 @@
+"""Waiting: every wait backs off, answers the other ranks' questions, and has a deadline."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from hpcsgd.errors import BadOption, DeadlineExceeded
+
+DEFAULT_TIMEOUT = 300.0
+_SPINS = 50
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 20e-6, 500e-6
+_LOOK_AROUND_EVERY = 0.2
+_GRACE = 10.0
+
+
+def timeout_from_environment() -> float:
+    """The deadline of every wait in seconds: `HPCSGD_TIMEOUT`, or 300."""
+    text = os.environ.get("HPCSGD_TIMEOUT", "")
+    try:
+        seconds = float(text) if text else DEFAULT_TIMEOUT
+    except ValueError:
+        seconds = 0.0
+    if seconds <= 0:
+        raise BadOption(
+            "HPCSGD_TIMEOUT is not a time",
+            expected="seconds, above 0",
+            got=repr(text),
+            do="unset it for 300 seconds",
+        )
+    return seconds
+
+
+class Waiter:
+    """Waits for conditions on behalf of one rank.
+
+    Parameters
+    ----------
+    rank
+        The rank that waits, for the error.
+    timeout
+        Seconds until a wait is given up.
+    """
+
+    def __init__(self, rank: int, timeout: float) -> None:
+        self.rank = rank
+        self.timeout = timeout
+        self.look_around: Callable[[], None] = lambda: None
+        self.ask_others: Callable[[], str] = lambda: ""
+
+    def until(
+        self,
+        done: Callable[[], bool],
+        what: str,
+        missing: Callable[[], Iterable[int]] | None = None,
+    ) -> None:
+        """Return once `done()` is true.
+
+        Parameters
+        ----------
+        done
+            Tests the condition; may itself block for a fraction of a second in native code.
+        what
+            The operation, for the error: "all-reduce of bucket 3, step 17".
+        missing
+            The ranks that are not there yet, where that is known.
+
+        Raises
+        ------
+        DeadlineExceeded
+            After the timeout; the message names who is missing and what every rank does.
+        """
+        for _ in range(_SPINS):
+            if done():
+                return
+        started = looked = time.monotonic()
+        pause = _SHORTEST_SLEEP
+        os.sched_yield()
+        while not done():
+            now = time.monotonic()
+            if now - looked > _LOOK_AROUND_EVERY:
+                looked = now
+                self.look_around()
+                if now - started > self.timeout:
+                    raise self._late(what, missing)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_SLEEP)
+
+    def event(self, event: threading.Event, what: Callable[[], str], timeout: float | None) -> None:
+        """Wait for an event that the communication thread sets.
+
+        That thread has a deadline of its own and knows more, so this one leaves it some seconds to
+        report first.
+        """
+        limit = self.timeout + _GRACE if timeout is None else timeout
+        if not event.wait(limit):
+            raise DeadlineExceeded(
+                f"no end of {what()} after {limit:g} s",
+                rank=self.rank,
+                got="what each rank does:\n" + self.ask_others() if timeout is None else None,
+                do=_REMEDY,
+            )
+
+    def _late(self, what: str, missing: Callable[[], Iterable[int]] | None) -> DeadlineExceeded:
+        ranks = sorted(missing()) if missing else []
+        whom = " for rank " + ", ".join(map(str, ranks)) if ranks else ""
+        return DeadlineExceeded(
+            f"waited {self.timeout:g} s{whom} in {what}",
+            rank=self.rank,
+            got="what each rank does:\n" + self.ask_others(),
+            do=_REMEDY,
+        )
+
+
+_REMEDY = "find out why the missing rank stopped; for long pauses raise HPCSGD_TIMEOUT (seconds)"

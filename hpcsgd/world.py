@@ -1,0 +1,326 @@
+"""World: who the ranks are, where they run, and how this one talks to the others."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import sys
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpcsgd.errors import Disagreement, HpcsgdError
+from hpcsgd.mail import Mail, Status
+from hpcsgd.progress import Progress
+from hpcsgd.transport import Traffic, Transport
+from hpcsgd.wait import Waiter, timeout_from_environment
+from hpcsgd.window import Window, Windows
+
+_SPINS_WITH_A_CORE_EACH = 20_000
+_SPINS_ON_SHARED_CORES = 200
+_SLICE_OF_WAIT = 50_000  # microseconds that a native wait may last before Python looks around
+
+
+class World:
+    """The ranks of one job.
+
+    Parameters
+    ----------
+    comm
+        An mpi4py communicator; it is duplicated, never used itself. Default: `MPI.COMM_WORLD`.
+        Without `mpiexec` this is a world of one rank.
+    device
+        Where models live: "cpu", "cuda", "cuda:1", or "auto" (default): `cuda:<local rank>` where
+        there is one, else the CPU.
+    timeout
+        Seconds after which any wait ends with an error; default `HPCSGD_TIMEOUT`, or 300.
+
+    Attributes
+    ----------
+    rank, size
+        This rank and the number of ranks.
+    node, nodes, local_rank, local_size
+        The index of this rank's node, the number of nodes, and the rank and number of ranks inside it.
+        `HPCSGD_RANKS_PER_NODE` splits nodes further, by socket say.
+
+    Raises
+    ------
+    HpcsgdError
+        Where the environment says that more ranks were started than MPI sees.
+    """
+
+    def __init__(
+        self, comm: Any = None, *, device: str = "auto", timeout: float | None = None
+    ) -> None:
+        from mpi4py import MPI
+
+        if comm is None:
+            _check_launcher(MPI)
+            comm = MPI.COMM_WORLD
+        self._communicators: list[Any] = []
+        private = self._keep(comm.Dup())
+        private.Set_errhandler(MPI.ERRORS_RETURN)
+        self.rank: int = private.rank
+        self.size: int = private.size
+        self.host = socket.gethostname()
+        self.timeout = timeout if timeout is not None else timeout_from_environment()
+        self.status = Status()
+        self.traffic = Traffic()
+        self.waiter = Waiter(self.rank, self.timeout)
+        mail = Mail(self._keep(comm.Dup()), self.status)
+        self.waiter.look_around = mail.poll
+        self.waiter.ask_others = mail.ask_all
+        threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self.progress = Progress(self.waiter, self.status, threaded=threaded)
+        if not threaded and self.rank == 0:
+            warnings.warn(
+                "MPI gives no MPI_THREAD_MULTIPLE: communication runs in the main thread and overlaps "
+                "with nothing",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+        everyone = range(self.size)
+        self.all = Transport(private, everyone, self.waiter, self.traffic)
+        self.control = Transport(
+            self._keep(private.Dup()), everyone, self.waiter, self.traffic
+        )
+        self._split(MPI, private)
+        self._set_up_barrier()
+        self.device = _device(device, self.local_rank)
+        self._closed = False
+        _open_worlds.add(self)
+        if self.size > 1:
+            _end_all_ranks_on_an_exception()
+
+    def _split(self, MPI: Any, comm: Any) -> None:
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
+        limit = int(os.environ.get("HPCSGD_RANKS_PER_NODE", "0"))
+        if limit > 0:
+            whole, node = node, node.Split(node.rank // limit, self.rank)
+            whole.Free()
+        self._keep(node)
+        self.local_rank: int = node.rank
+        self.local_size: int = node.size
+        leaders = sorted(set(comm.allgather(node.allgather(self.rank)[0])))
+        members = node.allgather(self.rank)
+        self.nodes = len(leaders)
+        self.node = leaders.index(members[0])
+        self.members: list[int] = members
+        self.node_transport = Transport(node, members, self.waiter, self.traffic)
+        #: Ranks per node that take part in the exchange between nodes, one slice of the data each.
+        sizes = comm.allgather(self.local_size)
+        self.lanes: int = min(sizes)
+        self.widest: int = max(sizes)
+        lane = self.local_rank if self.local_rank < self.lanes else MPI.UNDEFINED
+        across = comm.Split(lane, self.rank)
+        self.across: Transport | None = None
+        if across != MPI.COMM_NULL:
+            self._keep(across)
+            peers = across.allgather(self.rank)
+            self.across = Transport(across, peers, self.waiter, self.traffic)
+
+    def _set_up_barrier(self) -> None:
+        self._windows = Windows(self.node_transport)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.cores = cores or 1
+        crowded = self.local_size > self.cores
+        self.spins = _SPINS_ON_SHARED_CORES if crowded else _SPINS_WITH_A_CORE_EACH
+        self.flags: np.ndarray | None = None
+        if self.local_size == 1:
+            return
+        from hpcsgd.kernels import barrier
+
+        window = self.window(barrier.flags_size(self.local_size))
+        if window is not None:
+            self.flags = window.rows[0].view(np.int32)
+
+    @property
+    def native_wait(self) -> tuple[int, int]:
+        """Spins, and microseconds of sleep, of one wait inside a kernel."""
+        return self.spins, _SLICE_OF_WAIT
+
+    def window(self, nbytes: int) -> Window | None:
+        """Zeroed memory of `nbytes` a rank that the node's ranks share; None where there is none.
+
+        Collective over the node. `HPCSGD_SHARED_MEMORY=0` behaves as if there were none.
+        """
+        if os.environ.get("HPCSGD_SHARED_MEMORY", "1") == "0":
+            return None
+        return self._windows.allocate(nbytes)
+
+    def node_barrier(self, what: str) -> None:
+        """Wait for all ranks of the node, by flags in shared memory."""
+        from hpcsgd.kernels import barrier
+
+        flags = self.flags
+        assert flags is not None, "only where the node has shared memory"
+        target = barrier.arrive(flags, self.local_size, self.local_rank)
+        spins, microseconds = self.native_wait
+        self.waiter.until(
+            lambda: bool(barrier.completed(flags, target, spins, microseconds)),
+            what,
+            lambda: self.missing_on_node(int(target)),
+        )
+
+    def missing_on_node(self, target: int) -> list[int]:
+        """The ranks (of the world) that have not arrived at a barrier generation."""
+        from hpcsgd.kernels import barrier
+
+        assert self.flags is not None
+        return [self.members[r] for r in barrier.missing(self.flags, self.local_size, target)]
+
+    def gather(self, value: object, what: str = "a gather of small objects") -> list[Any]:
+        """The picklable `value` of every rank, on every rank; only from the compute thread."""
+        if self.size == 1:
+            return [value]
+        return self.control.gather_objects(value, what)
+
+    def agree(self, fields: Mapping[str, object]) -> None:
+        """Check that all ranks brought the same values.
+
+        Raises
+        ------
+        Disagreement
+            On all ranks, naming the first field that differs, its values, and the ranks.
+        """
+        for name, values in _columns(self.gather(dict(fields), "the comparison of settings")):
+            if all(value == values[0] for value in values):
+                continue
+            got, expected = _first_difference(values)
+            odd = [rank for rank, value in enumerate(values) if value != values[0]]
+            raise Disagreement(
+                f"{name} differs from that of rank 0",
+                rank=odd,
+                expected=f"{expected} (rank 0)",
+                got=f"{got} (rank {odd[0]})",
+                do="start all ranks with the same script, arguments and package versions",
+                everywhere=True,
+            )
+
+    def _keep(self, comm: Any) -> Any:
+        self._communicators.append(comm)
+        return comm
+
+    def close(self) -> None:
+        """Finish outstanding communication and free the communicators; collective, idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        _open_worlds.discard(self)
+        self.progress.stop()
+        self.control.barrier("the end of the world")
+        self.waiter.look_around()
+        self.flags = None
+        for comm in reversed(self._communicators):
+            comm.Free()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+
+def _columns(rows: list[dict[str, object]]) -> list[tuple[str, list[object]]]:
+    return [(name, [row.get(name) for row in rows]) for name in rows[0]]
+
+
+def _first_difference(values: list[object]) -> tuple[object, object]:
+    first = values[0]
+    other = next(value for value in values if value != first)
+    if isinstance(first, list) and isinstance(other, list):
+        for position in range(max(len(first), len(other))):
+            a = first[position] if position < len(first) else "nothing"
+            b = other[position] if position < len(other) else "nothing"
+            if a != b:
+                return f"{b} at position {position}", f"{a} at position {position}"
+    return other, first
+
+
+def _check_launcher(MPI: Any) -> None:
+    if MPI.COMM_WORLD.size > 1:
+        return
+    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS"):
+        count = os.environ.get(variable, "1")
+        if count.isdigit() and int(count) > 1:
+            raise HpcsgdError(
+                "MPI sees one rank, but more were started",
+                expected=f"{count} ranks ({variable}={count})",
+                got=f"size 1, from {MPI.Get_library_version().splitlines()[0].strip()}",
+                do="start with the mpiexec of the MPI that mpi4py was built for; under Slurm with "
+                "`srun --mpi=pmi2` (MPICH) or `srun --mpi=pmix` (Open MPI)",
+            )
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name != "auto":
+        index = local_rank % max(1, torch.cuda.device_count())
+        return torch.device("cuda", index) if name == "cuda" else torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+_open_worlds: weakref.WeakSet[World] = weakref.WeakSet()
+_DRAIN_AT_EXIT = 30.0  # seconds
+_FIRST_WORD = 3.0  # seconds that rank 0 has to print an error that all ranks raise
+
+
+@atexit.register
+def _drain_at_exit() -> None:
+    # Communication may be outstanding when the program ends; what all ranks started comes to its end,
+    # and what one rank never joins must not keep the job for ever.
+    for world in list(_open_worlds):
+        try:
+            world.progress.stop(min(_DRAIN_AT_EXIT, world.timeout))
+        except BaseException as error:
+            print(f"hpcsgd: at exit: {error}", file=sys.stderr, flush=True)
+            _abort()
+
+
+def _abort() -> None:
+    from mpi4py import MPI
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(1)
+
+
+def _end_all_ranks_on_an_exception() -> None:
+    """Let an uncaught exception on one rank end the job, with its traceback printed once."""
+    if getattr(sys.excepthook, "_hpcsgd", False):
+        return
+    previous = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, where: TracebackType | None
+    ) -> None:
+        from mpi4py import MPI
+
+        if MPI.Is_finalized():
+            return previous(kind, error, where)
+        rank = MPI.COMM_WORLD.rank
+        if getattr(error, "everywhere", False) and rank != 0:
+            # Rank 0 prints the same error and ends the job; this is for the case that it cannot.
+            time.sleep(_FIRST_WORD)
+        elif issubclass(kind, KeyboardInterrupt):
+            print(f"hpcsgd: rank {rank} interrupted", file=sys.stderr)
+        else:
+            with contextlib.suppress(Exception):
+                print(f"hpcsgd: rank {rank} ends the job:", file=sys.stderr)
+                traceback.print_exception(kind, error, where)
+        _abort()
+
+    hook._hpcsgd = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

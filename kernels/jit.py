@@ -1,0 +1,20 @@
+"""The one way host kernels are compiled: without the GIL, cached on disk where a disk can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def jit(function: F) -> F:
+    """Compile `function` on first call; it runs without the GIL, so two threads really overlap."""
+    try:
+        compiled: F = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        # Neither the package's folder nor the user's cache can be written: compile in every process.
+        compiled = numba.njit(nogil=True)(function)
+    return compiled
