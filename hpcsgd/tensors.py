@@ -14,7 +14,8 @@ from hpcsgd.errors import BadOption
 from hpcsgd.window import Window
 from hpcsgd.world import World
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: What can be averaged; a group of anything else can only be broadcast and gathered.
+SUMMABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DEFAULT_BUCKET_MIB = 4.0
 _KERNEL_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
@@ -79,8 +80,8 @@ class TensorGroup:
     world
         The ranks; all of them make the same group.
     tensors
-        (name, tensor) pairs: they give names, shapes, strides and dtypes (float32, float64, float16,
-        bfloat16, also mixed); the order of the group is the order of communication.
+        (name, tensor) pairs: they give names, shapes, strides and dtypes (also mixed); the order of
+        the group is the order of communication.
     bucket_mib
         Size of a bucket in MiB; a larger tensor has a bucket of its own. Default 4.
     staged
@@ -107,13 +108,6 @@ class TensorGroup:
             raise BadOption("bucket size", expected="MiB, above 0", got=bucket_mib)
         self.world = world
         templates = list(tensors)
-        for name, tensor in templates:
-            if tensor.dtype not in DTYPES:
-                raise BadOption(
-                    f"{name} has a dtype that cannot be averaged",
-                    expected=", ".join(str(dtype) for dtype in DTYPES),
-                    got=tensor.dtype,
-                )
         plans = _plan(templates, bucket_mib * 2**20)
         self.nbytes = sum(nbytes for _, nbytes in plans)
         window = world.window(max(self.nbytes, ALIGNMENT))
@@ -125,9 +119,7 @@ class TensorGroup:
         self.buckets: list[Bucket] = []
         offset = 0
         for index, (members, nbytes) in enumerate(plans):
-            self.buckets.append(
-                self._bucket(index, members, offset, nbytes, host, device_memory)
-            )
+            self.buckets.append(self._bucket(index, members, offset, nbytes, host, device_memory))
             offset += nbytes
         self.views = {
             name: view
@@ -182,9 +174,7 @@ class TensorGroup:
         if self.shared:
             window: Window | None = self._window
             assert window is not None
-            bucket.rows = [
-                torch.from_numpy(row)[offset : offset + nbytes].view(dtype) for row in window.rows
-            ]
+            bucket.rows = [torch.from_numpy(row)[offset : offset + nbytes].view(dtype) for row in window.rows]
             if dtype in _KERNEL_DTYPES:
                 bucket.matrix = window.rows.view(_KERNEL_DTYPES[dtype])
         return bucket
@@ -230,6 +220,7 @@ def _view(flat: Tensor, position: int, like: Tensor) -> Tensor:
 
 def _pin(memory: Tensor) -> None:
     """Let the GPU copy straight to and from memory that MPI allocated."""
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(code) != 0:
         raise RuntimeError(f"cudaHostRegister failed with {code}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -94,10 +95,7 @@ class Transport:
         request = self.comm.Iallgatherv(mine, [everything, sizes, starts[:-1], _mpi_byte()])
         self.wait(request, what)
         self._traffic.sent += mine.nbytes
-        return [
-            pickle.loads(everything[a:b].tobytes())
-            for a, b in zip(starts[:-1], starts[1:], strict=True)
-        ]
+        return [pickle.loads(everything[a:b].tobytes()) for a, b in pairwise(starts)]
 
 
 def _mpi_byte() -> Any:

@@ -119,4 +119,5 @@ def _memory(win: Any, nbytes: int) -> np.ndarray:
     # MPI lays the segments of a shared window out one after the other unless told otherwise. Every view
     # of this array, NumPy's or torch's, keeps this array itself alive: its life tells who still looks.
     first, _ = win.Shared_query(0)
-    return np.frombuffer(MPI.memory.fromaddress(first.address, nbytes), np.uint8)
+    memory: Any = MPI.memory.fromaddress(first.address, nbytes)
+    return np.frombuffer(memory, np.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import socket
 import sys
 import time
@@ -12,6 +13,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -58,9 +60,7 @@ class World:
         Where the environment says that more ranks were started than MPI sees.
     """
 
-    def __init__(
-        self, comm: Any = None, *, device: str = "auto", timeout: float | None = None
-    ) -> None:
+    def __init__(self, comm: Any = None, *, device: str = "auto", timeout: float | None = None) -> None:
         from mpi4py import MPI
 
         if comm is None:
@@ -91,10 +91,9 @@ class World:
 
         everyone = range(self.size)
         self.all = Transport(private, everyone, self.waiter, self.traffic)
-        self.control = Transport(
-            self._keep(private.Dup()), everyone, self.waiter, self.traffic
-        )
+        self.control = Transport(self._keep(private.Dup()), everyone, self.waiter, self.traffic)
         self._split(MPI, private)
+        self._share_cores()
         self._set_up_barrier()
         self.device = _device(device, self.local_rank)
         self._closed = False
@@ -131,10 +130,8 @@ class World:
 
     def _set_up_barrier(self) -> None:
         self._windows = Windows(self.node_transport)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.cores = cores or 1
-        crowded = self.local_size > self.cores
-        self.spins = _SPINS_ON_SHARED_CORES if crowded else _SPINS_WITH_A_CORE_EACH
+        if self.local_rank == 0:
+            _unlink_segments_of_mpich()
         self.flags: np.ndarray | None = None
         if self.local_size == 1:
             return
@@ -143,6 +140,23 @@ class World:
         window = self.window(barrier.flags_size(self.local_size))
         if window is not None:
             self.flags = window.rows[0].view(np.int32)
+
+    def _share_cores(self) -> None:
+        """How many threads this rank may compute with, given who else runs on its cores."""
+        mine = os.sched_getaffinity(0)
+        everyone = self.node_transport.gather_objects(mine, "the comparison of core bindings")
+        sharing = sum(bool(mine & other) for other in everyone)
+        self.threads: int = max(1, len(mine) // sharing)
+        crowded = sharing > len(mine)
+        self.spins = _SPINS_ON_SHARED_CORES if crowded else _SPINS_WITH_A_CORE_EACH
+        if len(mine) == 1 < len(set().union(*everyone)) and self.rank == 0:
+            warnings.warn(
+                "each rank is bound to one core, which its two threads share; start with "
+                "`mpiexec -bind-to none` (MPICH: default), `mpiexec --bind-to none` (Open MPI) or "
+                "`srun --cpu-bind=none`, or give each rank more cores",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def native_wait(self) -> tuple[int, int]:
@@ -263,6 +277,15 @@ def _check_launcher(MPI: Any) -> None:
             )
 
 
+def _unlink_segments_of_mpich() -> None:
+    # MPICH removes its start-up segment in MPI_Finalize only, so a job that is aborted leaves it in
+    # memory. All ranks of the node have mapped it by now; the name is not needed any more.
+    with contextlib.suppress(OSError):
+        maps = Path("/proc/self/maps").read_text()
+        for segment in set(re.findall(r"/dev/shm/mpich_shm_\w+", maps)):
+            os.unlink(segment)
+
+
 def _device(name: str, local_rank: int) -> torch.device:
     if name != "auto":
         index = local_rank % max(1, torch.cuda.device_count())
@@ -303,13 +326,12 @@ def _end_all_ranks_on_an_exception() -> None:
         return
     previous = sys.excepthook
 
-    def hook(
-        kind: type[BaseException], error: BaseException, where: TracebackType | None
-    ) -> None:
+    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
         from mpi4py import MPI
 
         if MPI.Is_finalized():
-            return previous(kind, error, where)
+            previous(kind, error, where)
+            return
         rank = MPI.COMM_WORLD.rank
         if getattr(error, "everywhere", False) and rank != 0:
             # Rank 0 prints the same error and ends the job; this is for the case that it cannot.

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+from numba import extending, types
 
 from hpcsgd.kernels.jit import jit
 
@@ -22,8 +21,11 @@ _SYSCALL_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221,
 _FUTEX = _SYSCALL_NUMBERS.get(platform.machine(), 0) if sys.platform == "linux" else 0
 _NAP_MICROSECONDS = 50
 
-_syscall = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
-_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+intrinsic: Any = extending.intrinsic
+
+# numba types these objects as if Python called them, but it is compiled code that does.
+_syscall: Any = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
+_usleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
 def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -31,7 +33,7 @@ def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return builder.gep(array.data, [arguments[1]])
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def load(_: Any, words: Any, index: Any) -> Any:
     """Read `words[index]` (int32); what its writer did before is visible after."""
 
@@ -41,7 +43,7 @@ def load(_: Any, words: Any, index: Any) -> Any:
     return types.int32(words, types.int64), emit
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def store(_: Any, words: Any, index: Any, value: Any) -> Any:
     """Write `words[index] = value` (int32); all earlier writes are visible to who reads it."""
 
@@ -53,7 +55,7 @@ def store(_: Any, words: Any, index: Any, value: Any) -> Any:
     return types.void(words, types.int64, types.int32), emit
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def add(_: Any, words: Any, index: Any, value: Any) -> Any:
     """Add to `words[index]` (int32) and return what was there before."""
 
@@ -64,7 +66,7 @@ def add(_: Any, words: Any, index: Any, value: Any) -> Any:
     return types.int32(words, types.int64, types.int32), emit
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _address(_: Any, words: Any, index: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _pointer(context, builder, signature, arguments)

@@ -54,6 +54,6 @@ def completed(flags, target, spins, microseconds):  # type: ignore[no-untyped-de
 
 def missing(flags: np.ndarray, ranks: int, target: int) -> list[int]:
     """The ranks that have not yet arrived at generation `target`."""
-    arrived = flags[_ARRIVED :: STRIDE][:ranks]
+    arrived = flags[_ARRIVED::STRIDE][:ranks]
     late = (arrived - np.int32(target)).astype(np.int32) < 0
     return [int(rank) for rank in np.nonzero(late)[0]]

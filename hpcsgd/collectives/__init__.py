@@ -13,7 +13,7 @@ from hpcsgd.collectives import library, node, ring, two_level
 from hpcsgd.collectives.stage import staged
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.progress import Work
-from hpcsgd.tensors import Bucket, TensorGroup
+from hpcsgd.tensors import SUMMABLE, Bucket, TensorGroup
 from hpcsgd.world import World
 
 __all__ = [
@@ -123,6 +123,7 @@ def _allreduce_job(target: Target, scale: float | None, name: str) -> tuple[Targ
     if name not in ("auto", *ALGORITHMS):
         raise unknown("all-reduce algorithm", name, ["auto", *ALGORITHMS])
     _check_layout(world, name, _buckets(target))
+    _check_summable(target)
 
     def job(bucket: Bucket, what: str) -> None:
         if world.size == 1:
@@ -162,7 +163,19 @@ def _broadcast_job(target: Target, root: int) -> Job:
     return job
 
 
+def _check_summable(target: Target) -> None:
+    for bucket in _buckets(target):
+        if bucket.flat.dtype not in SUMMABLE:
+            raise BadOption(
+                f"{bucket.names[0]} has a dtype that cannot be averaged",
+                expected=", ".join(map(str, SUMMABLE)),
+                got=bucket.flat.dtype,
+                everywhere=True,
+            )
+
+
 def _scatter_job(target: Target, scale: float | None) -> Job:
+    _check_summable(target)
     factor = 1.0 / target.world.size if scale is None else scale
 
     def job(bucket: Bucket, what: str) -> None:

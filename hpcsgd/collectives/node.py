@@ -32,9 +32,7 @@ def allreduce(bucket: Bucket, what: str, scale: float) -> None:
 
     def done() -> bool:
         nonlocal phase, target
-        phase, target = kernel.allreduce(
-            phase, target, flags, matrix, start, stop, factor, me, spins, nap
-        )
+        phase, target = kernel.allreduce(phase, target, flags, matrix, start, stop, factor, me, spins, nap)
         return bool(phase == kernel.DONE)
 
     world.waiter.until(done, what, lambda: world.missing_on_node(target))
@@ -100,9 +98,7 @@ def spread(bucket: Bucket, part: slice) -> None:
             row[part] = bucket.host[part]
 
 
-def _reduce_half(
-    bucket: Bucket, part: slice, scale: float, targets: list[torch.Tensor]
-) -> None:
+def _reduce_half(bucket: Bucket, part: slice, scale: float, targets: list[torch.Tensor]) -> None:
     """Half precision, summed in float32."""
     for start in range(part.start, part.stop, _CHUNK):
         piece = slice(start, min(start + _CHUNK, part.stop))

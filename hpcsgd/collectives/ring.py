@@ -61,8 +61,7 @@ class Ring:
         self._pieces = max(1, -(-longest * flat.element_size() // _SEGMENT_BYTES))
         self._step = max(1, -(-longest // self._pieces))
         self._segments = [
-            [chunk[i * self._step : (i + 1) * self._step] for i in range(self._pieces)]
-            for chunk in chunks
+            [chunk[i * self._step : (i + 1) * self._step] for i in range(self._pieces)] for chunk in chunks
         ]
 
     def allreduce(self, scale: float) -> None:

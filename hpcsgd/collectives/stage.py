@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -23,9 +23,7 @@ def staged(bucket: Bucket, job: Job) -> Job:
     if bucket.flat is bucket.host:
         return job
     device = bucket.flat.device
-    produced = torch.cuda.Event() if device.type == "cuda" else None
-    if produced is not None:
-        produced.record(torch.cuda.current_stream(device))
+    produced = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def run() -> None:
         with _side_stream(device) as stream:
@@ -41,10 +39,11 @@ def staged(bucket: Bucket, job: Job) -> Job:
 
 
 @contextlib.contextmanager
-def _cuda(device: torch.device):  # type: ignore[no-untyped-def]
-    stream = _streams.setdefault(device, torch.cuda.Stream(device))
-    with torch.cuda.stream(stream):
-        yield stream
+def _cuda(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(_streams[device]):
+        yield _streams[device]
 
 
 def _side_stream(device: torch.device) -> AbstractContextManager[torch.cuda.Stream | None]:

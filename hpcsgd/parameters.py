@@ -1,0 +1,51 @@
+"""The parameters of a model as a tensor group, which optimizer and collectives both write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpcsgd.gradients import Named
+from hpcsgd.tensors import DEFAULT_BUCKET_MIB, TensorGroup
+from hpcsgd.world import World
+
+
+class Parameters:
+    """Moves the trained parameters into a group; the module and its optimizer keep the same objects.
+
+    Parameters
+    ----------
+    world
+        The ranks.
+    parameters
+        (name, parameter) pairs, without duplicates; those that require no gradient stay where they are.
+    bucket_mib
+        Size of a bucket in MiB.
+    """
+
+    def __init__(self, world: World, parameters: Named, bucket_mib: float = DEFAULT_BUCKET_MIB) -> None:
+        self._parameters = [(name, p) for name, p in parameters if p.requires_grad]
+        self.group = TensorGroup(world, self._parameters, bucket_mib)
+        for name, parameter in self._parameters:
+            view = self.group.views[name]
+            view.copy_(parameter.data)
+            parameter.data = view
+
+    def release(self) -> None:
+        """Give every parameter memory of its own."""
+        for _, parameter in self._parameters:
+            parameter.data = parameter.data.clone()
+
+    def copy(self) -> list[Tensor]:
+        """The values now, one flat tensor a bucket."""
+        return [bucket.flat.clone() for bucket in self.group]
+
+    def restore(self, values: list[Tensor]) -> None:
+        """Take back what `copy` gave."""
+        for bucket, value in zip(self.group, values, strict=True):
+            bucket.flat.copy_(value)
+
+    def squared_distance(self, values: list[Tensor]) -> float:
+        """The squared 2-norm of the difference between the model and `values`, in float64."""
+        pairs = zip(self.group, values, strict=True)
+        return sum(float(torch.linalg.vector_norm((b.flat - v).double()) ** 2) for b, v in pairs)

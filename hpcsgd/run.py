@@ -1,0 +1,264 @@
+"""Run: a model, an optimizer and a strategy on the ranks of one job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hpcsgd import batches, collectives
+from hpcsgd.errors import BadOption
+from hpcsgd.strategies import AllReduce, Setting, Strategy
+from hpcsgd.tensors import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
+from hpcsgd.world import World
+
+Batch = TypeVar("Batch")
+
+
+class Run:
+    """Trains one model on all ranks.
+
+    The model of rank 0 is copied to all ranks; the optimizer may already have state. Use `run.step()` in
+    place of `optimizer.step()` and iterate over `run.batches(loader)` in place of `loader`. With one
+    rank this is plain training, bit for bit.
+
+    Parameters
+    ----------
+    model
+        Any module; its parameters and buffers stay the same objects.
+    optimizer
+        Any `torch.optim` optimizer of the model's parameters.
+    strategy
+        The method; default `AllReduce()`.
+    comm
+        The user's own mpi4py communicator, which is duplicated, or a `World`, which is used as it is.
+        Default `MPI.COMM_WORLD`.
+    bucket_mib
+        Size in MiB of the pieces that are communicated at a time. Default 4.
+    algorithm
+        The all-reduce, see `hpcsgd.collectives.iallreduce`. Default "auto".
+    buffers
+        What `averaged()` does with buffers such as BatchNorm's running statistics: "broadcast" those of
+        rank 0 (default), "average" the floating-point ones, or leave them "local".
+    unused
+        A parameter that got no gradient contributes "zeros" (default) or is an "error".
+    uneven
+        Ranks with fewer batches "join" the others' remaining steps with weight 0 (default), or all
+        "stop" with the first that runs out.
+
+    Raises
+    ------
+    Disagreement
+        On all ranks, where these brought different models, settings or versions.
+    """
+
+    #: torch's GradScaler then leaves unscaling and skipping to `step`, which happens on every rank.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        strategy: Strategy | None = None,
+        *,
+        comm: Any = None,
+        bucket_mib: float = DEFAULT_BUCKET_MIB,
+        algorithm: str = "auto",
+        buffers: str = "broadcast",
+        unused: str = "zeros",
+        uneven: str = "join",
+    ) -> None:
+        _check("buffers", buffers, ("broadcast", "average", "local"))
+        _check("unused", unused, ("zeros", "error"))
+        _check("uneven", uneven, ("join", "stop"))
+        _check("algorithm", algorithm, ("auto", *collectives.ALGORITHMS))
+        parameters = list(model.named_parameters())
+        self.model = model
+        self.optimizer = optimizer
+        self.strategy = strategy or AllReduce()
+        self._owns_world = not isinstance(comm, World)
+        self.world: World = World(comm, device=str(_device_of(parameters))) if self._owns_world else comm
+        self._buffers, self._uneven = buffers, uneven
+        self._closed = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(self.world.threads)
+        self.world.agree(
+            {
+                **_versions(),
+                "strategy": type(self.strategy).__name__,
+                **{f"strategy option {k}": v for k, v in self.strategy.options().items()},
+                "optimizer": type(optimizer).__name__,
+                "bucket_mib": bucket_mib,
+                "algorithm": algorithm,
+                "buffers": buffers,
+                "unused": unused,
+                "uneven": uneven,
+                "list of parameters": [_describe(n, p) for n, p in parameters],
+                "list of buffers": [_describe(n, b) for n, b in model.named_buffers()],
+            }
+        )
+        self._copy_from_rank_0([*parameters, *model.named_buffers()])
+        self._setting = Setting(self.world, parameters, bucket_mib, algorithm, unused)
+        self.strategy.attach(self._setting)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self.world.status.step
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, with synchronised gradients: for `GradScaler` and clipping utilities."""
+        self.synchronize()
+        return self.optimizer.param_groups
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The loader's batches; every rank gets as many, so that no rank ever waits for one that left.
+
+        Raises
+        ------
+        HpcsgdError
+            Where a rank has no batch at all, or a loader's `len()` is not what it yields.
+        """
+        return batches.in_step(loader, self._setting, self._uneven)
+
+    def accumulate(self) -> Any:
+        """Context: backward adds to the gradients without communication; not for the last one of a step."""
+        return self.strategy.accumulate()
+
+    def synchronize(self) -> None:
+        """Bring the gradients to what the optimizer will see; needed before clipping or reading them."""
+        self.strategy.synchronize()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The optimizer's."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        """Take one step on all ranks."""
+        self.strategy.step(self._update)
+        self.world.status.step += 1
+
+    def _update(self) -> None:
+        # GradScaler leaves these two here for the time of the call.
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        if scale is not None:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(scale)
+        self.optimizer.step()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the consensus model in place, for evaluation; afterwards training goes on from its own."""
+        self._synchronize_buffers()
+        with self.strategy.averaged():
+            yield
+
+    def consensus_distance(self) -> float:
+        """Root mean square over ranks of ||x_i - mean x||; collective."""
+        return self.strategy.consensus_distance()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that going on needs: model, optimizer, strategy, number of steps; of this rank."""
+        return {
+            "steps": self.steps,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "strategy": self.strategy.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave on this rank; collective.
+
+        Raises
+        ------
+        Disagreement
+            Where the ranks bring states of different steps.
+        """
+        self.world.agree({"number of steps in the state": state["steps"]})
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.strategy.load_state_dict(state["strategy"])
+        self.world.status.step = int(state["steps"])
+
+    def close(self) -> None:
+        """Finish what is in flight and give the model memory of its own; collective, idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.world.progress.drain()
+        self.strategy.detach()
+        if self._owns_world:
+            self.world.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an exception the other ranks are elsewhere: a collective close would wait for them.
+        if kind is None:
+            self.close()
+
+    def _copy_from_rank_0(self, tensors: list[tuple[str, Tensor]]) -> None:
+        if self.world.size == 1:
+            return
+        group = TensorGroup(self.world, [(n, t) for n, t in tensors if t.numel()])
+        with torch.no_grad():
+            for name, tensor in tensors:
+                if tensor.numel():
+                    group.views[name].copy_(tensor)
+            collectives.broadcast(group)
+            for name, tensor in tensors:
+                if tensor.numel():
+                    tensor.copy_(group.views[name])
+
+    @torch.no_grad()
+    def _synchronize_buffers(self) -> None:
+        tensors = list(self.model.named_buffers())
+        if self._buffers == "local" or not tensors:
+            return
+        if self._buffers == "average":
+            floating = [(n, b) for n, b in tensors if b.dtype in SUMMABLE]
+            group = TensorGroup(self.world, floating)
+            for name, buffer in floating:
+                group.views[name].copy_(buffer)
+            collectives.allreduce(group)
+            for name, buffer in floating:
+                buffer.copy_(group.views[name])
+            tensors = [(n, b) for n, b in tensors if b.dtype not in SUMMABLE]
+        self._copy_from_rank_0(tensors)
+
+
+def _check(option: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise BadOption(f"unknown {option} {value!r}", do="use one of: " + ", ".join(valid))
+
+
+def _versions() -> dict[str, object]:
+    names = ("hpcsgd", "torch", "numpy", "numba")
+    found: dict[str, object] = {}
+    for name in names:
+        try:
+            found[f"version of {name}"] = version(name)
+        except PackageNotFoundError:
+            found[f"version of {name}"] = "not installed"
+    return found
+
+
+def _describe(name: str, tensor: Tensor) -> str:
+    trained = "trained" if tensor.requires_grad else "fixed"
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {trained}"
+
+
+def _device_of(parameters: list[tuple[str, nn.Parameter]]) -> torch.device:
+    return parameters[0][1].device if parameters else torch.device("cpu")

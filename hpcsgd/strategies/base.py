@@ -1,0 +1,91 @@
+"""What a strategy is: when ranks communicate, and what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from hpcsgd.tensors import Bucket
+from hpcsgd.world import World
+
+if TYPE_CHECKING:
+    from hpcsgd.gradients import Named
+
+
+class Setting:
+    """What a `Run` hands to its strategy.
+
+    Attributes
+    ----------
+    world
+        The ranks.
+    parameters
+        (name, parameter) pairs of the model, without duplicates, in the model's order.
+    bucket_mib, algorithm, unused
+        The run's settings of these names.
+    weight
+        1, or 0 where this rank has run out of batches and repeats one only to keep step.
+    active
+        How many ranks have a batch of their own in this step.
+    """
+
+    def __init__(
+        self, world: World, parameters: Named, bucket_mib: float, algorithm: str, unused: str
+    ) -> None:
+        self.world = world
+        self.parameters = parameters
+        self.bucket_mib = bucket_mib
+        self.algorithm = algorithm
+        self.unused = unused
+        self.weight = 1
+        self.active = world.size
+
+
+class Strategy:
+    """One method of distributed SGD; a subclass overrides what it does differently from training alone.
+
+    All methods are called on every rank, by the thread that runs the user's loop.
+    """
+
+    setting: Setting
+
+    def options(self) -> dict[str, object]:
+        """The options that all ranks must agree on, by name."""
+        return {}
+
+    def attach(self, setting: Setting) -> None:
+        """Take up a model; it has the same values on all ranks."""
+        self.setting = setting
+
+    def detach(self) -> None:
+        """Leave the model in memory of its own, without hooks; nothing is in flight any more."""
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Inside, backward adds to the gradients and starts no communication."""
+        return nullcontext()
+
+    def bucket_ready(self, bucket: Bucket) -> None:
+        """The gradients of a bucket are complete; called in bucket order, from within backward."""
+
+    def synchronize(self) -> None:
+        """Bring the gradients to what the optimizer shall see; idempotent until the next backward."""
+
+    def step(self, update: Callable[[], None]) -> None:
+        """One training step; `update` lets the optimizer change the model."""
+        update()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model is the consensus of all ranks; afterwards training goes on from its own."""
+        return nullcontext()
+
+    def consensus_distance(self) -> float:
+        """Root mean square over ranks of the distance of their models from the mean model."""
+        return 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond model and optimizer."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""

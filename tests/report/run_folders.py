@@ -1,0 +1,68 @@
+"""Run folders for the tests: written line by line as a run writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CONFIG = {"data": "digits", "model": "mlp", "strategy": "allreduce", "batch": 32, "seed": 0}
+
+
+def train(step: int, ranks: int = 4, **changes: Any) -> dict[str, Any]:
+    """A training record: rank r computes (r + 1) ms a step and waits while others compute."""
+    compute = [step * (rank + 1) / 1000 for rank in range(ranks)]
+    row = {
+        "event": "train",
+        "step": step,
+        "epoch": step / 32,
+        "time": step / 10,
+        "loss": 2.0 / (1 + step),
+        "accuracy": 0.5,
+        "samples_per_second": 5100.0,
+        "learning_rate": 0.1,
+        "bytes_sent": [1000 * step + rank for rank in range(ranks)],
+        "bytes_shared": [7 * step] * ranks,
+        "compute_seconds": compute,
+        "wait_seconds": [max(compute) - own for own in compute],
+        "communication_seconds": [0.001 * step] * ranks,
+    }
+    return row | changes
+
+
+def test(step: int, ranks: int = 4, **changes: Any) -> dict[str, Any]:
+    """A test record a little after the training record of the same step."""
+    row = {
+        "event": "test",
+        "step": step,
+        "epoch": step / 32,
+        "time": step / 10 + 0.05,
+        "loss": 3.0 / (1 + step),
+        "accuracy": 1 - 1 / (1 + step),
+        "consensus_distance": 0.0,
+        "bytes_sent": [1000 * step + rank for rank in range(ranks)],
+        "bytes_shared": [7 * step] * ranks,
+    }
+    return row | changes
+
+
+test.__test__ = False  # type: ignore[attr-defined]
+
+
+def usual(ranks: int = 4, **changes: Any) -> list[dict[str, Any]]:
+    """Five training and five test records, with the same changes in all of them."""
+    return [make(step, ranks, **changes) for step in range(10, 60, 10) for make in (train, test)]
+
+
+def write_run(
+    folder: Path, rows: list[dict[str, Any]] | None = None, *, end: str = "\n", **config: Any
+) -> Path:
+    """Write a run folder; `end` stands after the last record."""
+    rows = usual() if rows is None else rows
+    ranks = len(rows[0]["bytes_sent"]) if rows else 1
+    folder.mkdir(parents=True)
+    settings = [f"{key} = {json.dumps(value)}" for key, value in (CONFIG | config).items()]
+    settings += ["", "[world]", f"ranks = {ranks}", "nodes = 1", ""]
+    (folder / "config.toml").write_text("\n".join(settings))
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + end)
+    return folder
