@@ -1,15 +1,20 @@
 """MPI-native, communication-efficient distributed SGD for PyTorch.
 
-Importing this does not initialise MPI; a `Run` or a `World` does.
+Importing this does not initialise MPI; a `Run` or a `World` does. Nor does it import torch before one
+of the names below is used, so that the command line answers at once.
 """
 
 from __future__ import annotations
 
-from hpcsgd.errors import BadOption, DeadlineExceeded, Disagreement, HpcsgdError
-from hpcsgd.run import Run
-from hpcsgd.strategies import AllReduce, LocalSGD, Strategy
-from hpcsgd.tensors import TensorGroup
-from hpcsgd.world import World
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpcsgd.errors import BadOption, DeadlineExceeded, Disagreement, HpcsgdError
+    from hpcsgd.run import Run
+    from hpcsgd.strategies import AllReduce, LocalSGD, Strategy
+    from hpcsgd.tensors import TensorGroup
+    from hpcsgd.world import World
 
 __all__ = [
     "AllReduce",
@@ -23,3 +28,22 @@ __all__ = [
     "TensorGroup",
     "World",
 ]
+
+_HOMES = {
+    "errors": ("BadOption", "DeadlineExceeded", "Disagreement", "HpcsgdError"),
+    "run": ("Run",),
+    "strategies": ("AllReduce", "LocalSGD", "Strategy"),
+    "tensors": ("TensorGroup",),
+    "world": ("World",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME_OF:
+        return getattr(import_module(f"hpcsgd.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module 'hpcsgd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -28,25 +28,31 @@ def in_step(loader: Iterable[Batch], setting: Setting, uneven: str) -> Iterator[
         "join": a rank that has run out repeats its last batch with weight 0, so that the user's loop,
         schedulers and counters go on alike on all ranks. "stop": all end with the first.
     """
-    world = setting.world
-    lengths = world.gather(len(loader) if isinstance(loader, Sized) else None, "an epoch's start")
-    if None in lengths:
-        plan = _tell_each_step(loader, setting)
+    join = uneven == "join"
+    size = len(loader) if isinstance(loader, Sized) else None
+    repeatable = hasattr(loader, "filler")
+    told = setting.world.gather((size, repeatable), "an epoch's start")
+    if any(size is None for size, _ in told):
+        plan = _tell_each_step(loader, setting, join and not repeatable)
     else:
+        lengths = [size for size, _ in told]
+        if join and any(lengths):
+            _check_none_empty([size > 0 or repeatable for size, repeatable in told])
         plan = _from_lengths(loader, lengths, setting)
     last: object = _END
     try:
         for batch, having in plan:
-            if uneven == "stop" and not all(having):
+            if not join and not all(having):
                 return
-            if last is _END and batch is _END:
-                raise _empty(having)
-            last = last if batch is _END else batch
-            setting.weight = int(batch is not _END)
-            setting.active = sum(having)
+            if batch is not _END:
+                last = batch
+            elif last is _END:
+                # It resumes where this rank had run out: the loader knows what it would repeat.
+                last = loader.filler()  # type: ignore[attr-defined]
+            setting.batch(having)
             yield last  # type: ignore[misc]
     finally:
-        setting.weight, setting.active = 1, world.size
+        setting.begin_step()
 
 
 def _from_lengths(
@@ -54,8 +60,6 @@ def _from_lengths(
 ) -> Iterator[tuple[object, list[bool]]]:
     batches = iter(loader)
     mine = lengths[setting.world.rank]
-    if 0 in lengths and any(lengths):
-        raise _empty([length > 0 for length in lengths])
     for step in range(max(lengths)):
         batch = next(batches, _END) if step < mine else _END
         if step < mine and batch is _END:
@@ -65,24 +69,31 @@ def _from_lengths(
         raise _miscounted(setting, mine, f"more than {mine}")
 
 
-def _tell_each_step(loader: Iterable[object], setting: Setting) -> Iterator[tuple[object, list[bool]]]:
+def _tell_each_step(
+    loader: Iterable[object], setting: Setting, must_have_one: bool
+) -> Iterator[tuple[object, list[bool]]]:
     batches = iter(loader)
+    first = True
     while True:
         batch = next(batches, _END)
         having = setting.world.gather(batch is not _END, "whether each rank has one more batch")
         if not any(having):
             return
+        if first and must_have_one:
+            _check_none_empty(having)
+        first = False
         yield batch, having
 
 
-def _empty(having: list[bool]) -> HpcsgdError:
-    return HpcsgdError(
-        "the loader has no batch at all, that of other ranks has",
-        rank=[rank for rank, has in enumerate(having) if not has],
-        expected="at least one batch on every rank",
-        do="give each rank some data, or run with uneven='stop'",
-        everywhere=True,
-    )
+def _check_none_empty(having: list[bool]) -> None:
+    if not all(having):
+        raise HpcsgdError(
+            "the loader has no batch at all, that of other ranks has",
+            rank=[rank for rank, has in enumerate(having) if not has],
+            expected="at least one batch on every rank",
+            do="give each rank some data, or run with uneven='stop'",
+            everywhere=True,
+        )
 
 
 def _miscounted(setting: Setting, promised: int, found: str) -> HpcsgdError:

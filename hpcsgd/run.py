@@ -112,6 +112,11 @@ class Run:
         return self.world.status.step
 
     @property
+    def weight(self) -> int:
+        """1, or 0 where this rank only repeats a batch to keep step with ranks that have more."""
+        return self._setting.weight
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's, with synchronised gradients: for `GradScaler` and clipping utilities."""
         self.synchronize()
@@ -142,6 +147,7 @@ class Run:
     def step(self) -> None:
         """Take one step on all ranks."""
         self.strategy.step(self._update)
+        self._setting.begin_step()
         self.world.status.step += 1
 
     def _update(self) -> None:

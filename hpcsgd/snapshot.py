@@ -38,6 +38,9 @@ class Fault(Exception):
         super().__init__(what, expected, got, do)
         self.what, self.expected, self.got, self.do = what, expected, got, do
 
+    def __str__(self) -> str:
+        return self.what
+
 
 def write_state(path: Path, state: Mapping[str, Any]) -> dict[str, object]:
     """Write a state to a new file and through to the disk.

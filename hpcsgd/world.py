@@ -12,14 +12,15 @@ import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from hpcsgd import launcher
 from hpcsgd.errors import Disagreement, HpcsgdError
 from hpcsgd.mail import Mail, Status
 from hpcsgd.progress import Progress
@@ -30,6 +31,9 @@ from hpcsgd.window import Window, Windows
 _SPINS_WITH_A_CORE_EACH = 20_000
 _SPINS_ON_SHARED_CORES = 200
 _SLICE_OF_WAIT = 50_000  # microseconds that a native wait may last before Python looks around
+
+
+T = TypeVar("T")
 
 
 class World:
@@ -91,7 +95,9 @@ class World:
 
         everyone = range(self.size)
         self.all = Transport(private, everyone, self.waiter, self.traffic)
-        self.control = Transport(self._keep(private.Dup()), everyone, self.waiter, self.traffic)
+        # Questions of a few bytes about settings, steps and metrics: not what a method sends.
+        self._asides = Traffic()
+        self.control = Transport(self._keep(private.Dup()), everyone, self.waiter, self._asides)
         self._split(MPI, private)
         self._share_cores()
         self._set_up_barrier()
@@ -115,7 +121,7 @@ class World:
         self.nodes = len(leaders)
         self.node = leaders.index(members[0])
         self.members: list[int] = members
-        self.node_transport = Transport(node, members, self.waiter, self.traffic)
+        self.node_transport = Transport(node, members, self.waiter, self._asides)
         #: Ranks per node that take part in the exchange between nodes, one slice of the data each.
         sizes = comm.allgather(self.local_size)
         self.lanes: int = min(sizes)
@@ -197,7 +203,33 @@ class World:
         """The picklable `value` of every rank, on every rank; only from the compute thread."""
         if self.size == 1:
             return [value]
-        return self.control.gather_objects(value, what)
+        started = time.perf_counter()
+        try:
+            return self.control.gather_objects(value, what)
+        finally:
+            self.progress.wait_seconds += time.perf_counter() - started
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something that may fail on some ranks only, so that it then fails on all.
+
+        Raises
+        ------
+        HpcsgdError
+            On all ranks alike, with the error of the first rank that failed.
+        """
+        try:
+            result, error = action(), None
+        except Exception as failure:
+            error = failure
+        errors = self.gather(None if error is None else _word(error), "the outcome of a common action")
+        failed = [rank for rank, text in enumerate(errors) if text is not None]
+        if failed:
+            raise HpcsgdError(
+                errors[failed[0]],
+                rank=None if len(failed) == self.size else failed,
+                everywhere=True,
+            ) from error
+        return result
 
     def agree(self, fields: Mapping[str, object]) -> None:
         """Check that all ranks brought the same values.
@@ -246,6 +278,10 @@ class World:
             self.close()
 
 
+def _word(error: Exception) -> str:
+    return str(error) if isinstance(error, HpcsgdError) else f"{type(error).__name__}: {error}"
+
+
 def _columns(rows: list[dict[str, object]]) -> list[tuple[str, list[object]]]:
     return [(name, [row.get(name) for row in rows]) for name in rows[0]]
 
@@ -263,18 +299,15 @@ def _first_difference(values: list[object]) -> tuple[object, object]:
 
 
 def _check_launcher(MPI: Any) -> None:
-    if MPI.COMM_WORLD.size > 1:
-        return
-    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS"):
-        count = os.environ.get(variable, "1")
-        if count.isdigit() and int(count) > 1:
-            raise HpcsgdError(
-                "MPI sees one rank, but more were started",
-                expected=f"{count} ranks ({variable}={count})",
-                got=f"size 1, from {MPI.Get_library_version().splitlines()[0].strip()}",
-                do="start with the mpiexec of the MPI that mpi4py was built for; under Slurm with "
-                "`srun --mpi=pmi2` (MPICH) or `srun --mpi=pmix` (Open MPI)",
-            )
+    variable, count = launcher.size()
+    if MPI.COMM_WORLD.size == 1 < count:
+        raise HpcsgdError(
+            "MPI sees one rank, but more were started",
+            expected=f"{count} ranks ({variable}={count})",
+            got=f"size 1, from {MPI.Get_library_version().splitlines()[0].strip()}",
+            do="start with the mpiexec of the MPI that mpi4py was built for; under Slurm with "
+            "`srun --mpi=pmi2` (MPICH) or `srun --mpi=pmix` (Open MPI)",
+        )
 
 
 def _unlink_segments_of_mpich() -> None:

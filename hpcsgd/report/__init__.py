@@ -57,9 +57,7 @@ def table(runs: Sequence[RunRecord]) -> Table:
     header, rows = cells(runs)
     result = Table()
     for index, name in enumerate(header):
-        result.add_column(
-            name.replace(" (", "\n("), justify="right" if index else "left", overflow="fold"
-        )
+        result.add_column(name.replace(" (", "\n("), justify="right" if index else "left", overflow="fold")
     for row in rows:
         result.add_row(*map(escape, row))
     return result

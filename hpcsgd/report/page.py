@@ -103,9 +103,7 @@ def _common(runs: Sequence[RunRecord]) -> str:
     config, differing = flat(runs[0].config), set(differences(runs))
     wanted = ("data", "model", "strategy", "batch", "learning_rate", "world.ranks", "world.nodes")
     shared = [key for key in wanted if key in config and key not in differing]
-    return " · ".join(
-        f"{key.split('.')[-1].replace('_', ' ')}: {written(config[key])}" for key in shared
-    )
+    return " · ".join(f"{key.split('.')[-1].replace('_', ' ')}: {written(config[key])}" for key in shared)
 
 
 def _notes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
@@ -114,9 +112,7 @@ def _notes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def _figures(chart: Chart) -> str:
-    drawn = "\n".join(
-        f"<figure>{svg(draw(panel), escape(chart.title))}</figure>" for panel in chart.alone()
-    )
+    drawn = "\n".join(f"<figure>{svg(draw(panel), escape(chart.title))}</figure>" for panel in chart.alone())
     return f'<h2>{escape(chart.title)}</h2>\n<div class="figures">\n{drawn}\n</div>'
 
 

@@ -72,10 +72,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         panels: dict[str, list[Panel]] = {"accuracy": [], "loss": []}
         for cost in _costs(runs):
             for name, panel, values in (("accuracy", accuracies, accuracy), ("loss", losses, loss)):
-                curves = [
-                    Curve(x, y, *look)
-                    for x, y, look in zip(cost.values, values, looks, strict=True)
-                ]
+                curves = [Curve(x, y, *look) for x, y, look in zip(cost.values, values, looks, strict=True)]
                 panels[name].append(partial(panel, xlabel=cost.name, curves=curves))
         drawn = [Chart(name, f"Test {name}", panels[name], legend) for name in panels]
         return [*drawn, *_ranks_chart(runs, names)]

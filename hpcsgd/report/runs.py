@@ -51,9 +51,7 @@ def load(path: Path | str) -> RunRecord:
     kept = {event: _latest(rows, event) for event in _KINDS}
     replaced = len(rows) - sum(map(len, kept.values()))
     if replaced:
-        notes.append(
-            f"A resumed run wrote steps again: {replaced} of {len(rows)} records are left out."
-        )
+        notes.append(f"A resumed run wrote steps again: {replaced} of {len(rows)} records are left out.")
     train = Training(**_columns(kept["train"], Training, ranks))
     test = Evaluation(**_columns(kept["test"], Evaluation, ranks))
     if bad := int(np.count_nonzero(~np.isfinite(test.loss))):

@@ -87,13 +87,9 @@ def cells(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
         "Run": lambda row: row.label,
         "Final accuracy (%)": lambda row: _number(row.final_accuracy, 100, ".2f"),
         "Best accuracy (%)": lambda row: _number(row.best_accuracy, 100, ".2f"),
-        "Final loss": lambda row: (
-            _NOT_KNOWN if row.final_loss is None else significant(row.final_loss, 4)
-        ),
+        "Final loss": lambda row: _NOT_KNOWN if row.final_loss is None else significant(row.final_loss, 4),
         f"Time ({time.symbol})": lambda row: _number(row.time, 1 / time.size, ".1f"),
-        f"Time to {goal} ({time.symbol})": lambda row: _number(
-            row.time_to_target, 1 / time.size, ".1f"
-        ),
+        f"Time to {goal} ({time.symbol})": lambda row: _number(row.time_to_target, 1 / time.size, ".1f"),
         f"Bytes per rank ({size.symbol})": lambda row: (
             _number(row.bytes_per_rank, 1 / size.size, ".1f") + " shared" * row.shared
         ),

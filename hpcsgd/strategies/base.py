@@ -38,8 +38,18 @@ class Setting:
         self.bucket_mib = bucket_mib
         self.algorithm = algorithm
         self.unused = unused
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Expect the batches of the next step."""
         self.weight = 1
-        self.active = world.size
+        self.active = self.world.size
+        self._told = False
+
+    def batch(self, having: list[bool]) -> None:
+        """Note which ranks have this batch; the first one of a step decides, the rest add to it."""
+        if not self._told:
+            self.weight, self.active, self._told = int(having[self.world.rank]), sum(having), True
 
 
 class Strategy:

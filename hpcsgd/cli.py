@@ -1,0 +1,105 @@
+"""The command line: `hpcsgd train | report | bench`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hpcsgd import launcher
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.settings import Settings, click_options
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="hpcsgd")
+def cli() -> None:
+    """Communication-efficient distributed SGD over MPI: mpiexec -n 4 hpcsgd train."""
+
+
+class _WithRegistries(click.Command):
+    """A command whose help lists what the spec options can name."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from hpcsgd import data, models, specs, strategies
+        from hpcsgd.optim import OPTIMIZERS
+
+        hidden = ("params", "lr", "shape", "classes")
+        registries: dict[str, Any] = {
+            "Data sets (--data)": data.DATASETS,
+            "Models (--model), or module:callable of your own": models.MODELS,
+            "Strategies (--strategy)": strategies.STRATEGIES,
+            "Optimizers (--optimizer)": OPTIMIZERS,
+        }
+        for title, registry in registries.items():
+            rows = [
+                (f"{name}:{options}" if options else name, summary)
+                for name, options, summary in specs.describe(registry, hidden)
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=40)
+
+
+@cli.command(cls=_WithRegistries)
+@click_options
+def train(settings: Settings) -> None:
+    """Train a model on all ranks of this job: mpiexec -n 4 hpcsgd train.
+
+    A NAME may have options: --strategy local:period=16. The run's folder holds config.toml (complete: run
+    it again with --config), metrics.jsonl and checkpoints; go on after a stop with --resume FOLDER.
+    """
+    from hpcsgd.train import train as execute
+
+    execute(settings)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", default="report", show_default=True, type=click.Path(path_type=Path), help="Folder.")
+def report(runs: tuple[Path, ...], out: Path) -> None:
+    """Compare RUNS, folders of `hpcsgd train`: a table here, figures and one HTML page in a folder."""
+    from rich.console import Console
+
+    from hpcsgd.report import load, table, write
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table([load(run) for run in runs]))
+    for path in write(runs, out):
+        click.echo(path)
+
+
+def main() -> None:
+    """Entry point; an error is one message on one rank, not a traceback on all."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        _leave(error.exit_code, error.show)
+    except click.Abort:
+        _leave(130, lambda: click.echo("interrupted", err=True))
+    except HpcsgdError as error:
+        text = str(error)
+        _fail(error, lambda: click.echo(f"hpcsgd: {text}", err=True))
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: HpcsgdError, show: Callable[[], None]) -> None:
+    if _mpi_is_up():
+        # Others may be inside a collective: what ends this rank must end them too.
+        sys.excepthook(type(error), error, error.__traceback__)
+    _leave(2, show)
+
+
+def _leave(code: int, show: Callable[[], None]) -> None:
+    """Exit; all ranks of a job fail alike before MPI is up, and one of them is enough to say it."""
+    if launcher.rank() == 0:
+        show()
+    sys.exit(code)
+
+
+def _mpi_is_up() -> bool:
+    module = sys.modules.get("mpi4py.MPI")
+    return module is not None and module.Is_initialized() and not module.Is_finalized()

@@ -1,0 +1,58 @@
+"""Data sets, their partition over ranks, and the loader that knows its epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hpcsgd.data.cifar import cifar10, cifar100
+from hpcsgd.data.contract import Augment, Data, Source
+from hpcsgd.data.digits import digits
+from hpcsgd.data.imagenet import imagenet
+from hpcsgd.data.loader import Loader
+from hpcsgd.data.mnist import fashion_mnist, mnist
+from hpcsgd.data.partition import evaluation_shard, partition
+from hpcsgd.data.synthetic import synthetic
+from hpcsgd.data.tensors import Tensors
+from hpcsgd.data.text import text
+from hpcsgd.specs import build
+
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "Data",
+    "Loader",
+    "Source",
+    "Tensors",
+    "evaluation_shard",
+    "load",
+    "partition",
+]
+
+DATASETS: dict[str, Callable[..., Data]] = {
+    "digits": digits,
+    "text": text,
+    "mnist": mnist,
+    "fashion-mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "imagenet": imagenet,
+    "synthetic": synthetic,
+}
+
+
+def load(spec: str) -> Data:
+    """Load the data set that a spec such as ``text:context=128,limit=8`` names.
+
+    Parameters
+    ----------
+    spec
+        ``NAME:key=value,key=value``, with a name of `DATASETS` and options of its function.
+
+    Raises
+    ------
+    BadOption
+        Unknown name or option, or a value out of its range.
+    HpcsgdError
+        Files that are missing, truncated or of another format.
+    """
+    return build(DATASETS, spec, "data set")

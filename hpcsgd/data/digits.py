@@ -1,0 +1,35 @@
+"""Handwritten digits, bundled with scikit-learn."""
+
+from __future__ import annotations
+
+import torch
+
+from hpcsgd.data.contract import Data
+from hpcsgd.data.streams import python_random_kept, torch_stream
+from hpcsgd.data.tensors import Tensors
+
+
+def digits(seed: int = 0) -> Data:
+    """1797 handwritten digits of 8 by 8 pixels, bundled with scikit-learn.
+
+    Parameters
+    ----------
+    seed
+        Of the split: four fifths of each class to train on, one fifth to test.
+
+    Notes
+    -----
+    Alpaydin and Kaynak, Optical recognition of handwritten digits, UCI repository, 1998.
+    """
+    with python_random_kept():
+        from sklearn.datasets import load_digits  # slow to import, and only needed here
+
+    pixels, target = load_digits(return_X_y=True)
+    x = torch.from_numpy(pixels / 16).float().view(-1, 1, 8, 8)
+    y = torch.from_numpy(target).long()
+    order = torch.randperm(len(y), generator=torch_stream("digits", seed))
+    members = [order[y[order] == label] for label in range(10)]
+    test = torch.cat([member[: len(member) // 5] for member in members])
+    train = torch.cat([member[len(member) // 5 :] for member in members])
+    sources = Tensors(x[train], y[train]), Tensors(x[test], y[test])
+    return Data(*sources, kind="classification", shape=(1, 8, 8), classes=10)

@@ -1,0 +1,44 @@
+"""Gaussian clusters: a learnable task of any size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hpcsgd.data.contract import Data
+from hpcsgd.data.streams import torch_stream
+from hpcsgd.data.tensors import Tensors
+from hpcsgd.errors import BadOption
+
+
+def synthetic(shape: tuple[int, ...] = (32,), classes: int = 10, samples: int = 4096, seed: int = 0) -> Data:
+    """Gaussian clusters, one a class, of unit variance around normally distributed centres.
+
+    Parameters
+    ----------
+    shape
+        Of one input, float32.
+    classes
+        Clusters, at least 2.
+    samples
+        To train on, at least one a class; a fourth of that, but one a class, to test.
+    seed
+        Of centres and samples.
+    """
+    if classes < 2 or samples < classes or min(shape) < 1:
+        raise BadOption(
+            "synthetic data is too small",
+            expected="2 classes, a sample for each, and no empty dimension",
+            got=f"classes={classes}, samples={samples}, shape={shape}",
+        )
+    generator = torch_stream("synthetic", seed)
+    centres = torch.randn(classes, math.prod(shape), generator=generator)
+
+    def source(count: int) -> Tensors:
+        y = torch.arange(count) % classes
+        x = torch.randn(count, math.prod(shape), generator=generator).add_(centres[y])
+        return Tensors(x.view(count, *shape), y)
+
+    train, test = source(samples), source(max(classes, samples // 4))
+    return Data(train, test, kind="classification", shape=shape, classes=classes)

@@ -1,0 +1,80 @@
+"""What rank 0 shows of a run: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY = 5.0  # seconds
+
+
+class Display:
+    """Shows records as they are made.
+
+    Parameters
+    ----------
+    mode
+        "bar", "plain", "off", or "auto": the bar where the output is a terminal.
+    total, step
+        Steps of the run, and those already done.
+    epochs
+        Length of the run in epochs.
+    """
+
+    def __init__(self, mode: str, total: int, step: int, epochs: float) -> None:
+        if mode == "auto":
+            mode = "bar" if sys.stdout.isatty() else "plain"
+        self._mode, self._total, self._epochs = mode, total, epochs
+        self._last_line = 0.0
+        self._console = Console(force_terminal=True if mode == "bar" else None, highlight=False)
+        self._bar: Progress | None = None
+        if mode == "bar":
+            self._bar = Progress(
+                BarColumn(None),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=total, completed=step)
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """A message, in any mode but "off"."""
+        if self._mode == "bar":
+            self._console.print(text, markup=False)
+        elif self._mode == "plain":
+            print(text, flush=True)
+
+    def train(self, record: dict[str, Any]) -> None:
+        """A record of training; plain output shows one every few seconds."""
+        text = (
+            f"epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  accuracy {record['accuracy']:6.2%}  "
+            f"{record['samples_per_second']:,.0f} samples/s  waiting {waiting(record):4.0%}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], description=text)
+        elif time.monotonic() - self._last_line > _LINE_EVERY:
+            self._last_line = time.monotonic()
+            self.say(f"step {record['step']}/{self._total}  {text}")
+
+    def test(self, record: dict[str, Any]) -> None:
+        """A record of an evaluation."""
+        self.say(
+            f"epoch {record['epoch']:.2f}/{self._epochs:g}  test loss {record['loss']:.4f}  "
+            f"test accuracy {record['accuracy']:.2%}  after {record['time']:.1f} s"
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def waiting(record: dict[str, Any]) -> float:
+    """The share of all ranks' time that was spent waiting."""
+    wait, compute = sum(record["wait_seconds"]), sum(record["compute_seconds"])
+    return float(wait / (wait + compute)) if wait + compute else 0.0

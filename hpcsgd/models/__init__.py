@@ -1,0 +1,90 @@
+"""Models, by name or from the user's own module."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from hpcsgd import specs
+from hpcsgd.data import Data
+from hpcsgd.errors import BadOption
+from hpcsgd.models.dense import logistic, two_nn
+from hpcsgd.models.gpt import gpt
+from hpcsgd.models.lenet import lenet
+from hpcsgd.models.resnet import resnet18, resnet20, resnet50
+from hpcsgd.models.vgg import vgg11, vgg16
+
+__all__ = ["MODELS", "build"]
+
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "logistic": logistic,
+    "2nn": two_nn,
+    "lenet": lenet,
+    "vgg11": vgg11,
+    "vgg16": vgg16,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet50": resnet50,
+}
+LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": gpt}
+MODELS = CLASSIFIERS | LANGUAGE_MODELS
+
+_OWN = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)(?P<options>:.*)?")
+
+
+def build(spec: str, data: Data) -> nn.Module:
+    """Build the model that a spec such as ``gpt:layers=6,width=192`` names, for some data.
+
+    Parameters
+    ----------
+    spec
+        ``NAME:key=value,key=value``, with a name of `MODELS`; or ``module:callable`` with the same
+        kind of options after one more colon. A callable of the user's own gets ``shape`` and
+        ``classes`` if it has parameters of these names.
+    data
+        Gives the shape of an input and the number of classes.
+
+    Raises
+    ------
+    BadOption
+        Unknown name or option, a model for another kind of data, or inputs that it cannot take.
+
+    Notes
+    -----
+    Weights are drawn from torch's global generator: seed it first.
+    """
+    context = {"shape": data.shape, "classes": data.classes}
+    own = _OWN.fullmatch(spec.strip())
+    if own and own["module"] not in MODELS:
+        name = f"{own['module']}.{own['attribute']}"
+        registry = {name: _resolve(own["module"], own["attribute"])}
+        model: object = specs.build(registry, name + (own["options"] or ""), "model", **context)
+    else:
+        rows = LANGUAGE_MODELS if data.kind == "language" else CLASSIFIERS
+        model = specs.build(rows, spec, f"{data.kind} model", **context)
+    if not isinstance(model, nn.Module):
+        raise BadOption(f"{spec} made no model", expected="a torch.nn.Module", got=type(model))
+    return model
+
+
+def _resolve(module: str, attribute: str) -> Callable[..., Any]:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where the user's module is, when a console script runs
+    do = f"give module:callable, or one of: {', '.join(sorted(MODELS))}"
+    try:
+        found: object = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise BadOption(f"unknown model: there is no module {module!r}", do=do) from error
+    if not callable(found):
+        got = "nothing of this name" if found is None else type(found)
+        what = f"module {module!r} has no callable {attribute!r}"
+        raise BadOption(what, expected="a callable that returns a model", got=got, do=do)
+    return found

@@ -1,0 +1,46 @@
+"""Models without convolutions, for inputs of any shape."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+
+def logistic(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Multinomial logistic regression.
+
+    Parameters
+    ----------
+    shape
+        Of one input.
+    classes
+        Number of labels.
+    """
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
+
+
+def two_nn(shape: tuple[int, ...], classes: int, width: int = 200) -> nn.Module:
+    """A perceptron with two hidden layers: the 2NN.
+
+    Parameters
+    ----------
+    shape
+        Of one input.
+    classes
+        Number of labels.
+    width
+        Units in each hidden layer.
+
+    Notes
+    -----
+    McMahan et al., Communication-efficient learning of deep networks from decentralized data, 2017.
+    """
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(shape), width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, classes),
+    )

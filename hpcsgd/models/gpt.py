@@ -1,0 +1,82 @@
+"""A small decoder-only transformer."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpcsgd.errors import BadOption
+
+
+def gpt(shape: tuple[int, ...], classes: int, layers: int = 4, heads: int = 4, width: int = 128) -> nn.Module:
+    """A decoder-only transformer: pre-norm, GELU, learned positions, tied embedding and head.
+
+    Parameters
+    ----------
+    shape
+        (context,), the longest input: the data's option ``context``, 64 by default.
+    classes
+        Size of the vocabulary.
+    layers, heads, width
+        Blocks, attention heads in each, and size of an embedding, a multiple of ``heads``.
+
+    Notes
+    -----
+    Radford et al., Language models are unsupervised multitask learners, 2019.
+    """
+    if len(shape) != 1:
+        raise BadOption("gpt takes tokens", expected="inputs of shape (context,)", got=shape)
+    if min(layers, heads, width) < 1 or width % heads:
+        raise BadOption(
+            "gpt's width is divided among its heads",
+            expected="layers, heads and width of at least 1, and a width that is a multiple",
+            got=f"layers={layers}, heads={heads}, width={width}",
+        )
+    return GPT(classes, shape[0], layers, heads, width)
+
+
+class GPT(nn.Module):
+    """Tokens to logits of the next token: (n, t) int64 to (n, t, vocabulary), t up to context."""
+
+    def __init__(self, vocabulary: int, context: int, layers: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        for table in (self.token, self.position):
+            # the head shares the token table: logits of a normal(0, 1) table start far too large
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length, context = tokens.shape[1], self.position.num_embeddings
+        if length > context:
+            what = "the input is longer than the model's context"
+            raise BadOption(what, expected=f"at most {context} tokens", got=length)
+        x = self.token(tokens) + self.position(torch.arange(length, device=tokens.device))
+        return F.linear(self.norm(self.blocks(x)), self.token.weight)
+
+
+class Block(nn.Module):
+    """Causal self-attention, then a perceptron, each added to its input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.project_in, self.project_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.attention_norm(x))
+        return x + cast(Tensor, self.perceptron(self.norm(x)))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Each position's mixture of itself and those before it."""
+        split = self.project_in(x).unflatten(-1, (3, self.heads, -1))
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return cast(Tensor, self.project_out(mixed.transpose(1, 2).flatten(2)))

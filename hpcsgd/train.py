@@ -1,0 +1,393 @@
+"""`hpcsgd train`: a model, a data set and a strategy, from settings to a run folder."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpcsgd import data, models, specs
+from hpcsgd.checkpoint import Checkpoints
+from hpcsgd.display import Display
+from hpcsgd.errors import BadOption
+from hpcsgd.metrics import Counters, Meter, Recorder, Sums, spent
+from hpcsgd.optim import OPTIMIZERS, course
+from hpcsgd.run import Run
+from hpcsgd.settings import Settings, default_model, to_toml
+from hpcsgd.strategies import STRATEGIES
+from hpcsgd.world import World
+
+_VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_EVALUATION_BATCH = 256
+
+
+def train(settings: Settings) -> Path:
+    """Train as the settings say; collective.
+
+    Returns
+    -------
+    Path
+        The run's folder: `config.toml`, `metrics.jsonl`, `checkpoints/`.
+
+    Raises
+    ------
+    HpcsgdError
+        On all ranks alike, for settings that do not fit, missing files, or a checkpoint that does not.
+    """
+    world = World(device=settings.device, timeout=settings.timeout)
+    with world:
+        training = world.together(lambda: Training(settings, world))
+        return training.execute()
+
+
+class Training:
+    """One run on one rank.
+
+    Parameters
+    ----------
+    settings
+        What to do.
+    world
+        The ranks.
+    """
+
+    def __init__(self, settings: Settings, world: World) -> None:
+        self.world = world
+        self.settings = settings
+        self.data = data.load(settings.data)
+        torch.manual_seed(settings.seed)
+        self.model = models.build(settings.model or default_model(settings.data), self.data).to(world.device)
+        self.optimizer = specs.build(
+            OPTIMIZERS,
+            settings.optimizer,
+            "optimizer",
+            params=self.model.parameters(),
+            lr=settings.learning_rate,
+        )
+        self.strategy = specs.build(STRATEGIES, settings.strategy, "strategy")
+        self.loader = data.Loader(
+            self.data.train,
+            settings.batch,
+            world.rank,
+            world.size,
+            settings.alpha,
+            settings.seed,
+            self.data.augment,
+        )
+        self.shard = data.evaluation_shard(len(self.data.test), world.rank, world.size)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.autocast == "float16")
+        self.step = self.epoch = self.batch = 0
+        self.sums = Sums()
+        self.logged = Counters()
+        self.signal: int | None = None
+
+    def execute(self) -> Path:
+        """Train to the end, or to a signal; returns the run's folder."""
+        settings, world = self.settings, self.world
+        self.run = Run(
+            self.model,
+            self.optimizer,
+            self.strategy,
+            comm=world,
+            bucket_mib=settings.bucket_mib,
+            algorithm=settings.algorithm,
+            uneven=settings.uneven,
+        )
+        torch.set_num_threads(settings.threads or world.threads)
+        self._plan()
+        self.folder = Path(world.gather(str(_folder(settings)))[0])
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", world.rank, world.size, world.gather)
+        before = self._resume() if settings.resume else self._begin()
+        world.together(self._open_files)
+        # From here on dropout and the like differ from rank to rank.
+        if not settings.resume:
+            _seed(settings.seed + 1 + world.rank)
+        self.meter = Meter(world, before)
+        with self._signals():
+            self._train()
+        self._finish()
+        return self.folder
+
+    def _plan(self) -> None:
+        counts: list[int] = self.world.gather(len(self.loader))
+        self.batches = max(counts) if self.settings.uneven == "join" else min(counts)
+        self.steps_per_epoch = math.ceil(self.batches / self.settings.accumulate)
+        self.total = math.ceil(self.settings.epochs * self.steps_per_epoch)
+        warmup = round(self.settings.warmup * self.steps_per_epoch)
+        factor = course(self.settings.schedule, warmup, self.total)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.evaluate_every = self._in_steps(self.settings.evaluate_every)
+        self.checkpoint_every = self._in_steps(self.settings.checkpoint_every)
+        self.next_vote = 0
+
+    def _in_steps(self, epochs: float) -> int:
+        return max(1, round(epochs * self.steps_per_epoch)) if epochs else self.total + 1
+
+    def _begin(self) -> Counters:
+        self.world.together(self._make_folder)
+        return Counters()
+
+    def _make_folder(self) -> None:
+        if self.world.rank != 0:
+            return
+        try:
+            self.folder.mkdir(parents=True)
+        except FileExistsError:
+            raise BadOption(
+                f"{self.folder} exists",
+                do=f"choose another --name, or go on with it: --resume {self.folder}",
+            ) from None
+        about = {"ranks": self.world.size, "nodes": self.world.nodes}
+        named = replace(self.settings, out=str(self.folder.parent), name=self.folder.name)
+        (self.folder / "config.toml").write_text(to_toml(named, about))
+
+    def _resume(self) -> Counters:
+        state, _ = self.checkpoints.load()
+        self.run.load_state_dict(state["run"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        self.sums, self.logged = Sums(**state["sums"]), Counters(**state["logged"])
+        self.world.together(self._seek)
+        _restore_generators(state["generators"])
+        return Counters(**state["spent"])
+
+    def _seek(self) -> None:
+        self.loader.load_state_dict({"epoch": self.epoch, "batch": self.batch})
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "run": self.run.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "sums": asdict(self.sums),
+            "logged": asdict(self.logged),
+            "generators": _generators(),
+            "spent": asdict(self.meter.read()),
+        }
+
+    def _open_files(self) -> None:
+        self.recorder: Recorder | None = None
+        self.display = Display("off", self.total, self.step, self.settings.epochs)
+        if self.world.rank == 0:
+            self.recorder = Recorder(self.folder, self.step)
+            self.display = Display(self.settings.progress, self.total, self.step, self.settings.epochs)
+            self.display.say(self._headline())
+
+    def _headline(self) -> str:
+        world, count = self.world, sum(p.numel() for p in self.model.parameters())
+        nodes = f"{world.nodes} node{'s' if world.nodes > 1 else ''}"
+        start = f", from step {self.step}" if self.step else ""
+        return (
+            f"{self.settings.data}, {type(self.model).__name__} of {count:,} parameters, "
+            f"{self.settings.strategy} over {world.size} ranks on {nodes}, {world.device.type}, "
+            f"{torch.get_num_threads()} threads a rank; {self.total} steps{start}; {self.folder}"
+        )
+
+    def _train(self) -> None:
+        while self.step < self.total and self.signal is None:
+            with _closing(self.run.batches(self.loader)) as batches:
+                for x, y in batches:
+                    self._one_batch(x, y)
+                    if self.step >= self.total or self.signal is not None:
+                        break
+
+    def _one_batch(self, x: Tensor, y: Tensor) -> None:
+        passes = self.settings.accumulate
+        first = self.batch - self.batch % passes
+        size = min(passes, self.batches - first)
+        self.batch += 1
+        last = self.batch == first + size
+        with nullcontext() if last else self.run.accumulate():
+            self._backward(x.to(self.world.device), y.to(self.world.device), size)
+        if not last:
+            return
+        self._update()
+        if self.batch == self.batches:
+            self.epoch, self.batch = self.epoch + 1, 0
+        self.step += 1
+        self._after_step()
+
+    def _backward(self, x: Tensor, y: Tensor, passes: int) -> None:
+        if self.batch % self.settings.accumulate == 1 % self.settings.accumulate:
+            self.optimizer.zero_grad()
+        loss, sums = self._loss(x, y)
+        self.scaler.scale(loss / passes).backward()  # type: ignore[no-untyped-call]
+        if self.run.weight:
+            self.sums = self.sums + sums
+
+    def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Sums]:
+        with self._autocast():
+            logits = self.model(x)
+            logits, targets = logits.reshape(-1, logits.shape[-1]), y.reshape(-1)
+            loss = F.cross_entropy(logits, targets)
+        hits = int((logits.argmax(1) == targets).sum())
+        return loss, Sums(float(loss.detach()) * len(targets), hits, len(targets), len(x))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = _DTYPES.get(self.settings.autocast)
+        return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
+
+    def _update(self) -> None:
+        if self.settings.clip is not None:
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(self.run)  # type: ignore[arg-type]
+            self.run.synchronize()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.scaler.step(self.run)  # type: ignore[arg-type]
+        self.scaler.update()
+        self.schedule.step()
+
+    def _after_step(self) -> None:
+        ended = self.step == self.total
+        logging = self.step % self.settings.log_every == 0 or ended
+        if logging or self.step >= self.next_vote:
+            self._exchange(logging)
+        if ended or self.step % self.evaluate_every == 0:
+            with self.meter.paused():
+                self._evaluate()
+        if ended or self.signal is not None or self.step % self.checkpoint_every == 0:
+            with self.meter.paused():
+                self.checkpoints.save(self.step, self._state(), {"settings": asdict(self.settings)})
+
+    def _exchange(self, logging: bool) -> None:
+        """Tell each other signals, and what is to be logged."""
+        counters = self.meter.read()
+        told = self.world.gather((self._caught, counters, self.sums), "the exchange of metrics")
+        self.signal = next((caught for caught, _, _ in told if caught is not None), None)
+        longest = max(counters.seconds for _, counters, _ in told) / self.step
+        self.next_vote = self.step + max(1, round(_VOTE_EVERY / longest))
+        if logging:
+            total = sum((sums for _, _, sums in told), Sums())
+            self._log([counters for _, counters, _ in told], total)
+            self.sums, self.logged = Sums(), counters
+
+    def _log(self, counters: list[Counters], total: Sums) -> None:
+        seconds = counters[0].seconds - self.logged.seconds
+        record = {
+            "event": "train",
+            **self._where(counters),
+            "loss": total.mean_loss,
+            "accuracy": total.accuracy,
+            "samples_per_second": round(total.samples / seconds, 1),
+            "learning_rate": self.schedule.get_last_lr()[0],
+            **spent(counters),
+        }
+        if self.recorder is not None:
+            self.recorder.write(record)
+        self.display.train(record)
+
+    def _where(self, counters: list[Counters]) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 6),
+            "time": round(counters[0].seconds, 6),
+        }
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Loss and accuracy of the consensus model, each test sample counted once."""
+        counters: list[Counters] = self.world.gather(self.meter.read())
+        distance = self.run.consensus_distance()
+        self.model.eval()
+        with self.run.averaged():
+            sums = Sums()
+            for indices in torch.split(self.shard, _EVALUATION_BATCH):
+                x, y = self.data.test.batch(indices)
+                sums = sums + self._loss(x.to(self.world.device), y.to(self.world.device))[1]
+        self.model.train()
+        total = sum(self.world.gather(sums), Sums())
+        record = {
+            "event": "test",
+            **self._where(counters),
+            "loss": total.mean_loss,
+            "accuracy": total.accuracy,
+            "consensus_distance": distance,
+            **spent(counters),
+        }
+        if self.recorder is not None:
+            self.recorder.write(record)
+        self.display.test(record)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGTERM and SIGUSR1; the ranks agree on the step at which they heed them."""
+        self._caught: int | None = None
+
+        def note(number: int, _: object) -> None:
+            self._caught = number
+
+        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _finish(self) -> None:
+        if self.signal is not None and self.step < self.total:
+            name = signal.Signals(self.signal).name
+            self.display.say(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
+        else:
+            self.display.say(f"done; hpcsgd report {self.folder}")
+        self.display.close()
+        if self.recorder is not None:
+            self.recorder.close()
+        self.run.close()
+
+
+def _folder(settings: Settings) -> Path:
+    if settings.resume:
+        return Path(settings.resume)
+    strategy = specs.parse(settings.strategy)[0]
+    return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy}")
+
+
+@contextmanager
+def _closing(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    try:
+        yield batches
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - for models of the user's own that draw from it
+    torch.manual_seed(seed)
+
+
+def _generators() -> dict[str, Any]:
+    kind, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [kind, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest],
+    }
+
+
+def _restore_generators(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, numbers, gauss = state["python"]
+    random.setstate((kind, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
