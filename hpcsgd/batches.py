@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import warnings
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
+
+from torch.utils.data import DataLoader
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.base import Setting
@@ -28,6 +32,7 @@ def in_step(loader: Iterable[Batch], setting: Setting, uneven: str) -> Iterator[
         "join": a rank that has run out repeats its last batch with weight 0, so that the user's loop,
         schedulers and counters go on alike on all ranks. "stop": all end with the first.
     """
+    _warn_of_forks(loader)
     join = uneven == "join"
     size = len(loader) if isinstance(loader, Sized) else None
     repeatable = hasattr(loader, "filler")
@@ -53,6 +58,21 @@ def in_step(loader: Iterable[Batch], setting: Setting, uneven: str) -> Iterator[
             yield last  # type: ignore[misc]
     finally:
         setting.begin_step()
+
+
+def _warn_of_forks(loader: object) -> None:
+    if (
+        isinstance(loader, DataLoader)
+        and loader.num_workers > 0
+        and loader.multiprocessing_context is None
+        and multiprocessing.get_start_method() == "fork"
+    ):
+        warnings.warn(
+            "this DataLoader forks its workers after MPI has started, which can crash or hang: give it "
+            "multiprocessing_context='forkserver'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _from_lengths(

@@ -226,7 +226,7 @@ class Checkpoints:
     def _offer(self, steps: list[int]) -> str:
         for step in steps:
             if not self._read(step)[1]:
-                return f"step {step} is whole: resume from it with load({step})"
+                return f"step {step} is whole: resume from {self._path(step)}"
         return "no other checkpoint is whole: start a new run"
 
 

@@ -27,7 +27,8 @@ class _WithRegistries(click.Command):
         from hpcsgd import data, models, specs, strategies
         from hpcsgd.optim import OPTIMIZERS
 
-        hidden = ("params", "lr", "shape", "classes")
+        given = ("params", "lr", "shape", "classes")
+        rare = ("foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
         registries: dict[str, Any] = {
             "Data sets (--data)": data.DATASETS,
             "Models (--model), or module:callable of your own": models.MODELS,
@@ -37,7 +38,7 @@ class _WithRegistries(click.Command):
         for title, registry in registries.items():
             rows = [
                 (f"{name}:{options}" if options else name, summary)
-                for name, options, summary in specs.describe(registry, hidden)
+                for name, options, summary in specs.describe(registry, given + rare)
             ]
             with formatter.section(title):
                 formatter.write_dl(rows, col_max=40)
@@ -81,20 +82,15 @@ def main() -> None:
         _leave(130, lambda: click.echo("interrupted", err=True))
     except HpcsgdError as error:
         text = str(error)
-        _fail(error, lambda: click.echo(f"hpcsgd: {text}", err=True))
+        if _mpi_is_up() and not error.everywhere:
+            raise  # the others may be inside a collective: what ends this rank must end them too
+        _leave(2, lambda: click.echo(f"hpcsgd: {text}", err=True))
     else:
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: HpcsgdError, show: Callable[[], None]) -> None:
-    if _mpi_is_up():
-        # Others may be inside a collective: what ends this rank must end them too.
-        sys.excepthook(type(error), error, error.__traceback__)
-    _leave(2, show)
-
-
 def _leave(code: int, show: Callable[[], None]) -> None:
-    """Exit; all ranks of a job fail alike before MPI is up, and one of them is enough to say it."""
+    """Exit; all ranks of a job are here for the same reason, and one of them is enough to say it."""
     if launcher.rank() == 0:
         show()
     sys.exit(code)

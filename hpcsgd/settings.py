@@ -90,6 +90,11 @@ class Settings:
     algorithm: str = option(
         "auto", "All-reduce algorithm.", choices=("auto", "library", "ring", "node", "two-level")
     )
+    buffers: str = option(
+        "broadcast",
+        "Buffers (BatchNorm's statistics) at evaluation: those of rank 0, the mean, or each its own.",
+        choices=("broadcast", "average", "local"),
+    )
     evaluate_every: float = option(1.0, "Time between evaluations; 0: only at the end.", "epochs", low=0.0)
     log_every: int = option(10, "Time between lines of metrics.", "steps", low=1)
     checkpoint_every: float = option(
@@ -97,7 +102,9 @@ class Settings:
     )
     out: str = option("runs", "Folder in which the run's folder is made.")
     name: str = option("", "Name of the run's folder; empty: time stamp and strategy.")
-    resume: str = option("", "Folder of a run to go on with; empty: start a new one.")
+    resume: str = option(
+        "", "Folder of a run, or of one of its checkpoints, to go on with; empty: start a new one."
+    )
     device: str = option("auto", "Where tensors live.", choices=("auto", "cpu", "cuda"))
     autocast: str = option(
         "off", "Reduced precision in the forward pass.", choices=("off", "bfloat16", "float16")
@@ -133,6 +140,12 @@ def default_model(data: str) -> str:
     if name not in _DEFAULT_MODELS:
         raise BadOption(f"data set {name!r} has no default model", do="set option 'model'")
     return _DEFAULT_MODELS[name]
+
+
+def run_folder(resume: str) -> Path:
+    """The run's folder where `resume` names that, or one of its checkpoints."""
+    path = Path(resume)
+    return path.parents[1] if path.parent.name == "checkpoints" else path
 
 
 def validate(settings: Settings) -> Settings:
@@ -205,7 +218,7 @@ def click_options(function: Callable[..., R]) -> Callable[..., R]:
         given = {name: values.pop(name) for name in FIELDS}
         read = {name: _number(name, text) for name, text in given.items() if text is not None}
         if not config and read.get("resume"):
-            config = str(Path(str(read["resume"])) / "config.toml")
+            config = str(run_folder(str(read["resume"])) / "config.toml")
         settings = merge(from_toml(config) if config else {}, read)
         return function(*args, settings=settings, **values)
 

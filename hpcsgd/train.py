@@ -24,7 +24,7 @@ from hpcsgd.errors import BadOption
 from hpcsgd.metrics import Counters, Meter, Recorder, Sums, spent
 from hpcsgd.optim import OPTIMIZERS, course
 from hpcsgd.run import Run
-from hpcsgd.settings import Settings, default_model, to_toml
+from hpcsgd.settings import Settings, default_model, run_folder, to_toml
 from hpcsgd.strategies import STRATEGIES
 from hpcsgd.world import World
 
@@ -103,6 +103,7 @@ class Training:
             comm=world,
             bucket_mib=settings.bucket_mib,
             algorithm=settings.algorithm,
+            buffers=settings.buffers,
             uneven=settings.uneven,
         )
         torch.set_num_threads(settings.threads or world.threads)
@@ -154,7 +155,9 @@ class Training:
         (self.folder / "config.toml").write_text(to_toml(named, about))
 
     def _resume(self) -> Counters:
-        state, _ = self.checkpoints.load()
+        name = Path(self.settings.resume).name
+        step = int(name.removeprefix("step-")) if name.startswith("step-") else None
+        state, _ = self.checkpoints.load(step)
         self.run.load_state_dict(state["run"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
@@ -353,7 +356,7 @@ class Training:
 
 def _folder(settings: Settings) -> Path:
     if settings.resume:
-        return Path(settings.resume)
+        return run_folder(settings.resume)
     strategy = specs.parse(settings.strategy)[0]
     return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy}")
 

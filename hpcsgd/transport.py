@@ -71,9 +71,19 @@ class Transport:
         """Reduce in place by the library's own all-reduce; `op` is the name of an MPI operation."""
         from mpi4py import MPI
 
-        self._traffic.sent += 2 * (self.size - 1) * int(buffer.nbytes) // self.size
+        self._count_allreduce(buffer)
         request = self.comm.Iallreduce(MPI.IN_PLACE, buffer, getattr(MPI, op))
         self.wait(request, what)
+
+    def allreduce_on_device(self, tensor: Buffer) -> None:
+        """Sum a device tensor in place by one blocking call."""
+        from mpi4py import MPI
+
+        self._count_allreduce(tensor)
+        self.comm.Allreduce(MPI.IN_PLACE, tensor)
+
+    def _count_allreduce(self, buffer: Buffer) -> None:
+        self._traffic.sent += 2 * (self.size - 1) * int(buffer.nbytes) // self.size
 
     def broadcast(self, buffer: Buffer, root: int, what: str) -> None:
         """Overwrite the buffer with that of `root`."""

@@ -71,16 +71,18 @@ class World:
             _check_launcher(MPI)
             comm = MPI.COMM_WORLD
         self._communicators: list[Any] = []
-        private = self._keep(comm.Dup())
-        private.Set_errhandler(MPI.ERRORS_RETURN)
-        self.rank: int = private.rank
-        self.size: int = private.size
+        self.rank: int = comm.rank
+        self.size: int = comm.size
         self.host = socket.gethostname()
         self.timeout = timeout if timeout is not None else timeout_from_environment()
         self.status = Status()
         self.traffic = Traffic()
         self.waiter = Waiter(self.rank, self.timeout)
-        mail = Mail(self._keep(comm.Dup()), self.status)
+        # The first meeting of all ranks, so the one that must not wait for ever.
+        private, meeting = comm.Idup()
+        self.waiter.until(meeting.Test, "the start of hpcsgd.World, which all ranks must reach")
+        self._keep(private).Set_errhandler(MPI.ERRORS_RETURN)
+        mail = Mail(self._keep(private.Dup()), self.status)
         self.waiter.look_around = mail.poll
         self.waiter.ask_others = mail.ask_all
         threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
@@ -102,6 +104,9 @@ class World:
         self._share_cores()
         self._set_up_barrier()
         self.device = _device(device, self.local_rank)
+        #: MPI may be given device memory: `HPCSGD_CUDA_AWARE=1`. It is never guessed, for an MPI that
+        #: cannot reads it as host memory and crashes.
+        self.cuda_aware = os.environ.get("HPCSGD_CUDA_AWARE", "0") == "1"
         self._closed = False
         _open_worlds.add(self)
         if self.size > 1:
@@ -228,7 +233,7 @@ class World:
                 errors[failed[0]],
                 rank=None if len(failed) == self.size else failed,
                 everywhere=True,
-            ) from error
+            ) from (None if isinstance(error, HpcsgdError) else error)
         return result
 
     def agree(self, fields: Mapping[str, object]) -> None:

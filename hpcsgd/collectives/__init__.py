@@ -6,7 +6,7 @@ order, by the communication thread. Results are bit-identical on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from hpcsgd.collectives import library, node, ring, two_level
@@ -66,12 +66,14 @@ def iallreduce(target: Target, scale: float | None = None, algorithm: str = "aut
     BadOption
         For an algorithm that does not exist, or that the layout of the ranks does not allow.
     """
-    return _submit(*_allreduce_job(target, scale, algorithm))
+    job, direct = _allreduce_job(target, scale, algorithm)
+    return _submit(target, "all-reduce", job, direct)
 
 
 def allreduce(target: Target, scale: float | None = None, algorithm: str = "auto") -> None:
     """`iallreduce`, and wait for it."""
-    _run(*_allreduce_job(target, scale, algorithm))
+    job, direct = _allreduce_job(target, scale, algorithm)
+    _run(target, "all-reduce", job, direct)
 
 
 def ibroadcast(target: Target, root: int = 0) -> Work:
@@ -117,7 +119,7 @@ def choose(bucket: Bucket) -> str:
     return "two-level" if bucket.rows else "ring"
 
 
-def _allreduce_job(target: Target, scale: float | None, name: str) -> tuple[Target, str, Job]:
+def _allreduce_job(target: Target, scale: float | None, name: str) -> tuple[Job, Job | None]:
     world = target.world
     factor = 1.0 / world.size if scale is None else scale
     if name not in ("auto", *ALGORITHMS):
@@ -132,7 +134,12 @@ def _allreduce_job(target: Target, scale: float | None, name: str) -> tuple[Targ
         else:
             ALGORITHMS[choose(bucket) if name == "auto" else name](bucket, what, factor)
 
-    return target, "all-reduce", job
+    def direct(bucket: Bucket, what: str) -> None:
+        library.allreduce_on_device(bucket, factor)
+
+    # MPI has no half precision: those go through the host, whatever MPI is given.
+    wide = all(bucket.flat.element_size() >= 4 for bucket in _buckets(target))
+    return job, direct if wide else None
 
 
 def _check_layout(world: World, name: str, buckets: list[Bucket]) -> None:
@@ -197,16 +204,23 @@ def _buckets(target: Target) -> list[Bucket]:
     return [target] if isinstance(target, Bucket) else target.buckets
 
 
-def _submit(target: Target, name: str, job: Job) -> Work:
-    work = None
-    for bucket in _buckets(target):
-        what = f"{name} of {bucket} at step {target.world.status.step}"
-        work = target.world.progress.submit(what, staged(bucket, partial(job, bucket, what)))
+def _submit(target: Target, name: str, job: Job, direct: Job | None = None) -> Work:
+    progress, work = target.world.progress, None
+    for what, run in _jobs(target, name, job, direct):
+        work = progress.submit(what, run)
     # Jobs are done in order, and none after a failed one: the last stands for all.
-    return work or target.world.progress.submit(f"{name} of an empty group", lambda: None)
+    return work or progress.submit(f"{name} of an empty group", lambda: None)
 
 
-def _run(target: Target, name: str, job: Job) -> None:
+def _run(target: Target, name: str, job: Job, direct: Job | None = None) -> None:
+    for what, run in _jobs(target, name, job, direct):
+        target.world.progress.run(what, run)
+
+
+def _jobs(
+    target: Target, name: str, job: Job, direct: Job | None
+) -> Iterator[tuple[str, Callable[[], None]]]:
     for bucket in _buckets(target):
         what = f"{name} of {bucket} at step {target.world.status.step}"
-        target.world.progress.run(what, staged(bucket, partial(job, bucket, what)))
+        on_device = partial(direct, bucket, what) if direct else None
+        yield what, staged(bucket, partial(job, bucket, what), on_device)

@@ -20,6 +20,15 @@ def allreduce(bucket: Bucket, what: str, scale: float) -> None:
             data.mul_(scale)
 
 
+def allreduce_on_device(bucket: Bucket, scale: float) -> None:
+    """Sum the device's memory by a CUDA-aware `MPI_Allreduce`.
+
+    The blocking call: the non-blocking ones crash on device memory in several MPIs (mpi4py #164).
+    """
+    bucket.world.all.allreduce_on_device(bucket.flat)
+    bucket.flat.mul_(scale)
+
+
 def broadcast(bucket: Bucket, what: str, root: int) -> None:
     """Overwrite with the bucket of `root` by `MPI_Bcast`."""
     bucket.world.all.broadcast(bucket.host.view(torch.uint8).numpy(), root, what)

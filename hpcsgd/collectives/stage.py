@@ -13,12 +13,19 @@ from hpcsgd.tensors import Bucket
 Job = Callable[[], None]
 
 
-def staged(bucket: Bucket, job: Job) -> Job:
+def staged(bucket: Bucket, job: Job, direct: Job | None = None) -> Job:
     """The job, preceded by the copy to the host and followed by the copy back where there is one.
 
     On a GPU the copies run on a stream of the communication thread, after everything that the caller's
     current stream has queued so far; the job is over when the result is in the device's memory, so
     whatever the caller queues after `wait()` sees it.
+
+    Parameters
+    ----------
+    job
+        Works on `bucket.host`.
+    direct
+        Does the same on `bucket.flat`, for an MPI that takes device memory; default: there is none.
     """
     if bucket.flat is bucket.host:
         return job
@@ -29,10 +36,14 @@ def staged(bucket: Bucket, job: Job) -> Job:
         with _side_stream(device) as stream:
             if produced is not None:
                 produced.wait(stream)
-            bucket.host.copy_(bucket.flat, non_blocking=True)
-            _finish(stream)
-            job()
-            bucket.flat.copy_(bucket.host, non_blocking=True)
+            if direct is not None and bucket.world.cuda_aware:
+                _finish(stream)
+                direct()
+            else:
+                bucket.host.copy_(bucket.flat, non_blocking=True)
+                _finish(stream)
+                job()
+                bucket.flat.copy_(bucket.host, non_blocking=True)
             _finish(stream)
 
     return run
