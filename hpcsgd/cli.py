@@ -1,4 +1,4 @@
-"""The command line: `hpcsgd train | report | bench`."""
+"""The command line: `hpcsgd train`, `report` and `bench`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,43 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     console.print(table([load(run) for run in runs]))
     for path in write(runs, out):
         click.echo(path)
+
+
+@cli.group()
+def bench() -> None:
+    """Measure hpcsgd beside the alternatives and the limit, in one run."""
+
+
+_CSV = click.option("--csv", metavar="FILE", help="Write the figures here too.")
+
+
+@bench.command()
+@click.option("--sizes", default="4,256,4096,65536", show_default=True, help="KiB of float32, with commas.")
+@click.option("--repeats", default=10, show_default=True, help="Rounds; medians are shown.")
+@click.option("--algorithm", default="auto", show_default=True, help="As for train.")
+@click.option("--link-mbit", type=float, help="Rate of each host's link in Mbit/s, for the limit.")
+@_CSV
+def allreduce(sizes: str, repeats: int, algorithm: str, link_mbit: float | None, csv: str | None) -> None:
+    """The mean of float32 buffers: hpcsgd, MPI, gloo, and memory copy or link."""
+    from hpcsgd.bench.allreduce import main as measure
+
+    try:
+        kib = [float(size) for size in sizes.split(",")]
+    except ValueError:
+        raise click.BadParameter("numbers of KiB with commas between them", param_hint="--sizes") from None
+    measure([int(1024 * size) for size in kib], repeats, csv, algorithm, link_mbit)
+
+
+@bench.command()
+@click.option("--models", default="resnet18,gpt", show_default=True, help="Models, with commas.")
+@click.option("--batch", default=16, show_default=True, help="Samples per rank.")
+@click.option("--repeats", default=10, show_default=True, help="Blocks of steps; medians are shown.")
+@_CSV
+def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
+    """Training steps: hpcsgd, DDP over gloo, and no communication at all."""
+    from hpcsgd.bench.step import main as measure
+
+    measure(models=models.split(","), batch=batch, repeats=repeats, csv=csv)
 
 
 def main() -> None:

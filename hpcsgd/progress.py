@@ -53,8 +53,10 @@ class Work:
     def _finish(self, timeout: float | None) -> None:
         if not self._done.is_set():
             started = time.perf_counter()
-            self._progress.waiter.event(self._done, lambda: self.what, timeout)
-            self._progress.wait_seconds += time.perf_counter() - started
+            try:
+                self._progress.waiter.event(self._done, lambda: self.what, timeout)
+            finally:
+                self._progress.wait_seconds += time.perf_counter() - started
 
     def _run(self) -> None:
         job, self._job = self._job, None

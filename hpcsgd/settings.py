@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -142,10 +143,13 @@ def default_model(data: str) -> str:
     return _DEFAULT_MODELS[name]
 
 
-def run_folder(resume: str) -> Path:
-    """The run's folder where `resume` names that, or one of its checkpoints."""
+def resumed(resume: str) -> tuple[Path, int | None]:
+    """The run's folder, and the step where `resume` names one of its checkpoints."""
     path = Path(resume)
-    return path.parents[1] if path.parent.name == "checkpoints" else path
+    step = re.fullmatch(r"step-(\d+)", path.name)
+    if step and path.parent.name == "checkpoints":
+        return path.parents[1], int(step[1])
+    return path, None
 
 
 def validate(settings: Settings) -> Settings:
@@ -218,7 +222,7 @@ def click_options(function: Callable[..., R]) -> Callable[..., R]:
         given = {name: values.pop(name) for name in FIELDS}
         read = {name: _number(name, text) for name, text in given.items() if text is not None}
         if not config and read.get("resume"):
-            config = str(run_folder(str(read["resume"])) / "config.toml")
+            config = str(resumed(str(read["resume"]))[0] / "config.toml")
         settings = merge(from_toml(config) if config else {}, read)
         return function(*args, settings=settings, **values)
 

@@ -7,7 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hpcsgd.errors import BadOption
 from hpcsgd.metrics import Counters, Meter, Recorder, Sums, spent
 from hpcsgd.optim import OPTIMIZERS, course
 from hpcsgd.run import Run
-from hpcsgd.settings import Settings, default_model, run_folder, to_toml
+from hpcsgd.settings import Settings, default_model, resumed, to_toml
 from hpcsgd.strategies import STRATEGIES
 from hpcsgd.world import World
 
@@ -116,9 +116,9 @@ class Training:
         if not settings.resume:
             _seed(settings.seed + 1 + world.rank)
         self.meter = Meter(world, before)
-        with self._signals():
+        with self._signals(), closing(self.display):
             self._train()
-        self._finish()
+            self._finish()
         return self.folder
 
     def _plan(self) -> None:
@@ -155,10 +155,9 @@ class Training:
         (self.folder / "config.toml").write_text(to_toml(named, about))
 
     def _resume(self) -> Counters:
-        name = Path(self.settings.resume).name
-        step = int(name.removeprefix("step-")) if name.startswith("step-") else None
-        state, _ = self.checkpoints.load(step)
-        self.run.load_state_dict(state["run"])
+        state, _ = self.checkpoints.load(resumed(self.settings.resume)[1])
+        # All ranks alike fail to put it into a model or an optimizer of another kind.
+        self.world.together(lambda: self.run.load_state_dict(state["run"]))
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
@@ -348,7 +347,6 @@ class Training:
             self.display.say(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
         else:
             self.display.say(f"done; hpcsgd report {self.folder}")
-        self.display.close()
         if self.recorder is not None:
             self.recorder.close()
         self.run.close()
@@ -356,7 +354,7 @@ class Training:
 
 def _folder(settings: Settings) -> Path:
     if settings.resume:
-        return run_folder(settings.resume)
+        return resumed(settings.resume)[0]
     strategy = specs.parse(settings.strategy)[0]
     return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy}")
 

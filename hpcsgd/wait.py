@@ -23,7 +23,7 @@ def timeout_from_environment() -> float:
         seconds = float(text) if text else DEFAULT_TIMEOUT
     except ValueError:
         seconds = 0.0
-    if seconds <= 0:
+    if not 0 < seconds < threading.TIMEOUT_MAX / 2:
         raise BadOption(
             "HPCSGD_TIMEOUT is not a time",
             expected="seconds, above 0",

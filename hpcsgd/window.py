@@ -54,7 +54,7 @@ class Windows:
 
         Collective over the node; all of its ranks get a window or none does.
         """
-        self._free_garbage()
+        self.free_garbage()
         size = max(_PAGE, -(-nbytes // _PAGE) * _PAGE)
         sizes = self._node.gather_objects(size, "the allocation of a shared window")
         size = max(sizes)
@@ -82,7 +82,8 @@ class Windows:
         except MPI.Exception as error:
             return None, str(error)
 
-    def _free_garbage(self) -> None:
+    def free_garbage(self) -> None:
+        """Free the windows that no rank looks into any more; collective over the node."""
         dead = [memory() is None for _, memory in self._open]
         everywhere = self._node.gather_objects(dead, "the release of shared windows")
         kept = []

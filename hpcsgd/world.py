@@ -146,11 +146,16 @@ class World:
         self.flags: np.ndarray | None = None
         if self.local_size == 1:
             return
-        from hpcsgd.kernels import barrier
+        from hpcsgd.kernels import barrier, reduce
 
         window = self.window(barrier.flags_size(self.local_size))
         if window is not None:
             self.flags = window.rows[0].view(np.int32)
+            # One rank compiles, the others then find the result in the cache.
+            for turn in (self.local_rank == 0, self.local_rank != 0):
+                if turn:
+                    reduce.warm_up()
+                self.node_transport.barrier("the compilation of kernels")
 
     def _share_cores(self) -> None:
         """How many threads this rank may compute with, given who else runs on its cores."""
@@ -272,6 +277,7 @@ class World:
         self.control.barrier("the end of the world")
         self.waiter.look_around()
         self.flags = None
+        self._windows.free_garbage()
         for comm in reversed(self._communicators):
             comm.Free()
 

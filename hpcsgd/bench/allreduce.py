@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from hpcsgd import collectives
 from hpcsgd.bench import output, peers
+from hpcsgd.bench.methods import COPIED, COPY, GLOO, MPI, OURS, Buffers, check, methods
 from hpcsgd.bench.timing import Contender, check_positive, interleave
-from hpcsgd.errors import HpcsgdError
-from hpcsgd.tensors import TensorGroup
 from hpcsgd.world import World
 
 SIZES = (4 * 2**10, 256 * 2**10, 4 * 2**20, 64 * 2**20)
-OURS, COPIED, MPI, GLOO, COPY = "hpcsgd", "hpcsgd with copy", "MPI", "gloo", "memory copy"
 #: Calls that are timed as one: one call of a small buffer ends before the ranks have all begun it.
 _BYTES_AT_A_TIME, _MOST_CALLS = 2**20, 64
 
@@ -69,28 +63,10 @@ def main(
                 output.write_csv(path, _rows(world, seconds))
 
 
-@dataclass
-class Buffers:
-    """What one method averages.
-
-    Attributes
-    ----------
-    written, results
-        Where each rank writes its values, and where their mean appears.
-    run
-        Averages them all.
-    """
-
-    name: str
-    written: list[Tensor]
-    results: list[Tensor]
-    run: Callable[[], None]
-
-
 def _measure(world: World, size: int, repeats: int, algorithm: str) -> dict[str, np.ndarray]:
-    from mpi4py import MPI as mpi
+    from mpi4py.MPI import COMM_WORLD
 
-    comm = mpi.COMM_WORLD.Dup()
+    comm = COMM_WORLD.Dup()
     numel = size // 4
     calls = max(1, min(_MOST_CALLS, _BYTES_AT_A_TIME // size))
     values = torch.arange(numel, dtype=torch.float32).remainder_(251)
@@ -100,60 +76,16 @@ def _measure(world: World, size: int, repeats: int, algorithm: str) -> dict[str,
             torch.add(values, world.rank, out=tensor)
 
     with peers.gloo(world):
-        methods = list(_methods(world, comm, numel, calls, algorithm))
-        for method in methods:
+        compared = list(methods(world, comm, numel, calls, algorithm))
+        for method in compared:
             fresh(method)
             method.run()
             if method.name != COPY:
-                _check(world, method, values)
-        contenders = [Contender(m.name, partial(fresh, m), m.run, calls) for m in methods]
+                check(world, method, values)
+        contenders = [Contender(m.name, partial(fresh, m), m.run, calls) for m in compared]
         seconds = interleave(comm, contenders, repeats)
     comm.Free()
     return seconds
-
-
-def _methods(
-    world: World, comm: Any, numel: int, calls: int, algorithm: str
-) -> Iterator[Buffers]:
-    named = [(f"buffer {i}", torch.empty(numel)) for i in range(calls)]
-    group = TensorGroup(world, named, 4 * numel / 2**20)
-    in_place = list(group.views.values())
-    private, copies = ([torch.empty(numel) for _ in range(calls)] for _ in range(2))
-
-    def ours() -> None:
-        for bucket in group:
-            collectives.allreduce(bucket, algorithm=algorithm)
-
-    def ours_with_copy() -> None:
-        works = []
-        for bucket, gradient in zip(group, private, strict=True):
-            bucket.views[0].copy_(gradient)
-            works.append(collectives.iallreduce(bucket, algorithm=algorithm))
-        for work in works:
-            work.wait()
-
-    def by(average: Callable[[Tensor], None]) -> Callable[[], None]:
-        return lambda: [average(flat) for flat in private] and None
-
-    def copy() -> None:
-        for source, target in zip(private, copies, strict=True):
-            np.copyto(target.numpy(), source.numpy())
-
-    yield Buffers(OURS, in_place, in_place, ours)
-    yield Buffers(COPIED, private, in_place, ours_with_copy)
-    yield Buffers(MPI, private, private, by(partial(peers.mpi_mean, comm)))
-    yield Buffers(GLOO, private, private, by(peers.gloo_mean))
-    if world.nodes == 1:
-        yield Buffers(COPY, private, copies, copy)
-
-
-def _check(world: World, method: Buffers, values: Tensor) -> None:
-    expected = values + (world.size - 1) / 2
-    right = all(torch.allclose(result, expected, rtol=1e-6) for result in method.results)
-    wrong = [r for r, good in enumerate(world.gather(right, "the check of a mean")) if not good]
-    if wrong:
-        what = f"the result of {method.name} for {4 * values.numel()} bytes is not the mean"
-        raise HpcsgdError(what, rank=wrong, everywhere=True)
 
 
 def _limit(world: World, size: int, times: dict[str, float], link_mbit: float | None) -> float:
@@ -190,8 +122,8 @@ def _rows(world: World, seconds: dict[int, dict[str, np.ndarray]]) -> list[outpu
     facts = output.facts(world)
     return [
         {"bytes": size, "method": name, **output.milliseconds(samples), **facts}
-        for size, methods in seconds.items()
-        for name, samples in methods.items()
+        for size, times in seconds.items()
+        for name, samples in times.items()
     ]
 
 

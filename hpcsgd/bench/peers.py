@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.world import World
@@ -63,14 +64,14 @@ def gloo(world: World) -> Iterator[None]:
             os.environ[_INTERFACE] = before
 
 
-def _store(world: World, address: str, deadline: timedelta) -> dist.TCPStore:
+def _store(world: World, address: str, deadline: timedelta) -> TCPStore:
     """The meeting point, at rank 0 on a port that is free there."""
     if world.rank == 0:
-        store = dist.TCPStore(address, 0, None, True, deadline, wait_for_workers=False)
+        store = TCPStore(address, 0, None, True, deadline, wait_for_workers=False)
         world.gather((address, store.port), "the address of gloo's store")
         return store
     host, port = world.gather(None, "the address of gloo's store")[0]
-    return dist.TCPStore(host, port, None, False, deadline)
+    return TCPStore(host, port, None, False, deadline)
 
 
 def _interface(world: World) -> tuple[str, str]:

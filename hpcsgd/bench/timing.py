@@ -1,4 +1,4 @@
-"""Times of several contenders, taken in turns, so that whatever disturbs the machine disturbs all."""
+"""Times of several contenders, taken in turns: what disturbs the machine disturbs them all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def interleave(comm: Any, contenders: Sequence[Contender], rounds: int) -> dict[
     Parameters
     ----------
     comm
-        An mpi4py communicator of the ranks; not used by any contender.
+        An mpi4py communicator of the ranks, with nothing in flight.
     contenders
         The same on every rank.
     rounds
@@ -50,7 +50,7 @@ def interleave(comm: Any, contenders: Sequence[Contender], rounds: int) -> dict[
     Returns
     -------
     dict
-        For each name the seconds of the slowest rank in each round, (rounds,), the same on all ranks.
+        For each name the seconds of the slowest rank in each round, (rounds,), on every rank.
     """
     from mpi4py import MPI
 
@@ -58,7 +58,7 @@ def interleave(comm: Any, contenders: Sequence[Contender], rounds: int) -> dict[
     for row in seconds:
         for index, contender in enumerate(contenders):
             contender.prepare()
-            start_together(comm)
+            barrier(comm)
             started = time.perf_counter()
             contender.run()
             row[index] = (time.perf_counter() - started) / contender.calls
@@ -66,11 +66,11 @@ def interleave(comm: Any, contenders: Sequence[Contender], rounds: int) -> dict[
     return {c.name: seconds[:, index] for index, c in enumerate(contenders)}
 
 
-def start_together(comm: Any) -> None:
-    """A barrier whose waiting ranks leave the core to those that are not there yet.
+def barrier(comm: Any) -> None:
+    """Wait for all ranks, and leave the core to those that are not there yet.
 
-    It belongs to none of the contenders; one that spins would let ranks go a scheduler's tick apart
-    where these outnumber the cores.
+    It is no contender's own. One that spins would let ranks go a scheduler's tick apart where these
+    outnumber the cores.
     """
     request = comm.Ibarrier()
     while not request.Test():

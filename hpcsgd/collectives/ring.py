@@ -20,7 +20,7 @@ from torch import Tensor
 from hpcsgd.tensors import Bucket, cut
 from hpcsgd.transport import Transport
 
-_SEGMENT_BYTES = 512 * 1024
+_SEGMENT_BYTES = 256 * 1024
 _IN_FLIGHT = 4  # receives posted ahead
 
 

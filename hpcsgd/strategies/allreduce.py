@@ -29,6 +29,7 @@ class AllReduce(Strategy):
     def detach(self) -> None:
         self.setting.world.progress.drain()
         self.gradients.release()
+        del self.gradients  # the last view of the shared window, which can then be freed
 
     def accumulate(self) -> AbstractContextManager[None]:
         return self._accumulating()

@@ -39,6 +39,7 @@ class LocalSGD(Strategy):
 
     def detach(self) -> None:
         self.parameters.release()
+        del self.parameters  # the last view of the shared window, which can then be freed
 
     def step(self, update: Callable[[], None]) -> None:
         if self.setting.weight:

@@ -1,0 +1,87 @@
+"""The ways to average some float32 buffers that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcsgd import collectives
+from hpcsgd.bench import peers
+from hpcsgd.bench.timing import barrier
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.tensors import TensorGroup
+from hpcsgd.world import World
+
+OURS, COPIED, MPI, GLOO, COPY = "hpcsgd", "hpcsgd with copy", "MPI", "gloo", "memory copy"
+
+
+@dataclass
+class Buffers:
+    """What one method averages.
+
+    Attributes
+    ----------
+    written, results
+        Where each rank writes its values, and where their mean appears.
+    run
+        Averages them all.
+    """
+
+    name: str
+    written: list[Tensor]
+    results: list[Tensor]
+    run: Callable[[], None]
+
+
+def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> Iterator[Buffers]:
+    named = [(f"buffer {i}", torch.empty(numel)) for i in range(calls)]
+    group = TensorGroup(world, named, 4 * numel / 2**20)
+    in_place = list(group.views.values())
+    private, copies = ([torch.empty(numel) for _ in range(calls)] for _ in range(2))
+
+    def ours() -> None:
+        for bucket in group:
+            collectives.allreduce(bucket, algorithm=algorithm)
+
+    def ours_with_copy() -> None:
+        works = []
+        for bucket, gradient in zip(group, private, strict=True):
+            bucket.views[0].copy_(gradient)
+            works.append(collectives.iallreduce(bucket, algorithm=algorithm))
+        for work in works:
+            work.wait()
+
+    def by(average: Callable[[Tensor], None]) -> Callable[[], None]:
+        def run() -> None:
+            for flat in private:
+                average(flat)
+
+        return run
+
+    def copy() -> None:
+        for source, target in zip(private, copies, strict=True):
+            np.copyto(target.numpy(), source.numpy())
+        # As after an average: where ranks share cores, all of them have to be over.
+        barrier(comm)
+
+    yield Buffers(OURS, in_place, in_place, ours)
+    yield Buffers(COPIED, private, in_place, ours_with_copy)
+    yield Buffers(MPI, private, private, by(partial(peers.mpi_mean, comm)))
+    yield Buffers(GLOO, private, private, by(peers.gloo_mean))
+    if world.nodes == 1:
+        yield Buffers(COPY, private, copies, copy)
+
+
+def check(world: World, method: Buffers, values: Tensor) -> None:
+    expected = values + (world.size - 1) / 2
+    right = all(torch.allclose(result, expected, rtol=1e-6) for result in method.results)
+    wrong = [r for r, good in enumerate(world.gather(right, "the check of a mean")) if not good]
+    if wrong:
+        what = f"the result of {method.name} for {4 * values.numel()} bytes is not the mean"
+        raise HpcsgdError(what, rank=wrong, everywhere=True)
