@@ -1,0 +1,89 @@
+"""The all-reduce benchmark: every method once, right results, one line each."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from hpcsgd import World, collectives
+from hpcsgd.bench import allreduce, peers
+from hpcsgd.errors import BadOption, HpcsgdError
+
+pytestmark = pytest.mark.mpi
+
+SIZES = (4096, 300_000)
+
+
+def shared_path(tmp_path: Path) -> Path:
+    """One path for all ranks, that of rank 0."""
+    return Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "results", "allreduce.csv")
+
+
+def test_a_line_per_size_and_method(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = shared_path(tmp_path)
+    allreduce.main(SIZES, repeats=2, csv=path)
+    MPI.COMM_WORLD.Barrier()
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    methods = ["hpcsgd", "hpcsgd with copy", "MPI", "gloo", "memory copy"]
+    assert [(int(r["bytes"]), r["method"]) for r in rows] == [
+        (s, m) for s in SIZES for m in methods
+    ]
+    for row in rows:
+        assert 0 < float(row["min_ms"]) <= float(row["median_ms"]) <= float(row["max_ms"])
+        assert (int(row["ranks"]), int(row["nodes"])) == (MPI.COMM_WORLD.size, 1)
+        assert row["torch"] == torch.__version__ and row["mpi"]
+    printed = capfd.readouterr().out
+    assert ("4 KiB" in printed) == (MPI.COMM_WORLD.rank == 0)
+
+
+def test_a_wrong_mean_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = peers.mpi_mean
+
+    def wrong(comm: Any, flat: Tensor) -> None:
+        right(comm, flat)
+        flat[-1] += 1
+
+    monkeypatch.setattr(peers, "mpi_mean", wrong)
+    with pytest.raises(HpcsgdError, match="MPI for 4096 bytes is not the mean"):
+        allreduce.main([4096], repeats=1)
+
+
+def test_the_algorithm_is_ours_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    ring = collectives.ALGORITHMS["ring"]
+
+    def noted(bucket: Any, what: str, scale: float) -> None:
+        used.append(bucket.nbytes)
+        ring(bucket, what, scale)
+
+    monkeypatch.setitem(collectives.ALGORITHMS, "ring", noted)
+    allreduce.main([8192], repeats=1, algorithm="ring")
+    assert set(used) == ({8192} if MPI.COMM_WORLD.size > 1 else set())
+
+
+def test_a_file_that_cannot_be_written_stops_all_ranks_at_once(tmp_path: Path) -> None:
+    folder = MPI.COMM_WORLD.bcast(str(tmp_path))
+    with pytest.raises(HpcsgdError, match="cannot write"):
+        allreduce.main([4096], repeats=1, csv=folder)
+
+
+@pytest.mark.parametrize("options", [{"sizes": [2]}, {"repeats": 0}, {"link_mbit": 0.0}])
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(BadOption, match=next(iter(options))):
+        allreduce.main(**options)
+
+
+def test_gloo_leaves_nothing_behind() -> None:
+    for _ in range(2):
+        with World() as world, peers.gloo(world):
+            flat = torch.full((3,), float(world.rank))
+            peers.gloo_mean(flat)
+            assert flat.tolist() == [(world.size - 1) / 2] * 3
+        assert not torch.distributed.is_initialized()

@@ -1,0 +1,49 @@
+"""The step benchmark: the contenders train the same model, and every one is timed."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from hpcsgd.bench import step
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.strategies import AllReduce
+
+pytestmark = pytest.mark.mpi
+
+MODELS = ("logistic", "gpt:layers=1,width=16,heads=2")
+
+
+def test_a_line_per_model_and_contender(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "step.csv")
+    step.main(MODELS, batch=2, repeats=2, steps=2, csv=path)
+    MPI.COMM_WORLD.Barrier()
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["hpcsgd", "DDP-gloo", "no communication"]
+    assert [(r["model"], r["contender"]) for r in rows] == [(m, n) for m in MODELS for n in names]
+    for row in rows:
+        assert 0 < float(row["min_ms"]) <= float(row["median_ms"]) <= float(row["max_ms"])
+    logistic = rows[0]
+    assert int(logistic["gradient_bytes"]) == 4 * (3 * 32 * 32 + 1) * 10
+    slack = int(logistic["buffer_bytes"]) - int(logistic["gradient_bytes"])
+    assert 0 <= slack < 2 * 64, "only the padding to cache lines"
+    assert ("DDP-gloo" in capfd.readouterr().out) == (MPI.COMM_WORLD.rank == 0)
+
+
+def test_training_that_goes_astray_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = AllReduce.synchronize
+
+    def wrong(self: AllReduce) -> None:
+        right(self)
+        for bucket in self.gradients.group:
+            bucket.flat.mul_(3)
+
+    monkeypatch.setattr(AllReduce, "synchronize", wrong)
+    with pytest.raises(HpcsgdError, match="differs between hpcsgd and DDP"):
+        step.main(["logistic"], batch=2, repeats=1, steps=1)
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,52 @@
+"""Times are those of the slowest rank, taken in turns, per operation."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpcsgd.bench.timing import Contender, check_positive, interleave
+from hpcsgd.errors import BadOption
+
+pytestmark = pytest.mark.mpi
+
+
+def test_the_slowest_rank_counts_and_turns_are_taken() -> None:
+    comm = MPI.COMM_WORLD.Dup()
+    order: list[str] = []
+
+    def contender(name: str, seconds: float, calls: int = 1) -> Contender:
+        def run() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return Contender(name, lambda: order.append(f"prepare {name}"), run, calls)
+
+    last = comm.rank == comm.size - 1
+    contenders = [contender("a", 0.03 if last else 0.0), contender("b", 0.04, calls=4)]
+    seconds = interleave(comm, contenders, 3)
+
+    assert order == ["prepare a", "a", "prepare b", "b"] * 3
+    assert {name: s.shape for name, s in seconds.items()} == {"a": (3,), "b": (3,)}
+    assert (seconds["a"] >= 0.03).all(), "a rank that slept for nobody hides the one that did"
+    assert (seconds["b"] >= 0.01).all() and np.median(seconds["b"]) < 0.03
+    everyones = comm.allgather([s.tolist() for s in seconds.values()])
+    assert all(one == everyones[0] for one in everyones)
+    comm.Free()
+
+
+def test_preparation_is_not_timed() -> None:
+    comm = MPI.COMM_WORLD.Dup()
+    slow = Contender("slow to prepare", lambda: time.sleep(0.2), lambda: None)
+    assert np.median(interleave(comm, [slow], 3)["slow to prepare"]) < 0.1
+    comm.Free()
+
+
+@pytest.mark.parametrize("values", [[], [0], [4, -1]])
+def test_options_are_positive(values: list[float]) -> None:
+    check_positive("sizes", [1, 2.5])
+    with pytest.raises(BadOption, match="sizes"):
+        check_positive("sizes", values)

@@ -1,0 +1,171 @@
+"""The suite on any number of ranks: tests marked mpi run on all, each other test on one rank.
+
+A test that does not end within its deadline, 60 seconds or its mark `timeout(seconds)`, prints the
+stacks of every rank and ends the job.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from watchdog import Watchdog
+
+# Before torch is imported: ranks outnumber cores, and sums shall depend on the input alone.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+DEFAULT_TIMEOUT = 60.0
+_SEVERITY = ["passed", "skipped", "failed"]
+
+
+class Ranks:
+    """Keeps the ranks in step and adds up what they report."""
+
+    def __init__(self, watchdog: Callable[[int], Watchdog]) -> None:
+        from mpi4py import MPI
+
+        self.comm = MPI.COMM_WORLD.Dup()
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self.watchdog = watchdog(self.rank)
+        self.stderr = os.fdopen(os.dup(2), "w")
+        self.outcome: dict[str, str] = {}
+        self.failed_on: dict[str, list[int]] = {}
+        self.total: Counter[str] = Counter()
+
+    def gather(self, value: object) -> list[Any]:
+        """The value of every rank; polls, because ranks may outnumber cores."""
+        request = self.comm.Ibarrier()
+        while not request.Test():
+            time.sleep(0.001)
+        return self.comm.allgather(value)
+
+    def mine(self, item: pytest.Item) -> bool:
+        return is_mpi(item) or zlib.crc32(item.nodeid.encode()) % self.size == self.rank
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        # On every rank in the same order: those of all ranks first.
+        items.sort(key=lambda item: not is_mpi(item))
+        items[:] = filter(self.mine, items)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        mark = item.get_closest_marker("timeout")
+        self.watchdog.watch(item.nodeid, mark.args[0] if mark else DEFAULT_TIMEOUT)
+        result = yield
+        if is_mpi(item):
+            outcomes = self.gather(self.outcome.get(item.nodeid, "passed"))
+            failed = [rank for rank, outcome in enumerate(outcomes) if outcome == "failed"]
+            if failed:
+                self.failed_on[item.nodeid] = failed
+                worlds.forget()
+                if item.config.getoption("maxfail"):
+                    item.session.shouldstop = f"{item.nodeid} failed on ranks {failed}"
+            self.outcome[item.nodeid] = max(outcomes, key=_SEVERITY.index)
+        elif self.outcome.get(item.nodeid) == "failed":
+            self.failed_on[item.nodeid] = [self.rank]
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        known = self.outcome.get(report.nodeid, "passed")
+        self.outcome[report.nodeid] = max(known, report.outcome, key=_SEVERITY.index)
+        if self.rank and report.failed:
+            text = [f"\nrank {self.rank}: FAILED {report.nodeid} ({report.when})"]
+            text += [report.longreprtext, *(f"-- {name}\n{out}" for name, out in report.sections)]
+            print(*text, sep="\n", file=self.stderr, flush=True)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Iterator[None]:
+        self.watchdog.watch("the other ranks' tests", 3600.0)
+        own = {item.nodeid: self.outcome.get(item.nodeid) for item in session.items}
+        everything = self.gather((own, self.failed_on, int(exitstatus)))
+        merged: dict[str, str | None] = {}
+        for outcomes, failed_on, _ in everything:
+            merged |= outcomes
+            self.failed_on |= failed_on
+        self.total = Counter(outcome for outcome in merged.values() if outcome)
+        statuses = {status for *_, status in everything} - {pytest.ExitCode.NO_TESTS_COLLECTED}
+        if self.failed_on:
+            statuses.add(int(pytest.ExitCode.TESTS_FAILED))
+        empty = pytest.ExitCode.OK if merged else pytest.ExitCode.NO_TESTS_COLLECTED
+        session.exitstatus = max(statuses, default=int(empty))
+        self.watchdog.watch("MPI_Finalize", DEFAULT_TIMEOUT)
+        return (yield)
+
+    def pytest_unconfigure(self) -> None:
+        if self.rank == 0:
+            for test, ranks in sorted(self.failed_on.items()):
+                print(f"FAILED {test} on rank {', '.join(map(str, ranks))}")
+            print(", ".join(f"{self.total[o]} {o}" for o in ("passed", "failed", "skipped")))
+
+
+class Worlds:
+    """Worlds on all ranks, one a layout, made when a test first asks, kept while tests pass."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, bool], Any] = {}
+
+    def get(self, per_node: int = 0, shared: bool = True) -> Any:
+        from hpcsgd import World
+
+        if (per_node, shared) not in self._made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("HPCSGD_RANKS_PER_NODE", str(per_node))
+                patch.setenv("HPCSGD_SHARED_MEMORY", str(int(shared)))
+                world = self._made[per_node, shared] = World(timeout=40)
+            if not shared:
+                world.window = lambda nbytes: None
+        return self._made[per_node, shared]
+
+    def forget(self) -> None:
+        """After a failure nobody knows what is in flight."""
+        self._made.clear()
+
+
+worlds = Worlds()
+
+
+def is_mpi(item: pytest.Item) -> bool:
+    return item.get_closest_marker("mpi") is not None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    ranks = Ranks(Watchdog)
+    if ranks.rank:
+        # Silenced and not removed: pytest itself asks it for colours when it explains a failure.
+        reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+        reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115
+    config.pluginmanager.register(ranks, "ranks")
+
+
+@pytest.fixture
+def world() -> Any:
+    """A `hpcsgd.World` of all ranks, shared by the tests."""
+    return worlds.get()
+
+
+@pytest.fixture
+def world_of() -> Callable[..., Any]:
+    """`world_of(per_node=2)`: as if on nodes of so many ranks; `shared=False`: no shared memory."""
+    return worlds.get
+
+
+@pytest.fixture
+def alone() -> Iterator[Any]:
+    """A world of this rank alone."""
+    from mpi4py import MPI
+
+    from hpcsgd import World
+
+    with World(MPI.COMM_SELF, timeout=20) as world:
+        yield world

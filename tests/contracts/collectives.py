@@ -1,0 +1,77 @@
+"""What every collective must do, with NumPy as the judge."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcsgd import TensorGroup, World
+from hpcsgd.collectives import ALGORITHMS
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+NAMES = ["auto", *ALGORITHMS]
+#: (ranks on a node, shared memory): all on one node, several nodes, uneven nodes, no shared memory.
+LAYOUTS = [(0, True), (1, True), (2, True), (3, True), (0, False)]
+#: The ring's segments are made this small, so that several fit into small buckets.
+SEGMENT_BYTES = 4096
+_ONE_EACH = 1e-9  # MiB: every tensor has a bucket of its own
+
+
+def lengths(ranks: int, dtype: torch.dtype) -> list[int]:
+    """Around a cache line, a kernel's block, a piece per rank, and a segment of the ring."""
+    segment = SEGMENT_BYTES // dtype.itemsize * ranks
+    edges = [16, 64, 1024, 1024 * ranks, segment, 3 * segment]
+    return [0, 1, 2, *(edge + off for edge in edges for off in (-1, 0, 1))]
+
+
+def group_of(
+    world: World, sizes: list[int], dtype: torch.dtype, *, staged: bool = False
+) -> TensorGroup:
+    """A bucket for each size."""
+    tensors = [(f"t{i}", torch.empty(n, dtype=dtype)) for i, n in enumerate(sizes)]
+    return TensorGroup(world, tensors, _ONE_EACH, staged=staged)
+
+
+def small_integers(rank: int, numel: int, seed: int = 0) -> np.ndarray:
+    """0 to 12: sums over 16 ranks are exact in every dtype."""
+    return (np.arange(numel) * 7 + 3 * rank + seed) % 13.0
+
+
+def random_numbers(rank: int, numel: int, dtype: torch.dtype) -> np.ndarray:
+    """As float64, but values that `dtype` has."""
+    numbers = np.random.default_rng([rank, numel]).standard_normal(numel)
+    return torch.from_numpy(numbers).to(dtype).double().numpy()
+
+
+def fill(group: TensorGroup, rank: int) -> None:
+    for seed, view in enumerate(group.views.values()):
+        view.copy_(torch.from_numpy(small_integers(rank, view.numel(), seed)).view(view.shape))
+
+
+def expected_sum(group: TensorGroup) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Each view, and the sum over ranks of what `fill` put there."""
+    for seed, view in enumerate(group.views.values()):
+        ranks = range(group.world.size)
+        yield view, sum(small_integers(rank, view.numel(), seed) for rank in ranks)
+
+
+def values(view: Tensor) -> np.ndarray:
+    return view.flatten().double().numpy()
+
+
+def same_bits(group: TensorGroup) -> bool:
+    """Whether all ranks hold the same."""
+    mine = [zlib.crc32(b.flat.contiguous().view(torch.uint8).numpy().data) for b in group]
+    return all(other == mine for other in group.world.gather(mine))
+
+
+def fits(group: TensorGroup, algorithm: str) -> bool:
+    """Whether the layout of the ranks allows the algorithm."""
+    world = group.world
+    if world.size == 1 or algorithm not in ("node", "two-level"):
+        return True
+    return group.shared and (algorithm == "two-level" or world.nodes == 1)

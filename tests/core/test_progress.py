@@ -1,0 +1,139 @@
+"""The communication thread: order, errors, waits with and without an end."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from hpcsgd import BadOption, DeadlineExceeded
+from hpcsgd.mail import Status
+from hpcsgd.progress import Progress
+from hpcsgd.wait import Waiter, timeout_from_environment
+
+
+@pytest.fixture
+def progress() -> Iterator[Progress]:
+    progress = Progress(Waiter(3, 20.0), Status(), threaded=True)
+    yield progress
+    progress.stop()
+
+
+def test_jobs_run_in_order_in_one_other_thread(progress: Progress) -> None:
+    seen: list[tuple[int, int]] = []
+    works = [
+        progress.submit(f"job {i}", lambda i=i: seen.append((i, threading.get_ident())) or i)
+        for i in range(200)
+    ]
+    assert [work.wait() for work in reversed(works)] == list(reversed(range(200)))
+    assert [i for i, _ in seen] == list(range(200))
+    assert len({thread for _, thread in seen}) == 1 and seen[0][1] != threading.get_ident()
+
+
+def test_an_error_stays_with_its_work_and_ends_the_later_ones(progress: Progress) -> None:
+    begun: list[int] = []
+    good = progress.submit("good", lambda: 1)
+    bad = progress.submit("bad", lambda: [][1])
+    later = progress.submit("later", lambda: begun.append(1))
+    assert good.wait() == 1
+    for work in (bad, later, bad):
+        with pytest.raises(IndexError):
+            work.wait()
+    with pytest.raises(IndexError):
+        progress.run("still later", lambda: begun.append(2))
+    progress.drain()
+    assert not begun and bad.test() and later.test()
+
+
+def test_a_wait_may_expire_and_then_succeed(progress: Progress) -> None:
+    gate = threading.Event()
+    work = progress.submit("the slow one", lambda: gate.wait(20))
+    assert not work.test()
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"rank 3: no end of the slow one after 0\.05 s"):
+        work.wait(0.05)
+    assert time.monotonic() - started < 5 and not work.test()
+    gate.set()
+    assert work.wait() is True and work.test()
+    assert progress.wait_seconds > 0.04 and progress.busy_seconds > 0.04
+
+
+def test_run_is_inline_only_where_nothing_is_queued(progress: Progress) -> None:
+    assert progress.run("alone", threading.get_ident) == threading.get_ident()
+    gate, order = threading.Event(), []
+    progress.submit("first", lambda: gate.wait(20) and order.append("first"))
+    threading.Timer(0.1, gate.set).start()
+    assert progress.run("second", lambda: order.append("second") or threading.get_ident()) != (
+        threading.get_ident()
+    )
+    assert order == ["first", "second"]
+
+
+def test_drain_waits_for_all(progress: Progress) -> None:
+    seen: list[int] = []
+    for i in range(5):
+        progress.submit(str(i), lambda i=i: (time.sleep(0.02), seen.append(i)))
+    progress.drain()
+    assert seen == list(range(5))
+
+
+class Buffer:
+    pass
+
+
+def test_a_buffer_is_dropped_before_the_work_is_done(progress: Progress) -> None:
+    buffer = Buffer()
+    alive = weakref.ref(buffer)
+    gate = threading.Event()
+    work = progress.submit("uses it", lambda buffer=buffer: gate.wait(20) and None)
+    del buffer
+    gc.collect()
+    assert alive() is not None, "what is in flight lives, whoever else drops it"
+    gate.set()
+    work.wait()
+    assert alive() is None
+
+
+def test_without_a_thread_jobs_run_at_once() -> None:
+    progress = Progress(Waiter(0, 1.0), Status(), threaded=False)
+    assert progress.submit("now", threading.get_ident).wait() == threading.get_ident()
+    work = progress.submit("bad", lambda: [][1])
+    with pytest.raises(IndexError):
+        work.wait()
+
+
+def test_stopping_leaves_no_thread(progress: Progress) -> None:
+    thread = progress.submit("one", threading.current_thread).wait()
+    progress.stop()
+    progress.stop()
+    assert not thread.is_alive()
+    assert progress.submit("another", lambda: 5).wait() == 5, "and it can begin again"
+
+
+def test_a_deadline_names_rank_operation_and_the_missing() -> None:
+    waiter, asked = Waiter(2, 0.3), []
+    waiter.look_around = lambda: asked.append(1)
+    waiter.ask_others = lambda: "rank 1: asleep"
+    with pytest.raises(DeadlineExceeded) as error:
+        waiter.until(lambda: False, "all-reduce of bucket 3 at step 17", lambda: [4, 1])
+    text = str(error.value)
+    assert "rank 2: waited 0.3 s for rank 1, 4 in all-reduce of bucket 3 at step 17" in text
+    assert "rank 1: asleep" in text and "HPCSGD_TIMEOUT" in text and asked
+    assert isinstance(error.value, TimeoutError)
+
+
+def test_a_wait_ends_when_it_is_done() -> None:
+    began = time.monotonic()
+    Waiter(0, 20.0).until(lambda: time.monotonic() - began > 0.1, "a moment")
+    assert 0.1 < time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
+def test_a_timeout_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCSGD_TIMEOUT", text)
+    with pytest.raises(BadOption, match="HPCSGD_TIMEOUT"):
+        timeout_from_environment()

@@ -1,0 +1,176 @@
+"""Jobs that go wrong: they end within seconds, say why once, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from launch import Finished, has_private_shm, launch
+
+SECONDS = 45.0  # for a job with its imports, on a machine that does other things too
+BEGIN = """
+import os, sys, time
+import torch, hpcsgd
+from hpcsgd import AllReduce, LocalSGD, Run, TensorGroup, World, collectives
+def train(strategy, steps, pause=lambda step: None, **options):
+    model = torch.nn.Linear(300, 300)
+    run = Run(model, torch.optim.SGD(model.parameters(), 0.01), strategy, **options)
+    for step in range(steps):
+        pause(step)
+        run.zero_grad()
+        model(torch.ones(2, 300)).sum().backward()
+        run.step()
+    return run
+"""
+pytestmark = pytest.mark.timeout(150)
+
+
+def check_end(job: Finished, code: int | None = None) -> None:
+    """Ended by itself, with nothing left; `code` is the exit status, None for any failure."""
+    assert not job.timed_out, job
+    assert (job.returncode != 0) if code is None else (job.returncode == code), job
+    assert not job.left and not job.files, job
+
+
+def test_training_ends_cleanly() -> None:
+    script = BEGIN + "train(LocalSGD(2), 4).close(); train(AllReduce(), 3).close(); print('done')"
+    job = launch(script, 3)
+    check_end(job, 0)
+    assert job.stdout.count("done") == 3 and not job.stderr.strip(), job
+
+
+def test_an_exception_on_one_rank_ends_all_and_is_shown_once() -> None:
+    script = BEGIN + (
+        "def pause(step):\n"
+        "    if step == 2 and rank == 1: raise ValueError('an error of rank one')\n"
+        "rank = World().rank\n"
+        "train(AllReduce(), 10**9, pause)\n"
+    )
+    job = launch(script, 3, timeout=SECONDS)
+    check_end(job)
+    assert job.stderr.count("ValueError: an error of rank one") == 1, job
+    assert job.stderr.count("Traceback") == 1 and "rank 1 ends the job" in job.stderr, job
+
+
+def test_an_error_that_all_ranks_raise_is_shown_once() -> None:
+    script = BEGIN + (
+        "rank = World().rank\n"
+        "model = torch.nn.Linear(2 + rank, 2)\n"
+        "Run(model, torch.optim.SGD(model.parameters(), 0.1))\n"
+    )
+    job = launch(script, 3, timeout=SECONDS)
+    check_end(job)
+    assert job.stderr.count("Disagreement: ") == 1, job
+
+
+@pytest.mark.parametrize("leave", ["sys.exit(3)", "os._exit(5)"])
+def test_a_rank_that_leaves_early_ends_all(leave: str) -> None:
+    script = BEGIN + (
+        "def pause(step):\n"
+        f"    if step == 2 and run_rank == 1: {leave}\n"
+        "run_rank = World().rank\n"
+        "train(AllReduce(), 10**9, pause)\n"
+    )
+    job = launch(script, 2, timeout=SECONDS + 10, env={"HPCSGD_TIMEOUT": "3"})
+    check_end(job)
+
+
+def test_ctrl_c_ends_all() -> None:
+    def interrupt(processes: dict[int, str]) -> None:
+        time.sleep(0.5)
+        launchers = [p for p, c in processes.items() if "-n 2" in c and not c.startswith("sh ")]
+        os.kill(min(launchers), signal.SIGINT)
+
+    script = BEGIN + "World(); print('begun', flush=True)\ntrain(AllReduce(), 10**9)\n"
+    job = launch(script, 2, timeout=SECONDS, meanwhile=interrupt)
+    check_end(job)
+    assert job.stderr.count("Traceback") <= 1, job
+
+
+def test_a_killed_rank_ends_all() -> None:
+    def kill(processes: dict[int, str]) -> None:
+        time.sleep(0.5)
+        ranks = [p for p, c in processes.items() if "-n 2" not in c and "import torch" in c]
+        assert len(ranks) == 2, processes
+        os.kill(max(ranks), signal.SIGKILL)
+
+    script = BEGIN + "World(); print('begun', flush=True)\ntrain(AllReduce(), 10**9)\n"
+    check_end(launch(script, 2, timeout=SECONDS, meanwhile=kill))
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        pytest.param("works", id="kept"),
+        pytest.param("None; del group, works; import gc; gc.collect()", id="dropped"),
+    ],
+)
+def test_communication_outstanding_at_the_end(keep: str) -> None:
+    script = BEGIN + (
+        "world = World()\n"
+        "group = TensorGroup(world, [('a', torch.zeros(3_000_000))], 1)\n"
+        "names = ('ring', 'node', 'library') * 3\n"
+        "works = [collectives.iallreduce(group, None, name) for name in names]\n"
+        f"kept = {keep}\n"
+        "print('end', flush=True)\n"
+    )
+    job = launch(script, 3, timeout=SECONDS)
+    check_end(job, 0)
+    assert job.stdout.count("end") == 3 and not job.stderr.strip(), job
+
+
+def test_a_run_dropped_with_reductions_outstanding() -> None:
+    script = BEGIN + (
+        "import gc\n"
+        "for number in range(5):\n"
+        "    model = torch.nn.Linear(700, 700)\n"
+        "    run = Run(model, torch.optim.SGD(model.parameters(), 0.1), bucket_mib=0.1)\n"
+        "    model(torch.ones(2, 700)).sum().backward()\n"
+        "    del run, model; gc.collect()\n"
+        "    junk = [torch.randn(700, 700) for _ in range(4)]\n"
+        "print('end', flush=True)\n"
+    )
+    job = launch(script, 2, timeout=SECONDS)
+    check_end(job, 0)
+    assert job.stdout.count("end") == 2 and not job.stderr.strip(), job
+
+
+@pytest.mark.parametrize("strategy", ["AllReduce()", "LocalSGD(1)"])
+def test_a_rank_that_stops_is_named_with_its_stack(strategy: str) -> None:
+    script = BEGIN + (
+        "world = World()\n"
+        "def loading_data_for_ever(step):\n"
+        "    if step == 4 and world.rank == 1: time.sleep(1000)\n"
+        f"train({strategy}, 10**9, loading_data_for_ever, comm=world)\n"
+    )
+    job = launch(script, 3, timeout=SECONDS + 10, env={"HPCSGD_TIMEOUT": "3"})
+    check_end(job)
+    assert "waited 3 s for rank 1 in all-reduce of bucket 0 at step 4" in job.stderr, job
+    _, _, answer = job.stderr.partition("\nrank 1: ")
+    assert "step 4" in answer and "loading_data_for_ever" in answer, job
+
+
+def test_a_small_dev_shm_is_a_warning_and_the_right_result() -> None:
+    if not has_private_shm():
+        pytest.skip("a /dev/shm of 4 MiB needs a mount namespace: root, or unprivileged ones")
+    script = BEGIN + (
+        "world = World()\n"
+        "for _ in range(2):\n"
+        "    group = TensorGroup(world, [('a', torch.zeros(3_000_000))])\n"
+        "    group.views['a'].fill_(world.rank)\n"
+        "    collectives.allreduce(group)\n"
+        "    assert not group.shared and torch.all(group.views['a'] == 0.5)\n"
+        "train(AllReduce(), 2, comm=world).close()\n"
+        "world.close(); print('right')\n"
+    )
+    env = {"MPIR_CVAR_CH4_SHM_POSIX_EAGER": "iqueue"}
+    job = launch(script, 2, timeout=SECONDS, shm="14m", env=env)
+    check_end(job, 0)
+    assert job.stdout.count("right") == 2, job
+    assert job.stderr.count("RuntimeWarning: no shared memory on this node") == 1, job
+
+
+def test_a_world_of_one_needs_no_mpiexec() -> None:
+    check_end(launch(BEGIN + "train(AllReduce(), 2).close(); train(LocalSGD(2), 3).close()", 1), 0)

@@ -1,0 +1,105 @@
+"""Hosts on one machine: real nodes to MPI, links that are used, and nothing left afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hosts
+import pytest
+
+LAB = Path(hosts.__file__)
+
+pytestmark = pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle() or "none")
+
+#: What a job started by mpiexec tells its ranks, which is not for the ranks of another job.
+LAUNCHERS = ("PMI", "HYD", "MPI")
+
+JOB = """
+import json, time, torch
+from hpcsgd import TensorGroup, World, collectives
+with World(device="cpu") as world:
+    group = TensorGroup(world, [("x", torch.empty(2**19))])
+    seconds = []
+    for _ in range(5):
+        group.views["x"].fill_(world.rank)
+        started = time.perf_counter()
+        collectives.allreduce(group)
+        seconds.append(time.perf_counter() - started)
+    mean = group.views["x"]
+    facts = [world.rank, world.host, world.node, world.nodes, world.local_size]
+    print(json.dumps([*facts, mean.min().item(), mean.max().item(), min(seconds)]), flush=True)
+"""
+
+
+def start(*options: str, program: list[str]) -> subprocess.Popen[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
+    return subprocess.Popen(
+        [sys.executable, str(LAB), *options, "--", *program],
+        env={**inherited, "PYTHONPATH": str(LAB.parents[2]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def left_over(name: str) -> str:
+    """Links and namespaces of one run that still exist."""
+    seen = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
+    seen += subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    return "\n".join(
+        line for line in seen.splitlines() if re.search(rf"\b{name}(p\d|-\d|\b)", line)
+    )
+
+
+def test_two_hosts_of_two_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    program = [sys.executable, str(script)]
+    job = start("--hosts", "2", "--ppn", "2", "--rate", "100mbit", program=program)
+    output, errors = job.communicate(timeout=100)
+    assert job.returncode == 0, errors
+    ranks = sorted(json.loads(line) for line in output.splitlines())
+    assert [rank for rank, *_ in ranks] == [0, 1, 2, 3]
+    names = {host.rsplit("-", 1)[0] for _, host, *_ in ranks}
+    assert len(names) == 1 and len({host for _, host, *_ in ranks}) == 2
+    assert [node for _, _, node, *_ in ranks] == [0, 0, 1, 1]
+    assert {(nodes, local) for _, _, _, nodes, local, *_ in ranks} == {(2, 2)}
+    assert all(low == high == 1.5 for *_, low, high, _ in ranks), "the mean of ranks 0 to 3"
+    # 2 MiB over each link of 100 Mbit/s, less the burst that the token bucket lets through.
+    assert min(seconds for *_, seconds in ranks) > 0.12, "the link was not used"
+    assert left_over(names.pop()) == ""
+
+
+def test_an_exit_status_is_handed_on() -> None:
+    job = start("--hosts", "1", program=["bash", "-c", "hostname; exit 3"])
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 3
+    assert left_over(output.strip().rsplit("-", 1)[0]) == ""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(how: signal.Signals) -> None:
+    job = start("--hosts", "2", program=["bash", "-c", "hostname; sleep 1000"])
+    assert job.stdout is not None
+    name = job.stdout.readline().strip().rsplit("-", 1)[0]
+    assert left_over(name) != ""
+    started = time.monotonic()
+    job.send_signal(how)
+    job.communicate(timeout=60)
+    assert job.returncode != 0 and time.monotonic() - started < 30
+    assert left_over(name) == ""
+
+
+def test_a_rate_that_tc_does_not_know() -> None:
+    job = start("--hosts", "1", "--rate", "fast", program=["true"])
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1 and "fast" in errors
+    name = re.findall(r"hpcsgd\d+", errors)[0]
+    assert left_over(name) == ""

@@ -1,0 +1,102 @@
+"""The command line: help needs no MPI, and an error is one message on one rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from hpcsgd import cli, launcher
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.settings import FIELDS
+
+# A machine without MPI; torch is hidden too until it may be imported.
+HELP = """
+import sys
+sys.modules["mpi4py"] = sys.modules["torch"] = None
+from hpcsgd.cli import main
+
+def show(*words):
+    sys.argv = ["hpcsgd", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 0, (words, end.code)
+    print("=====")
+
+for words in (["--help"], ["--version"], ["report", "--help"], ["bench", "--help"]):
+    show(*words)
+del sys.modules["torch"]
+show("train", "--help")
+"""
+
+
+def test_help_needs_no_mpi() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0 and not done.stderr, done
+    top, version, report, bench, train, _ = done.stdout.split("=====\n")
+    assert all(name in top for name in ("train", "report", "bench"))
+    assert version.startswith("hpcsgd") and "RUNS" in report and "allreduce" in bench
+    for name in FIELDS:
+        assert f"--{name.replace('_', '-')} " in train
+    rows = ["digits", "cifar100:path=data/cifar100", "resnet50", "2nn:width=200", "allreduce", "local:period=8"]
+    for row in [*rows, "sgd:momentum=0", "module:callable"]:
+        assert row in train
+    assert "lr=" not in train and "params=" not in train
+
+
+def leave(monkeypatch: pytest.MonkeyPatch, rank: int, error: Exception) -> Any:
+    """The exit code of `main`, on some rank, when a command raises."""
+
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(launcher, "rank", lambda: rank)
+    monkeypatch.setattr(cli.cli, "main", fail)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("mpi", [False, True])
+def test_an_error_of_all_ranks_is_said_by_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, mpi: bool
+) -> None:
+    monkeypatch.setattr(cli, "_mpi_is_up", lambda: mpi)
+    assert leave(monkeypatch, rank, HpcsgdError("broken", do="mend it", everywhere=mpi)) == 2
+    assert capsys.readouterr().err == ("" if rank else "hpcsgd: broken\n  do:       mend it\n")
+
+
+def test_an_error_of_one_rank_is_left_to_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_mpi_is_up", lambda: True)
+    with pytest.raises(HpcsgdError, match="mine alone"):
+        leave(monkeypatch, 1, HpcsgdError("mine alone"))
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    monkeypatch.setattr(launcher, "rank", lambda: 0)
+    monkeypatch.setattr(cli, "_mpi_is_up", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["hpcsgd", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["report"], "Missing argument 'RUNS...'"),
+        (["report", "nowhere"], "no such folder: nowhere"),
+        (["bench", "allreduce", "--sizes", "4,x"], "numbers of KiB"),
+        (["train", "--epochs", "-1"], "option 'epochs' has a wrong value"),
+    ],
+)
+def test_bad_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert call(monkeypatch, *words) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""Sums are exact, clocks go on over pauses and resumes, the file holds each step once."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hpcsgd.metrics import FILE, Counters, Meter, Recorder, Sums, spent
+
+
+@pytest.fixture(autouse=True)
+def no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing it takes seconds."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+def fake_world() -> Any:
+    progress = SimpleNamespace(wait_seconds=5.0, busy_seconds=7.0)
+    return SimpleNamespace(progress=progress, traffic=SimpleNamespace(sent=100, shared=200))
+
+
+def test_sums_of_parts_give_the_mean_of_the_whole() -> None:
+    parts = [Sums(3.0, 2, 4, 4), Sums(5.0, 0, 1, 1), Sums()]
+    total = sum(parts, Sums())
+    assert total == Sums(8.0, 2, 5, 5)
+    assert (total.mean_loss, total.accuracy) == (8 / 5, 2 / 5)
+
+
+def test_sums_of_nothing_have_no_mean() -> None:
+    assert math.isnan(Sums().mean_loss) and math.isnan(Sums().accuracy)
+
+
+def test_a_meter_counts_from_what_earlier_parts_had_spent() -> None:
+    world = fake_world()
+    meter = Meter(world, Counters(10.0, 1.0, 2.0, 30, 40))
+    world.progress.wait_seconds += 0.25
+    world.progress.busy_seconds += 0.5
+    world.traffic.sent += 1
+    world.traffic.shared += 2
+    found = meter.read()
+    assert 10.0 < found.seconds < 11.0
+    assert (found.wait_seconds, found.communication_seconds) == (1.25, 2.5)
+    assert (found.bytes_sent, found.bytes_shared) == (31, 42)
+
+
+def test_a_meter_leaves_pauses_out() -> None:
+    world = fake_world()
+    meter = Meter(world, Counters())
+    before = meter.read()
+    with pytest.raises(KeyError), meter.paused():
+        world.traffic.sent += 1000
+        world.progress.wait_seconds += 9.0
+        time.sleep(0.2)
+        raise KeyError
+    world.traffic.sent += 1
+    after = meter.read()
+    assert after.bytes_sent == before.bytes_sent + 1 and after.wait_seconds == before.wait_seconds
+    assert 0 < after.seconds - before.seconds < 0.15
+
+
+def test_computing_is_what_is_not_waiting() -> None:
+    found = spent([Counters(3.0, 1.0, 2.0, 5, 6), Counters(3.0, 0.5, 2.5, 7, 8)])
+    assert found == {
+        "bytes_sent": [5, 7],
+        "bytes_shared": [6, 8],
+        "compute_seconds": [2.0, 2.5],
+        "wait_seconds": [1.0, 0.5],
+        "communication_seconds": [2.0, 2.5],
+    }
+
+
+def steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / FILE).read_text().splitlines()]
+
+
+def test_a_record_is_in_the_file_at_once(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 0)
+    for step in (1, 2):
+        recorder.write({"event": "train", "step": step, "loss": math.nan})
+        assert steps(tmp_path)[-1] == step
+    recorder.close()
+
+
+def test_resuming_drops_what_will_be_recorded_again(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 0)
+    for step in (1, 2, 2, 3, 4):
+        recorder.write({"event": "train", "step": step})
+    recorder.close()
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"event": "train", "st')  # a run that was killed while it wrote
+    recorder = Recorder(tmp_path, 2)
+    assert steps(tmp_path) == [1, 2, 2]
+    recorder.write({"event": "test", "step": 3})
+    recorder.close()
+    assert steps(tmp_path) == [1, 2, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            told.append(folder)
+
+        def add_scalar(self, *row: Any) -> None:
+            told.append(row)
+
+        def close(self) -> None:
+            told.append("closed")
+
+    module: Any = ModuleType("tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    recorder = Recorder(tmp_path, 0)
+    recorder.write({"event": "test", "step": 4, "loss": 0.5, "accuracy": 1, "bytes_sent": [1, 2]})
+    recorder.close()
+    assert told == [str(tmp_path), ("test/loss", 0.5, 4), ("test/accuracy", 1, 4), "closed"]
