@@ -116,6 +116,8 @@ def main() -> None:
     except click.ClickException as error:
         _leave(error.exit_code, error.show)
     except click.Abort:
+        if _mpi_is_up() and launcher.size()[1] > 1:
+            raise KeyboardInterrupt from None  # perhaps of this rank alone: it must end the others too
         _leave(130, lambda: click.echo("interrupted", err=True))
     except HpcsgdError as error:
         text = str(error)

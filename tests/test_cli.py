@@ -41,7 +41,14 @@ def test_help_needs_no_mpi() -> None:
     assert version.startswith("hpcsgd") and "RUNS" in report and "allreduce" in bench
     for name in FIELDS:
         assert f"--{name.replace('_', '-')} " in train
-    rows = ["digits", "cifar100:path=data/cifar100", "resnet50", "2nn:width=200", "allreduce", "local:period=8"]
+    rows = [
+        "digits",
+        "cifar100:path=data/cifar100",
+        "resnet50",
+        "2nn:width=200",
+        "allreduce",
+        "local:period=8",
+    ]
     for row in [*rows, "sgd:momentum=0", "module:callable"]:
         assert row in train
     assert "lr=" not in train and "params=" not in train

@@ -26,7 +26,11 @@ VARIABLES = [
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, 1, ("OMPI_COMM_WORLD_SIZE", 2)),
         ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}, 5, ("SLURM_STEP_NUM_TASKS", 8)),
         # mpiexec inside a batch job: the batch script itself is Slurm's task 0 of 1.
-        ({"PMI_RANK": "2", "PMI_SIZE": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, 2, ("PMI_SIZE", 4)),
+        (
+            {"PMI_RANK": "2", "PMI_SIZE": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+            2,
+            ("PMI_SIZE", 4),
+        ),
         ({"PMI_RANK": "", "SLURM_PROCID": "1"}, 1, ("", 0)),
         ({"PMI_RANK": "none", "PMI_SIZE": "-1"}, 0, ("", 0)),
     ],

@@ -27,16 +27,18 @@ class Buffers:
 
     Attributes
     ----------
-    written, results
-        Where each rank writes its values, and where their mean appears.
+    written
+        Where each rank writes its values.
     run
         Averages them all.
+    results
+        Returns their means.
     """
 
     name: str
     written: list[Tensor]
-    results: list[Tensor]
     run: Callable[[], None]
+    results: Callable[[], list[Tensor]]
 
 
 def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> Iterator[Buffers]:
@@ -44,6 +46,11 @@ def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> 
     group = TensorGroup(world, named, 4 * numel / 2**20)
     in_place = list(group.views.values())
     private, copies = ([torch.empty(numel) for _ in range(calls)] for _ in range(2))
+    # As in training: gradients of at most 1 MiB, copied one by one into buckets of the default size.
+    gradients = {
+        f"{i} {j}": t for i, flat in enumerate(private) for j, t in enumerate(torch.split(flat, 2**18))
+    }
+    step = TensorGroup(world, gradients.items())
 
     def ours() -> None:
         for bucket in group:
@@ -51,11 +58,15 @@ def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> 
 
     def ours_with_copy() -> None:
         works = []
-        for bucket, gradient in zip(group, private, strict=True):
-            bucket.views[0].copy_(gradient)
+        for bucket in step:
+            for name, view in zip(bucket.names, bucket.views, strict=True):
+                view.copy_(gradients[name])
             works.append(collectives.iallreduce(bucket, algorithm=algorithm))
         for work in works:
             work.wait()
+
+    def copied_means() -> list[Tensor]:
+        return list(torch.split(torch.cat(list(step.views.values())), numel))
 
     def by(average: Callable[[Tensor], None]) -> Callable[[], None]:
         def run() -> None:
@@ -70,17 +81,17 @@ def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> 
         # As after an average: where ranks share cores, all of them have to be over.
         barrier(comm)
 
-    yield Buffers(OURS, in_place, in_place, ours)
-    yield Buffers(COPIED, private, in_place, ours_with_copy)
-    yield Buffers(MPI, private, private, by(partial(peers.mpi_mean, comm)))
-    yield Buffers(GLOO, private, private, by(peers.gloo_mean))
+    yield Buffers(OURS, in_place, ours, lambda: in_place)
+    yield Buffers(COPIED, private, ours_with_copy, copied_means)
+    yield Buffers(MPI, private, by(partial(peers.mpi_mean, comm)), lambda: private)
+    yield Buffers(GLOO, private, by(peers.gloo_mean), lambda: private)
     if world.nodes == 1:
-        yield Buffers(COPY, private, copies, copy)
+        yield Buffers(COPY, private, copy, lambda: copies)
 
 
 def check(world: World, method: Buffers, values: Tensor) -> None:
     expected = values + (world.size - 1) / 2
-    right = all(torch.allclose(result, expected, rtol=1e-6) for result in method.results)
+    right = all(torch.allclose(result, expected, rtol=1e-6) for result in method.results())
     wrong = [r for r, good in enumerate(world.gather(right, "the check of a mean")) if not good]
     if wrong:
         what = f"the result of {method.name} for {4 * values.numel()} bytes is not the mean"

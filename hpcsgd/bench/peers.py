@@ -51,9 +51,7 @@ def gloo(world: World) -> Iterator[None]:
     deadline = timedelta(seconds=world.timeout)
     try:
         store = _store(world, address, deadline)
-        dist.init_process_group(
-            "gloo", store=store, rank=world.rank, world_size=world.size, timeout=deadline
-        )
+        dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=deadline)
         yield
         world.control.barrier("the end of gloo")
     finally:
@@ -83,9 +81,7 @@ def _interface(world: World) -> tuple[str, str]:
         return "lo", "127.0.0.1"
     found = {n: a for n, a in _addresses().items() if not a.startswith("127.")}
     if not found:
-        raise HpcsgdError(
-            "this host has no IPv4 address for gloo", rank=world.rank, do=f"set {_INTERFACE}"
-        )
+        raise HpcsgdError("this host has no IPv4 address for gloo", rank=world.rank, do=f"set {_INTERFACE}")
     default = _default_address()
     return next(((n, a) for n, a in found.items() if a == default), next(iter(found.items())))
 

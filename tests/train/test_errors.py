@@ -32,8 +32,11 @@ def test_errors_are_said_once(tmp_path: Path) -> None:
         (["--schedule", "linear"], ["option 'schedule' has a wrong value", "constant, cosine, step"]),
         (["--lr", "0.1"], ["No such option", "--lr"]),
         (["--config", tmp_path / "bad.toml"], ["unknown option 'bach'", "use one of: batch, "]),
-        (["--config", tmp_path / "no.toml"], ["cannot read settings", "no.toml"]),
-        (["--resume", tmp_path / "gone"], ["cannot read settings", f"{tmp_path / 'gone' / 'config.toml'}"]),
+        (["--config", tmp_path / "no.toml"], [f"cannot read settings from {tmp_path / 'no.toml'}:"]),
+        (
+            ["--resume", tmp_path / "gone"],
+            [f"cannot read settings from {tmp_path / 'gone' / 'config.toml'}:"],
+        ),
     ]
     late: list[Wrong] = [
         (["--name", "run"], [f"{run} exists", "choose another --name", f"--resume {run}"]),
@@ -45,7 +48,10 @@ def test_errors_are_said_once(tmp_path: Path) -> None:
         (["--model", "own:fails"], ["mine"]),
         (["--strategy", "locl"], ["unknown strategy 'locl'", "use one of: allreduce, local"]),
         (["--strategy", "local:period=0"], ["period of local SGD", "at least 1 step"]),
-        (["--strategy", "local:perod=2"], ["strategy 'local' has no option 'perod'", "period=int (default 8)"]),
+        (
+            ["--strategy", "local:perod=2"],
+            ["strategy 'local' has no option 'perod'", "period=int (default 8)"],
+        ),
         (["--optimizer", "lion"], ["unknown optimizer 'lion'", "adam, adamw, sgd"]),
         (["--resume", run / "checkpoints" / "step-00000009"], ["no checkpoint of step 9", "steps 1, 2"]),
         (["--resume", run, "--model", "logistic"], ["loading state_dict"]),
@@ -91,7 +97,7 @@ def test_a_bad_command_line_ends_a_job(tmp_path: Path) -> None:
 def test_an_interrupt_of_one_rank_ends_all(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(NOISY)
     script = CLI + f"sys.path.insert(0, {str(tmp_path)!r}); main()"
-    words = f"train --out {tmp_path} {' '.join(TINY)} --model own:noisy:stop=2,rank=1,number={int(signal.SIGINT)}"
+    words = f"train --timeout 60 --out {tmp_path} {' '.join(TINY)} --model own:noisy:stop=2,rank=1,number={int(signal.SIGINT)}"
     job = launch(script, 2, *words.split(), timeout=120)
     assert job.returncode not in (0, None) and not job.timed_out and not job.left and not job.files, job
-    assert "rank 1 interrupted" in job.stderr and "Traceback" not in job.stderr, job
+    assert job.stderr.count("rank 1 interrupted") == 1 and "Traceback" not in job.stderr, job

@@ -64,7 +64,9 @@ def assert_schema(run: Path) -> None:
         assert record.keys() == (TRAIN if record["event"] == "train" else TEST)
         assert record["epoch"] == record["step"] / 2
         for waited, computed in zip(record["wait_seconds"], record["compute_seconds"], strict=True):
-            assert waited >= 0 and computed >= 0 and waited + computed == pytest.approx(record["time"], abs=0.5)
+            assert (
+                waited >= 0 and computed >= 0 and waited + computed == pytest.approx(record["time"], abs=0.5)
+            )
     counted: list[Any] = [[r[k] for r in records(run)] for k in ("step", "time", "bytes_shared")]
     assert all(column == sorted(column) for column in counted)
     assert [r["step"] for r in records(run, "test")] == [r["step"] for r in records(run, "train")]

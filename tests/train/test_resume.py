@@ -58,7 +58,9 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
     lengths = [len(data.Loader(source, BATCH, rank, 2, ALPHA, SEED)) for rank in range(2)]
     assert min(lengths) < STOP_AT_PASS < max(lengths) - 2, lengths
 
-    common = f"--data synthetic:samples={SAMPLES} --batch {BATCH} --alpha {ALPHA} --seed {SEED} --accumulate 2"
+    common = (
+        f"--data synthetic:samples={SAMPLES} --batch {BATCH} --alpha {ALPHA} --seed {SEED} --accumulate 2"
+    )
     common += " --epochs 1.7 --log-every 3 --evaluate-every 0.5 --checkpoint-every 0"
     commands = []
     for strategy, number in STRATEGIES.items():
