@@ -75,7 +75,9 @@ class Gradients:
                 do="use them in the loss, freeze them, or let them count as zeros (unused='zeros')",
             )
         for name, p in self._parameters:
-            self._take(name, p)
+            # Alone, a parameter without a gradient stays without: the optimizer then leaves it be.
+            if p.grad is not None or self.group.world.size > 1:
+                self._take(name, p)
         for bucket in self.group.buckets[self._next :]:
             self._ready(bucket)
 

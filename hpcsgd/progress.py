@@ -101,13 +101,17 @@ class Progress:
         if not self.threaded:
             work._run()
             return work
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="hpcsgd", daemon=True)
-            self._thread.start()
+        self.start()
         with self._count:
             self._unfinished += 1
         self._jobs.put(work)
         return work
+
+    def start(self) -> None:
+        """Start the thread, which answers other ranks while it has nothing else to do."""
+        if self.threaded and self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name="hpcsgd", daemon=True)
+            self._thread.start()
 
     def run(self, what: str, job: Callable[[], Any]) -> Any:
         """Execute a job and return its result; in this thread where nothing is queued before it.

@@ -103,13 +103,14 @@ class Run:
             }
         )
         self._copy_from_rank_0([*parameters, *model.named_buffers()])
+        self._count(0)
         self._setting = Setting(self.world, parameters, bucket_mib, algorithm, unused)
         self.strategy.attach(self._setting)
 
     @property
     def steps(self) -> int:
         """Steps taken so far."""
-        return self.world.status.step
+        return self._steps
 
     @property
     def weight(self) -> int:
@@ -148,7 +149,10 @@ class Run:
         """Take one step on all ranks."""
         self.strategy.step(self._update)
         self._setting.begin_step()
-        self.world.status.step += 1
+        self._count(self._steps + 1)
+
+    def _count(self, steps: int) -> None:
+        self._steps = self.world.status.step = steps
 
     def _update(self) -> None:
         # GradScaler leaves these two here for the time of the call.
@@ -195,7 +199,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.strategy.load_state_dict(state["strategy"])
-        self.world.status.step = int(state["steps"])
+        self._count(int(state["steps"]))
 
     def close(self) -> None:
         """Finish what is in flight and give the model memory of its own; collective, idempotent."""

@@ -111,6 +111,7 @@ class World:
         _open_worlds.add(self)
         if self.size > 1:
             _end_all_ranks_on_an_exception()
+            self.progress.start()
 
     def _split(self, MPI: Any, comm: Any) -> None:
         node = comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
@@ -341,6 +342,7 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 _open_worlds: weakref.WeakSet[World] = weakref.WeakSet()
 _DRAIN_AT_EXIT = 30.0  # seconds
+_LAST_WORDS = 0.2  # seconds for the launcher to read what was printed, before Abort kills it too
 _FIRST_WORD = 3.0  # seconds that rank 0 has to print an error that all ranks raise
 
 
@@ -361,6 +363,7 @@ def _abort() -> None:
 
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(_LAST_WORDS)
     MPI.COMM_WORLD.Abort(1)
 
 

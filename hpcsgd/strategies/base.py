@@ -24,10 +24,8 @@ class Setting:
         (name, parameter) pairs of the model, without duplicates, in the model's order.
     bucket_mib, algorithm, unused
         The run's settings of these names.
-    weight
-        1, or 0 where this rank has run out of batches and repeats one only to keep step.
-    active
-        How many ranks have a batch of their own in this step.
+    having
+        For each rank, whether it has a batch of its own in this step, or repeats one to keep step.
     """
 
     def __init__(
@@ -40,16 +38,25 @@ class Setting:
         self.unused = unused
         self.begin_step()
 
+    @property
+    def weight(self) -> int:
+        """1 where this rank has a batch of its own in this step, else 0."""
+        return int(self.having[self.world.rank])
+
+    @property
+    def active(self) -> int:
+        """How many ranks have a batch of their own in this step."""
+        return sum(self.having)
+
     def begin_step(self) -> None:
         """Expect the batches of the next step."""
-        self.weight = 1
-        self.active = self.world.size
+        self.having = [True] * self.world.size
         self._told = False
 
     def batch(self, having: list[bool]) -> None:
         """Note which ranks have this batch; the first one of a step decides, the rest add to it."""
         if not self._told:
-            self.weight, self.active, self._told = int(having[self.world.rank]), sum(having), True
+            self.having, self._told = having, True
 
 
 class Strategy:

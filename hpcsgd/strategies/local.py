@@ -16,7 +16,8 @@ from hpcsgd.strategies.base import Setting, Strategy
 class LocalSGD(Strategy):
     """Each rank takes `period` steps of its own, then all models become their mean.
 
-    Momentum and other optimizer state stay local. With period 1 and plain SGD this is `AllReduce`.
+    Momentum and other optimizer state stay local. A rank that has run out of batches weighs less, by the
+    steps it did not take. With period 1 and plain SGD this is `AllReduce`.
 
     Parameters
     ----------
@@ -35,6 +36,7 @@ class LocalSGD(Strategy):
     def attach(self, setting: Setting) -> None:
         super().attach(setting)
         self._since = 0
+        self._own_steps = [0] * setting.world.size
         self.parameters = Parameters(setting.world, setting.parameters, setting.bucket_mib)
 
     def detach(self) -> None:
@@ -45,9 +47,20 @@ class LocalSGD(Strategy):
         if self.setting.weight:
             update()
         self._since += 1
+        self._own_steps = [a + b for a, b in zip(self._own_steps, self.setting.having, strict=True)]
         if self._since == self.period:
+            self._average()
             self._since = 0
-            allreduce(self.parameters.group, algorithm=self.setting.algorithm)
+            self._own_steps = [0] * self.setting.world.size
+
+    def _average(self) -> None:
+        """The mean of the models, weighted by steps where ranks took unequal numbers of them."""
+        scale = None
+        if len(set(self._own_steps)) > 1:
+            scale = 1.0 / sum(self._own_steps)
+            for bucket in self.parameters.group:
+                bucket.flat.mul_(self._own_steps[self.setting.world.rank])
+        allreduce(self.parameters.group, scale, self.setting.algorithm)
 
     def averaged(self) -> AbstractContextManager[None]:
         return self._averaged()
@@ -69,7 +82,7 @@ class LocalSGD(Strategy):
         return math.sqrt(sum(world.gather(squared)) / world.size)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"since": self._since}
+        return {"since": self._since, "own_steps": list(self._own_steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._since = int(state["since"])
+        self._since, self._own_steps = int(state["since"]), list(state["own_steps"])

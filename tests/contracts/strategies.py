@@ -27,8 +27,9 @@ class Row:
     name
         Its name in `hpcsgd.strategies.STRATEGIES`.
     step
-        Its recursion: models (ranks, d), their gradients (ranks, d), which ranks have data, the
-        learning rate, and the number of this step from 0, to the models after it.
+        Its recursion: models (ranks, d), their gradients (ranks, d), which ranks had data in each
+        step up to this one (steps, ranks), the learning rate, and the number of this step from 0, to
+        the models after it.
     reductions
         How many whole-model all-reduces it takes for so many steps.
     """
@@ -44,13 +45,16 @@ class Row:
 
 
 def allreduce_step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
-    return x - lr * g[having].mean(axis=0)
+    return x - lr * g[having[t]].mean(axis=0)
 
 
 def local_step(period: int) -> Callable[[Array, Array, Array, float, int], Array]:
     def step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
-        x = x - lr * g * having[:, None]
-        return np.tile(x.mean(axis=0), (len(x), 1)) if (t + 1) % period == 0 else x
+        x = x - lr * g * having[t][:, None]
+        if (t + 1) % period:
+            return x
+        own_steps = having[t + 1 - period :].sum(axis=0)
+        return np.tile(own_steps @ x / own_steps.sum(), (len(x), 1))
 
     return step
 
@@ -88,7 +92,8 @@ def simulate(
     models = np.tile(vector(regression()), (ranks, 1))
     for step in range(steps):
         gradients = np.stack([gradient(models[r], *batch(r, step)) for r in range(ranks)])
-        models = row.step(models, gradients, np.array(having(step)), lr(step), step)
+        history = np.array([having(s) for s in range(step + 1)])
+        models = row.step(models, gradients, history, lr(step), step)
     return models
 
 

@@ -9,7 +9,7 @@ import pytest
 from launch import launch
 from train_jobs import CLI, NOISY, Outcome, records, run_commands
 
-TINY = "--data synthetic:samples=64 --epochs 2".split()
+TINY = ["--data", "synthetic:samples=64", "--epochs", "2"]
 Wrong = tuple[list[object], list[str]]  # arguments, and what the message must say
 
 
@@ -97,7 +97,8 @@ def test_a_bad_command_line_ends_a_job(tmp_path: Path) -> None:
 def test_an_interrupt_of_one_rank_ends_all(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(NOISY)
     script = CLI + f"sys.path.insert(0, {str(tmp_path)!r}); main()"
-    words = f"train --timeout 60 --out {tmp_path} {' '.join(TINY)} --model own:noisy:stop=2,rank=1,number={int(signal.SIGINT)}"
-    job = launch(script, 2, *words.split(), timeout=120)
+    model = f"own:noisy:stop=2,rank=1,number={int(signal.SIGINT)}"
+    words = ["train", "--timeout", "60", "--out", str(tmp_path), *TINY, "--model", model]
+    job = launch(script, 2, *words, timeout=120)
     assert job.returncode not in (0, None) and not job.timed_out and not job.left and not job.files, job
     assert job.stderr.count("rank 1 interrupted") == 1 and "Traceback" not in job.stderr, job
