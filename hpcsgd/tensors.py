@@ -39,6 +39,8 @@ class Bucket:
         1-D tensors: this bucket of every rank of the node, in place; empty without shared memory.
     start
         Where it begins in the group's rows, in elements of its dtype.
+    mine
+        The part of it that this rank reduces for the ranks of its node.
     matrix
         The whole rows of the node's ranks, (ranks on the node, elements), for the kernels; float32 and
         float64 only.
@@ -52,6 +54,7 @@ class Bucket:
     host: Tensor
     rows: list[Tensor] = field(default_factory=list)
     start: int = 0
+    mine: slice = field(default_factory=lambda: slice(0))
     matrix: np.ndarray | None = None
 
     @property
@@ -170,6 +173,7 @@ class TensorGroup:
             flat,
             host[offset : offset + nbytes].view(dtype),
             start=offset // dtype.itemsize,
+            mine=cut(flat, self.world.local_rank, self.world.local_size),
         )
         if self.shared:
             window: Window | None = self._window

@@ -30,7 +30,8 @@ from hpcsgd.window import Window, Windows
 
 _SPINS_WITH_A_CORE_EACH = 20_000
 _SPINS_ON_SHARED_CORES = 200
-_SLICE_OF_WAIT = 50_000  # microseconds that a native wait may last before Python looks around
+_SLOT_BYTES = 16 * 1024  # beyond, what each rank reads of all others costs more than a second barrier
+SLICE_OF_WAIT = 50_000  # microseconds that a native wait may last before Python looks around
 
 
 T = TypeVar("T")
@@ -145,6 +146,8 @@ class World:
         if self.local_rank == 0:
             _unlink_segments_of_mpich()
         self.flags: np.ndarray | None = None
+        self._slots: dict[tuple[int, np.dtype[Any]], np.ndarray] = {}
+        self._turn = 0
         if self.local_size == 1:
             return
         from hpcsgd.kernels import barrier, reduce
@@ -152,6 +155,11 @@ class World:
         window = self.window(barrier.flags_size(self.local_size))
         if window is not None:
             self.flags = window.rows[0].view(np.int32)
+            for turn in (0, 1):
+                slots = self.window(_SLOT_BYTES)
+                for dtype in map(np.dtype, (np.float32, np.float64)):
+                    if slots is not None:
+                        self._slots[turn, dtype] = slots.rows.view(dtype)
             # One rank compiles, the others then find the result in the cache.
             for turn in (self.local_rank == 0, self.local_rank != 0):
                 if turn:
@@ -175,10 +183,16 @@ class World:
                 stacklevel=2,
             )
 
-    @property
-    def native_wait(self) -> tuple[int, int]:
-        """Spins, and microseconds of sleep, of one wait inside a kernel."""
-        return self.spins, _SLICE_OF_WAIT
+    def next_slots(self, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray | None:
+        """Shared rows, one a rank, for a message of `nbytes` that all ranks read; None for a larger one.
+
+        There are two sets, taken in turn by the same calls on every rank: who writes into one has been
+        through the barrier that all were through when they had read it.
+        """
+        if nbytes > _SLOT_BYTES or not self._slots:
+            return None
+        self._turn = 1 - self._turn
+        return self._slots[self._turn, dtype]
 
     def window(self, nbytes: int) -> Window | None:
         """Zeroed memory of `nbytes` a rank that the node's ranks share; None where there is none.
@@ -196,9 +210,8 @@ class World:
         flags = self.flags
         assert flags is not None, "only where the node has shared memory"
         target = barrier.arrive(flags, self.local_size, self.local_rank)
-        spins, microseconds = self.native_wait
         self.waiter.until(
-            lambda: bool(barrier.completed(flags, target, spins, microseconds)),
+            lambda: bool(barrier.completed(flags, target, self.spins, SLICE_OF_WAIT)),
             what,
             lambda: self.missing_on_node(int(target)),
         )
@@ -278,6 +291,7 @@ class World:
         self.control.barrier("the end of the world")
         self.waiter.look_around()
         self.flags = None
+        self._slots.clear()
         self._windows.free_garbage()
         for comm in reversed(self._communicators):
             comm.Free()

@@ -25,6 +25,7 @@ intrinsic: Any = extending.intrinsic
 
 # numba types these objects as if Python called them, but it is compiled code that does.
 _syscall: Any = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
+_sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 _usleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
@@ -86,6 +87,12 @@ def sleep_while(words, index, value, microseconds):  # type: ignore[no-untyped-d
     timeout[1] = microseconds % 1_000_000 * 1000
     word = _address(words, index)
     _syscall(_FUTEX, word, _FUTEX_WAIT, np.int64(value), _address(timeout, 0), 0, 0)
+
+
+@jit
+def give_way():  # type: ignore[no-untyped-def]
+    """Let another thread that is ready have this core."""
+    _sched_yield()
 
 
 @jit

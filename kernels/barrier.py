@@ -1,8 +1,8 @@
-"""The barrier of a node's ranks: flags in shared memory, spin, then sleep.
+"""The barrier of a node's ranks: flags in shared memory; spin, then yield, then sleep.
 
-Ranks may outnumber cores, so a waiting rank spins for microseconds only and then sleeps in the kernel
-until the last one arrives. Arriving and waiting are apart, and waiting is bounded in time: between two
-waits the caller can look at its deadline.
+Ranks may outnumber cores, so a waiting rank spins for microseconds only, gives its core to others a few
+times, and then sleeps in the kernel until the last one arrives. Arriving and waiting are apart, and
+waiting is bounded in time: between two waits the caller can look at its deadline.
 
 Flags, int32, one per two cache lines (`STRIDE` words): how many have arrived, the generation (barriers
 completed), how many sleep, and for each rank the generation at which it last arrived, which names the
@@ -17,6 +17,7 @@ from hpcsgd.kernels import atomics
 from hpcsgd.kernels.jit import jit
 
 STRIDE = 32
+_YIELDS = 20
 _COUNT, _GENERATION, _SLEEPERS, _ARRIVED = 0, STRIDE, 2 * STRIDE, 3 * STRIDE
 
 
@@ -42,6 +43,11 @@ def arrive(flags, ranks, me):  # type: ignore[no-untyped-def]
 def completed(flags, target, spins, microseconds):  # type: ignore[no-untyped-def]
     """Wait for generation `target`; False where `microseconds` passed without it."""
     for _ in range(spins):
+        if np.int32(atomics.load(flags, _GENERATION) - target) >= 0:
+            return True
+    # Who is missing may be waiting for this very core.
+    for _ in range(_YIELDS):
+        atomics.give_way()
         if np.int32(atomics.load(flags, _GENERATION) - target) >= 0:
             return True
     atomics.add(flags, _SLEEPERS, np.int32(1))

@@ -6,15 +6,14 @@ order, by the communication thread. Results are bit-identical on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 from hpcsgd.collectives import library, node, ring, two_level
-from hpcsgd.collectives.stage import staged
+from hpcsgd.collectives.stage import DIRECT, staged
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.progress import Work
 from hpcsgd.tensors import SUMMABLE, Bucket, TensorGroup
-from hpcsgd.world import World
 
 __all__ = [
     "ALGORITHMS",
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 Target = TensorGroup | Bucket
-Job = Callable[[Bucket, str], None]
+Job = Callable[..., None]
 
 ALGORITHMS: dict[str, Callable[[Bucket, str, float], None]] = {
     "library": library.allreduce,
@@ -66,24 +65,22 @@ def iallreduce(target: Target, scale: float | None = None, algorithm: str = "aut
     BadOption
         For an algorithm that does not exist, or that the layout of the ranks does not allow.
     """
-    job, direct = _allreduce_job(target, scale, algorithm)
-    return _submit(target, "all-reduce", job, direct)
+    return _submit(target, "all-reduce", _allreduce, *_checked(target, scale, algorithm))
 
 
 def allreduce(target: Target, scale: float | None = None, algorithm: str = "auto") -> None:
     """`iallreduce`, and wait for it."""
-    job, direct = _allreduce_job(target, scale, algorithm)
-    _run(target, "all-reduce", job, direct)
+    _run(target, "all-reduce", _allreduce, *_checked(target, scale, algorithm))
 
 
 def ibroadcast(target: Target, root: int = 0) -> Work:
     """Start to overwrite the target with that of rank `root`."""
-    return _submit(target, "broadcast", _broadcast_job(target, root))
+    return _submit(target, "broadcast", _broadcast, _checked_root(target, root))
 
 
 def broadcast(target: Target, root: int = 0) -> None:
     """`ibroadcast`, and wait for it."""
-    _run(target, "broadcast", _broadcast_job(target, root))
+    _run(target, "broadcast", _broadcast, _checked_root(target, root))
 
 
 def ireduce_scatter(target: Target, scale: float | None = None) -> Work:
@@ -91,22 +88,24 @@ def ireduce_scatter(target: Target, scale: float | None = None) -> Work:
 
     The rest of each bucket holds no meaningful values afterwards.
     """
-    return _submit(target, "reduce-scatter", _scatter_job(target, scale))
+    factor, _ = _checked(target, scale, "auto")
+    return _submit(target, "reduce-scatter", _reduce_scatter, factor)
 
 
 def reduce_scatter(target: Target, scale: float | None = None) -> None:
     """`ireduce_scatter`, and wait for it."""
-    _run(target, "reduce-scatter", _scatter_job(target, scale))
+    factor, _ = _checked(target, scale, "auto")
+    _run(target, "reduce-scatter", _reduce_scatter, factor)
 
 
 def iallgather(target: Target) -> Work:
     """Start to fill each bucket with every rank's `bucket.part(rank, ranks)`."""
-    return _submit(target, "all-gather", _gather_job(target))
+    return _submit(target, "all-gather", _allgather)
 
 
 def allgather(target: Target) -> None:
     """`iallgather`, and wait for it."""
-    _run(target, "all-gather", _gather_job(target))
+    _run(target, "all-gather", _allgather)
 
 
 def choose(bucket: Bucket) -> str:
@@ -119,33 +118,59 @@ def choose(bucket: Bucket) -> str:
     return "two-level" if bucket.rows else "ring"
 
 
-def _allreduce_job(target: Target, scale: float | None, name: str) -> tuple[Job, Job | None]:
+def _allreduce(bucket: Bucket, what: str, scale: float, name: str) -> None:
+    if bucket.world.size == 1:
+        if scale != 1.0:
+            bucket.host.mul_(scale)
+    else:
+        ALGORITHMS[choose(bucket) if name == "auto" else name](bucket, what, scale)
+
+
+def _allreduce_on_device(bucket: Bucket, what: str, scale: float, name: str) -> None:
+    library.allreduce_on_device(bucket, scale)
+
+
+DIRECT[_allreduce] = _allreduce_on_device
+
+
+def _broadcast(bucket: Bucket, what: str, root: int) -> None:
+    _implementation(bucket, library).broadcast(bucket, what, root)
+
+
+def _reduce_scatter(bucket: Bucket, what: str, scale: float) -> None:
+    _implementation(bucket, ring).reduce_scatter(bucket, what, scale)
+
+
+def _allgather(bucket: Bucket, what: str) -> None:
+    _implementation(bucket, ring).allgather(bucket, what)
+
+
+def _implementation(bucket: Bucket, between_nodes: Any) -> Any:
+    return node if bucket.rows and bucket.world.nodes == 1 else between_nodes
+
+
+def _checked(target: Target, scale: float | None, name: str) -> tuple[float, str]:
+    """The factor of the sum and the algorithm, once these fit the target."""
+    for bucket in _buckets(target):
+        if bucket.flat.dtype not in SUMMABLE:
+            raise BadOption(
+                f"{bucket.names[0]} has a dtype that cannot be averaged",
+                expected=", ".join(map(str, SUMMABLE)),
+                got=bucket.flat.dtype,
+                everywhere=True,
+            )
+    if name != "auto":
+        _check_algorithm(target, name)
+    return 1.0 / target.world.size if scale is None else scale, name
+
+
+def _check_algorithm(target: Target, name: str) -> None:
     world = target.world
-    factor = 1.0 / world.size if scale is None else scale
-    if name not in ("auto", *ALGORITHMS):
+    if name not in ALGORITHMS:
         raise unknown("all-reduce algorithm", name, ["auto", *ALGORITHMS])
-    _check_layout(world, name, _buckets(target))
-    _check_summable(target)
-
-    def job(bucket: Bucket, what: str) -> None:
-        if world.size == 1:
-            if factor != 1.0:
-                bucket.host.mul_(factor)
-        else:
-            ALGORITHMS[choose(bucket) if name == "auto" else name](bucket, what, factor)
-
-    def direct(bucket: Bucket, what: str) -> None:
-        library.allreduce_on_device(bucket, factor)
-
-    # MPI has no half precision: those go through the host, whatever MPI is given.
-    wide = all(bucket.flat.element_size() >= 4 for bucket in _buckets(target))
-    return job, direct if wide else None
-
-
-def _check_layout(world: World, name: str, buckets: list[Bucket]) -> None:
-    shared = all(bucket.rows for bucket in buckets)
     if world.size == 1 or name not in ("node", "two-level"):
         return
+    shared = all(bucket.rows for bucket in _buckets(target))
     if not shared or (name == "node" and world.nodes > 1):
         raise BadOption(
             f"all-reduce algorithm {name!r} does not fit",
@@ -156,71 +181,32 @@ def _check_layout(world: World, name: str, buckets: list[Bucket]) -> None:
         )
 
 
-def _broadcast_job(target: Target, root: int) -> Job:
+def _checked_root(target: Target, root: int) -> int:
     size = target.world.size
     if not 0 <= root < size:
         raise BadOption("root of a broadcast", expected=f"0 to {size - 1}", got=root)
-
-    def job(bucket: Bucket, what: str) -> None:
-        if bucket.rows and target.world.nodes == 1:
-            node.broadcast(bucket, what, root)
-        else:
-            library.broadcast(bucket, what, root)
-
-    return job
-
-
-def _check_summable(target: Target) -> None:
-    for bucket in _buckets(target):
-        if bucket.flat.dtype not in SUMMABLE:
-            raise BadOption(
-                f"{bucket.names[0]} has a dtype that cannot be averaged",
-                expected=", ".join(map(str, SUMMABLE)),
-                got=bucket.flat.dtype,
-                everywhere=True,
-            )
-
-
-def _scatter_job(target: Target, scale: float | None) -> Job:
-    _check_summable(target)
-    factor = 1.0 / target.world.size if scale is None else scale
-
-    def job(bucket: Bucket, what: str) -> None:
-        by = node if bucket.rows and target.world.nodes == 1 else ring
-        by.reduce_scatter(bucket, what, factor)
-
-    return job
-
-
-def _gather_job(target: Target) -> Job:
-    def job(bucket: Bucket, what: str) -> None:
-        by = node if bucket.rows and target.world.nodes == 1 else ring
-        by.allgather(bucket, what)
-
-    return job
+    return root
 
 
 def _buckets(target: Target) -> list[Bucket]:
     return [target] if isinstance(target, Bucket) else target.buckets
 
 
-def _submit(target: Target, name: str, job: Job, direct: Job | None = None) -> Work:
+def _submit(target: Target, name: str, job: Job, *arguments: Any) -> Work:
     progress, work = target.world.progress, None
-    for what, run in _jobs(target, name, job, direct):
-        work = progress.submit(what, run)
+    for bucket in _buckets(target):
+        what = _what(name, bucket)
+        work = progress.submit(what, staged(job, bucket, what, *arguments))
     # Jobs are done in order, and none after a failed one: the last stands for all.
     return work or progress.submit(f"{name} of an empty group", lambda: None)
 
 
-def _run(target: Target, name: str, job: Job, direct: Job | None = None) -> None:
-    for what, run in _jobs(target, name, job, direct):
-        target.world.progress.run(what, run)
-
-
-def _jobs(
-    target: Target, name: str, job: Job, direct: Job | None
-) -> Iterator[tuple[str, Callable[[], None]]]:
+def _run(target: Target, name: str, job: Job, *arguments: Any) -> None:
+    progress = target.world.progress
     for bucket in _buckets(target):
-        what = f"{name} of {bucket} at step {target.world.status.step}"
-        on_device = partial(direct, bucket, what) if direct else None
-        yield what, staged(bucket, partial(job, bucket, what), on_device)
+        what = _what(name, bucket)
+        progress.run(what, staged(job, bucket, what, *arguments))
+
+
+def _what(name: str, bucket: Bucket) -> str:
+    return f"{name} of bucket {bucket.index} at step {bucket.world.status.step}"

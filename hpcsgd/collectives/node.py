@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from hpcsgd.tensors import Bucket
+from hpcsgd.world import SLICE_OF_WAIT
 
 _CHUNK = 64 * 1024  # elements of half precision that are summed at a time, in the second-level cache
 
@@ -12,27 +16,31 @@ _CHUNK = 64 * 1024  # elements of half precision that are summed at a time, in t
 def allreduce(bucket: Bucket, what: str, scale: float) -> None:
     """Each rank reduces one part of the bucket, for all ranks, straight into their buffers.
 
-    No copy and no message: the memory sees every buffer read once and written once.
+    No copy and no message: the memory sees every buffer read once and written once. A bucket of a few
+    KiB is instead copied where all can read it, and each rank adds up the whole: one barrier, not two.
     """
-    world, part = bucket.world, _my_part(bucket)
-    if bucket.matrix is None:
+    world, matrix = bucket.world, bucket.matrix
+    if matrix is None:
         world.node_barrier(what)
-        reduce(bucket, part, scale, to_all=True)
+        reduce(bucket, bucket.mine, scale, to_all=True)
         world.node_barrier(what)
         return
-
-    from hpcsgd.kernels import reduce as kernel
-
-    _count(bucket, part, 2)
-    flags, matrix, me = world.flags, bucket.matrix, world.local_rank
-    start, stop = bucket.start + part.start, bucket.start + part.stop
-    factor = matrix.dtype.type(scale)
-    spins, nap = world.native_wait
-    phase = target = 0
+    kernel = _kernel()
+    start, me, factor = bucket.start, world.local_rank, matrix.dtype.type(scale)
+    phase, target = kernel.ENTER, 0
+    slots = world.next_slots(bucket.nbytes, matrix.dtype)
+    if slots is not None:
+        world.traffic.shared += (world.local_size - 1) * bucket.nbytes
+        run = kernel.allreduce_small
+        arguments: tuple[Any, ...] = (slots, matrix, start, start + bucket.numel, factor, me)
+    else:
+        _count(bucket, bucket.mine, 2)
+        run, part = kernel.allreduce, bucket.mine
+        arguments = (matrix, start + part.start, start + part.stop, factor, me)
 
     def done() -> bool:
         nonlocal phase, target
-        phase, target = kernel.allreduce(phase, target, flags, matrix, start, stop, factor, me, spins, nap)
+        phase, target = run(phase, target, world.flags, *arguments, world.spins, SLICE_OF_WAIT)
         return bool(phase == kernel.DONE)
 
     world.waiter.until(done, what, lambda: world.missing_on_node(target))
@@ -51,7 +59,7 @@ def broadcast(bucket: Bucket, what: str, root: int) -> None:
 
 def reduce_scatter(bucket: Bucket, what: str, scale: float) -> None:
     """Each rank reduces its part into its own buffer."""
-    world, part = bucket.world, _my_part(bucket)
+    world, part = bucket.world, bucket.mine
     world.node_barrier(what)
     reduce(bucket, part, scale, to_all=False)
     world.node_barrier(what)
@@ -61,7 +69,7 @@ def allgather(bucket: Bucket, what: str) -> None:
     """Each rank writes its part into all buffers."""
     world = bucket.world
     world.node_barrier(what)
-    spread(bucket, _my_part(bucket))
+    spread(bucket, bucket.mine)
     world.node_barrier(what)
 
 
@@ -79,8 +87,7 @@ def reduce(bucket: Bucket, part: slice, scale: float, *, to_all: bool) -> None:
         _reduce_half(bucket, part, scale, bucket.rows if to_all else [bucket.host])
         return
 
-    from hpcsgd.kernels import reduce as kernel
-
+    kernel = _kernel()
     start, stop = bucket.start + part.start, bucket.start + part.stop
     factor = bucket.matrix.dtype.type(scale)
     if to_all:
@@ -110,8 +117,12 @@ def _reduce_half(bucket: Bucket, part: slice, scale: float, targets: list[torch.
             target[piece] = total
 
 
-def _my_part(bucket: Bucket) -> slice:
-    return bucket.part(bucket.world.local_rank, bucket.world.local_size)
+@functools.cache
+def _kernel() -> Any:
+    # Imported late, for numba's sake, and once, for this is on the path of a few microseconds.
+    from hpcsgd.kernels import reduce as kernel
+
+    return kernel
 
 
 def _count(bucket: Bucket, part: slice, passes: int) -> None:

@@ -5,44 +5,41 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
 
 import torch
 
 from hpcsgd.tensors import Bucket
 
-Job = Callable[[], None]
+Job = Callable[..., None]
 
 
-def staged(bucket: Bucket, job: Job, direct: Job | None = None) -> Job:
-    """The job, preceded by the copy to the host and followed by the copy back where there is one.
+def staged(job: Job, bucket: Bucket, what: str, *arguments: Any) -> Callable[[], None]:
+    """`job(bucket, what, *arguments)`, which works on `bucket.host`, between the copies that needs.
 
     On a GPU the copies run on a stream of the communication thread, after everything that the caller's
     current stream has queued so far; the job is over when the result is in the device's memory, so
-    whatever the caller queues after `wait()` sees it.
-
-    Parameters
-    ----------
-    job
-        Works on `bucket.host`.
-    direct
-        Does the same on `bucket.flat`, for an MPI that takes device memory; default: there is none.
+    whatever the caller queues after `wait()` sees it. Jobs with a twin in `DIRECT` work on the device's
+    memory instead where MPI takes that; it has no half precision.
     """
     if bucket.flat is bucket.host:
-        return job
+        return partial(job, bucket, what, *arguments)
     device = bucket.flat.device
     produced = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    direct = DIRECT.get(job) if bucket.world.cuda_aware and bucket.flat.element_size() >= 4 else None
 
     def run() -> None:
         with _side_stream(device) as stream:
             if produced is not None:
                 produced.wait(stream)
-            if direct is not None and bucket.world.cuda_aware:
+            if direct is not None:
                 _finish(stream)
-                direct()
+                direct(bucket, what, *arguments)
             else:
                 bucket.host.copy_(bucket.flat, non_blocking=True)
                 _finish(stream)
-                job()
+                job(bucket, what, *arguments)
                 bucket.flat.copy_(bucket.host, non_blocking=True)
             _finish(stream)
 
@@ -67,3 +64,6 @@ def _finish(stream: torch.cuda.Stream | None) -> None:
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
+
+#: Jobs that a CUDA-aware MPI can do on the device's memory, and how.
+DIRECT: dict[Job, Job] = {}
