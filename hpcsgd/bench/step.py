@@ -118,7 +118,7 @@ def _measure(world: World, spec: str, batch: int, repeats: int, steps: int, seed
             _timed(DDP, ddp, steps),
             _timed(ALONE, alone, steps),
         ]
-        seconds = interleave(comm, contenders, repeats)
+        seconds = interleave(comm, contenders, repeats, uncounted=0, takes=1)
         busy, waited = _communication(world) - before
         buffers = strategy.gradients.group.nbytes
         run.close()

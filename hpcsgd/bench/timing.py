@@ -35,7 +35,9 @@ class Contender:
     calls: int = 1
 
 
-def interleave(comm: Any, contenders: Sequence[Contender], rounds: int) -> dict[str, np.ndarray]:
+def interleave(
+    comm: Any, contenders: Sequence[Contender], rounds: int, uncounted: int = 1, takes: int = 3
+) -> dict[str, np.ndarray]:
     """Time the contenders in turns, A B C A B C and so on.
 
     Parameters
@@ -45,23 +47,31 @@ def interleave(comm: Any, contenders: Sequence[Contender], rounds: int) -> dict[
     contenders
         The same on every rank.
     rounds
-        Times each of them is timed, at least 1.
+        Turns of each of them, at least 1.
+    uncounted
+        Calls at the start of a turn that are not timed: the first one finds the caches as the contender
+        before left them. Default 1.
+    takes
+        Calls of a turn that are. Default 3.
 
     Returns
     -------
     dict
-        For each name the seconds of the slowest rank in each round, (rounds,), on every rank.
+        For each name the seconds of the slowest rank in each call, (rounds * takes,), on every rank.
     """
     from mpi4py import MPI
 
-    seconds = np.empty((rounds, len(contenders)))
-    for row in seconds:
+    seconds = np.empty((rounds * takes, len(contenders)))
+    for turn in range(rounds):
         for index, contender in enumerate(contenders):
-            contender.prepare()
-            barrier(comm)
-            started = time.perf_counter()
-            contender.run()
-            row[index] = (time.perf_counter() - started) / contender.calls
+            for take in range(-uncounted, takes):
+                contender.prepare()
+                barrier(comm)
+                started = time.perf_counter()
+                contender.run()
+                if take >= 0:
+                    taken = (time.perf_counter() - started) / contender.calls
+                    seconds[turn * takes + take, index] = taken
     comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
     return {c.name: seconds[:, index] for index, c in enumerate(contenders)}
 

@@ -34,7 +34,10 @@ with World(device="cpu") as world:
         seconds.append(time.perf_counter() - started)
     mean = group.views["x"]
     facts = [world.rank, world.host, world.node, world.nodes, world.local_size]
-    print(json.dumps([*facts, mean.min().item(), mean.max().item(), min(seconds)]), flush=True)
+    row = [*facts, mean.min().item(), mean.max().item(), min(seconds)]
+    for other in world.gather(row):
+        if world.rank == 0:
+            print(json.dumps(other), flush=True)
 """
 
 
