@@ -12,6 +12,7 @@ from hpcsgd.errors import BadOption, DeadlineExceeded
 DEFAULT_TIMEOUT = 300.0
 _SPINS = 50
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 20e-6, 500e-6
+_SLEEP_SHARE = 0.03
 _LOOK_AROUND_EVERY = 0.2
 _GRACE = 10.0
 
@@ -76,7 +77,6 @@ class Waiter:
             if done():
                 return
         started = looked = time.monotonic()
-        pause = _SHORTEST_SLEEP
         os.sched_yield()
         while not done():
             now = time.monotonic()
@@ -85,8 +85,8 @@ class Waiter:
                 self.look_around()
                 if now - started > self.timeout:
                     raise self._late(what, missing)
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_SLEEP)
+            # In proportion to the wait so far: what is waited for is never noticed much too late.
+            time.sleep(min(max((now - started) * _SLEEP_SHARE, _SHORTEST_SLEEP), _LONGEST_SLEEP))
 
     def event(self, event: threading.Event, what: Callable[[], str], timeout: float | None) -> None:
         """Wait for an event that the communication thread sets.

@@ -38,7 +38,7 @@ ALGORITHMS: dict[str, Callable[[Bucket, str, float], None]] = {
     "two-level": two_level.allreduce,
 }
 #: Below this many bytes a ring's 2(p-1) hops cost more than the bandwidth they save.
-RING_FROM = 128 * 1024
+RING_FROM = 256 * 1024
 
 
 def iallreduce(target: Target, scale: float | None = None, algorithm: str = "auto") -> Work:
