@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.world import World
 
 FILE = "metrics.jsonl"
@@ -114,12 +115,12 @@ class Recorder:
 
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        kept = [line for line in _lines(path) if _step(path, line) <= step]
         aside = path.with_suffix(".partial")
         aside.write_text("".join(kept))
         os.replace(aside, path)
         self._file = path.open("a", buffering=1)
-        self._board = _board(folder)
+        self._board = _board(folder, step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; it is in the file when this returns."""
@@ -141,9 +142,20 @@ def _lines(path: Path) -> list[str]:
     return [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
 
 
-def _board(folder: Path) -> Any:
+def _step(path: Path, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        raise HpcsgdError(
+            f"{path} has a line that is no record",
+            got=line.strip()[:80],
+            do="remove that line, or start a new run",
+        ) from None
+
+
+def _board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step + 1)

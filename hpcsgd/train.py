@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -12,12 +11,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpcsgd import data, models, specs
+from hpcsgd import data, generators, models, specs
 from hpcsgd.checkpoint import Checkpoints
 from hpcsgd.display import Display
 from hpcsgd.errors import BadOption
@@ -31,6 +29,8 @@ from hpcsgd.world import World
 _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _EVALUATION_BATCH = 256
+#: Settings whose change would make the checkpoint's state, or its position in the data, another's.
+_FIXED_FOR_A_RUN = ("data", "strategy", "optimizer", "batch", "accumulate", "alpha", "seed")
 
 
 def train(settings: Settings) -> Path:
@@ -114,7 +114,7 @@ class Training:
         world.together(self._open_files)
         # From here on dropout and the like differ from rank to rank.
         if not settings.resume:
-            _seed(settings.seed + 1 + world.rank)
+            generators.seed(settings.seed + 1 + world.rank)
         self.meter = Meter(world, before)
         with self._signals(), closing(self.display):
             self._train()
@@ -155,7 +155,8 @@ class Training:
         (self.folder / "config.toml").write_text(to_toml(named, about))
 
     def _resume(self) -> Counters:
-        state, _ = self.checkpoints.load(resumed(self.settings.resume)[1])
+        state, meta = self.checkpoints.load(resumed(self.settings.resume)[1])
+        _check_unchanged(self.settings, meta["settings"])
         # All ranks alike fail to put it into a model or an optimizer of another kind.
         self.world.together(lambda: self.run.load_state_dict(state["run"]))
         self.schedule.load_state_dict(state["schedule"])
@@ -163,7 +164,7 @@ class Training:
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.sums, self.logged = Sums(**state["sums"]), Counters(**state["logged"])
         self.world.together(self._seek)
-        _restore_generators(state["generators"])
+        generators.restore(state["generators"])
         return Counters(**state["spent"])
 
     def _seek(self) -> None:
@@ -179,7 +180,7 @@ class Training:
             "batch": self.batch,
             "sums": asdict(self.sums),
             "logged": asdict(self.logged),
-            "generators": _generators(),
+            "generators": generators.state(),
             "spent": asdict(self.meter.read()),
         }
 
@@ -352,6 +353,19 @@ class Training:
         self.run.close()
 
 
+def _check_unchanged(settings: Settings, before: dict[str, Any]) -> None:
+    for name in _FIXED_FOR_A_RUN:
+        value = getattr(settings, name)
+        if value != before.get(name, value):
+            raise BadOption(
+                f"a run cannot go on with another {name}",
+                expected=before[name],
+                got=value,
+                do=f"leave out --{name}, or start a new run",
+                everywhere=True,
+            )
+
+
 def _folder(settings: Settings) -> Path:
     if settings.resume:
         return resumed(settings.resume)[0]
@@ -365,30 +379,3 @@ def _closing(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
         yield batches
     finally:
         batches.close()  # type: ignore[attr-defined]
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - for models of the user's own that draw from it
-    torch.manual_seed(seed)
-
-
-def _generators() -> dict[str, Any]:
-    kind, numbers, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [kind, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest],
-    }
-
-
-def _restore_generators(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, numbers, gauss = state["python"]
-    random.setstate((kind, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

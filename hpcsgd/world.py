@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import re
 import socket
-import sys
 import time
-import traceback
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from hpcsgd import launcher
+from hpcsgd import ending, launcher
 from hpcsgd.errors import Disagreement, HpcsgdError
 from hpcsgd.mail import Mail, Status
 from hpcsgd.progress import Progress
@@ -109,9 +104,9 @@ class World:
         #: cannot reads it as host memory and crashes.
         self.cuda_aware = os.environ.get("HPCSGD_CUDA_AWARE", "0") == "1"
         self._closed = False
-        _open_worlds.add(self)
+        ending.drain_at_exit(self.progress)
         if self.size > 1:
-            _end_all_ranks_on_an_exception()
+            ending.end_all_ranks_on_an_exception()
             self.progress.start()
 
     def _split(self, MPI: Any, comm: Any) -> None:
@@ -286,7 +281,6 @@ class World:
         if self._closed:
             return
         self._closed = True
-        _open_worlds.discard(self)
         self.progress.stop()
         self.control.barrier("the end of the world")
         self.waiter.look_around()
@@ -352,58 +346,3 @@ def _device(name: str, local_rank: int) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
-
-
-_open_worlds: weakref.WeakSet[World] = weakref.WeakSet()
-_DRAIN_AT_EXIT = 30.0  # seconds
-_LAST_WORDS = 0.2  # seconds for the launcher to read what was printed, before Abort kills it too
-_FIRST_WORD = 3.0  # seconds that rank 0 has to print an error that all ranks raise
-
-
-@atexit.register
-def _drain_at_exit() -> None:
-    # Communication may be outstanding when the program ends; what all ranks started comes to its end,
-    # and what one rank never joins must not keep the job for ever.
-    for world in list(_open_worlds):
-        try:
-            world.progress.stop(min(_DRAIN_AT_EXIT, world.timeout))
-        except BaseException as error:
-            print(f"hpcsgd: at exit: {error}", file=sys.stderr, flush=True)
-            _abort()
-
-
-def _abort() -> None:
-    from mpi4py import MPI
-
-    sys.stdout.flush()
-    sys.stderr.flush()
-    time.sleep(_LAST_WORDS)
-    MPI.COMM_WORLD.Abort(1)
-
-
-def _end_all_ranks_on_an_exception() -> None:
-    """Let an uncaught exception on one rank end the job, with its traceback printed once."""
-    if getattr(sys.excepthook, "_hpcsgd", False):
-        return
-    previous = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-        from mpi4py import MPI
-
-        if MPI.Is_finalized():
-            previous(kind, error, where)
-            return
-        rank = MPI.COMM_WORLD.rank
-        if getattr(error, "everywhere", False) and rank != 0:
-            # Rank 0 prints the same error and ends the job; this is for the case that it cannot.
-            time.sleep(_FIRST_WORD)
-        elif issubclass(kind, KeyboardInterrupt):
-            print(f"hpcsgd: rank {rank} interrupted", file=sys.stderr)
-        else:
-            with contextlib.suppress(Exception):
-                print(f"hpcsgd: rank {rank} ends the job:", file=sys.stderr)
-                traceback.print_exception(kind, error, where)
-        _abort()
-
-    hook._hpcsgd = True  # type: ignore[attr-defined]
-    sys.excepthook = hook

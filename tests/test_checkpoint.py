@@ -62,8 +62,7 @@ def save(folder: Path, *steps: int, ranks: int = RANKS, keep: int = 2) -> None:
         return [points.save(step, state(step, rank), {"epoch": step / 10}) for step in steps]
 
     assert (
-        on_ranks(folder, save_all, ranks, keep)
-        == [[folder / f"step-{step:08d}" for step in steps]] * ranks
+        on_ranks(folder, save_all, ranks, keep) == [[folder / f"step-{step:08d}" for step in steps]] * ranks
     )
 
 

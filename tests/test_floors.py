@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
     {"errors", "specs", "topology", "kernels", "launcher"},
-    {"wait", "mail", "progress", "transport", "window", "world"},
+    {"wait", "mail", "progress", "transport", "window", "ending", "world"},
     {"tensors", "gradients", "parameters", "compress"},
     {"collectives"},
     {"strategies", "server"},
     {"batches", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
-    | {"optim", "display"},
+    | {"optim", "display", "generators"},
     {"cli", "train", "bench", "report"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -107,8 +107,8 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
     told: list[Any] = []
 
     class Writer:
-        def __init__(self, folder: str) -> None:
-            told.append(folder)
+        def __init__(self, folder: str, purge_step: int) -> None:
+            told.append((folder, purge_step))
 
         def add_scalar(self, *row: Any) -> None:
             told.append(row)
@@ -122,4 +122,4 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
     recorder = Recorder(tmp_path, 0)
     recorder.write({"event": "test", "step": 4, "loss": 0.5, "accuracy": 1, "bytes_sent": [1, 2]})
     recorder.close()
-    assert told == [str(tmp_path), ("test/loss", 0.5, 4), ("test/accuracy", 1, 4), "closed"]
+    assert told == [(str(tmp_path), 1), ("test/loss", 0.5, 4), ("test/accuracy", 1, 4), "closed"]

@@ -96,9 +96,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
             flipped[place] ^= 1 << place % 8
             path.write_bytes(flipped)
             with pytest.raises(Fault, match=f"{path.name} is damaged"):
-                read_state(
-                    tmp_path / "rank-0000.pt", read_manifest(tmp_path)["files"]["rank-0000.pt"]
-                )
+                read_state(tmp_path / "rank-0000.pt", read_manifest(tmp_path)["files"]["rank-0000.pt"])
         path.write_bytes(content)
     assert read_manifest(tmp_path) == body
     assert read_state(tmp_path / "rank-0000.pt", entry)["weights"].tolist() == [*range(50)]
@@ -167,9 +165,7 @@ class Tagged(torch.Tensor):
         (torch.zeros(2).as_subclass(Tagged), "test_snapshot.Tagged"),
     ],
 )
-def test_what_cannot_be_loaded_is_an_error_when_saving(
-    tmp_path: Path, value: object, kind: str
-) -> None:
+def test_what_cannot_be_loaded_is_an_error_when_saving(tmp_path: Path, value: object, kind: str) -> None:
     with pytest.raises(Fault) as caught:
         write_state(tmp_path / "a.pt", {"optimizer": {"state": [0, {"seen": value}]}})
     assert caught.value.what.startswith("state['optimizer']['state'][1]['seen'] cannot be saved")

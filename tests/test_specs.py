@@ -168,9 +168,7 @@ def test_context_fills_parameters_and_is_not_the_users_to_set() -> None:
     assert specs.build(ROWS, "local-sgd:period=4,seed=3", "strategy", world=world).seed == 3
     for option in ("seed=1", "world=1", "other=1"):
         with pytest.raises(BadOption, match="set elsewhere"):
-            specs.build(
-                ROWS, f"local-sgd:period=4,{option}", "strategy", world=world, seed=9, other=1
-            )
+            specs.build(ROWS, f"local-sgd:period=4,{option}", "strategy", world=world, seed=9, other=1)
     with pytest.raises(BadOption, match="no option 'world'"):
         specs.build(ROWS, "local-sgd:period=4,world=1", "strategy")
 

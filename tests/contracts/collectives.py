@@ -28,9 +28,7 @@ def lengths(ranks: int, dtype: torch.dtype) -> list[int]:
     return [0, 1, 2, *(edge + off for edge in edges for off in (-1, 0, 1))]
 
 
-def group_of(
-    world: World, sizes: list[int], dtype: torch.dtype, *, staged: bool = False
-) -> TensorGroup:
+def group_of(world: World, sizes: list[int], dtype: torch.dtype, *, staged: bool = False) -> TensorGroup:
     """A bucket for each size."""
     tensors = [(f"t{i}", torch.empty(n, dtype=dtype)) for i, n in enumerate(sizes)]
     return TensorGroup(world, tensors, _ONE_EACH, staged=staged)

@@ -61,10 +61,7 @@ def local_step(period: int) -> Callable[[Array, Array, Array, float, int], Array
 
 ROWS = [
     Row("allreduce", AllReduce, allreduce_step, lambda steps: steps),
-    *(
-        Row("local", lambda p=p: LocalSGD(p), local_step(p), lambda steps, p=p: steps // p)
-        for p in (1, 3)
-    ),
+    *(Row("local", lambda p=p: LocalSGD(p), local_step(p), lambda steps, p=p: steps // p) for p in (1, 3)),
 ]
 
 

@@ -69,9 +69,7 @@ def test_allreduce_equals_numpy(
 
 
 @each_layout
-def test_mean_of_large_halves_does_not_overflow(
-    world_of: WorldOf, layout: tuple[int, bool]
-) -> None:
+def test_mean_of_large_halves_does_not_overflow(world_of: WorldOf, layout: tuple[int, bool]) -> None:
     world = world_of(*layout)
     group = group_of(world, [100], torch.float16)
     for algorithm in filter(lambda name: fits(group, name), NAMES):
@@ -97,9 +95,7 @@ def test_many_in_flight(world_of: WorldOf, layout: tuple[int, bool]) -> None:
 
 @each_layout
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool, torch.uint8], ids=str)
-def test_broadcast_from_every_root(
-    world_of: WorldOf, layout: tuple[int, bool], dtype: torch.dtype
-) -> None:
+def test_broadcast_from_every_root(world_of: WorldOf, layout: tuple[int, bool], dtype: torch.dtype) -> None:
     world = world_of(*layout)
     group = group_of(world, [0, 1, 17, 5000], dtype)
     for root in range(world.size):
@@ -150,9 +146,7 @@ def test_separate_device_memory(world: Any, dtype: torch.dtype) -> None:
 
 @each_layout
 @each_algorithm
-def test_bytes_equal_the_formula(
-    world_of: WorldOf, layout: tuple[int, bool], algorithm: str
-) -> None:
+def test_bytes_equal_the_formula(world_of: WorldOf, layout: tuple[int, bool], algorithm: str) -> None:
     world = world_of(*layout)
     group = group_of(world, [5040 * 16], torch.float32)  # 5040 lines: a whole number for each rank
     if not fits(group, algorithm) or world.size == 1:

@@ -34,9 +34,7 @@ def test_models_obey_the_recursion(
     with s.start(row, world) as run:
         for steps in range(1, 8):
             s.train(run, s.batches_of(world.rank, 1, steps - 1))
-            expected = s.simulate(
-                row, world.size, steps, lambda _: [True] * world.size, lambda _: s.LR
-            )
+            expected = s.simulate(row, world.size, steps, lambda _: [True] * world.size, lambda _: s.LR)
             np.testing.assert_allclose(s.models_of(run), expected, rtol=1e-11)
 
 

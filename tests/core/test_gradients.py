@@ -37,9 +37,7 @@ def run_of(model: nn.Module, world: Any, **options: Any) -> Run:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_buckets_are_reported_in_order_whatever_autograd_does(
-    alone: Any, order: tuple[int, ...]
-) -> None:
+def test_buckets_are_reported_in_order_whatever_autograd_does(alone: Any, order: tuple[int, ...]) -> None:
     seen: list[int] = []
     model = Layers(order)
     gradients = Gradients(
@@ -89,9 +87,7 @@ def test_a_sparse_gradient_is_an_error(alone: Any) -> None:
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_are_views_of_the_buffer_however_they_are_zeroed(
-    alone: Any, set_to_none: bool
-) -> None:
+def test_gradients_are_views_of_the_buffer_however_they_are_zeroed(alone: Any, set_to_none: bool) -> None:
     model, plain = Layers((0, 1)), Layers((0, 1))
     plain.load_state_dict(model.state_dict())
     run = run_of(model, alone)

@@ -74,9 +74,7 @@ def test_a_damaged_idx_file_is_an_error(tmp_path: Path, damage: Any, suffix: str
         load(f"mnist:path={tmp_path}")
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda z: z[:-9], lambda z: b"x" + z, lambda z: z[:60] + z[80:]]
-)
+@pytest.mark.parametrize("damage", [lambda z: z[:-9], lambda z: b"x" + z, lambda z: z[:60] + z[80:]])
 def test_a_damaged_gz_file_is_an_error(tmp_path: Path, damage: Any) -> None:
     write_mnist(tmp_path, gzip.compress, ".gz")
     file = tmp_path / "train-images-idx3-ubyte.gz"

@@ -15,9 +15,7 @@ from hpcsgd.data import Loader, Tensors, load
 from hpcsgd.data.augment import crop_and_flip
 from hpcsgd.errors import BadOption, HpcsgdError
 
-IMAGES = Tensors(
-    torch.arange(50 * 3 * 6 * 6, dtype=torch.float32).view(50, 3, 6, 6), torch.arange(50) % 5
-)
+IMAGES = Tensors(torch.arange(50 * 3 * 6 * 6, dtype=torch.float32).view(50, 3, 6, 6), torch.arange(50) % 5)
 
 
 def loader(**options: Any) -> Loader:
@@ -32,9 +30,7 @@ def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("alpha", [None, 0.3])
-def test_an_epoch_has_every_sample_once_in_len_batches(
-    alpha: float | None, drop_last: bool
-) -> None:
+def test_an_epoch_has_every_sample_once_in_len_batches(alpha: float | None, drop_last: bool) -> None:
     source = Tensors(torch.arange(50), torch.arange(50) % 5)
     seen: list[int] = []
     for rank in range(3):

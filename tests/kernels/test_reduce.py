@@ -97,8 +97,6 @@ def test_an_allreduce_that_lacks_a_rank_comes_back_to_its_caller() -> None:
     before = rows.copy()
     phase = target = 0
     for _ in range(3):
-        phase, target = reduce.allreduce(
-            phase, target, flags, rows, 0, 10, np.float32(1), 0, 5, 1000
-        )
+        phase, target = reduce.allreduce(phase, target, flags, rows, 0, 10, np.float32(1), 0, 5, 1000)
         assert phase == reduce.WAIT_ALL_READY and barrier.missing(flags, 2, target) == [1]
     np.testing.assert_array_equal(rows, before)

@@ -56,9 +56,7 @@ def left_over(name: str) -> str:
     """Links and namespaces of one run that still exist."""
     seen = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
     seen += subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
-    return "\n".join(
-        line for line in seen.splitlines() if re.search(rf"\b{name}(p\d|-\d|\b)", line)
-    )
+    return "\n".join(line for line in seen.splitlines() if re.search(rf"\b{name}(p\d|-\d|\b)", line))
 
 
 def test_two_hosts_of_two_ranks(tmp_path: Path) -> None:

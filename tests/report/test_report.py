@@ -36,16 +36,12 @@ def test_no_runs_and_no_place_are_errors(tmp_path: Path) -> None:
 
 
 def test_importing_needs_neither_mpi_nor_torch_nor_matplotlib() -> None:
-    look = (
-        "import sys, hpcsgd.report; print(*{'mpi4py.MPI', 'torch', 'matplotlib'} & {*sys.modules})"
-    )
+    look = "import sys, hpcsgd.report; print(*{'mpi4py.MPI', 'torch', 'matplotlib'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
-def test_missing_matplotlib_names_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_matplotlib_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(HpcsgdError, match=r"pip install 'hpcsgd\[report\]'"):
         write([write_run(tmp_path / "run")], tmp_path / "out")

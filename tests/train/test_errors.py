@@ -55,6 +55,7 @@ def test_errors_are_said_once(tmp_path: Path) -> None:
         (["--optimizer", "lion"], ["unknown optimizer 'lion'", "adam, adamw, sgd"]),
         (["--resume", run / "checkpoints" / "step-00000009"], ["no checkpoint of step 9", "steps 1, 2"]),
         (["--resume", run, "--model", "logistic"], ["loading state_dict"]),
+        (["--resume", run, "--optimizer", "adam"], ["cannot go on with another optimizer", "adam"]),
     ]
     training: list[object] = ["train", "--out", tmp_path]
     outcomes = run_commands(

@@ -1,0 +1,75 @@
+"""How a rank ends: what is in flight comes to its end, and what cannot go on takes the job with it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+import time
+import traceback
+import weakref
+from types import TracebackType
+
+from hpcsgd.progress import Progress
+
+_DRAIN_AT_EXIT = 30.0  # seconds
+_LAST_WORDS = 0.2  # seconds for the launcher to read what was printed, before Abort kills it too
+_FIRST_WORD = 3.0  # seconds that rank 0 has to print an error that all ranks raise
+
+_running: weakref.WeakSet[Progress] = weakref.WeakSet()
+
+
+def drain_at_exit(progress: Progress) -> None:
+    """Let the communication that is outstanding when the program ends come to its end, within bounds.
+
+    What all ranks started is finished; what some rank never joins must not keep the job for ever.
+    """
+    _running.add(progress)
+
+
+@atexit.register
+def _drain() -> None:
+    for progress in list(_running):
+        try:
+            progress.stop(min(_DRAIN_AT_EXIT, progress.waiter.timeout))
+        except BaseException as error:
+            print(f"hpcsgd: at exit: {error}", file=sys.stderr, flush=True)
+            abort()
+
+
+def abort() -> None:
+    """End all ranks of the job, after what was printed has been read."""
+    from mpi4py import MPI
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(_LAST_WORDS)
+    MPI.COMM_WORLD.Abort(1)
+
+
+def end_all_ranks_on_an_exception() -> None:
+    """Let an uncaught exception on one rank end the job, with its traceback printed once."""
+    if getattr(sys.excepthook, "_hpcsgd", False):
+        return
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        from mpi4py import MPI
+
+        if MPI.Is_finalized():
+            previous(kind, error, where)
+            return
+        rank = MPI.COMM_WORLD.rank
+        if getattr(error, "everywhere", False) and rank != 0:
+            # Rank 0 prints the same error and ends the job; this is for the case that it cannot.
+            time.sleep(_FIRST_WORD)
+        elif issubclass(kind, KeyboardInterrupt):
+            print(f"hpcsgd: rank {rank} interrupted", file=sys.stderr)
+        else:
+            with contextlib.suppress(Exception):
+                print(f"hpcsgd: rank {rank} ends the job:", file=sys.stderr)
+                traceback.print_exception(kind, error, where)
+        abort()
+
+    hook._hpcsgd = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
