@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from hpcsgd import ending, launcher
-from hpcsgd.errors import Disagreement, HpcsgdError
+from hpcsgd.errors import BadOption, Disagreement, HpcsgdError
 from hpcsgd.mail import Mail, Status
 from hpcsgd.progress import Progress
 from hpcsgd.transport import Traffic, Transport
@@ -111,7 +111,10 @@ class World:
 
     def _split(self, MPI: Any, comm: Any) -> None:
         node = comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
-        limit = int(os.environ.get("HPCSGD_RANKS_PER_NODE", "0"))
+        text = os.environ.get("HPCSGD_RANKS_PER_NODE", "0")
+        if not text.isdigit():
+            raise BadOption("HPCSGD_RANKS_PER_NODE", expected="a whole number; 0: the node", got=repr(text))
+        limit = int(text)
         if limit > 0:
             whole, node = node, node.Split(node.rank // limit, self.rank)
             whole.Free()
@@ -150,8 +153,7 @@ class World:
         window = self.window(barrier.flags_size(self.local_size))
         if window is not None:
             self.flags = window.rows[0].view(np.int32)
-            for turn in (0, 1):
-                slots = self.window(_SLOT_BYTES)
+            for turn, slots in enumerate((self.window(_SLOT_BYTES), self.window(_SLOT_BYTES))):
                 for dtype in map(np.dtype, (np.float32, np.float64)):
                     if slots is not None:
                         self._slots[turn, dtype] = slots.rows.view(dtype)
@@ -184,7 +186,7 @@ class World:
         There are two sets, taken in turn by the same calls on every rank: who writes into one has been
         through the barrier that all were through when they had read it.
         """
-        if nbytes > _SLOT_BYTES or not self._slots:
+        if nbytes > _SLOT_BYTES or (1, dtype) not in self._slots or (0, dtype) not in self._slots:
             return None
         self._turn = 1 - self._turn
         return self._slots[self._turn, dtype]

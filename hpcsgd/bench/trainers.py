@@ -65,15 +65,19 @@ def draw(world: World, data: Data, batch: int, steps: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def check_same(world: World, spec: str, ours: nn.Module, ddp: nn.Module) -> None:
-    """Raise `HpcsgdError` on all ranks where two models differ by more than rounding."""
+def difference(world: World, ours: nn.Module, ddp: nn.Module) -> float:
+    """The largest difference between two models' parameters, over all ranks."""
     pairs = zip(ours.parameters(), ddp.parameters(), strict=True)
     distance = max(float((a - b).abs().max()) for a, b in pairs)
-    largest = max(world.gather(distance, "the comparison of two models"))
-    if not largest <= _TOLERANCE:
+    return max(world.gather(distance, "the comparison of two models"))
+
+
+def check_same(spec: str, distance: float) -> None:
+    """Raise `HpcsgdError` where two models differ by more than rounding."""
+    if not distance <= _TOLERANCE:
         raise HpcsgdError(
             f"{spec} after one step differs between hpcsgd and DDP",
             expected=f"parameters within {_TOLERANCE}",
-            got=largest,
+            got=distance,
             everywhere=True,
         )

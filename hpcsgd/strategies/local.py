@@ -57,9 +57,10 @@ class LocalSGD(Strategy):
         """The mean of the models, weighted by steps where ranks took unequal numbers of them."""
         scale = None
         if len(set(self._own_steps)) > 1:
-            scale = 1.0 / sum(self._own_steps)
+            scale = 1.0
+            share = self._own_steps[self.setting.world.rank] / sum(self._own_steps)
             for bucket in self.parameters.group:
-                bucket.flat.mul_(self._own_steps[self.setting.world.rank])
+                bucket.flat.mul_(share)
         allreduce(self.parameters.group, scale, self.setting.algorithm)
 
     def averaged(self) -> AbstractContextManager[None]:
