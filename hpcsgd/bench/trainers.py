@@ -69,7 +69,8 @@ def difference(world: World, ours: nn.Module, ddp: nn.Module) -> float:
     """The largest difference between two models' parameters, over all ranks."""
     pairs = zip(ours.parameters(), ddp.parameters(), strict=True)
     distance = max(float((a - b).abs().max()) for a, b in pairs)
-    return max(world.gather(distance, "the comparison of two models"))
+    distances: list[float] = world.gather(distance, "the comparison of two models")
+    return max(distances)
 
 
 def check_same(spec: str, distance: float) -> None:
