@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import warnings
 import weakref
@@ -54,8 +55,12 @@ class Windows:
 
         Collective over the node; all of its ranks get a window or none does.
         """
-        self.free_garbage()
         size = max(_PAGE, -(-nbytes // _PAGE) * _PAGE)
+        if self._node.size == 1:
+            # Nobody to share with; and what MPI gives to one rank alone need not begin at a cache line.
+            alone = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return Window(np.frombuffer(alone, np.uint8).reshape(1, size), 0)
+        self.free_garbage()
         sizes = self._node.gather_objects(size, "the allocation of a shared window")
         size = max(sizes)
         problem = _lack_of_memory(size * self._node.size)
