@@ -10,6 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hpcsgd.compress import (
+        BF16,
+        FP16,
+        ErrorFeedback,
+        GlobalRandK,
+        GlobalRandKMaxNorm,
+        GlobalRandKMaxNormMultiScale,
+        Hadamard,
+        PowerSGD,
+        QSGDMaxNorm,
+        QSGDMaxNormMultiScale,
+        SignSGD,
+        TopK,
+    )
     from hpcsgd.errors import BadOption, DeadlineExceeded, Disagreement, HpcsgdError
     from hpcsgd.run import Run
     from hpcsgd.strategies import AllReduce, LocalSGD, Strategy
@@ -17,19 +31,45 @@ if TYPE_CHECKING:
     from hpcsgd.world import World
 
 __all__ = [
+    "BF16",
+    "FP16",
     "AllReduce",
     "BadOption",
     "DeadlineExceeded",
     "Disagreement",
+    "ErrorFeedback",
+    "GlobalRandK",
+    "GlobalRandKMaxNorm",
+    "GlobalRandKMaxNormMultiScale",
+    "Hadamard",
     "HpcsgdError",
     "LocalSGD",
+    "PowerSGD",
+    "QSGDMaxNorm",
+    "QSGDMaxNormMultiScale",
     "Run",
+    "SignSGD",
     "Strategy",
     "TensorGroup",
+    "TopK",
     "World",
 ]
 
-_HOMES = {
+_HOMES: dict[str, tuple[str, ...]] = {
+    "compress": (
+        "BF16",
+        "ErrorFeedback",
+        "FP16",
+        "GlobalRandK",
+        "GlobalRandKMaxNorm",
+        "GlobalRandKMaxNormMultiScale",
+        "Hadamard",
+        "PowerSGD",
+        "QSGDMaxNorm",
+        "QSGDMaxNormMultiScale",
+        "SignSGD",
+        "TopK",
+    ),
     "errors": ("BadOption", "DeadlineExceeded", "Disagreement", "HpcsgdError"),
     "run": ("Run",),
     "strategies": ("AllReduce", "LocalSGD", "Strategy"),

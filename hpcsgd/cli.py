@@ -24,7 +24,7 @@ class _WithRegistries(click.Command):
     """A command whose help lists what the spec options can name."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from hpcsgd import data, models, specs, strategies
+        from hpcsgd import compress, data, models, specs, strategies
         from hpcsgd.optim import OPTIMIZERS
 
         given = ("params", "lr", "shape", "classes")
@@ -33,6 +33,8 @@ class _WithRegistries(click.Command):
             "Data sets (--data)": data.DATASETS,
             "Models (--model), or module:callable of your own": models.MODELS,
             "Strategies (--strategy)": strategies.STRATEGIES,
+            "Compression (--compress), or none": compress.COMPRESSORS,
+            "Wrappers of compression (--compress ef+maxnorm:bits=4)": compress.WRAPPERS,
             "Optimizers (--optimizer)": OPTIMIZERS,
         }
         for title, registry in registries.items():
@@ -60,13 +62,17 @@ def train(settings: Settings) -> None:
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", default="report", show_default=True, type=click.Path(path_type=Path), help="Folder.")
-def report(runs: tuple[Path, ...], out: Path) -> None:
+@click.option("--over", metavar="SETTING", help="Only a table: runs that differ in this alone make one row.")
+def report(runs: tuple[Path, ...], out: Path, over: str | None) -> None:
     """Compare RUNS, folders of `hpcsgd train`: a table here, figures and one HTML page in a folder."""
     from rich.console import Console
 
-    from hpcsgd.report import load, table, write
+    from hpcsgd.report import grouped, load, table, write
 
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if over is not None:
+        console.print(grouped([load(run) for run in runs], over))
+        return
     console.print(table([load(run) for run in runs]))
     for path in write(runs, out):
         click.echo(path)
@@ -107,6 +113,46 @@ def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
     from hpcsgd.bench.step import main as measure
 
     measure(models=models.split(","), batch=batch, repeats=repeats, csv=csv)
+
+
+@bench.command()
+@click.option("--schemes", metavar="SPEC;SPEC", help="As for train --compress. Default: one of each kind.")
+@click.option("--elements", metavar="N", help="Numbers: 11.2M. Default: those of ResNet-18; kernels 16 Mi.")
+@click.option(
+    "--data",
+    type=click.Choice(["gaussian", "resnet18", "both"]),
+    default="both",
+    show_default=True,
+    help="Gradients: normal numbers, or those of a ResNet-18.",
+)
+@click.option("--repeats", default=5, show_default=True, help="Rounds; medians are shown.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="cuda: the kernels alone, on the GPU.",
+)
+@click.option("--bucket-mib", default=4.0, show_default=True, help="Size of a bucket.")
+@click.option("--algorithm", default="auto", show_default=True, help="As for train.")
+@_CSV
+def compress(schemes: str | None, elements: str | None, data: str, **options: Any) -> None:
+    """Compression: time, bytes and error of each scheme, beside float32, gloo and torch's hooks."""
+    from hpcsgd.bench.compress import SCHEMES
+    from hpcsgd.bench.compress import main as measure
+
+    kinds = ["gaussian", "resnet18"] if data == "both" else [data]
+    chosen = SCHEMES if schemes is None else [spec for spec in schemes.split(";") if spec.strip()]
+    measure(chosen, None if elements is None else _number(elements), kinds, **options)
+
+
+def _number(text: str) -> int:
+    """A whole number, also in thousands or millions: 64k, 11.2M."""
+    scale = {"k": 1e3, "M": 1e6}.get(text[-1:], 1)
+    try:
+        return round(float(text.rstrip("kM")) * scale)
+    except ValueError:
+        raise click.BadParameter("a number: 65536, 64k or 11.2M", param_hint="--elements") from None
 
 
 def main() -> None:

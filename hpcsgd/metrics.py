@@ -47,6 +47,7 @@ class Counters:
     communication_seconds: float = 0.0
     bytes_sent: int = 0
     bytes_shared: int = 0
+    bytes_saved: int = 0
 
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(a - b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
@@ -88,14 +89,19 @@ class Meter:
             progress.busy_seconds,
             traffic.sent,
             traffic.shared,
+            traffic.saved,
         )
 
 
 def spent(counters: list[Counters]) -> dict[str, Any]:
     """The columns of a record that tell what each rank has spent."""
+    moved = sum(c.bytes_sent + c.bytes_shared for c in counters)
+    saved = sum(c.bytes_saved for c in counters)
     return {
+        "compression_ratio": round((moved + saved) / moved, 4) if moved else 1.0,
         "bytes_sent": [c.bytes_sent for c in counters],
         "bytes_shared": [c.bytes_shared for c in counters],
+        "bytes_saved": [c.bytes_saved for c in counters],
         "compute_seconds": [round(c.seconds - c.wait_seconds, 6) for c in counters],
         "wait_seconds": [round(c.wait_seconds, 6) for c in counters],
         "communication_seconds": [round(c.communication_seconds, 6) for c in counters],

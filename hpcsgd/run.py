@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcsgd import batches, collectives
+from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption
 from hpcsgd.strategies import AllReduce, Setting, Strategy
 from hpcsgd.tensors import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
@@ -50,6 +51,13 @@ class Run:
     uneven
         Ranks with fewer batches "join" the others' remaining steps with weight 0 (default), or all
         "stop" with the first that runs out.
+    compress
+        How what the strategy reduces is compressed, see `hpcsgd.compress`; default: not at all.
+    seed
+        Of the random numbers that compression draws. Default 0.
+    nonfinite
+        With compression, NaN or infinity in a gradient is an "error" that names parameter, rank and step
+        (default), or all ranks "skip" the step, as GradScaler needs.
 
     Raises
     ------
@@ -72,10 +80,14 @@ class Run:
         buffers: str = "broadcast",
         unused: str = "zeros",
         uneven: str = "join",
+        compress: Compressor | None = None,
+        seed: int = 0,
+        nonfinite: str = "error",
     ) -> None:
         _check("buffers", buffers, ("broadcast", "average", "local"))
         _check("unused", unused, ("zeros", "error"))
         _check("uneven", uneven, ("join", "stop"))
+        _check("nonfinite", nonfinite, ("error", "skip"))
         _check("algorithm", algorithm, ("auto", *collectives.ALGORITHMS))
         parameters = list(model.named_parameters())
         self.model = model
@@ -98,13 +110,18 @@ class Run:
                 "buffers": buffers,
                 "unused": unused,
                 "uneven": uneven,
+                "compress": str(compress),
+                "seed": seed,
+                "nonfinite": nonfinite,
                 "list of parameters": [_describe(n, p) for n, p in parameters],
                 "list of buffers": [_describe(n, b) for n, b in model.named_buffers()],
             }
         )
         self._copy_from_rank_0([*parameters, *model.named_buffers()])
         self._count(0)
-        self._setting = Setting(self.world, parameters, bucket_mib, algorithm, unused)
+        self._setting = Setting(
+            self.world, parameters, bucket_mib, algorithm, unused, compress, seed, nonfinite
+        )
         self.strategy.attach(self._setting)
 
     @property

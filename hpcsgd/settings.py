@@ -71,6 +71,14 @@ class Settings:
     data: str = option("digits", "Data set, as NAME:key=value,key=value.")
     model: str = option("", "Model, as NAME:key=value or module:callable; empty: fits the data.")
     strategy: str = option("allreduce", "How ranks agree, as NAME:key=value,key=value.")
+    compress: str = option(
+        "none", "Compression of what is reduced, as NAME:key=value; ef+NAME: with error feedback."
+    )
+    nonfinite: str = option(
+        "error",
+        "With compression: NaN or infinity in a gradient; --autocast float16 always skips.",
+        choices=("error", "skip"),
+    )
     optimizer: str = option("sgd:momentum=0.9", "Optimizer, as NAME:key=value,key=value.")
     learning_rate: float = option(0.1, "Learning rate after the warm-up.", low=0.0)
     schedule: str = option(

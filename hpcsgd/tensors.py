@@ -17,7 +17,13 @@ from hpcsgd.world import World
 #: What can be averaged; a group of anything else can only be broadcast and gathered.
 SUMMABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DEFAULT_BUCKET_MIB = 4.0
-_KERNEL_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+#: Words of packed codes are added as unsigned numbers.
+_KERNEL_DTYPES: dict[torch.dtype, type[np.generic]] = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.int32: np.uint32,
+    torch.int64: np.uint64,
+}
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
 
@@ -42,8 +48,8 @@ class Bucket:
     mine
         The part of it that this rank reduces for the ranks of its node.
     matrix
-        The whole rows of the node's ranks, (ranks on the node, elements), for the kernels; float32 and
-        float64 only.
+        The whole rows of the node's ranks, (ranks on the node, elements), for the kernels; not of half
+        precisions.
     """
 
     world: World
@@ -171,7 +177,7 @@ class TensorGroup:
             [name for name, _ in members],
             views,
             flat,
-            host[offset : offset + nbytes].view(dtype),
+            flat if device_memory is host else host[offset : offset + nbytes].view(dtype),
             start=offset // dtype.itemsize,
             mine=cut(flat, self.world.local_rank, self.world.local_size),
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpcsgd import data, generators, models, specs
+from hpcsgd import compress, data, generators, models, specs
 from hpcsgd.checkpoint import Checkpoints
 from hpcsgd.display import Display
 from hpcsgd.errors import BadOption
@@ -30,7 +30,7 @@ _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _EVALUATION_BATCH = 256
 #: Settings whose change would make the checkpoint's state, or its position in the data, another's.
-_FIXED_FOR_A_RUN = ("data", "strategy", "optimizer", "batch", "accumulate", "alpha", "seed")
+_FIXED_FOR_A_RUN = ("data", "strategy", "compress", "optimizer", "batch", "accumulate", "alpha", "seed")
 
 
 def train(settings: Settings) -> Path:
@@ -77,6 +77,7 @@ class Training:
             lr=settings.learning_rate,
         )
         self.strategy = specs.build(STRATEGIES, settings.strategy, "strategy")
+        self.compressor = compress.build(settings.compress)
         self.loader = data.Loader(
             self.data.train,
             settings.batch,
@@ -105,6 +106,9 @@ class Training:
             algorithm=settings.algorithm,
             buffers=settings.buffers,
             uneven=settings.uneven,
+            compress=self.compressor,
+            seed=settings.seed,
+            nonfinite="skip" if self.scaler.is_enabled() else settings.nonfinite,
         )
         torch.set_num_threads(settings.threads or world.threads)
         self._plan()
@@ -198,9 +202,13 @@ class Training:
         start = f", from step {self.step}" if self.step else ""
         return (
             f"{self.settings.data}, {type(self.model).__name__} of {count:,} parameters, "
-            f"{self.settings.strategy} over {world.size} ranks on {nodes}, {world.device.type}, "
+            f"{self._method()} over {world.size} ranks on {nodes}, {world.device.type}, "
             f"{torch.get_num_threads()} threads a rank; {self.total} steps{start}; {self.folder}"
         )
+
+    def _method(self) -> str:
+        strategy, scheme = self.settings.strategy, self.settings.compress
+        return strategy if scheme == "none" else f"{strategy} with {scheme}"
 
     def _train(self) -> None:
         while self.step < self.total and self.signal is None:
@@ -369,8 +377,9 @@ def _check_unchanged(settings: Settings, before: dict[str, Any]) -> None:
 def _folder(settings: Settings) -> Path:
     if settings.resume:
         return resumed(settings.resume)[0]
-    strategy = specs.parse(settings.strategy)[0]
-    return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy}")
+    schemes = [settings.strategy, *([] if settings.compress == "none" else [settings.compress])]
+    method = "-".join(specs.parse(scheme)[0] for scheme in schemes)
+    return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}")
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,11 +26,14 @@ class Traffic:
         broadcast B at the root.
     shared
         Bytes of other ranks' buffers that were read or written in the node's shared memory.
+    saved
+        Bytes that compressed reductions would have moved on top of these, had they not been compressed.
     """
 
     def __init__(self) -> None:
         self.sent = 0
         self.shared = 0
+        self.saved = 0
 
 
 class Transport:
@@ -52,6 +56,24 @@ class Transport:
         self.ranks = list(ranks)
         self._waiter = waiter
         self._traffic = traffic
+        self._twins: list[Transport] = []
+        #: Called while a wait goes on; does a little work and says whether there was any.
+        self.meanwhile: Callable[[], bool] | None = None
+
+    def twin(self, index: int) -> Transport:
+        """The same ranks on a communicator of their own, whose messages match apart from all others.
+
+        Collective where twin `index` is asked for the first time; the communicators last until `free_twins`.
+        """
+        while len(self._twins) <= index:
+            self._twins.append(Transport(self.comm.Dup(), self.ranks, self._waiter, self._traffic))
+        return self._twins[index]
+
+    def free_twins(self) -> None:
+        """Free the communicators of the twins; collective."""
+        for twin in self._twins:
+            twin.comm.Free()
+        self._twins.clear()
 
     def isend(self, buffer: Buffer, dest: int, tag: int = 0) -> Any:
         """Start to send; the buffer must stay unchanged until the request is complete."""
@@ -65,15 +87,29 @@ class Transport:
     def wait(self, request: Any, what: str, peer: int | None = None) -> None:
         """Wait for one request; `peer` is who it depends on."""
         missing = None if peer is None else lambda: [self.ranks[peer]]
-        self._waiter.until(request.Test, what, missing)
+        self._waiter.until(partial(self._test, request), what, missing)
+
+    def _test(self, request: Any) -> bool:
+        while not request.Test():
+            if self.meanwhile is None or not self.meanwhile():
+                return False
+        return True
 
     def allreduce(self, buffer: Buffer, what: str, op: str = "SUM") -> None:
         """Reduce in place by the library's own all-reduce; `op` is the name of an MPI operation."""
+        self.wait(self.iallreduce(buffer, op), what)
+
+    def iallreduce(self, buffer: Buffer, op: str) -> Any:
+        """Start to reduce in place; the request is complete when the result is there."""
         from mpi4py import MPI
 
         self._count_allreduce(buffer)
-        request = self.comm.Iallreduce(MPI.IN_PLACE, buffer, getattr(MPI, op))
-        self.wait(request, what)
+        return self.comm.Iallreduce(MPI.IN_PLACE, buffer, getattr(MPI, op))
+
+    def iallgather(self, mine: Buffer, everything: Buffer) -> Any:
+        """Start to gather rows of equal size; this rank's goes to all others."""
+        self._traffic.sent += (self.size - 1) * mine.nbytes
+        return self.comm.Iallgather(_bytes(mine), _bytes(everything))
 
     def allreduce_on_device(self, tensor: Buffer) -> None:
         """Sum a device tensor in place by one blocking call."""

@@ -200,6 +200,10 @@ class World:
             return None
         return self._windows.allocate(nbytes)
 
+    def make_barrier(self) -> NodeBarrier:
+        """A barrier of the node's ranks, apart from that of `node_barrier`; collective over the node."""
+        return NodeBarrier(self)
+
     def node_barrier(self, what: str) -> None:
         """Wait for all ranks of the node, by flags in shared memory."""
         from hpcsgd.kernels import barrier
@@ -289,6 +293,8 @@ class World:
         self.flags = None
         self._slots.clear()
         self._windows.free_garbage()
+        for transport in filter(None, (self.all, self.across)):
+            transport.free_twins()
         for comm in reversed(self._communicators):
             comm.Free()
 
@@ -298,6 +304,29 @@ class World:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
+
+
+class NodeBarrier:
+    """A barrier of a node's ranks that is passed without waiting; only where they share memory.
+
+    Parameters
+    ----------
+    world
+        The ranks.
+    """
+
+    def __init__(self, world: World) -> None:
+        from hpcsgd.kernels import barrier
+
+        self._kernels, self._ranks, self._me = barrier, world.local_size, world.local_rank
+        window = world.window(barrier.flags_size(self._ranks))
+        assert window is not None, "only where the node has shared memory"
+        self._flags = window.rows[0].view(np.int32)
+
+    def arrive(self) -> Callable[[], bool]:
+        """Say that this rank is here; returns what tells whether all are. Not before the last one is over."""
+        target = int(self._kernels.arrive(self._flags, self._ranks, self._me))
+        return lambda: self._kernels.passed(self._flags, target)
 
 
 def _word(error: Exception) -> str:

@@ -58,6 +58,16 @@ def completed(flags, target, spins, microseconds):  # type: ignore[no-untyped-de
     return np.int32(atomics.load(flags, _GENERATION) - target) >= 0
 
 
+def passed(flags: np.ndarray, target: int) -> bool:
+    """Whether generation `target` is complete, without waiting for it."""
+    return bool(_passed(flags, target))
+
+
+@jit
+def _passed(flags, target):  # type: ignore[no-untyped-def]
+    return np.int32(atomics.load(flags, _GENERATION) - target) >= 0
+
+
 def missing(flags: np.ndarray, ranks: int, target: int) -> list[int]:
     """The ranks that have not yet arrived at generation `target`."""
     arrived = flags[_ARRIVED::STRIDE][:ranks]

@@ -160,11 +160,11 @@ def _checked(target: Target, scale: float | None, name: str) -> tuple[float, str
                 everywhere=True,
             )
     if name != "auto":
-        _check_algorithm(target, name)
+        check_algorithm(target, name)
     return 1.0 / target.world.size if scale is None else scale, name
 
 
-def _check_algorithm(target: Target, name: str) -> None:
+def check_algorithm(target: Target, name: str) -> None:
     world = target.world
     if name not in ALGORITHMS:
         raise unknown("all-reduce algorithm", name, ["auto", *ALGORITHMS])

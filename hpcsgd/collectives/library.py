@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from hpcsgd.tensors import Bucket
@@ -15,7 +16,7 @@ def allreduce(bucket: Bucket, what: str, scale: float) -> None:
         world.all.allreduce(wide.numpy(), what)
         data.copy_(wide.mul_(scale))
     else:
-        world.all.allreduce(data.numpy(), what)
+        world.all.allreduce(_words(data), what)
         if scale != 1.0:
             data.mul_(scale)
 
@@ -32,3 +33,10 @@ def allreduce_on_device(bucket: Bucket, scale: float) -> None:
 def broadcast(bucket: Bucket, what: str, root: int) -> None:
     """Overwrite with the bucket of `root` by `MPI_Bcast`."""
     bucket.world.all.broadcast(bucket.host.view(torch.uint8).numpy(), root, what)
+
+
+def _words(data: torch.Tensor) -> np.ndarray:
+    """As MPI shall add them: whole numbers without a sign, which wrap around."""
+    unsigned = {torch.int32: np.uint32, torch.int64: np.uint64}.get(data.dtype)
+    array: np.ndarray = data.numpy()
+    return array if unsigned is None else array.view(unsigned)

@@ -12,6 +12,7 @@ segmenting is ours.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,11 +51,14 @@ class Ring:
         1-D, contiguous, on the host, of the same length on every rank; reduced in place.
     what
         The operation, for errors.
+    tag
+        Of its messages: trips with different tags may be under way at the same time. Default 0.
     """
 
-    def __init__(self, net: Transport, flat: Tensor, what: str) -> None:
+    def __init__(self, net: Transport, flat: Tensor, what: str, tag: int = 0) -> None:
         self._net = net
         self._what = what
+        self._tag = tag
         self._left, self._right = (net.rank - 1) % net.size, (net.rank + 1) % net.size
         chunks = [flat[cut(flat, rank, net.size)] for rank in range(net.size)]
         longest = max(chunk.numel() for chunk in chunks)
@@ -66,17 +70,25 @@ class Ring:
 
     def allreduce(self, scale: float) -> None:
         """Every rank gets `scale` times the sum."""
-        self._travel(0, 2 * (self._net.size - 1), scale)
+        self._wait(self.steps(scale))
+
+    def steps(self, scale: float) -> Iterator[tuple[Any, int]]:
+        """`allreduce` without waiting: yields each request, and its peer, that must be complete to go on."""
+        return self._travel(0, 2 * (self._net.size - 1), scale)
 
     def reduce_scatter(self, scale: float) -> None:
         """Rank r gets `scale` times the sum in chunk r."""
-        self._travel(0, self._net.size - 1, scale)
+        self._wait(self._travel(0, self._net.size - 1, scale))
 
     def allgather(self) -> None:
         """Every rank gets chunk r of rank r."""
-        self._travel(self._net.size - 1, 2 * (self._net.size - 1), 1.0)
+        self._wait(self._travel(self._net.size - 1, 2 * (self._net.size - 1), 1.0))
 
-    def _travel(self, first_hop: int, last_hop: int, scale: float) -> None:
+    def _wait(self, steps: Iterator[tuple[Any, int]]) -> None:
+        for request, peer in steps:
+            self._net.wait(request, self._what, peer)
+
+    def _travel(self, first_hop: int, last_hop: int, scale: float) -> Iterator[tuple[Any, int]]:
         """Hops [first, last): below p-1 what arrives is added to, from there on it is final.
 
         At hop h rank r sends chunk r-1-h and receives chunk r-2-h, which it sends at hop h+1.
@@ -84,7 +96,7 @@ class Ring:
         p, pieces = self._net.size, self._pieces
         if p == 1:
             for segment in self._segments[0]:
-                segment.mul_(scale)
+                _scale(segment, scale)
             return
         items = [(hop, piece) for hop in range(first_hop, last_hop) for piece in range(pieces)]
         # A receive lands in place once its chunk has left; p*pieces items later that is long begun.
@@ -96,36 +108,41 @@ class Ring:
         def send(hop: int, piece: int) -> None:
             chunk = (self._net.rank - 1 - hop) % p
             buffer = _bytes(self._segments[chunk][piece])
-            sent[chunk, piece] = self._net.isend(buffer, self._right)
+            sent[chunk, piece] = self._net.isend(buffer, self._right, self._tag)
 
-        def post(item: int) -> None:
+        def post(item: int) -> Iterator[tuple[Any, int]]:
             hop, piece = items[item]
             chunk = (self._net.rank - 2 - hop) % p
             target = self._segments[chunk][piece]
             if hop < p - 1:
                 target = spare[item % ahead][: target.numel()]
             elif (chunk, piece) in sent:
-                self._net.wait(sent.pop((chunk, piece)), self._what, self._right)
-            posted.append((self._net.irecv(_bytes(target), self._left), target))
+                yield sent.pop((chunk, piece)), self._right
+            posted.append((self._net.irecv(_bytes(target), self._left, self._tag), target))
 
         for piece in range(pieces):
-            if first_hop == 0 and scale != 1.0:
-                self._segments[(self._net.rank - 1) % p][piece].mul_(scale)
+            if first_hop == 0:
+                _scale(self._segments[(self._net.rank - 1) % p][piece], scale)
             send(first_hop, piece)
         for item in range(ahead):
-            post(item)
+            yield from post(item)
         for item, (hop, piece) in enumerate(items):
             request, arrived = posted.popleft()
-            self._net.wait(request, self._what, self._left)
+            yield request, self._left
             if hop < p - 1:
                 own = self._segments[(self._net.rank - 2 - hop) % p][piece]
-                torch.add(arrived, own, alpha=scale, out=own)
+                torch.add(arrived, own, alpha=1 if scale == 1.0 else scale, out=own)
             if hop + 1 < last_hop:
                 send(hop + 1, piece)
             if item + ahead < len(items):
-                post(item + ahead)
+                yield from post(item + ahead)
         for request in sent.values():
-            self._net.wait(request, self._what, self._right)
+            yield request, self._right
+
+
+def _scale(segment: Tensor, scale: float) -> None:
+    if scale != 1.0:
+        segment.mul_(scale)
 
 
 def _bytes(tensor: Tensor) -> Any:

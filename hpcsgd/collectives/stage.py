@@ -30,7 +30,7 @@ def staged(job: Job, bucket: Bucket, what: str, *arguments: Any) -> Callable[[],
     direct = DIRECT.get(job) if bucket.world.cuda_aware and bucket.flat.element_size() >= 4 else None
 
     def run() -> None:
-        with _side_stream(device) as stream:
+        with side_stream(device) as stream:
             if produced is not None:
                 produced.wait(stream)
             if direct is not None:
@@ -54,7 +54,7 @@ def _cuda(device: torch.device) -> Iterator[torch.cuda.Stream]:
         yield _streams[device]
 
 
-def _side_stream(device: torch.device) -> AbstractContextManager[torch.cuda.Stream | None]:
+def side_stream(device: torch.device) -> AbstractContextManager[torch.cuda.Stream | None]:
     return _cuda(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

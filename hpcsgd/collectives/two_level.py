@@ -23,7 +23,7 @@ def allreduce(bucket: Bucket, what: str, scale: float) -> None:
         world.node_barrier(what)
         # Scaled here, before the sums between nodes, which half precision would overflow.
         node.reduce(bucket, part, scale, to_all=False)
-    else:
+    elif scale != 1.0:
         bucket.host[part].mul_(scale)
     if world.across:
         Ring(world.across, bucket.host[part], what).allreduce(1.0)

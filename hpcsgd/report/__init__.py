@@ -10,12 +10,13 @@ from rich.table import Table
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.report import page, plots
+from hpcsgd.report.groups import grouped
 from hpcsgd.report.records import RunRecord
 from hpcsgd.report.render import png
 from hpcsgd.report.runs import load
 from hpcsgd.report.summary import cells
 
-__all__ = ["RunRecord", "load", "table", "write"]
+__all__ = ["RunRecord", "grouped", "load", "table", "write"]
 
 
 def write(paths: Sequence[Path], out: Path) -> list[Path]:

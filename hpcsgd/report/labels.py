@@ -9,8 +9,8 @@ from typing import Any
 from hpcsgd.report.records import RunRecord
 
 LONGEST = 40
-_WHERE = ("name", "out", "resume")  # where a run's files are says nothing of what it did
-_SPEAKS_FOR_ITSELF = ("strategy", "model", "data")
+WHERE = ("name", "out", "resume")  # where a run's files are says nothing of what it did
+_SPEAKS_FOR_ITSELF = ("strategy", "compress", "model", "data")
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:
@@ -35,7 +35,7 @@ def differences(runs: Sequence[RunRecord]) -> list[str]:
     """The settings in which runs differ, the method, model and data first."""
     configs = [flat(run.config) for run in runs]
     keys = dict.fromkeys([*_SPEAKS_FOR_ITSELF, *(key for config in configs for key in config)])
-    told = [key for key in keys if key not in _WHERE]
+    told = [key for key in keys if key not in WHERE]
     return [key for key in told if len({written(config.get(key)) for config in configs}) > 1]
 
 

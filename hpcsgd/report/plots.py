@@ -13,7 +13,7 @@ from hpcsgd.report.curves import Curve, draw_curves, spans_decades, vertical
 from hpcsgd.report.labels import labels
 from hpcsgd.report.records import Floats, RunRecord
 from hpcsgd.report.render import DASHES, PALETTE, Chart, Dashes, Panel, Place, draw, short, style
-from hpcsgd.report.summary import sends_nothing
+from hpcsgd.report.summary import keeps_to_memory, moved_bytes
 from hpcsgd.report.units import byte_unit, significant, time_unit
 
 if TYPE_CHECKING:
@@ -89,15 +89,15 @@ def _costs(runs: Sequence[RunRecord]) -> list[_Cost]:
         _Cost(f"wall-clock time ({unit.symbol})", [time / unit.size for time in times]),
         _Cost("epochs", [run.test.epoch for run in runs]),
     ]
-    silent = [sends_nothing(run) for run in runs]
+    silent = [keeps_to_memory(run) for run in runs]
     if all(silent):
         name = "bytes per rank through\nnode-shared memory ({})"
-        moved = [run.test.bytes_shared.mean(axis=1) for run in runs]
+        moved = [moved_bytes(run, run.test).mean(axis=1) for run in runs]
     else:
         name = "bytes sent per rank ({})" + "\nruns that send none are not drawn" * any(silent)
         # At zero bytes a run would be a line on the axis itself.
         moved = [
-            np.full(len(run.test), np.nan) if none else run.test.bytes_sent.mean(axis=1)
+            np.full(len(run.test), np.nan) if none else moved_bytes(run, run.test).mean(axis=1)
             for run, none in zip(runs, silent, strict=True)
         ]
     if (most := _largest(moved)) > 0:

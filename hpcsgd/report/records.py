@@ -29,9 +29,9 @@ class Columns:
     loss, accuracy
         The mean loss, and the accuracy from 0 to 1, float64 of shape (records,); may be NaN or
         infinite.
-    bytes_sent, bytes_shared
-        Bytes since the first step that each rank handed to MPI messages, and moved through memory
-        shared by a node, int64 of shape (records, ranks).
+    bytes_sent, bytes_shared, bytes_saved
+        Bytes since the first step that each rank handed to MPI messages, moved through memory shared by
+        a node, and was spared of either by compression, int64 of shape (records, ranks).
     """
 
     step: Integers
@@ -41,6 +41,7 @@ class Columns:
     accuracy: Floats
     bytes_sent: Integers
     bytes_shared: Integers
+    bytes_saved: Integers
 
     def __len__(self) -> int:
         return len(self.step)

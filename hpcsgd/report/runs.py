@@ -16,7 +16,7 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.report.records import Columns, Evaluation, RunRecord, Training
 
 _STEP = "step"
-_BYTES = ("bytes_sent", "bytes_shared")
+_BYTES = ("bytes_sent", "bytes_shared", "bytes_saved")
 _SECONDS = ("compute_seconds", "wait_seconds", "communication_seconds")
 _FINITE = ("epoch", "time", *_SECONDS)
 _KINDS: dict[str, type[Columns]] = {"train": Training, "test": Evaluation}

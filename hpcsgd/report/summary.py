@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcsgd.report.labels import labels
-from hpcsgd.report.records import RunRecord
+from hpcsgd.report.records import Columns, Integers, RunRecord
 from hpcsgd.report.units import byte_unit, significant, time_unit
 
 _NOT_KNOWN = "—"
@@ -34,10 +34,12 @@ class Summary:
     time_to_target
         Seconds from the first step to the first evaluation that reaches the common target.
     bytes_per_rank
-        Bytes that a rank sent in messages, mean over ranks; where no rank sent any, bytes it moved
-        through memory shared by the node.
+        Bytes that a rank sent in messages, mean over ranks; where a run on one node moves more through
+        the memory that its ranks share, with that.
     shared
         True where `bytes_per_rank` counts shared memory.
+    compression
+        Bytes that would have moved uncompressed, over those that did; None where nothing was compressed.
     waiting
         Seconds of waiting as a share of those of computing and waiting, over all ranks.
     slowest_rank, slowdown
@@ -52,6 +54,7 @@ class Summary:
     time_to_target: float | None
     bytes_per_rank: float
     shared: bool
+    compression: float | None
     waiting: float | None
     slowest_rank: int | None
     slowdown: float | None
@@ -72,9 +75,16 @@ def common_target(runs: Sequence[RunRecord]) -> float | None:
     return math.floor(min(reached) * 200 + _ROUNDING) / 200
 
 
-def sends_nothing(run: RunRecord) -> bool:
-    """Whether no rank of the run has handed a byte to a message."""
-    return not run.last.bytes_sent[-1].any()
+def keeps_to_memory(run: RunRecord) -> bool:
+    """Whether the run sends nothing, or, on its only node, less than it moves through shared memory."""
+    sent, shared = run.last.bytes_sent[-1].sum(), run.last.bytes_shared[-1].sum()
+    one_node = run.config.get("world", {}).get("nodes") == 1
+    return bool(sent == 0 or (one_node and shared > sent))
+
+
+def moved_bytes(run: RunRecord, columns: Columns) -> Integers:
+    """What each rank sent, and, where the run keeps to memory, moved through it: (records, ranks)."""
+    return columns.bytes_sent + (columns.bytes_shared if keeps_to_memory(run) else 0)
 
 
 def cells(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
@@ -93,6 +103,7 @@ def cells(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
         f"Bytes per rank ({size.symbol})": lambda row: (
             _number(row.bytes_per_rank, 1 / size.size, ".1f") + " shared" * row.shared
         ),
+        "Compression (÷)": lambda row: _number(row.compression, 1, ".2f"),
         "Waiting (%)": lambda row: _number(row.waiting, 100, ".1f"),
         "Slowest rank (÷ median)": _slowest,
     }
@@ -101,8 +112,8 @@ def cells(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
 
 def _summary(run: RunRecord, label: str, target: float | None) -> Summary:
     test, last = run.test, run.last
-    shared = sends_nothing(run) and bool(last.bytes_shared[-1].any())
-    moved = (last.bytes_shared if shared else last.bytes_sent)[-1]
+    shared = keeps_to_memory(run) and bool(last.bytes_shared[-1].any())
+    moved, saved = moved_bytes(run, last)[-1], last.bytes_saved[-1]
     slowest, slowdown = _straggler(run)
     return Summary(
         label=label,
@@ -113,6 +124,7 @@ def _summary(run: RunRecord, label: str, target: float | None) -> Summary:
         time_to_target=_time_to(run, target),
         bytes_per_rank=float(moved.mean()),
         shared=shared,
+        compression=float((moved + saved).sum() / moved.sum()) if saved.any() else None,
         waiting=_waiting(run),
         slowest_rank=slowest,
         slowdown=slowdown,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
-from hpcsgd.collectives import iallreduce
+from hpcsgd.collectives.reduction import reduction
 from hpcsgd.gradients import Gradients
-from hpcsgd.progress import Work
 from hpcsgd.strategies.base import Setting, Strategy
 from hpcsgd.tensors import Bucket
 
@@ -17,7 +17,7 @@ class AllReduce(Strategy):
 
     def attach(self, setting: Setting) -> None:
         super().attach(setting)
-        self._works: list[Work] = []
+        self._finite = True
         self.gradients = Gradients(
             setting.world,
             setting.parameters,
@@ -25,11 +25,18 @@ class AllReduce(Strategy):
             setting.bucket_mib,
             setting.unused,
         )
+        self._reduction = reduction(
+            self.gradients.group,
+            setting.algorithm,
+            setting.compress,
+            setting.seed,
+            setting.nonfinite,
+        )
 
     def detach(self) -> None:
         self.setting.world.progress.drain()
         self.gradients.release()
-        del self.gradients  # the last view of the shared window, which can then be freed
+        del self.gradients, self._reduction  # the last views of the shared window, which can then be freed
 
     def accumulate(self) -> AbstractContextManager[None]:
         return self._accumulating()
@@ -45,16 +52,21 @@ class AllReduce(Strategy):
     def bucket_ready(self, bucket: Bucket) -> None:
         if self.setting.weight == 0:
             bucket.flat.zero_()
-        scale = 1.0 / self.setting.active
-        self._works.append(iallreduce(bucket, scale, self.setting.algorithm))
+        self._reduction.start(bucket, 1.0 / self.setting.active)
 
     def synchronize(self) -> None:
         self.gradients.finish()
-        works, self._works = self._works, []
-        for work in works:
-            work.wait()
+        self._finite &= self._reduction.finish()
 
     def step(self, update: Callable[[], None]) -> None:
         self.synchronize()
-        update()
+        if self._finite:
+            update()
+        self._finite = True
         self.gradients.start_over()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reduction": self._reduction.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reduction.load_state_dict(state["reduction"])

@@ -10,6 +10,7 @@ from hpcsgd.tensors import Bucket
 from hpcsgd.world import World
 
 if TYPE_CHECKING:
+    from hpcsgd.compress import Compressor
     from hpcsgd.gradients import Named
 
 
@@ -22,20 +23,31 @@ class Setting:
         The ranks.
     parameters
         (name, parameter) pairs of the model, without duplicates, in the model's order.
-    bucket_mib, algorithm, unused
+    bucket_mib, algorithm, unused, compress, seed, nonfinite
         The run's settings of these names.
     having
         For each rank, whether it has a batch of its own in this step, or repeats one to keep step.
     """
 
     def __init__(
-        self, world: World, parameters: Named, bucket_mib: float, algorithm: str, unused: str
+        self,
+        world: World,
+        parameters: Named,
+        bucket_mib: float,
+        algorithm: str,
+        unused: str,
+        compress: Compressor | None = None,
+        seed: int = 0,
+        nonfinite: str = "error",
     ) -> None:
         self.world = world
         self.parameters = parameters
         self.bucket_mib = bucket_mib
         self.algorithm = algorithm
         self.unused = unused
+        self.compress = compress
+        self.seed = seed
+        self.nonfinite = nonfinite
         self.begin_step()
 
     @property

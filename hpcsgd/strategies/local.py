@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from hpcsgd.collectives import allreduce
+from hpcsgd.collectives.reduction import reduction
 from hpcsgd.errors import BadOption
 from hpcsgd.parameters import Parameters
 from hpcsgd.strategies.base import Setting, Strategy
@@ -17,7 +20,9 @@ class LocalSGD(Strategy):
     """Each rank takes `period` steps of its own, then all models become their mean.
 
     Momentum and other optimizer state stay local. A rank that has run out of batches weighs less, by the
-    steps it did not take. With period 1 and plain SGD this is `AllReduce`.
+    steps it did not take. With period 1 and plain SGD this is `AllReduce`. With compression the ranks average
+    what their models have changed since the last average, which all of them keep (as Basu et al., arXiv
+    1906.02367); memory of two more models with error feedback, of one without.
 
     Parameters
     ----------
@@ -38,10 +43,16 @@ class LocalSGD(Strategy):
         self._since = 0
         self._own_steps = [0] * setting.world.size
         self.parameters = Parameters(setting.world, setting.parameters, setting.bucket_mib)
+        self._reduction = reduction(
+            self.parameters.group, setting.algorithm, setting.compress, setting.seed, what="change"
+        )
+        self._average_before: list[Tensor] = (
+            self.parameters.copy() if setting.compress and setting.world.size > 1 else []
+        )
 
     def detach(self) -> None:
         self.parameters.release()
-        del self.parameters  # the last view of the shared window, which can then be freed
+        del self.parameters, self._reduction  # the last views of the shared window, which can then be freed
 
     def step(self, update: Callable[[], None]) -> None:
         if self.setting.weight:
@@ -55,13 +66,20 @@ class LocalSGD(Strategy):
 
     def _average(self) -> None:
         """The mean of the models, weighted by steps where ranks took unequal numbers of them."""
-        scale = None
+        buckets = self.parameters.group.buckets
+        for bucket, before in zip(buckets, self._average_before, strict=False):
+            bucket.flat.sub_(before)
+        scale = 1.0 / self.setting.world.size
         if len(set(self._own_steps)) > 1:
             scale = 1.0
             share = self._own_steps[self.setting.world.rank] / sum(self._own_steps)
-            for bucket in self.parameters.group:
+            for bucket in buckets:
                 bucket.flat.mul_(share)
-        allreduce(self.parameters.group, scale, self.setting.algorithm)
+        for bucket in buckets:
+            self._reduction.start(bucket, scale)
+        self._reduction.finish()
+        for bucket, before in zip(buckets, self._average_before, strict=False):
+            before.copy_(bucket.flat.add_(before))
 
     def averaged(self) -> AbstractContextManager[None]:
         return self._averaged()
@@ -83,7 +101,15 @@ class LocalSGD(Strategy):
         return math.sqrt(sum(world.gather(squared)) / world.size)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"since": self._since, "own_steps": list(self._own_steps)}
+        return {
+            "since": self._since,
+            "own_steps": list(self._own_steps),
+            "average_before": [before.cpu().clone() for before in self._average_before],
+            "reduction": self._reduction.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._since, self._own_steps = int(state["since"]), list(state["own_steps"])
+        for before, saved in zip(self._average_before, state["average_before"], strict=True):
+            before.copy_(saved)
+        self._reduction.load_state_dict(state["reduction"])

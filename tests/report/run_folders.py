@@ -23,6 +23,7 @@ def train(step: int, ranks: int = 4, **changes: Any) -> dict[str, Any]:
         "learning_rate": 0.1,
         "bytes_sent": [1000 * step + rank for rank in range(ranks)],
         "bytes_shared": [7 * step] * ranks,
+        "bytes_saved": [0] * ranks,
         "compute_seconds": compute,
         "wait_seconds": [max(compute) - own for own in compute],
         "communication_seconds": [0.001 * step] * ranks,
@@ -42,6 +43,7 @@ def test(step: int, ranks: int = 4, **changes: Any) -> dict[str, Any]:
         "consensus_distance": 0.0,
         "bytes_sent": [1000 * step + rank for rank in range(ranks)],
         "bytes_shared": [7 * step] * ranks,
+        "bytes_saved": [0] * ranks,
     }
     return row | changes
 

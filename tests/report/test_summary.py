@@ -44,6 +44,7 @@ def test_cells_and_terminal_table_write_those_numbers(tmp_path: Path) -> None:
         "Time (s)": "5.0",
         "Time to 98.0% (s)": "5.0",
         "Bytes per rank (kB)": "50.0",
+        "Compression (÷)": "—",
         "Waiting (%)": "37.5",
         "Slowest rank (÷ median)": "3 (1.60)",
     }
@@ -91,7 +92,7 @@ def test_what_is_not_recorded_is_not_invented(tmp_path: Path) -> None:
     assert second.best_accuracy is second.waiting is second.slowest_rank is None
     assert second.final_loss is not None and np.isnan(second.final_loss)
     _, rows = cells([only_train, only_test])
-    assert rows[0].count("—") == 4 and rows[1].count("nan") == 2
+    assert rows[0].count("—") == 5 and rows[1].count("nan") == 2
 
 
 def test_one_rank_is_not_the_slowest(tmp_path: Path) -> None:

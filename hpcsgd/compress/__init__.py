@@ -1,0 +1,84 @@
+"""Compression that all-reduce can sum, one file a scheme, and controls that need all-gather."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from hpcsgd import specs
+from hpcsgd.compress.contract import Codec, Compressor, Draw, Message, Stretch
+from hpcsgd.compress.feedback import ErrorFeedback
+from hpcsgd.compress.float32 import Float32
+from hpcsgd.compress.hadamard import Hadamard
+from hpcsgd.compress.half import BF16, FP16
+from hpcsgd.compress.maxnorm import QSGDMaxNorm
+from hpcsgd.compress.multiscale import QSGDMaxNormMultiScale
+from hpcsgd.compress.powersgd import PowerSGD
+from hpcsgd.compress.randk import GlobalRandK, GlobalRandKMaxNorm, GlobalRandKMaxNormMultiScale
+from hpcsgd.compress.signsgd import SignSGD
+from hpcsgd.compress.topk import TopK
+from hpcsgd.errors import unknown
+
+__all__ = [
+    "BF16",
+    "COMPRESSORS",
+    "FP16",
+    "WRAPPERS",
+    "Codec",
+    "Compressor",
+    "Draw",
+    "ErrorFeedback",
+    "Float32",
+    "GlobalRandK",
+    "GlobalRandKMaxNorm",
+    "GlobalRandKMaxNormMultiScale",
+    "Hadamard",
+    "Message",
+    "PowerSGD",
+    "QSGDMaxNorm",
+    "QSGDMaxNormMultiScale",
+    "SignSGD",
+    "Stretch",
+    "TopK",
+    "build",
+]
+
+#: What `--compress` knows, besides "none".
+COMPRESSORS: dict[str, Callable[..., Compressor]] = {
+    "fp16": FP16,
+    "bf16": BF16,
+    "maxnorm": QSGDMaxNorm,
+    "multiscale": QSGDMaxNormMultiScale,
+    "randk": GlobalRandK,
+    "randk-maxnorm": GlobalRandKMaxNorm,
+    "randk-multiscale": GlobalRandKMaxNormMultiScale,
+    "powersgd": PowerSGD,
+    "topk": TopK,
+    "signsgd": SignSGD,
+}
+#: What may stand before one of them, joined by "+".
+WRAPPERS: dict[str, Callable[[Compressor], Compressor]] = {"ef": ErrorFeedback, "hadamard": Hadamard}
+
+
+def build(spec: str) -> Compressor | None:
+    """The compressor that a spec names; None for "none".
+
+    Parameters
+    ----------
+    spec
+        ``NAME:key=value,...``, with wrappers before it: ``ef+hadamard+maxnorm:bits=4``.
+
+    Raises
+    ------
+    BadOption
+        Unknown name or option; lists what is valid.
+    """
+    if spec.strip() == "none":
+        return None
+    *wrappers, scheme = re.split(r"\+(?=[a-z])", spec)
+    compressor = specs.build(COMPRESSORS, scheme, "compression scheme")
+    for name in reversed(wrappers):
+        if name.strip() not in WRAPPERS:
+            raise unknown("wrapper of a compression scheme", name, WRAPPERS)
+        compressor = WRAPPERS[name.strip()](compressor)
+    return compressor

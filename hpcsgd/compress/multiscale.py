@@ -1,0 +1,43 @@
+"""QSGD-MaxNorm with several scales: small elements are rounded on a finer one."""
+
+from __future__ import annotations
+
+from hpcsgd.compress.contract import Codec, Compressor, Stretch, levels_of
+from hpcsgd.compress.lanes import BLOCK, LaneCodec, Norm, ScaleOf, Scaling
+from hpcsgd.errors import BadOption
+
+
+class QSGDMaxNormMultiScale(Compressor):
+    """MaxNorm with several scales: each element uses the finest on which its code fits; unbiased.
+
+    Of scales with s_1 < s_2 < ... levels, element j uses the largest s_k with |x_j| s_k / W <= s_1 on all
+    ranks. It is chosen before rounding, so the result is unbiased; the choices are combined by a bitwise
+    and of one bit an element for each further scale. Vineeth S., arXiv 2109.12497 (two-scale and
+    multi-scale); the packing, and the norm of a block, are ours.
+
+    Parameters
+    ----------
+    bits
+        Of the codes at each scale, ascending, 2 to 16; codes of the first are sent. Default 4 and 8.
+    scale, block, norm
+        See `QSGDMaxNorm`.
+    """
+
+    def __init__(
+        self,
+        bits: tuple[int, ...] = (4, 8),
+        scale: ScaleOf = "block",
+        block: int = BLOCK,
+        norm: Norm = "max",
+    ) -> None:
+        if len(bits) < 2 or list(bits) != sorted(set(bits)):
+            raise BadOption("bits of the scales", expected="two or more, ascending: (4, 8)", got=bits)
+        self.bits, self.scaling = tuple(bits), Scaling(scale, block, norm)
+        self.scaling.check()
+        self.levels = tuple(levels_of(b) for b in bits)
+
+    def options(self) -> dict[str, object]:
+        return {"bits": self.bits, **vars(self.scaling)}
+
+    def codec(self, stretch: Stretch) -> Codec:
+        return LaneCodec(stretch, self.levels, self.scaling)

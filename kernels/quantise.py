@@ -1,0 +1,217 @@
+"""Stochastic rounding to codes that share a scale, packed so that words can be summed. See `spec`.
+
+Each kernel works on a range of tiles (or rows), so that a caller can do other things in between and
+several threads can share the work. `x` holds the elements from `start` on, as float32; all other
+arrays are whole. `residual` is None, or the memory of error feedback, (elements,) float32: it is added
+to the input, and `encode` leaves in it what the codes do not say.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hpcsgd.kernels import spec
+from hpcsgd.kernels.jit import jit
+from hpcsgd.kernels.numbers import as_word, at, bits_of, inverse, random, scales
+
+_SIGN_OFF = np.uint32(0x7FFFFFFF)
+_INFINITY = np.uint32(0x7F800000)
+_LARGEST = np.float32(np.uint32(spec.LARGEST_NORM << 16).view(np.float32))
+_ONE, _ZERO = np.float32(1), np.float32(0)
+_MASK_ROWS = 32
+
+
+@jit
+def _add(x, residual, first, total):  # type: ignore[no-untyped-def]
+    """total = x + residual[first:]."""
+    e = residual[first : first + x.size]
+    for j in range(x.size):
+        total[j] = x[j] + e[j]
+
+
+@jit
+def _round_up(bits):  # type: ignore[no-untyped-def]
+    """The upper half of a float32, rounded up; a finite number stays finite."""
+    if bits >= _INFINITY:
+        return np.uint16(spec.NOT_FINITE)
+    return np.uint16(min((bits + np.uint32(0xFFFF)) >> np.uint32(16), np.uint32(spec.LARGEST_NORM)))
+
+
+@jit
+def _largest(values):  # type: ignore[no-untyped-def]
+    """The bits of the largest magnitude; of NaN and infinity, at least those of infinity."""
+    largest = np.uint32(0)
+    bits = values.view(np.uint32)
+    for j in range(bits.size):
+        largest = max(largest, np.uint32(bits[j] & _SIGN_OFF))
+    return largest
+
+
+@jit
+def _length(values, sums):  # type: ignore[no-untyped-def]
+    """The 2-norm, summed in float64, in the order that `spec` says."""
+    sums[:] = 0
+    for first in range(0, values.size, sums.size):
+        part = values[first : first + sums.size]
+        for k in range(part.size):
+            v = np.float64(part[k])
+            sums[k] += v * v
+    half = sums.size // 2
+    while half > 0:
+        for k in range(half):
+            sums[k] += sums[k + half]
+        half //= 2
+    return min(np.float32(np.sqrt(sums[0])), _LARGEST)
+
+
+@jit
+def row_norms(x, start, residual, numel, row, first_row, last_row, euclidean, norms):  # type: ignore[no-untyped-def]
+    """Write the largest magnitude of each row, or its 2-norm, as uint16; see `spec`."""
+    total, sums = np.empty(row, np.float32), np.empty(spec.SQUARE_SUMS, np.float64)
+    for r in range(first_row, last_row):
+        begin, end = r * row, min((r + 1) * row, numel)
+        values = x[begin - start : end - start]
+        if residual is not None:
+            _add(values, residual, begin, total)
+            values = total[: end - begin]
+        norm = _largest(values)
+        if euclidean and norm < _INFINITY:
+            # Never below the largest magnitude, whatever the rounding of the square root.
+            norm = max(norm, bits_of(_length(values, sums)))
+        norms[r] = _round_up(norm)
+
+
+@jit
+def choose_scales(x, start, residual, norms, numel, row, levels, first_row, last_row, masks):  # type: ignore[no-untyped-def]
+    """Set bit r % 32 of `masks[k, r // 32 * row + j]` where element j of row r fits scale k+1.
+
+    An element fits a finer scale where its code there is at most `levels[0]`. Rows of one group of 32 must
+    be done by one thread; the masks are zero at the start.
+    """
+    total = np.empty(row, np.float32)
+    for r in range(first_row, last_row):
+        begin, end = r * row, min((r + 1) * row, numel)
+        values = x[begin - start : end - start]
+        if residual is not None:
+            _add(values, residual, begin, total)
+            values = total[: end - begin]
+        pre, base, _ = scales(norms[r])
+        shift = np.uint32(r % _MASK_ROWS)
+        for k in range(1, levels.size):
+            inv = inverse(levels[k], base)
+            mask = masks[k - 1, r // _MASK_ROWS * row :]
+            for j in range(values.size):
+                fits = abs(values[j] * pre * inv) <= levels[0]
+                mask[j] |= np.uint32(np.uint32(fits) << shift)
+
+
+@jit
+def _inverses(levels, base, masks, r, row, size, inverses):  # type: ignore[no-untyped-def]
+    """For each element of row r, levels per unit of its scale."""
+    shift = np.uint32(r % _MASK_ROWS)
+    for j in range(size):
+        inverses[j] = inverse(levels[0], base)
+    for k in range(1, levels.size):
+        inv = inverse(levels[k], base)
+        mask = masks[k - 1, r // _MASK_ROWS * row :]
+        for j in range(size):
+            inverses[j] = inv if (mask[j] >> shift) & np.uint32(1) else inverses[j]
+
+
+@jit
+def _pack_row(values, pre, inv, top, counter, key0, key1, shift, word, codes):  # type: ignore[no-untyped-def]
+    """Add the codes of a row to the words; keep them in `codes` unless that is None."""
+    for j in range(values.size):
+        y = values[j] * pre * at(inv, j)
+        low = np.floor(y)
+        if random(np.uint32(counter + np.uint32(j)), key0, key1) < y - low:
+            low += _ONE
+        code = min(max(low, -top), top)
+        word[j] |= as_word(word, np.uint32(np.int32(code + top))) << shift
+        if codes is not None:
+            codes[j] = code
+
+
+@jit
+def _keep_rest(values, codes, inv, post, rest):  # type: ignore[no-untyped-def]
+    """What the codes of a row do not say."""
+    for j in range(values.size):
+        step = _ONE / at(inv, j) if at(inv, j) > _ZERO else _ZERO
+        rest[j] = values[j] - codes[j] * step * post
+
+
+@jit
+def encode(  # type: ignore[no-untyped-def]
+    x, start, residual, norms, numel, row, lanes, width, levels, masks, key0, key1, offset,
+    first_tile, last_tile, words,
+):  # fmt: skip
+    """Round each element at random to a code of its scale and pack the codes.
+
+    Element i draws its random number at counter `offset + i`. With several `levels`, `masks` are those of
+    `choose_scales`, combined over the ranks; with one they are not looked at.
+    """
+    top = levels[0]
+    total, inverses = np.empty(row, np.float32), np.empty(row, np.float32)
+    codes = None if residual is None else np.empty(row, np.float32)
+    for tile in range(first_tile, last_tile):
+        word = words[tile * row : (tile + 1) * row]
+        word[:] = 0
+        for lane in range(lanes):
+            r = tile * lanes + lane
+            begin, end = r * row, min((r + 1) * row, numel)
+            if begin >= end:
+                break
+            values = x[begin - start : end - start]
+            if residual is not None:
+                _add(values, residual, begin, total)
+                values = total[: end - begin]
+            pre, base, post = scales(norms[r])
+            shift = as_word(words, np.uint32(lane * width))
+            counter = np.uint32(offset + begin)
+            if levels.size == 1:
+                inv = inverse(top, base)
+                _pack_row(values, pre, inv, top, counter, key0, key1, shift, word, codes)
+                if residual is not None:
+                    _keep_rest(values, codes, inv, post, residual[begin:end])
+            else:
+                _inverses(levels, base, masks, r, row, end - begin, inverses)
+                _pack_row(values, pre, inverses, top, counter, key0, key1, shift, word, codes)
+                if residual is not None:
+                    _keep_rest(values, codes, inverses, post, residual[begin:end])
+
+
+@jit
+def _unpack_row(word, shift, lane_mask, bias, inv, factor, post, values):  # type: ignore[no-untyped-def]
+    """Write factor * post / inv times the code sums of a row."""
+    for j in range(values.size):
+        code = np.int32(np.uint32(np.uint32((word[j] >> shift) & lane_mask) - bias))
+        step = factor / at(inv, j) if at(inv, j) > _ZERO else _ZERO
+        values[j] = np.float32(code) * step * post
+
+
+@jit
+def decode(  # type: ignore[no-untyped-def]
+    words, norms, numel, row, lanes, width, levels, masks, bias, factor, first_tile, last_tile, out, start
+):
+    """Write `factor` times the sum that the words hold; `out` holds the elements from `start` on.
+
+    `bias` is levels * terms, what the sum of the codes is above the sum of their values.
+    """
+    lane_mask = as_word(words, np.uint32(0xFFFFFFFF >> (32 - width)))
+    inverses = np.empty(row, np.float32)
+    for tile in range(first_tile, last_tile):
+        word = words[tile * row : (tile + 1) * row]
+        for lane in range(lanes):
+            r = tile * lanes + lane
+            begin, end = r * row, min((r + 1) * row, numel)
+            if begin >= end:
+                break
+            _, base, post = scales(norms[r])
+            shift = as_word(words, np.uint32(lane * width))
+            values = out[begin - start : end - start]
+            if levels.size == 1:
+                inv = inverse(levels[0], base)
+                _unpack_row(word, shift, lane_mask, np.uint32(bias), inv, factor, post, values)
+            else:
+                _inverses(levels, base, masks, r, row, end - begin, inverses)
+                _unpack_row(word, shift, lane_mask, np.uint32(bias), inverses, factor, post, values)

@@ -1,0 +1,160 @@
+"""What host and device kernels agree on, so that both give the same bits.
+
+**Rows and tiles.** A stretch of gradient is cut in rows of `row` consecutive elements, and `lanes` rows
+make a tile of `row` words: word j of a tile holds element j of each of its rows, row l in lane l. So
+every inner loop runs over consecutive memory with one scale and one shift.
+
+**Lanes.** A code lies in [-levels, levels] and is stored plus `levels`. The lane of a word is wide
+enough for the sum over all terms, so one addition of unsigned words adds all lanes, and never carries.
+
+**Scales.** A row's norm travels as the upper 16 bits of a float32 (bfloat16), rounded up. A code is
+x * pre * inverse, rounded at random, where pre is the power of two that brings the norm near 1: so
+nothing under- or overflows, from the smallest denormal to the largest number.
+
+**Random numbers.** 24 bits of a hash of the element's index under a key of 64 bits: no state, the same in
+any order of evaluation, on any device, and after a restart.
+
+**Euclidean norms.** Squares in float64 are summed in 128 sums, element j of a row in sum j % 128; then, for
+h = 64, 32, ..., 1, sum k + h is added to sum k < h. The root is rounded to float32.
+
+**Rotation.** From the start of a stretch on, tiles of `ROTATION_ROWS` rows of `ROTATION_COLUMNS` consecutive
+elements; then, as long as two rows are left, a tile of the largest power of two of rows that fits. The input
+is multiplied by the float32 nearest to 1 / sqrt(rows). Then, for h = 1, 2, 4, ..., rows r and r + h become
+their sum and difference. Signs are the highest bit of an element's hash: before the transform, or after it
+to undo one. What is left after the last tile has signs only.
+
+**Coordinates.** Of d elements k are drawn: of each stretch [i * d // k, (i + 1) * d // k) the one at the hash
+of i times the stretch's length, divided by 2^32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Of the hash: h = (i ^ key0) * A; h ^= h >> 16; h += key1; h *= B; h ^= h >> 15; h *= C; h ^= h >> 15.
+HASH_A, HASH_B, HASH_C = 0x9E3779B1, 0x21F0AAAD, 0x735A2D97
+RANDOM_BITS = 24
+#: A row's norm from here on is not finite (the bits of infinity in bfloat16); the largest finite one.
+NOT_FINITE, LARGEST_NORM = 0x7F80, 0x7F7F
+#: Elements of a row are a multiple of this: 16 bytes of float32.
+ROW_ALIGNMENT = 4
+#: Sums side by side of the squares of a row.
+SQUARE_SUMS = 128
+#: A tile of the rotation: up to so many rows of so many consecutive elements.
+ROTATION_COLUMNS, ROTATION_ROWS = 16, 1024
+
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How codes lie in a word.
+
+    Attributes
+    ----------
+    width
+        Bits of a lane.
+    count
+        Lanes in a word.
+    word
+        Bits of a word: 32 or 64.
+    """
+
+    width: int
+    count: int
+    word: int
+
+    @property
+    def bits_per_element(self) -> float:
+        return self.word / self.count
+
+
+def lanes(levels: int, terms: int) -> Lanes:
+    """The lanes in which codes of [-levels, levels] of `terms` ranks can be summed.
+
+    Raises
+    ------
+    ValueError
+        Where a lane would be wider than a word of 32 bits, so that nothing is gained.
+    """
+    width = (2 * levels * terms).bit_length()
+    if width > 32:
+        raise ValueError(
+            f"{levels} levels of {terms} ranks need lanes of {width} bits, which is more than a float32"
+        )
+    # The word that wastes less; of equals the shorter one, of which a vector register holds more.
+    word = min((32, 64), key=lambda bits: bits / (bits // width))
+    return Lanes(width, word // width, word)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows and tiles of a stretch of elements.
+
+    Attributes
+    ----------
+    numel
+        Elements.
+    lanes
+        Rows of a tile.
+    row
+        Elements of a row; the last row may have fewer.
+    tiles
+        Tiles.
+    """
+
+    numel: int
+    lanes: int
+    row: int
+    tiles: int
+
+    @staticmethod
+    def of(numel: int, lanes: int, longest_row: int) -> Layout:
+        """Rows of at most `longest_row` elements, as equal as their alignment allows."""
+        tiles = -(-numel // (lanes * longest_row))
+        row = -(-numel // max(1, lanes * tiles))
+        return Layout(numel, lanes, -(-row // ROW_ALIGNMENT) * ROW_ALIGNMENT, tiles)
+
+    @property
+    def rows(self) -> int:
+        return -(-self.numel // self.row) if self.numel else 0
+
+    @property
+    def words(self) -> int:
+        return self.tiles * self.row
+
+    def elements(self, first_tile: int, last_tile: int) -> slice:
+        """The elements of a range of tiles."""
+        size = self.lanes * self.row
+        return slice(min(first_tile * size, self.numel), min(last_tile * size, self.numel))
+
+
+def key(*parts: int) -> tuple[int, int]:
+    """The 64-bit key of a stream of random numbers, as two words; any change of a part changes it all."""
+    state = 0
+    for part in parts:
+        state = _mix((state + part + 0x9E3779B97F4A7C15) & _MASK)
+    return state & 0xFFFFFFFF, state >> 32
+
+
+def _mix(z: int) -> int:
+    """SplitMix64's finaliser."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
+
+
+def header() -> str:
+    """The constants as C preprocessor definitions, which the `.cu` files are compiled with."""
+    constants = {
+        "HASH_A": HASH_A,
+        "HASH_B": HASH_B,
+        "HASH_C": HASH_C,
+        "RANDOM_BITS": RANDOM_BITS,
+        "NOT_FINITE": NOT_FINITE,
+        "LARGEST_NORM": LARGEST_NORM,
+        "SQUARE_SUMS": SQUARE_SUMS,
+        "ROTATION_COLUMNS": ROTATION_COLUMNS,
+        "ROTATION_ROWS": ROTATION_ROWS,
+    }
+    return "".join(f"#define {name} {value}u\n" for name, value in constants.items())
