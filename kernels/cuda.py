@@ -38,7 +38,9 @@ def launch(
     """Put a kernel with so many blocks of threads, and bytes of shared memory for each, on the stream."""
     cupy = _cupy()
     with cupy.cuda.Device(device.index), _stream(cupy, device):
-        _function(file, kernel, device.index, memory)((blocks,), (threads,), arguments, shared_mem=memory)
+        _function(file, kernel, device.index, memory)(
+            (blocks,), (threads,), tuple(arguments), shared_mem=memory
+        )
 
 
 def _stream(cupy: Any, device: torch.device) -> Any:

@@ -18,7 +18,7 @@ FLOORS = [
     {"strategies", "server"},
     {"batches", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
     | {"optim", "display", "generators"},
-    {"cli", "train", "bench", "report"},
+    {"cli", "train", "bench", "report", "__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.collectives import ALGORITHMS, check_algorithm, choose, node
+from hpcsgd.collectives import ALGORITHMS, check_algorithm, choose, library, node
 from hpcsgd.collectives.flow import Flow, Pipeline, Steps
 from hpcsgd.collectives.lanes import Lane, make_lanes, place_of
 from hpcsgd.collectives.ring import Ring
-from hpcsgd.collectives.stage import side_stream, staged
+from hpcsgd.collectives.stage import DIRECT, side_stream, staged
 from hpcsgd.compress import Compressor, Draw, Message
 from hpcsgd.compress.contract import finite
 from hpcsgd.errors import HpcsgdError
@@ -128,7 +128,7 @@ class Compressed:
         """In the communication thread, at the bucket's turn."""
 
         def sum_up(buffer: Bucket) -> None:
-            with self._stream(), self._looking_after():
+            with self._looking_after():
                 staged(_algorithm, buffer, what, self._name(buffer))()
 
         traffic = self._world.traffic
@@ -266,6 +266,13 @@ class Compressed:
 
 def _algorithm(bucket: Bucket, what: str, name: str) -> None:
     ALGORITHMS[name](bucket, what, 1.0)
+
+
+def _algorithm_on_device(bucket: Bucket, what: str, name: str) -> None:
+    library.allreduce_on_device(bucket, 1.0)
+
+
+DIRECT[_algorithm] = _algorithm_on_device
 
 
 def _bytes(tensor: Tensor) -> Any:

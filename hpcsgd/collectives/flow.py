@@ -54,12 +54,13 @@ class Flow:
 
     def advance(self) -> bool:
         """Do one step; False where there is nothing to do but wait."""
-        if self.done or (self._ready is not None and not self._ready()):
+        ready = self._ready
+        if (ready is not None and not ready()) or self.done:
             return False
         try:
             self._ready = next(self._steps)
         except StopIteration:
-            self.done, self._front = True, None
+            self.done, self._ready, self._front = True, None, None
         return True
 
     def may_send(self) -> bool:
@@ -83,7 +84,7 @@ class Pipeline:
     waiter
         How to wait.
     context
-        What steps run in: the stream of a GPU.
+        What the flows of `take_turn` and `look_after` run in: the stream of a GPU.
     """
 
     def __init__(self, waiter: Waiter, context: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -108,32 +109,35 @@ class Pipeline:
             Sums what the flow is blocked by; may wait, and call `look_after` meanwhile.
         """
         self._ahead.popleft()
-        while not flow.done:
-            if flow.blocked is not None:
-                sum_up(flow.blocked)
-                flow.blocked = None
-            if flow.only_decodes and self._ahead:
-                self._behind.append(flow)
-                return
-            self._waiter.until(lambda: self._moved(flow), what)
-        while not self._ahead and self._behind:
-            self._work_behind()
+        with self._context():
+            while not flow.done:
+                if flow.blocked is not None:
+                    sum_up(flow.blocked)
+                    flow.blocked = None
+                if flow.only_decodes and self._ahead:
+                    self._behind.append(flow)
+                    return
+                self._waiter.until(lambda: self._moved(flow), what)
+            while not self._ahead and self._behind:
+                self._work_behind()
 
     def look_after(self) -> bool:
         """One step of a flow whose turn comes, or of one that has had it; False where there is none."""
-        with self._context():
-            return any(flow.advance() for flow in list(self._ahead)[:_AHEAD]) or self._work_behind()
+        # A poll of a few microseconds: where ranks share cores, waiting takes time from those that work.
+        for flow in list(self._ahead)[:_AHEAD]:
+            if flow.advance():
+                return True
+        return self._work_behind()
 
     def _moved(self, flow: Flow) -> bool:
-        while True:
-            with self._context():
-                if flow.advance() or flow.blocked is not None:
-                    return True
+        while not flow.advance():
+            if flow.blocked is not None:
+                return True
             if not self.look_after():
                 return False
+        return True
 
     def _work_behind(self) -> bool:
         while self._behind and self._behind[0].done:
             self._behind.popleft()
-        with self._context():
-            return bool(self._behind) and self._behind[0].advance()
+        return bool(self._behind) and self._behind[0].advance()

@@ -123,8 +123,8 @@ def _stretch(bucket: Bucket, part: slice, terms: int, total: int) -> Stretch:
 def _warm_up(group: TensorGroup, compressor: Compressor, net: Transport | None) -> None:
     """Compile the kernels before anything is timed: one rank of a node, the others find the result."""
     world = group.world
-    dtypes = sorted({bucket.flat.dtype for bucket in group}, key=str)
+    kinds = sorted({(b.flat.dtype, b.flat.device) for b in group}, key=str)
     for turn in (world.local_rank == 0, world.local_rank != 0):
-        for dtype in dtypes if turn and net is not None else ():
-            dry_run(compressor, Stretch(1, net.size, device=group.buckets[0].flat.device), dtype)
+        for dtype, device in kinds if turn and net is not None else ():
+            dry_run(compressor, Stretch(1, net.size if net else 1, device=device), dtype)
         world.node_transport.barrier("the compilation of kernels")

@@ -27,7 +27,8 @@ def allreduce_on_device(bucket: Bucket, scale: float) -> None:
     The blocking call: the non-blocking ones crash on device memory in several MPIs (mpi4py #164).
     """
     bucket.world.all.allreduce_on_device(bucket.flat)
-    bucket.flat.mul_(scale)
+    if scale != 1.0:
+        bucket.flat.mul_(scale)
 
 
 def broadcast(bucket: Bucket, what: str, root: int) -> None:

@@ -1,0 +1,5 @@
+"""`python -m hpcsgd`: the command line where its script is not installed."""
+
+from hpcsgd.cli import main
+
+main()

@@ -1,0 +1,174 @@
+"""The GPU's kernels give the host's bits: their source run on this CPU, and, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, LENGTHS, Coded, code, coded, finish, numbers, remainders
+from torch import Tensor
+
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.kernels import cuda, device, host, spec
+
+KEY = spec.key(3, 1)
+#: Bits of each scale, and terms.
+PLANS = [((4,), 4), ((2,), 1), ((3,), 40), ((8,), 64), ((16,), 3), ((4, 8), 4), ((2, 5, 9), 3)]
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the kernels for the CPU with")
+    from cuda_on_cpu import Launcher
+
+    return Launcher(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture(params=["g++", "gpu"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The device whose tensors `hpcsgd.kernels.device` works on."""
+    if request.param == "gpu":
+        if not _has_gpu():
+            pytest.skip("no GPU with CuPy here")
+        yield torch.device("cuda", 0)
+    else:
+        monkeypatch.setattr(cuda, "launch", request.getfixturevalue("launcher"))
+        monkeypatch.setattr(cuda, "processors", lambda _: 1)
+        monkeypatch.setattr(device, "_BLOCKS_OF_PROCESSOR", 3)
+        yield torch.device("cpu")
+
+
+def there(tensor: Tensor, where: torch.device, shift: int = 0) -> Tensor:
+    """A copy on the device, `shift` elements after an address of large alignment."""
+    room = torch.empty(tensor.numel() + shift + 16, dtype=tensor.dtype, device=where)
+    shift += -(room.data_ptr() // tensor.element_size()) % 16
+    part = room[shift : shift + tensor.numel()].view(tensor.shape)
+    part.copy_(tensor)
+    return part
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """What is compared: NaN equals itself, and -0.0 is not 0.0."""
+    return tensor.cpu().view(torch.uint8)
+
+
+def same(host_result: Tensor, device_result: Tensor) -> bool:
+    return torch.equal(bits(host_result), bits(device_result))
+
+
+def moved(c: Coded, where: torch.device, shift: int) -> Coded:
+    moved = copy(c)
+    for field in fields(c):
+        value = getattr(c, field.name)
+        if isinstance(value, Tensor):
+            setattr(moved, field.name, there(value, where, shift if field.name in ("x", "out") else 0))
+    return moved
+
+
+def compare(c: Coded, where: torch.device, shift: int) -> None:
+    on_device = code(moved(c, where, shift), device)
+    on_host = code(c)
+    for name in ("norms", "masks", "words", "out", *(["residual"] if c.residual is not None else [])):
+        assert same(getattr(on_host, name), getattr(on_device, name)), (name, c.layout, c.lanes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_codes(
+    where: torch.device, dtype: torch.dtype, feedback: bool, plan: tuple[tuple[int, ...], int]
+) -> None:
+    for index, numel in enumerate(LENGTHS):
+        x = numbers(numel, index, dtype)
+        residual = remainders(numel, index) if feedback else None
+        row = (512, 16, 100, 1000)[index % 4]
+        compare(coded(x, residual, *plan, row, index % 3 == 0, index, dtype), where, index % 5)
+
+
+def test_both_words_are_covered() -> None:
+    words = {(coded(torch.ones(9), None, *plan, 16).lanes.word, len(plan[0]) > 1) for plan in PLANS}
+    assert words == {(32, False), (64, False), (32, True), (64, True)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-nan"), float("inf"), -float("inf"), 1e30])
+def test_norms_tell_what_is_not_finite(where: torch.device, value: float) -> None:
+    x = torch.linspace(-1, 1, 1000)
+    x[[3, 700]] = value
+    layout = spec.Layout.of(1000, 5, 64)
+    for euclidean in (False, True):
+        norms = [torch.zeros(layout.rows, dtype=torch.uint16) for _ in range(2)]
+        finish(host.norms(x, None, layout, euclidean, norms[0]))
+        result = there(norms[1], where)
+        finish(device.norms(there(x, where), None, layout, euclidean, result))
+        assert same(norms[0], result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation(where: torch.device, dtype: torch.dtype) -> None:
+    for index, numel in enumerate((*LENGTHS, 0, 16384, 16384 * 3 + 47)):
+        x, offset = numbers(numel, index, dtype) if numel else torch.zeros(0, dtype=dtype), 2**32 - 50
+        rotated, back = torch.empty(numel), torch.empty(numel, dtype=dtype)
+        there_x = there(x, where, index % 5)
+        there_rotated, there_back = there(rotated, where, index % 3), there(back, where, index % 2)
+        finish(host.rotate(x, KEY, offset, rotated))
+        finish(device.rotate(there_x, KEY, offset, there_rotated))
+        # Their signs are not defined where both are not a number.
+        assert same(torch.nan_to_num(rotated), torch.nan_to_num(there_rotated)), numel
+        plain = remainders(numel, index) if numel else torch.zeros(0)
+        finish(host.unrotate(plain, KEY, offset, back))
+        finish(device.unrotate(there(plain, where), KEY, offset, there_back))
+        assert same(back, there_back), numel
+
+
+def test_rotation_in_place(where: torch.device) -> None:
+    x = torch.randn(40021, generator=torch.Generator().manual_seed(0))
+    expected, values = torch.empty(40021), there(x, where)
+    finish(host.rotate(x, KEY, 5, expected))
+    finish(device.rotate(values, KEY, 5, values))
+    assert same(expected, values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_coordinates(where: torch.device, dtype: torch.dtype) -> None:
+    for numel in LENGTHS:
+        for count in {0, 1, numel // 7, numel // 2, numel - 1, numel}:
+            x, picked = numbers(numel, 0, dtype), torch.empty(count)
+            there_x, there_picked = there(x, where, 1), there(picked, where, 1)
+            finish(host.pick(x, KEY, picked))
+            finish(device.pick(there_x, KEY, there_picked))
+            assert same(picked, there_picked)
+            for by_length, clear in ((True, True), (False, False), (True, False)):
+                finish(host.place(picked, KEY, by_length, clear, x))
+                finish(device.place(there_picked, KEY, by_length, clear, there_x))
+                assert same(x, there_x), (numel, count, by_length, clear)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
+def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    with pytest.raises(HpcsgdError, match="pip install") as caught:
+        finish(device.pick(torch.zeros(4), KEY, torch.zeros(2)))
+    assert "CuPy" in str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: the sources are compiled by g++ only")
+@pytest.mark.parametrize("file", ["quantise", "rotate", "sample"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_nvcc_takes_the_sources(tmp_path: Path, file: str, architecture: str) -> None:
+    code = tmp_path / f"{file}.cu"
+    code.write_text(cuda.source(file))
+    options = (*cuda.OPTIONS, f"-arch={architecture}", "-cubin", "-Werror", "all-warnings")
+    subprocess.run(["nvcc", *options, "-o", tmp_path / "cubin", code], check=True)
