@@ -142,8 +142,10 @@ def compress(schemes: str | None, elements: str | None, data: str, **options: An
     from hpcsgd.bench.compress import main as measure
 
     kinds = ["gaussian", "resnet18"] if data == "both" else [data]
-    chosen = SCHEMES if schemes is None else [spec for spec in schemes.split(";") if spec.strip()]
-    measure(chosen, None if elements is None else _number(elements), kinds, **options)
+    given = SCHEMES if schemes is None else [spec.strip() for spec in schemes.split(";")]
+    measure(
+        [spec for spec in given if spec], None if elements is None else _number(elements), kinds, **options
+    )
 
 
 def _number(text: str) -> int:

@@ -26,7 +26,7 @@ from hpcsgd.kernels.spec import ROTATION_COLUMNS, ROTATION_ROWS, Lanes, Layout
 
 Key = tuple[int, int]
 
-_PIECE = 64 * 1024  # elements
+_PIECE = 256 * 1024  # elements
 _MASK_ROWS = 32
 _TILE = ROTATION_ROWS * ROTATION_COLUMNS
 

@@ -87,6 +87,16 @@ def barrier(comm: Any) -> None:
         os.sched_yield()
 
 
+def together(comm: Any, run: Callable[[], None]) -> Callable[[], None]:
+    """`run`, until all ranks are through: where they share cores, one may be over before the next begins."""
+
+    def run_and_wait() -> None:
+        run()
+        barrier(comm)
+
+    return run_and_wait
+
+
 def check_positive(option: str, values: Sequence[float]) -> None:
     """Raise `BadOption` where a value is not above 0, or there is none."""
     if not values or not all(value > 0 for value in values):

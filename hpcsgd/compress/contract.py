@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption
 
-PIECE = 64 * 1024  # elements of work between two looks at the messages, in the second-level cache
+PIECE = 256 * 1024  # elements of work between two looks at the messages
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ScaleOf = Literal["block", "tensor", "bucket"]
 Norm = Literal["max", "euclidean"]
 
-BLOCK = 512
+BLOCK = 384
 _LARGEST = float(torch.finfo(torch.float32).max)
 
 

@@ -1,0 +1,90 @@
+"""DDP's communication hooks on buckets made by hand: what a hook does, without backward around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+FP16, POWERSGD = "torch fp16 hook", "torch PowerSGD hook"
+_RANK = 2  # as of our PowerSGD
+_DDP_BUCKET = 25 * 2**20  # bytes: the default of DDP
+
+
+class HandmadeBucket:
+    """What hooks ask of a `GradBucket`, which torch itself makes in C++ only.
+
+    Parameters
+    ----------
+    index, last
+        Its number, and whether it is the last one of a step.
+    flat
+        Its elements.
+    gradients
+        The tensors in it, views of `flat`.
+    """
+
+    def __init__(self, index: int, last: bool, flat: Tensor, gradients: list[Tensor]) -> None:
+        self._index, self._last, self._flat, self._gradients = index, last, flat, gradients
+
+    def index(self) -> int:
+        return self._index
+
+    def is_last(self) -> bool:
+        return self._last
+
+    def buffer(self) -> Tensor:
+        return self._flat
+
+    def gradients(self) -> list[Tensor]:
+        return self._gradients
+
+
+def hooks(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> dict[str, Callable[[], None]]:
+    """What replaces `flat` by the mean over the ranks, by name; inside `peers.gloo`.
+
+    Parameters
+    ----------
+    flat
+        (numel,) float32.
+    tensors
+        (start, shape) of each tensor in it, ascending.
+    """
+    buckets, group = _buckets(flat, tensors), dist.group.WORLD
+    # Before two steps without compression torch refuses to use its memory; the count says they are over.
+    state = PowerSGDState(None, matrix_approximation_rank=_RANK, start_powerSGD_iter=2)
+    state.iter = state.start_powerSGD_iter
+
+    def fp16() -> None:
+        for future in [fp16_compress_hook(group, bucket) for bucket in buckets]:  # type: ignore[arg-type]
+            future.wait()
+
+    def powersgd() -> None:
+        # One after the other: it goes on from threads of gloo, so with two buckets under way ranks start
+        # their all-reduces in different orders, and gloo aborts.
+        for bucket in buckets:
+            powerSGD_hook(state, bucket).wait()
+
+    # Its callbacks refer to the group: a thread of gloo that is the last to let go of it aborts. So what
+    # is returned holds it too, and another one follows.
+    return {POWERSGD: powersgd, FP16: fp16}
+
+
+def _buckets(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> list[HandmadeBucket]:
+    """Cut as DDP does: a new bucket where the last one is full."""
+    limit = _DDP_BUCKET // flat.element_size()
+    firsts = [0]
+    for i, (start, shape) in enumerate(tensors):
+        if start + torch.Size(shape).numel() - tensors[firsts[-1]][0] > limit and i > firsts[-1]:
+            firsts.append(i)
+    buckets = []
+    for index, (first, last) in enumerate(zip(firsts, [*firsts[1:], len(tensors)], strict=True)):
+        begin = tensors[first][0]
+        end = tensors[last][0] if last < len(tensors) else flat.numel()
+        views = [flat[s : s + torch.Size(shape).numel()].view(shape) for s, shape in tensors[first:last]]
+        buckets.append(HandmadeBucket(index, last == len(tensors), flat[begin:end], views))
+    return buckets

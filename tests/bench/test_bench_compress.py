@@ -1,0 +1,189 @@
+"""The compression benchmark: every kernel and method once, right results, one line each."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from hpcsgd import World
+from hpcsgd.bench import compress, gradients, hooks, peers
+from hpcsgd.bench.codecs import PHASES
+from hpcsgd.bench.limits import limit
+from hpcsgd.bench.problem import Problem
+from hpcsgd.cli import cli
+from hpcsgd.compress import build
+from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.kernels import host
+
+pytestmark = pytest.mark.mpi
+
+RANKS = MPI.COMM_WORLD.size
+ELEMENTS = 20_000
+KERNELS = ["memory copy", "norms", "encode", "encode with residual", "decode", "rotate", "unrotate"]
+PEERS = ["torch PowerSGD hook", "torch fp16 hook", "gloo float32"]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    MPI.COMM_WORLD.Barrier()
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_line_per_kernel_method_and_phase(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "results", "compress.csv")
+    compress.main(elements=ELEMENTS, data=["gaussian"], repeats=1, csv=path)
+    rows = read(path)
+    kernels = [row for row in rows if row["phase"] == "kernel"]
+    assert [row["method"] for row in kernels] == KERNELS
+    schemes = list(compress.SCHEMES)
+    whole = {row["method"]: row for row in rows if row["phase"] == "all-reduce"}
+    assert list(whole) == ["memory copy", "float32", *schemes, *PEERS]
+    for phase in PHASES:
+        assert [r["method"] for r in rows if r["phase"] == phase] == ["memory copy", *schemes]
+    for row in rows:
+        assert 0 < float(row["min_ms"]) <= float(row["median_ms"]) <= float(row["max_ms"])
+        assert (int(row["elements"]), int(row["ranks"])) == (ELEMENTS, RANKS)
+    assert ("maxnorm" in capfd.readouterr().out) == (MPI.COMM_WORLD.rank == 0)
+    if RANKS > 1:
+        bits = {name: row["bits_per_element"] for name, row in whole.items()}
+        assert float(bits["float32"]) == 32 and float(bits["fp16"]) == pytest.approx(16, rel=0.01)
+        assert float(bits["maxnorm:bits=2"]) < float(bits["maxnorm:bits=4"]) < float(bits["maxnorm:bits=8"])
+        assert not any(bits[name] for name in ("memory copy", *PEERS)), "only our own bytes are counted"
+        assert 0.1 < float(whole["maxnorm:bits=4"]["relative_error"]) < 0.3
+
+
+def test_recorded_gradients_differ_between_ranks_and_are_large_in_few_places(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gradients, "STEPS", 1)
+    monkeypatch.setattr(gradients, "BATCH", 2)
+    with World(device="cpu") as world:
+        own = torch.cat([g.flatten() for g in gradients.resnet18(world)])
+        assert own.numel() == sum(g.numel() for g in gradients.gaussian(world)) == 11_173_962
+        assert own.abs().max() > 20 * own.std()
+        assert len(set(world.gather(float(own.norm())))) == world.size
+
+
+@pytest.mark.parametrize("elements", [1, 7, 24, 25])
+def test_gradients_are_repeated_or_cut(elements: int) -> None:
+    parts = gradients.fitted([torch.arange(6.0).view(2, 3), torch.arange(6.0, 12)], elements)
+    together = torch.cat([part.flatten() for part in parts])
+    assert torch.equal(together, torch.arange(elements).remainder(12).float())
+    assert parts[0].shape == ((2, 3) if elements >= 6 else (elements,))
+
+
+def test_gradients_are_cut_between_rows() -> None:
+    parts = gradients.fitted([torch.zeros(4, 3), torch.zeros(5)], 17 + 8)
+    assert [tuple(part.shape) for part in parts] == [(4, 3), (5,), (2, 3), (2,)]
+
+
+def test_a_wrong_mean_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = peers.gloo_mean
+
+    def wrong(flat: Tensor) -> None:
+        right(flat)
+        flat[: len(flat) // 2] *= 1.01
+
+    monkeypatch.setattr(peers, "gloo_mean", wrong)
+    with pytest.raises(HpcsgdError, match="gloo float32 is wrong"):
+        compress.main(["fp16"], elements=4096, data=["gaussian"], repeats=1)
+
+
+def test_a_wrong_kernel_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = host.decode
+
+    def wrong(*arguments: Any) -> Iterator[None]:
+        yield from right(*arguments)
+        arguments[-1].mul_(1.5)
+
+    monkeypatch.setattr(host, "decode", wrong)
+    with pytest.raises(HpcsgdError, match="decode is wrong"):
+        compress.main(["maxnorm"], elements=4096, data=["gaussian"], repeats=1)
+
+
+def test_checks_see_what_noise_would_hide() -> None:
+    with World(device="cpu") as world:
+        generator = torch.Generator().manual_seed(3)
+        problem = Problem(world, MPI.COMM_WORLD, [torch.full((200, 200), 1.0 + world.rank)], 4.0)
+        noise = torch.randn(problem.flat.shape, generator=generator)
+        noisy = problem.exact.float() * (1 + 2 * noise)
+        assert problem.check("noise", noisy, 3.0) == pytest.approx(2, rel=0.05)
+        for wrong in (1.5 * noisy, noisy * torch.nan):
+            with pytest.raises(HpcsgdError, match="noise is wrong"):
+                problem.check("noise", wrong, 9.0)
+        with pytest.raises(HpcsgdError, match="noise is wrong"):
+            problem.check("noise", noisy, 1.0)
+        if world.size > 1:
+            noisy[-1] += world.rank
+            with pytest.raises(HpcsgdError, match="noise differ between ranks"):
+                problem.check("noise", noisy, 3.0)
+
+
+def test_limits_follow_the_scheme() -> None:
+    of = {spec: limit(build(spec), 1000) for spec in ("fp16", "maxnorm:bits=8", "maxnorm:bits=4", "bf16")}
+    assert (
+        of["fp16"] < of["bf16"] < of["maxnorm:bits=4"] < 0.5 and of["maxnorm:bits=8"] < of["maxnorm:bits=4"]
+    )
+    assert limit(build("hadamard+maxnorm"), 1000) == of["maxnorm:bits=4"]
+    biased = [limit(build(s), 1000) for s in ("topk", "signsgd", "powersgd", "ef+randk")]
+    assert biased == [float("inf")] * 4
+    assert limit(build("randk"), 1000) < limit(build("randk-maxnorm"), 1000) < 10
+    assert limit(build("randk:k=10"), 1000) > limit(build("randk:k=100"), 1000)
+
+
+def test_buckets_by_hand_hold_every_tensor_once() -> None:
+    flat = torch.zeros(20 * 2**20)
+    tensors = [(i * 2**20, (1024, 1000)) for i in range(20)]
+    cut = hooks._buckets(flat, tensors)
+    assert [bucket.is_last() for bucket in cut] == [False] * (len(cut) - 1) + [True]
+    assert len(cut) > 1 and sum(len(bucket.gradients()) for bucket in cut) == 20
+    assert sum(bucket.buffer().numel() for bucket in cut) == flat.numel()
+    for bucket in cut:
+        bucket.buffer().add_(1)
+    assert bool((flat == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": 0}, "repeats"),
+        ({"elements": -1}, "elements"),
+        ({"bucket_mib": 0.0}, "bucket_mib"),
+        ({"data": ["noise"]}, "unknown data 'noise'"),
+        ({"device": "abacus"}, "unknown device 'abacus'"),
+        ({"schemes": ["none"]}, "schemes"),
+        ({"schemes": []}, "schemes"),
+        ({"schemes": ["maxnorm:bits=1"]}, "bits"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        compress.main(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_so() -> None:
+    with pytest.raises(BadOption, match="expected: a GPU that torch can use"):
+        compress.main(device="cuda")
+
+
+def test_the_command_takes_specs_and_numbers_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        compress, "main", lambda *given, **options: called.append((*given, options["repeats"]))
+    )
+    words = ["bench", "compress", "--schemes", "maxnorm:bits=4,block=64; ef+topk;", "--elements", "11.2M"]
+    cli([*words, "--data", "gaussian", "--repeats", "3"], standalone_mode=False)
+    cli(["bench", "compress"], standalone_mode=False)
+    assert called[0] == (["maxnorm:bits=4,block=64", "ef+topk"], 11_200_000, ["gaussian"], 3)
+    assert called[1] == (list(compress.SCHEMES), None, ["gaussian", "resnet18"], 5)
+    with pytest.raises(click.BadParameter, match="a number"):
+        cli(["bench", "compress", "--elements", "many"], standalone_mode=False)
