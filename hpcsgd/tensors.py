@@ -71,6 +71,11 @@ class Bucket:
     def nbytes(self) -> int:
         return self.flat.numel() * self.flat.element_size()
 
+    def extent(self, view: Tensor) -> tuple[int, int]:
+        """The elements of `flat`, [start, stop), that one of `views` has."""
+        start = int(view.storage_offset()) - int(self.flat.storage_offset())
+        return start, start + view.numel()
+
     def part(self, index: int, parts: int) -> slice:
         """The elements of one of `parts` nearly equal slices, cut at cache lines."""
         return cut(self.flat, index, parts)

@@ -180,7 +180,7 @@ __device__ void decode(
 {
     u32 quads = (u32)((row + 3) / 4);
     W lane_mask = 0xffffffffu >> (32 - width);
-    int bias = (int)levels[0] * terms;
+    u32 bias = (u32)levels[0] * (u32)terms; // unsigned, because a lane may have all 32 bits
     for (i64 i = thread_index(); i < tiles * quads; i += thread_count()) {
         u32 tile = (u32)i / quads;
         i64 j = (u32)i % quads * 4;
@@ -197,7 +197,7 @@ __device__ void decode(
             inverses_of<several, aligned>(levels, scales, scale.base, masks, mask_words, r, row, j, inverse);
             #pragma unroll
             for (int m = 0; m < 4; ++m) {
-                int code = (int)(u32)(word.v[m] >> (lane * width) & lane_mask) - bias;
+                int code = (int)((u32)(word.v[m] >> (lane * width) & lane_mask) - bias);
                 float step = inverse.v[m] > 0 ? factor / inverse.v[m] : 0.0f;
                 value.v[m] = from_float<X>((float)code * step * scale.post);
             }

@@ -117,8 +117,7 @@ class Problem:
 
 def places(bucket: Bucket) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """(start, shape) of each tensor of a bucket."""
-    first = int(bucket.flat.storage_offset())
-    return tuple((int(view.storage_offset()) - first, tuple(view.shape)) for view in bucket.views)
+    return tuple((bucket.extent(view)[0], tuple(view.shape)) for view in bucket.views)
 
 
 def _mean(comm: Any, own: Tensor) -> Tensor:

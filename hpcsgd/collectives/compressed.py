@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,9 +27,14 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.progress import Work
 from hpcsgd.tensors import Bucket, TensorGroup
 from hpcsgd.transport import Transport
+from hpcsgd.world import World
 
 _TAGS = 2**14  # MPI promises tags up to 2**15 - 1
 _OPERATIONS = {"max": "MAX", "and": "BAND"}
+
+
+#: One for all reductions of a world: messages match because all ranks start them in the same order.
+_pipelines: WeakKeyDictionary[World, Pipeline] = WeakKeyDictionary()
 
 
 class _NotFinite(Exception):
@@ -67,9 +72,11 @@ class Compressed:
         self._lanes, self._buffers = make_lanes(group, algorithm, compressor, self._net, self._by_node)
         self._barriers = [world.make_barrier() for _ in range(2)] if self._by_node else []
         self._flags = TensorGroup(world, [("not finite", torch.zeros(1))], staged=False).buckets[0]
-        self._pipeline = Pipeline(world.waiter, self._stream)
-        self._last: Flow | None = None
-        self._works: list[Work] = []
+        if world not in _pipelines:
+            device = world.device if self._staged else torch.device("cpu")
+            _pipelines[world] = Pipeline(world.waiter, lambda: side_stream(device))
+        self._pipeline = _pipelines[world]
+        self._works: list[tuple[Flow, Work]] = []
 
     def _adds_inside_nodes(self) -> bool:
         if self._compressor.whole or self._staged:
@@ -82,16 +89,20 @@ class Compressed:
         """Start to replace a bucket by `scale` times its sum; in order, none twice before `finish`."""
         what = f"compressed all-reduce of bucket {bucket.index} at step {self._world.status.step}"
         lane = self._lanes[bucket.index]
-        self._last = flow = Flow(self._last)
-        flow.begin(self._by_nodes(flow, lane, scale) if self._by_node else self._steps(flow, lane, scale))
-        self._pipeline.add(flow)
-        self._works.append(self._world.progress.submit(what, lambda: self._reduce(flow, lane, what)))
+        steps = self._by_nodes if self._by_node else self._steps
+        flow = self._pipeline.add(lambda flow: steps(flow, lane, scale))
+        work = self._world.progress.submit(what, lambda: self._reduce(flow, lane, what))
+        self._works.append((flow, work))
 
     def finish(self) -> bool:
         """Wait for what was started; False: a number is not finite, all ranks shall skip the step."""
-        works, self._works, self._last = self._works, [], None
-        for work in works:
+        works, self._works = self._works, []
+        for _, work in works:
             work.wait()
+        if works and not works[-1][0].done:
+            # Another reduction's bucket came after the last one of this, which was left to be decoded.
+            last = works[-1][0]
+            self._world.progress.run("decoding", lambda: self._pipeline.complete(last))
         # Ranks without a slice of their own learn it from their node.
         good = not any(bool(row[0]) for row in self._flags.rows or [self._flags.flat])
         if not good and works:
@@ -99,10 +110,10 @@ class Compressed:
         return good
 
     def _clear_flag(self) -> None:
-        if self._flags.rows:
+        if len(self._flags.rows) > 1:
             self._world.node_barrier("the end of a skipped step")
         self._flags.flat.zero_()
-        if self._flags.rows:
+        if len(self._flags.rows) > 1:
             self._world.node_barrier("the end of a skipped step")
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +126,21 @@ class Compressed:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Take back what `state_dict` gave.
+
+        Raises
+        ------
+        HpcsgdError
+            Where it is that of another scheme.
+        """
+        if len(state.get("residuals", ())) != len(self._lanes):
+            raise HpcsgdError(
+                f"the state is not one of {self._compressor}",
+                rank=self._world.rank,
+                expected=f"{len(self._lanes)} buckets",
+                got=f"{len(state.get('residuals', ()))}",
+                do="go on with the compression, and the bucket size, that the checkpoint was made with",
+            )
         for lane, residual, codec in zip(self._lanes, state["residuals"], state["codecs"], strict=True):
             if lane.residual is not None:
                 lane.residual.copy_(residual)
@@ -156,10 +181,9 @@ class Compressed:
 
     def _pass(self, flow: Flow, index: int) -> Steps:
         """Wait for the node's ranks; buckets pass each of the two barriers one after the other."""
-        yield flow.may_follow
-        flow.sent += 1
+        yield lambda: flow.may_pass(index)
         yield self._barriers[index].arrive()
-        flow.over += 1
+        flow.passed = index + 1
 
     def _steps(self, flow: Flow, lane: Lane, scale: float) -> Steps:
         """Run the codec, and combine its messages."""
@@ -184,6 +208,7 @@ class Compressed:
             except _NotFinite:
                 self._flags.flat.fill_(1)
                 values.fill_(torch.nan)
+            lane.clear_gaps()
             if produced is not None:
                 torch.cuda.current_stream(values.device).synchronize()
 
@@ -196,18 +221,18 @@ class Compressed:
         yield flow.may_send
         flow.sent += 1
         if message.op == "sum":
-            yield from self._sum(flow, lane.buffers[message.slot], 1 + lane.bucket.index % _TAGS)
+            yield from self._sum(flow, lane.buffers[message.slot])
         else:
             yield from self._exchange(message)
         flow.over += 1
         if message.op == "max" and not finite(message.data):
             raise _NotFinite
 
-    def _sum(self, flow: Flow, buffer: Bucket, tag: int) -> Steps:
+    def _sum(self, flow: Flow, buffer: Bucket) -> Steps:
         """Round the ring without waiting; any other way waits for its turn."""
         assert self._net is not None
         if self._by_node or (self._name(buffer) == "ring" and not self._staged):
-            for request, _ in Ring(self._net, buffer.host, "", tag).steps(1.0):
+            for request, _ in Ring(self._net, buffer.host, "", 1 + flow.number % _TAGS).steps(1.0):
                 yield request.Test
         else:
             flow.blocked = buffer
@@ -242,9 +267,6 @@ class Compressed:
         finally:
             for net in nets:
                 net.meanwhile = None
-
-    def _stream(self) -> AbstractContextManager[Any]:
-        return side_stream(self._world.device if self._staged else torch.device("cpu"))
 
     def _error(self, lane: Lane) -> HpcsgdError:
         rank, name = place_of(lane, self._by_node)

@@ -27,11 +27,15 @@ class Flow:
     ----------
     front
         The flow of the bucket before, or None.
+    number
+        Its place in the order of all flows, the same on every rank.
 
     Attributes
     ----------
     sent, over
         How many messages have left, and have been answered.
+    passed
+        How many barriers of the node.
     blocked
         What somebody else must sum, when it is the flow's turn, before it can go on.
     only_decodes
@@ -40,11 +44,12 @@ class Flow:
         Whether it is at its end.
     """
 
-    def __init__(self, front: Flow | None) -> None:
+    def __init__(self, front: Flow | None, number: int) -> None:
         self._front = front
+        self.number = number
         self._steps: Steps = iter(())
         self._ready: Callable[[], bool] | None = None
-        self.sent = self.over = 0
+        self.sent = self.over = self.passed = 0
         self.blocked: Bucket | None = None
         self.only_decodes = self.done = False
 
@@ -60,7 +65,8 @@ class Flow:
         try:
             self._ready = next(self._steps)
         except StopIteration:
-            self.done, self._ready, self._front = True, None, None
+            # Who still refers to this flow, as the one in front, keeps no memory alive.
+            self.done, self._ready, self._front, self._steps = True, None, None, iter(())
         return True
 
     def may_send(self) -> bool:
@@ -71,13 +77,13 @@ class Flow:
         before = front._front
         return front.sent > self.sent and (before is None or before.done or before.over > self.sent)
 
-    def may_follow(self) -> bool:
-        """Whether the flow in front has got its answer to the message that this one would send next."""
-        return self._front is None or self._front.done or self._front.over > self.sent
+    def may_pass(self, barrier: int) -> bool:
+        """Whether the flow in front has passed a barrier."""
+        return self._front is None or self._front.done or self._front.passed > barrier
 
 
 class Pipeline:
-    """Flows in the order of their buckets, of which some work ahead and some still have to decode.
+    """All flows of the ranks of a world, in one order; some work ahead and some still have to decode.
 
     Parameters
     ----------
@@ -91,10 +97,14 @@ class Pipeline:
         self._waiter, self._context = waiter, context
         self._ahead: deque[Flow] = deque()
         self._behind: deque[Flow] = deque()
+        self._last: Flow | None = None
 
-    def add(self, flow: Flow) -> None:
-        """Let a flow work ahead; its turn comes in the order of the calls."""
+    def add(self, what: Callable[[Flow], Steps]) -> Flow:
+        """A new flow, which does `what`; its turn comes in the order of the calls."""
+        self._last = flow = Flow(self._last, 0 if self._last is None else self._last.number + 1)
+        flow.begin(what(flow))
         self._ahead.append(flow)
+        return flow
 
     def take_turn(self, flow: Flow, what: str, sum_up: Callable[[Bucket], None]) -> None:
         """Bring the flow whose turn it is to its end, or to what can be done in the turn of the next.
@@ -119,6 +129,12 @@ class Pipeline:
                     return
                 self._waiter.until(lambda: self._moved(flow), what)
             while not self._ahead and self._behind:
+                self._work_behind()
+
+    def complete(self, flow: Flow) -> None:
+        """Decode what is left, up to a flow that has had its turn."""
+        with self._context():
+            while not flow.done:
                 self._work_behind()
 
     def look_after(self) -> bool:

@@ -42,6 +42,15 @@ class Lane:
     def values(self) -> Tensor:
         return self.bucket.flat[self.part]
 
+    def clear_gaps(self) -> None:
+        """Make the gaps between tensors zero again: nobody else writes there before the next reduction."""
+        begin = 0
+        for start, stop in [*map(self.bucket.extent, self.bucket.views), (self.bucket.numel, 0)]:
+            first, last = max(begin, self.part.start), min(start, self.part.stop)
+            if first < last:
+                self.bucket.flat[first:last] = 0
+            begin = stop
+
 
 def make_lanes(
     group: TensorGroup, algorithm: str, compressor: Compressor, net: Transport | None, by_node: bool
@@ -93,8 +102,7 @@ def place_of(lane: Lane, by_node: bool) -> tuple[int, str | None]:
         bad = torch.zeros(bucket.numel, dtype=torch.bool, device=row.device)
         bad[lane.part] = ~torch.isfinite(row[lane.part])
         for name, view in zip(bucket.names, bucket.views, strict=True):
-            start = view.storage_offset() - bucket.flat.storage_offset()
-            if bool(bad[start : start + view.numel()].any()):
+            if bool(bad[slice(*bucket.extent(view))].any()):
                 return rank, name
     return world.rank, None
 
@@ -113,9 +121,9 @@ def _lane(bucket: Bucket, compressor: Compressor, net: Transport | None, by_node
 def _stretch(bucket: Bucket, part: slice, terms: int, total: int) -> Stretch:
     size, inside = part.stop - part.start, []
     for view in bucket.views:
-        start = view.storage_offset() - bucket.flat.storage_offset() - part.start
-        if start >= 0 and start + view.numel() <= size:
-            inside.append((start, tuple(view.shape)))
+        start, stop = bucket.extent(view)
+        if part.start <= start and stop <= part.stop:
+            inside.append((start - part.start, tuple(view.shape)))
     share = size / total if total else 1.0
     return Stretch(size, terms, part.start, share, tuple(inside), bucket.flat.device)
 

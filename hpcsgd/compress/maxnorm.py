@@ -22,7 +22,7 @@ class QSGDMaxNorm(Compressor):
         What shares a norm: a "block" of consecutive elements (default), a "tensor", or a "bucket". With one
         norm a bucket the few large elements of real gradients leave the others one or two levels.
     block
-        Elements of a block, at most. Default 384.
+        Elements of a block, at most, rounded up to a multiple of 4. Default 384.
     norm
         "max" (default), or "euclidean".
     """

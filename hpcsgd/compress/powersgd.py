@@ -54,7 +54,7 @@ class _Matrix:
 
 class _PowerCodec(Codec):
     def __init__(self, stretch: Stretch, rank: int) -> None:
-        self._rank = rank
+        self._rank, self._terms = rank, stretch.terms
         self._largest = Largest(stretch)
         self._matrices: list[_Matrix] = []
         self._raw: list[slice] = []
@@ -85,7 +85,9 @@ class _PowerCodec(Codec):
         yield Message("max", self._largest.norm)
         if not self._started:
             self._start(draw)
-        total = values.float() if residual is None else values.float() + residual
+        # Brought near 1 over all ranks, so that products neither overflow nor underflow.
+        factor = 2.0 ** -min(self._largest.exponent() + self._terms.bit_length(), 126)
+        total = (values.float() if residual is None else values.float() + residual) * factor
         for m in self._matrices:
             torch.mm(_of(total, m), self._factor(self._right, m.right), out=self._factor(left, m.left))
             yield None
@@ -100,18 +102,18 @@ class _PowerCodec(Codec):
                 _of(total, m).sub_(p @ self._factor(right, m.right).T)
             yield None
         if residual is not None:
-            residual.copy_(total)
+            torch.div(total, factor, out=residual)
             for piece in self._raw:
                 residual[piece] = 0
         yield Message("sum", right, 1)
         self._right.copy_(right)
         for m in self._matrices:
             mean = self._factor(left, m.left) @ self._factor(right, m.right).T
-            _of(values, m).copy_(mean.mul_(scale))
+            _of(values, m).copy_(mean.mul_(scale).div_(factor))
             yield None
         sent = torch.split(raw, [piece.stop - piece.start for piece in self._raw])
         for piece, summed in zip(self._raw, sent, strict=True):
-            values[piece] = (summed * scale).to(values.dtype)
+            values[piece] = (summed * scale / factor).to(values.dtype)
 
     def _start(self, draw: Draw) -> None:
         """The same random factors on every rank."""

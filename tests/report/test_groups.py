@@ -45,5 +45,5 @@ def test_runs_that_differ_in_the_seed_alone_make_one_row(tmp_path: Path) -> None
 
 def test_a_setting_that_no_run_has_is_an_error_that_lists_those_there_are(tmp_path: Path) -> None:
     run = load(write_run(tmp_path / "run"))
-    with pytest.raises(BadOption, match="no run has a setting 'sed'(.|\n)*seed"):
+    with pytest.raises(BadOption, match=r"no run has a setting 'sed'(.|\n)*seed"):
         grouped([run], "sed")

@@ -1,0 +1,131 @@
+"""Specs of compression: what is written is what is built, and errors list what is valid."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpcsgd import specs
+from hpcsgd.compress import (
+    COMPRESSORS,
+    WRAPPERS,
+    ErrorFeedback,
+    GlobalRandKMaxNorm,
+    Hadamard,
+    PowerSGD,
+    QSGDMaxNorm,
+    QSGDMaxNormMultiScale,
+    Stretch,
+    build,
+)
+from hpcsgd.errors import BadOption
+
+
+@pytest.mark.parametrize("spec", ["none", " none "])
+def test_none_is_no_compressor(spec: str) -> None:
+    assert build(spec) is None
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_every_name_builds_and_says_what_it_is(name: str) -> None:
+    compressor = build(name)
+    assert compressor is not None
+    text = str(compressor)
+    assert text.startswith(type(compressor).__name__)
+    assert all(f"{key}={value}" in text for key, value in compressor.options().items())
+    assert compressor.codec(Stretch(100, 2)).sums is not None
+
+
+def test_options_are_those_of_the_spec() -> None:
+    options = build("maxnorm:bits=6,scale=tensor,block=128,norm=euclidean").options()
+    assert options == {"bits": 6, "scale": "tensor", "block": 128, "norm": "euclidean"}
+    assert build("multiscale:bits=2x6x10").options()["bits"] == (2, 6, 10)
+    drawn = build("randk-maxnorm:k=50,bits=3")
+    assert isinstance(drawn, GlobalRandKMaxNorm) and drawn.options() | {"k": 50, "bits": 3} == drawn.options()
+    assert build("powersgd:rank=4").options() == {"rank": 4}
+
+
+def test_wrappers_stand_before_and_nest() -> None:
+    both = build("ef+hadamard+maxnorm:bits=4")
+    assert isinstance(both, ErrorFeedback) and isinstance(both.inner, Hadamard)
+    assert isinstance(both.inner.inner, QSGDMaxNorm) and both.inner.inner.bits == 4
+    assert both.feedback and not both.inner.feedback and not both.whole
+    power = build("ef+powersgd")
+    assert power.whole and power.feedback
+    assert build("hadamard+ef+multiscale").feedback
+
+
+def test_what_differs_is_written_differently() -> None:
+    """Ranks compare the text."""
+    texts = [
+        "maxnorm", "maxnorm:bits=5", "maxnorm:block=64", "maxnorm:scale=tensor", "maxnorm:norm=euclidean",
+        "ef+maxnorm", "hadamard+maxnorm", "ef+hadamard+maxnorm", "multiscale", "randk", "randk:k=3",
+        "randk:ratio=0.2", "randk-maxnorm", "randk-maxnorm:bits=5", "topk", "topk:k=3", "powersgd",
+        "powersgd:rank=3", "fp16", "bf16",
+    ]  # fmt: skip
+    assert len({str(build(text)) for text in texts}) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("maxnrom", ["unknown compression scheme 'maxnrom'", *COMPRESSORS]),
+        ("fe+maxnorm", ["unknown wrapper", "'fe'", *WRAPPERS]),
+        ("ef", ["unknown compression scheme 'ef'"]),
+        ("maxnorm:bit=4", ["no option 'bit'", "bits", "scale=block|tensor|bucket", "norm=max|euclidean"]),
+        ("maxnorm:bits=x", ["'bits'", "int"]),
+        ("maxnorm:scale=layer", ["block|tensor|bucket"]),
+        ("hadamard+powersgd", ["PowerSGD", "cannot be rotated"]),
+        ("hadamard+ef+powersgd", ["PowerSGD", "cannot be rotated"]),
+        ("", ["name"]),
+    ],
+)
+def test_errors_say_what_is_valid(spec: str, parts: list[str]) -> None:
+    with pytest.raises(BadOption) as error:
+        build(spec)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("maxnorm:bits=1", "2 to 16"),
+        ("maxnorm:bits=17", "2 to 16"),
+        ("maxnorm:block=8", "16 to"),
+        ("multiscale:bits=4", "two or more"),
+        ("multiscale:bits=8x4", "ascending"),
+        ("multiscale:bits=4x4", "ascending"),
+        ("multiscale:bits=4x17", "2 to 16"),
+        ("randk:ratio=0", "above 0"),
+        ("randk:ratio=1.5", "at most 1"),
+        ("randk:k=0", "at least 1"),
+        ("randk-maxnorm:bits=1", "2 to 16"),
+        ("topk:ratio=-1", "above 0"),
+        ("topk:k=0", "at least 1"),
+        ("powersgd:rank=0", "at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(spec: str, expected: str) -> None:
+    with pytest.raises(BadOption, match=expected) as error:
+        build(spec)
+    assert "got:" in str(error.value)
+
+
+def test_names_in_python_are_checked_like_those_of_a_spec() -> None:
+    with pytest.raises(BadOption, match="block or tensor or bucket"):
+        QSGDMaxNorm(scale="layer")  # type: ignore[arg-type]
+    with pytest.raises(BadOption, match="max or euclidean"):
+        QSGDMaxNormMultiScale(norm="one")  # type: ignore[arg-type]
+
+
+def test_help_shows_each_scheme_with_its_defaults() -> None:
+    rows = {name: (options, summary) for name, options, summary in specs.describe(COMPRESSORS)}
+    assert rows["maxnorm"][0] == "bits=4,scale=block,block=384,norm=max"
+    assert rows["multiscale"][0].startswith("bits=4x8")
+    assert all(summary for _, summary in rows.values())
+
+
+def test_a_share_of_k_is_sent_of_each_stretch() -> None:
+    compressor = build("randk:k=100")
+    sizes = [compressor.codec(Stretch(1000, 2, share=share)).sums[0][0] for share in (1.0, 0.5, 0.25, 1e-9)]
+    assert sizes == [100, 50, 25, 1]
+    assert PowerSGD(3).codec(Stretch(400, 2, tensors=((0, (20, 20)),))).sums[0][0] == 60

@@ -1,0 +1,187 @@
+"""Every compression scheme over simulated ranks: sums, error feedback, bounds, bits, bytes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import compressors as c
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from laws import lockstep, memory, numbers, reduce_and_check, stretch_of
+from lockstep import buffers_of, unsigned
+from torch import Tensor
+
+from hpcsgd.compress import COMPRESSORS, WRAPPERS, Draw, Stretch, build, contract
+from hpcsgd.errors import BadOption
+from hpcsgd.kernels import host
+
+each_row = pytest.mark.parametrize("row", c.ROWS, ids=str)
+each_family = pytest.mark.parametrize("family", c.FAMILIES)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LENGTHS = st.sampled_from([0, 1, 2, 3, 16, 511, 512, 513, 2559, 2560, 2561, 4097, 10_007]) | st.integers(
+    0, 900
+)
+RANKS = st.sampled_from([1, 2, 3, 4, 64]) | st.integers(1, 64)
+SEEN = 100_000  # elements of all ranks, at most
+
+
+def test_every_scheme_has_rows() -> None:
+    assert {row.name for row in c.ROWS} == set(COMPRESSORS)
+    assert set(c.FAMILIES) == {*COMPRESSORS, *WRAPPERS}
+    assert {name for row in c.ROWS for name in row.spec.split("+")[:-1]} == set(WRAPPERS)
+
+
+@each_family
+@settings(max_examples=25, deadline=None)
+@given(
+    st.data(),
+    LENGTHS,
+    RANKS,
+    st.sampled_from(DTYPES),
+    st.sampled_from(["normal", "heavy", "sparse", "blocks", "whole"]),
+    st.integers(0, 2**31),
+)
+def test_the_sum_is_what_the_ranks_said_and_the_rest_is_kept(
+    family: str, data: st.DataObject, numel: int, ranks: int, dtype: torch.dtype, kind: str, seed: int
+) -> None:
+    row = data.draw(c.FAMILIES[family])
+    numel = min(numel, SEEN // ranks)
+    stretch = stretch_of(numel, ranks, first=seed % 1000)
+    lock = lockstep(row, stretch, feedback=True, seed=seed)
+    for step in range(2):
+        reduce_and_check(row, lock, numbers(kind, ranks, numel, dtype, seed + step), step)
+        reduced = sum(size for op, size in lock.messages if op != "gather")
+        gathered = sum(size for op, size in lock.messages if op == "gather")
+        assert (reduced, gathered) == row.wire(stretch)
+
+
+@each_row
+def test_without_feedback_nothing_else_changes(row: c.Row) -> None:
+    rows = numbers("heavy", 3, 2000, torch.float32, 5)
+    stretch = stretch_of(2000, 3)
+    with_memory, without = (lockstep(row, stretch, feedback) for feedback in (True, False))
+    remembered, plain = with_memory.reduce(rows), without.reduce(rows)
+    if row.name.startswith("randk"):
+        assert torch.equal(remembered != 0, plain != 0)  # the same coordinates, with another factor
+    else:
+        assert torch.equal(remembered, plain)
+
+
+@each_row
+def test_the_same_draw_gives_the_same_bits_and_another_one_others(row: c.Row) -> None:
+    # Equal on all ranks, so that only the draws differ.
+    rows = numbers("normal", 1, 3000, torch.float32, 6).expand(3, -1).clone()
+    stretch = stretch_of(3000, 3)
+
+    def outcome(step: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        lock = lockstep(row, stretch, True, seed)
+        return lock.reduce(rows, step), memory(lock)
+
+    result, rest = outcome(4)
+    again, rest_again = outcome(4)
+    assert torch.equal(again, result) and torch.equal(rest_again, rest)
+    for other, _ in (outcome(5), outcome(4, seed=1)):
+        if row.rounds or (row.draws and not row.exact):
+            assert not torch.equal(other, result)
+        elif not row.mixes:
+            assert torch.equal(other, result)
+    assert torch.equal(rest[0], rest[1]) == (not row.rounds)
+
+
+@each_row
+def test_pieces_and_threads_change_nothing(row: c.Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, stretch = numbers("heavy", 2, 40_000, torch.bfloat16, 7), stretch_of(40_000, 2)
+
+    def outcome() -> tuple[Tensor, Tensor]:
+        lock = lockstep(row, stretch, True)
+        return lock.reduce(rows), memory(lock)
+
+    result, rest = outcome()
+    monkeypatch.setattr(host, "_PIECE", 1500)
+    monkeypatch.setattr(contract, "PIECE", 808)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            other, other_rest = outcome()
+        finally:
+            torch.set_num_threads(1)
+        assert torch.equal(other, result) and torch.equal(other_rest, rest)
+
+
+@pytest.mark.parametrize("row", [row for row in c.ROWS if row.exact], ids=str)
+def test_small_whole_numbers_are_exact(row: c.Row) -> None:
+    for ranks in (1, 2, 7, 16):
+        rows = numbers("whole", ranks, 1000, torch.float32, 0)
+        out = lockstep(row, stretch_of(1000, ranks), False).reduce(rows)
+        assert torch.equal(out[0], rows.sum(0))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7, 16])
+def test_codes_are_whole_numbers_of_steps(bits: int) -> None:
+    ranks, top = 3, c.levels(bits)
+    rows = numbers("normal", ranks, 700, torch.float32, 1)
+    lock = lockstep(c.maxnorm(bits, "bucket"), Stretch(700, ranks), True)
+    lock.reduce(rows)
+    # The norm travels as a bfloat16, rounded up.
+    largest = rows.abs().max().view(torch.int32)
+    norm = ((largest + 0xFFFF) >> 16 << 16).view(torch.float32).double()
+    codes = (rows.double() - memory(lock)) / norm * top
+    assert (codes - codes.round()).abs().max() < 0.02
+    assert codes.round().abs().max() <= top
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> tuple[tuple[int, ...], int]:
+    """Bits of each scale and terms, up to the most that a lane can hold."""
+    bits = draw(st.lists(st.integers(2, 16), min_size=1, max_size=3, unique=True).map(sorted))
+    most = (2**32 - 1) // (2 * c.levels(bits[0]))
+    terms = draw(st.integers(1, 70) | st.integers(1, most) | st.sampled_from([most]))
+    return tuple(bits), min(terms, most)
+
+
+@settings(max_examples=40, deadline=None)
+@given(crowds(), st.sampled_from([1, 2, 63, 700]), st.sampled_from(["+", "-", "both"]))
+def test_lanes_never_overflow(crowd: tuple[tuple[int, ...], int], numel: int, signs: str) -> None:
+    """All ranks have the same largest numbers: one codec stands for the whole crowd."""
+    bits, terms = crowd
+    name = "maxnorm" if len(bits) == 1 else "multiscale"
+    codec = build(f"{name}:bits={'x'.join(map(str, bits))}").codec(Stretch(numel, terms))
+    values = torch.full((numel,), -1.0 if signs == "-" else 1.0)
+    if signs == "both":
+        values[::2] = -1
+    result = values.clone()
+    for message in codec.run(result, buffers_of(codec), Draw(0, 0, 0, 0), 1 / terms, None):
+        if message is not None and message.op == "sum":
+            words = unsigned(message.data)
+            words *= words.dtype.type(terms)
+    torch.testing.assert_close(result, values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("spec", ["maxnorm:bits=16", "ef+hadamard+randk-maxnorm:bits=16"])
+def test_lanes_wider_than_a_word_are_an_error_that_says_what_to_change(spec: str) -> None:
+    compressor = build(spec)
+    compressor.codec(Stretch(100, 65_000))
+    with pytest.raises(BadOption, match=r"summed over 70000 terms: .* lanes of 33 bits") as error:
+        compressor.codec(Stretch(100, 70_000))
+    assert "use fewer bits" in str(error.value) and "two-level" in str(error.value)
+
+
+@pytest.mark.parametrize("spec", ["maxnorm:bits=4", "multiscale"])
+def test_wire_bits_are_the_lanes_and_hardly_more(spec: str) -> None:
+    row = c.maxnorm() if spec.startswith("maxnorm") else c.multiscale()
+    for numel, terms in ((1_048_576, 2), (11_200_000, 4), (262_144, 16)):
+        word, lanes = c.lane(4, terms)
+        bits = word / lanes + (1 if spec == "multiscale" else 0)
+        assert row.wire(Stretch(numel, terms))[0] <= 1.01 * numel * bits / 8
+
+
+def test_finer_bits_have_smaller_errors() -> None:
+    rows, stretch = numbers("normal", 2, 4000, torch.float32, 8), Stretch(4000, 2)
+    errors = []
+    for bits in range(2, 17):
+        lock = lockstep(c.maxnorm(bits), stretch, True)
+        lock.reduce(rows)
+        errors.append(float(memory(lock).norm()))
+    assert all(b < 0.75 * a for a, b in pairwise(errors))

@@ -1,0 +1,45 @@
+"""A gradient that is not finite, with compression: an error that says where, and the job ends."""
+
+from __future__ import annotations
+
+import pytest
+from launch import launch
+
+BEGIN = """
+import torch
+from hpcsgd import LocalSGD, AllReduce, Run, World
+from hpcsgd.compress import build
+def train(spec, strategy, bad_step):
+    world = World()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 20))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    run = Run(model, optimizer, strategy, comm=world, compress=build(spec), bucket_mib=1e-9)
+    for step in range(10**9):
+        run.zero_grad()
+        model(torch.ones(2, 30)).sum().backward()
+        if step == bad_step and world.rank == 1:
+            model[1].weight.data[3, 4] = float('nan')
+        run.step()
+"""
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "call", "text"),
+    [
+        (
+            2,
+            0,
+            "train('ef+maxnorm', AllReduce(), 2)",
+            "rank 1: the gradient of 0.bias is not finite at step 3",
+        ),
+        (3, 2, "train('maxnorm', LocalSGD(2), 3)", "rank 1: the change of 1.weight is not finite at step 3"),
+    ],
+)
+def test_the_error_names_parameter_rank_and_step(ranks: int, per_node: int, call: str, text: str) -> None:
+    job = launch(BEGIN + call, ranks, timeout=45, env={"HPCSGD_RANKS_PER_NODE": str(per_node)})
+    assert not job.timed_out and job.returncode != 0, job
+    assert not job.left and not job.files, job
+    assert job.stderr.count("HpcsgdError: ") == 1 and job.stderr.count(text) == 1, job
+    assert "nonfinite='skip'" in job.stderr, job

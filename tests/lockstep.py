@@ -1,0 +1,110 @@
+"""Compression of ranks that are not there: one codec each, and NumPy combines what they would send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcsgd.compress import Codec, Compressor, Draw, Message, Stretch
+from hpcsgd.compress.contract import finite
+
+_OPERATIONS = {"max": np.maximum, "and": np.bitwise_and, "sum": np.add}
+
+
+class NotFinite(Exception):
+    """The first message of some rank says that its numbers are not finite."""
+
+
+class Lockstep:
+    """Drives the codecs of all ranks from message to message.
+
+    Parameters
+    ----------
+    compressor
+        The scheme.
+    stretch
+        What each rank works on; its `terms` are the ranks.
+    feedback
+        Whether ranks have a memory of what was not sent.
+    seed, bucket
+        Of the random numbers.
+
+    Attributes
+    ----------
+    residuals
+        (numel,) of each rank, or None.
+    messages
+        (operation, bytes) of what rank 0 sent in the last reduction.
+    """
+
+    def __init__(
+        self, compressor: Compressor, stretch: Stretch, feedback: bool, seed: int = 0, bucket: int = 0
+    ) -> None:
+        ranks = range(stretch.terms)
+        self.stretch, self.seed, self.bucket = stretch, seed, bucket
+        self.codecs = [compressor.codec(stretch) for _ in ranks]
+        self.residuals = [torch.zeros(stretch.numel) if feedback else None for _ in ranks]
+        self.messages: list[tuple[str, int]] = []
+
+    def draw(self, rank: int, step: int) -> Draw:
+        return Draw(self.seed, step, self.bucket, rank)
+
+    def reduce(self, rows: Tensor, step: int = 0, scale: float = 1.0) -> Tensor:
+        """What each rank gets for the values of all, (ranks, numel); these stay as they are."""
+        out = rows.clone()
+        self.messages = []
+        runs = [
+            codec.run(values, buffers_of(codec), self.draw(rank, step), scale, residual)
+            for rank, (codec, values, residual) in enumerate(
+                zip(self.codecs, out, self.residuals, strict=True)
+            )
+        ]
+        while any(messages := [_next(run) for run in runs]):
+            assert all(messages), "all ranks send, or none does"
+            every = [message for message in messages if message is not None]
+            assert len({(m.op, m.slot, m.data.dtype, m.data.numel()) for m in every}) == 1
+            if not self.messages:
+                assert every[0].op == "max"
+                if not all(finite(message.data) for message in every):
+                    raise NotFinite
+            self.messages.append((every[0].op, every[0].data.nbytes))
+            combine(every)
+        return out
+
+
+def buffers_of(codec: Codec) -> list[Tensor]:
+    """Full of what was there before."""
+    return [torch.full((numel,), 77, dtype=dtype) for numel, dtype in codec.sums]
+
+
+def _next(run: Iterator[Message | None]) -> Message | None:
+    """The run's next message; None at its end."""
+    return next((message for message in run if message is not None), None)
+
+
+def combine(messages: Sequence[Message]) -> None:
+    """Give every rank what MPI would."""
+    op, parts = messages[0].op, [message.data for message in messages]
+    if op == "gather":
+        for message in messages:
+            assert message.gathered is not None
+            message.gathered.copy_(torch.stack(parts))
+        return
+    if op == "sum" and parts[0].is_floating_point():
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+    else:
+        words = np.stack([unsigned(part) for part in parts])
+        combined = _OPERATIONS[op].reduce(words, axis=0, dtype=words.dtype)
+        total = torch.from_numpy(combined).view(parts[0].dtype)
+    for part in parts:
+        part.copy_(total)
+
+
+def unsigned(words: Tensor) -> np.ndarray:
+    """As whole numbers without a sign, which wrap around."""
+    return words.numpy().view({2: np.uint16, 4: np.uint32, 8: np.uint64}[words.element_size()])
