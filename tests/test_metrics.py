@@ -23,7 +23,7 @@ def no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fake_world() -> Any:
     progress = SimpleNamespace(wait_seconds=5.0, busy_seconds=7.0)
-    return SimpleNamespace(progress=progress, traffic=SimpleNamespace(sent=100, shared=200))
+    return SimpleNamespace(progress=progress, traffic=SimpleNamespace(sent=100, shared=200, saved=300))
 
 
 def test_sums_of_parts_give_the_mean_of_the_whole() -> None:
@@ -39,15 +39,16 @@ def test_sums_of_nothing_have_no_mean() -> None:
 
 def test_a_meter_counts_from_what_earlier_parts_had_spent() -> None:
     world = fake_world()
-    meter = Meter(world, Counters(10.0, 1.0, 2.0, 30, 40))
+    meter = Meter(world, Counters(10.0, 1.0, 2.0, 30, 40, 50))
     world.progress.wait_seconds += 0.25
     world.progress.busy_seconds += 0.5
     world.traffic.sent += 1
     world.traffic.shared += 2
+    world.traffic.saved += 3
     found = meter.read()
     assert 10.0 < found.seconds < 11.0
     assert (found.wait_seconds, found.communication_seconds) == (1.25, 2.5)
-    assert (found.bytes_sent, found.bytes_shared) == (31, 42)
+    assert (found.bytes_sent, found.bytes_shared, found.bytes_saved) == (31, 42, 53)
 
 
 def test_a_meter_leaves_pauses_out() -> None:
@@ -66,10 +67,12 @@ def test_a_meter_leaves_pauses_out() -> None:
 
 
 def test_computing_is_what_is_not_waiting() -> None:
-    found = spent([Counters(3.0, 1.0, 2.0, 5, 6), Counters(3.0, 0.5, 2.5, 7, 8)])
+    found = spent([Counters(3.0, 1.0, 2.0, 5, 6, 13), Counters(3.0, 0.5, 2.5, 7, 8, 26)])
     assert found == {
+        "compression_ratio": 2.5,  # (26 moved + 39 saved) / 26
         "bytes_sent": [5, 7],
         "bytes_shared": [6, 8],
+        "bytes_saved": [13, 26],
         "compute_seconds": [2.0, 2.5],
         "wait_seconds": [1.0, 0.5],
         "communication_seconds": [2.0, 2.5],
