@@ -32,7 +32,6 @@ from hpcsgd.world import World
 _TAGS = 2**14  # MPI promises tags up to 2**15 - 1
 _OPERATIONS = {"max": "MAX", "and": "BAND"}
 
-
 #: One for all reductions of a world: messages match because all ranks start them in the same order.
 _pipelines: WeakKeyDictionary[World, Pipeline] = WeakKeyDictionary()
 
