@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     )
     from hpcsgd.errors import BadOption, DeadlineExceeded, Disagreement, HpcsgdError
     from hpcsgd.run import Run
-    from hpcsgd.strategies import AllReduce, LocalSGD, Strategy
+    from hpcsgd.strategies import DSGD, AllReduce, LocalSGD, Strategy
     from hpcsgd.tensors import TensorGroup
     from hpcsgd.world import World
 
 __all__ = [
     "BF16",
+    "DSGD",
     "FP16",
     "AllReduce",
     "BadOption",
@@ -72,7 +73,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "errors": ("BadOption", "DeadlineExceeded", "Disagreement", "HpcsgdError"),
     "run": ("Run",),
-    "strategies": ("AllReduce", "LocalSGD", "Strategy"),
+    "strategies": ("AllReduce", "DSGD", "LocalSGD", "Strategy"),
     "tensors": ("TensorGroup",),
     "world": ("World",),
 }

@@ -1,4 +1,4 @@
-"""The command line: `hpcsgd train`, `report` and `bench`."""
+"""The command line: `hpcsgd train`, `report`, `topology` and `bench`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,39 @@ def report(runs: tuple[Path, ...], out: Path, over: str | None) -> None:
         click.echo(path)
 
 
+@cli.command()
+@click.argument("name", required=False)
+@click.option("-n", "--peers", default=16, show_default=True, type=click.IntRange(1), help="Peers.")
+@click.option("--parameters", default="1M", show_default=True, metavar="N", help="Of a model: 11.2M.")
+@click.option("--png", metavar="FILE", type=click.Path(path_type=Path), help="Draw it here too.")
+def topology(name: str | None, peers: int, parameters: str, png: Path | None) -> None:
+    """Show how fast a topology mixes and what it costs; without NAME compare all.
+
+    NAME may have options, with "+" between them: random-regular:degree=4+seed=1. Models are float32.
+    """
+    from rich.console import Console
+
+    from hpcsgd.topology import build, show
+
+    if name is None and png is not None:
+        raise click.UsageError("--png draws one topology: give its NAME")
+    count = _number(parameters, "--parameters")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if name is None:
+        console.print(show.comparison(peers, count))
+        return
+    built = build(name, peers)
+    console.print(show.details(built, name, count))
+    if png is not None:
+        from hpcsgd.report import render
+        from hpcsgd.topology.draw import draw
+
+        with render.style():
+            figure = draw(built, f"{name}, {peers} peers")
+        figure.set_label(png.stem)
+        click.echo(render.png(figure, png.parent))
+
+
 @cli.group()
 def bench() -> None:
     """Measure hpcsgd beside the alternatives and the limit, in one run."""
@@ -148,13 +181,13 @@ def compress(schemes: str | None, elements: str | None, data: str, **options: An
     )
 
 
-def _number(text: str) -> int:
+def _number(text: str, option: str = "--elements") -> int:
     """A whole number, also in thousands or millions: 64k, 11.2M."""
     scale = {"k": 1e3, "M": 1e6}.get(text[-1:], 1)
     try:
         return round(float(text.rstrip("kM")) * scale)
     except ValueError:
-        raise click.BadParameter("a number: 65536, 64k or 11.2M", param_hint="--elements") from None
+        raise click.BadParameter("a number: 65536, 64k or 11.2M", param_hint=option) from None
 
 
 def main() -> None:

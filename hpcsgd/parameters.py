@@ -21,15 +21,32 @@ class Parameters:
         (name, parameter) pairs, without duplicates; those that require no gradient stay where they are.
     bucket_mib
         Size of a bucket in MiB.
+    copies
+        Groups, with the same values at first, of which the module shows one at a time. Default 1.
+
+    Attributes
+    ----------
+    groups
+        All of them.
+    group
+        The one that the module shows; the first at the start.
     """
 
-    def __init__(self, world: World, parameters: Named, bucket_mib: float = DEFAULT_BUCKET_MIB) -> None:
+    def __init__(
+        self, world: World, parameters: Named, bucket_mib: float = DEFAULT_BUCKET_MIB, copies: int = 1
+    ) -> None:
         self._parameters = [(name, p) for name, p in parameters if p.requires_grad]
-        self.group = TensorGroup(world, self._parameters, bucket_mib)
+        self.groups = [TensorGroup(world, self._parameters, bucket_mib) for _ in range(copies)]
+        for group in self.groups:
+            for name, parameter in self._parameters:
+                group.views[name].copy_(parameter.data)
+        self.enter(0)
+
+    def enter(self, index: int) -> None:
+        """Let the module show a group."""
+        self.group = self.groups[index]
         for name, parameter in self._parameters:
-            view = self.group.views[name]
-            view.copy_(parameter.data)
-            parameter.data = view
+            parameter.data = self.group.views[name]
 
     def release(self) -> None:
         """Give every parameter memory of its own."""

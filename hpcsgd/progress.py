@@ -12,6 +12,10 @@ from hpcsgd.mail import Status
 from hpcsgd.wait import Waiter
 
 _IDLE_LOOK_AROUND = 0.25  # seconds
+_IDLE_SERVICE = 1e-3
+
+#: Does a little and says whether there was anything to do; never waits.
+Service = Callable[[], bool]
 
 
 class Work:
@@ -94,6 +98,30 @@ class Progress:
         self._unfinished = 0
         self._failed: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._services: list[Service] = []
+        self._serving = threading.Lock()
+        waiter.serve = self._serve
+
+    def serve(self, service: Service) -> None:
+        """Call a service again and again, by one thread at a time: while the thread is idle, and in waits."""
+        with self._serving:
+            self._services.append(service)
+        self.start()
+
+    def dismiss(self, service: Service) -> None:
+        """Call it no more; it is not under way when this returns."""
+        with self._serving:
+            if service in self._services:
+                self._services.remove(service)
+
+    def _serve(self) -> bool:
+        if not self._services or not self._serving.acquire(blocking=False):
+            return False
+        try:
+            busy = [service() for service in self._services]
+            return any(busy)
+        finally:
+            self._serving.release()
 
     def submit(self, what: str, job: Callable[[], Any]) -> Work:
         """Queue a job; every rank must submit the same jobs in the same order."""
@@ -141,11 +169,7 @@ class Progress:
 
     def _loop(self) -> None:
         while True:
-            try:
-                work = self._jobs.get(timeout=_IDLE_LOOK_AROUND)
-            except queue.Empty:
-                self.waiter.look_around()
-                continue
+            work = self._next()
             if work is None:
                 return
             work._run()
@@ -153,6 +177,28 @@ class Progress:
                 self._unfinished -= 1
             # An idle thread that still held the last job would keep its buffers alive.
             del work
+
+    def _next(self) -> Work | None:
+        """The next job; until there is one, other ranks' questions are answered and services called."""
+        looked = time.monotonic()
+        while True:
+            busy = self._serve_or_fail()
+            pause = 0.0 if busy else _IDLE_SERVICE if self._services else _IDLE_LOOK_AROUND
+            try:
+                return self._jobs.get(timeout=pause) if pause else self._jobs.get_nowait()
+            except queue.Empty:
+                if time.monotonic() - looked > _IDLE_LOOK_AROUND / 2:
+                    self.waiter.look_around()
+                    looked = time.monotonic()
+
+    def _serve_or_fail(self) -> bool:
+        try:
+            return self._serve()
+        except BaseException as error:
+            # As with a job: whoever communicates next is told.
+            self._failed = error
+            self._services.clear()
+            return False
 
     def _execute(self, what: str, job: Callable[[], Any]) -> Any:
         if self._failed is not None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hpcsgd import batches, collectives
+from hpcsgd import batches, collectives, generators
 from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption
 from hpcsgd.strategies import AllReduce, Setting, Strategy
 from hpcsgd.tensors import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
+from hpcsgd.turns import Turns
 from hpcsgd.world import World
-
-Batch = TypeVar("Batch")
 
 
 class Run:
@@ -58,6 +58,9 @@ class Run:
     nonfinite
         With compression, NaN or infinity in a gradient is an "error" that names parameter, rank and step
         (default), or all ranks "skip" the step, as GradScaler needs.
+    virtual_nodes
+        Peers of a gossip method in all, a multiple of the number of ranks: each rank then trains several
+        models, in turn, with the results of as many ranks. Default: one a rank.
 
     Raises
     ------
@@ -83,6 +86,7 @@ class Run:
         compress: Compressor | None = None,
         seed: int = 0,
         nonfinite: str = "error",
+        virtual_nodes: int | None = None,
     ) -> None:
         _check("buffers", buffers, ("broadcast", "average", "local"))
         _check("unused", unused, ("zeros", "error"))
@@ -113,26 +117,38 @@ class Run:
                 "compress": str(compress),
                 "seed": seed,
                 "nonfinite": nonfinite,
+                "virtual_nodes": virtual_nodes,
                 "list of parameters": [_describe(n, p) for n, p in parameters],
                 "list of buffers": [_describe(n, b) for n, b in model.named_buffers()],
             }
         )
         self._copy_from_rank_0([*parameters, *model.named_buffers()])
-        self._count(0)
         self._setting = Setting(
-            self.world, parameters, bucket_mib, algorithm, unused, compress, seed, nonfinite
+            self.world, parameters, bucket_mib, algorithm, unused, compress, seed, nonfinite, virtual_nodes
         )
+        self._count(0)
         self.strategy.attach(self._setting)
+        self._turns = Turns(model, optimizer, self.strategy, self._setting)
+        self._endless = batches.Endless(self._setting, self.strategy, self._turns)
 
     @property
     def steps(self) -> int:
-        """Steps taken so far."""
-        return self._steps
+        """Steps taken so far; of a method whose peers do not keep step, the iterations of all together."""
+        return self._setting.step
+
+    @property
+    def peers(self) -> range:
+        """The peers that live on this rank: its rank, or with virtual nodes several."""
+        return self._setting.peers.local
 
     @property
     def weight(self) -> int:
-        """1, or 0 where this rank only repeats a batch to keep step with ranks that have more."""
+        """1, or 0 where this peer only repeats a batch to keep step with others that have more."""
         return self._setting.weight
+
+    def each_peer(self) -> Iterator[int]:
+        """Put every peer of this rank in place in turn, for seeding the generators say."""
+        return self._turns.each()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -140,15 +156,44 @@ class Run:
         self.synchronize()
         return self.optimizer.param_groups
 
-    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+    def batches(
+        self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None = None
+    ) -> Iterator[Any]:
         """The loader's batches; every rank gets as many, so that no rank ever waits for one that left.
+
+        With a method whose peers do not keep step, a rank gets a batch whenever one of its peers is to
+        take a step, until `steps` more have been taken; a loader that is through begins again.
+
+        Parameters
+        ----------
+        loader
+            This rank's batches; with virtual nodes a list of loaders, one a peer of this rank.
+        steps
+            How many steps, for a method whose peers do not keep step; default: the batches of the longest
+            loader of all.
 
         Raises
         ------
         HpcsgdError
             Where a rank has no batch at all, or a loader's `len()` is not what it yields.
         """
-        return batches.in_step(loader, self._setting, self._uneven)
+        loaders = self._loaders(loader)
+        if self.strategy.lockstep:
+            return batches.in_step(loaders, self._setting, self._uneven)
+        return self._endless.batches(loaders, steps)
+
+    def _loaders(self, loader: Any) -> list[Iterable[Any]]:
+        each = self._setting.peers.each
+        if each == 1:
+            return [loader]
+        if not isinstance(loader, list | tuple) or len(loader) != each:
+            raise BadOption(
+                "virtual nodes have a loader each",
+                expected=f"a list of {each} loaders, for peers {self.peers[0]} to {self.peers[-1]}",
+                got=f"{type(loader).__name__}" + (f" of {len(loader)}" if hasattr(loader, "__len__") else ""),
+                everywhere=True,
+            )
+        return list(loader)
 
     def accumulate(self) -> Any:
         """Context: backward adds to the gradients without communication; not for the last one of a step."""
@@ -163,13 +208,19 @@ class Run:
         self.optimizer.zero_grad(set_to_none)
 
     def step(self) -> None:
-        """Take one step on all ranks."""
+        """Take one step with the peer whose turn it is."""
+        setting = self._setting
         self.strategy.step(self._update)
-        self._setting.begin_step()
-        self._count(self._steps + 1)
+        if self.strategy.lockstep:
+            self._turns.enter((setting.turn + 1) % setting.peers.each)
+            if setting.turn == 0:
+                self._count(setting.step + 1)
+        setting.taken = True
+        setting.begin_step()
+        self.world.status.step = setting.step
 
     def _count(self, steps: int) -> None:
-        self._steps = self.world.status.step = steps
+        self._setting.step = self.world.status.step = steps
 
     def _update(self) -> None:
         # GradScaler leaves these two here for the time of the call.
@@ -197,12 +248,15 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """All that going on needs: model, optimizer, strategy, number of steps; of this rank."""
-        return {
-            "steps": self.steps,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "strategy": self.strategy.state_dict(),
-        }
+        state = {"steps": self.steps, **self._own(), "strategy": self.strategy.state_dict()}
+        if len(self.peers) > 1:
+            state["peers"] = [
+                {**copy.deepcopy(self._own()), "generators": generators.state()} for _ in self.each_peer()
+            ]
+        return state
+
+    def _own(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave on this rank; collective.
@@ -213,10 +267,14 @@ class Run:
             Where the ranks bring states of different steps.
         """
         self.world.agree({"number of steps in the state": state["steps"]})
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.strategy.load_state_dict(state["strategy"])
+        self.world.progress.drain()
+        for own, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
+            self.model.load_state_dict(own["model"])
+            self.optimizer.load_state_dict(own["optimizer"])
+            if "generators" in own:
+                generators.restore(own["generators"])
         self._count(int(state["steps"]))
+        self.strategy.load_state_dict(state["strategy"])
 
     def close(self) -> None:
         """Finish what is in flight and give the model memory of its own; collective, idempotent."""
@@ -224,6 +282,7 @@ class Run:
             return
         self._closed = True
         self.world.progress.drain()
+        self._turns.enter(0)
         self.strategy.detach()
         if self._owns_world:
             self.world.close()

@@ -75,6 +75,13 @@ class Transport:
             twin.comm.Free()
         self._twins.clear()
 
+    @property
+    def tag_limit(self) -> int:
+        """Tags are below this."""
+        from mpi4py import MPI
+
+        return int(self.comm.Get_attr(MPI.TAG_UB)) + 1
+
     def isend(self, buffer: Buffer, dest: int, tag: int = 0) -> Any:
         """Start to send; the buffer must stay unchanged until the request is complete."""
         self._traffic.sent += buffer.nbytes

@@ -51,6 +51,8 @@ class Waiter:
         self.timeout = timeout
         self.look_around: Callable[[], None] = lambda: None
         self.ask_others: Callable[[], str] = lambda: ""
+        #: Does a little of what goes on beside everything else, and says whether there was any.
+        self.serve: Callable[[], bool] = lambda: False
 
     def until(
         self,
@@ -82,6 +84,8 @@ class Waiter:
                 break
         os.sched_yield()
         while not done():
+            if self.serve():
+                continue
             now = time.monotonic()
             if now - looked > _LOOK_AROUND_EVERY:
                 looked = now

@@ -17,7 +17,7 @@ from hpcsgd.strategies import Setting
 
 def setting_among(others: list[tuple[int | None, bool]], rank: int = 0) -> Any:
     """A setting whose world has other ranks with (length, repeatable) loaders, and says what they say."""
-    answers = [iter([other, *(step < (other[0] or 0) for step in range(9))]) for other in others]
+    answers = [iter([[other], *(step < (other[0] or 0) for step in range(9))]) for other in others]
 
     def gather(mine: object, what: str = "") -> list[object]:
         told = [next(answer) for answer in answers]
@@ -37,7 +37,7 @@ class Refillable(list[str]):
 def steps(setting: Any, loader: Any, uneven: str = "join") -> list[tuple[str, int, int]]:
     """Each batch, its weight, and how many ranks have one of their own."""
     found = []
-    for batch in in_step(loader, setting, uneven):
+    for batch in in_step([loader], setting, uneven):
         found.append((batch, setting.weight, setting.active))
         setting.begin_step()
     return found
@@ -70,7 +70,7 @@ def test_without_a_length_the_ranks_ask_before_each_step() -> None:
 def test_the_first_batch_of_a_step_decides_its_weight() -> None:
     setting = setting_among([(4, False)])
     weights = []
-    for count, _ in enumerate(in_step(["a"], setting, "join"), 1):
+    for count, _ in enumerate(in_step([["a"]], setting, "join"), 1):
         weights.append(setting.weight)
         if count % 2 == 0:
             setting.begin_step()
@@ -79,7 +79,7 @@ def test_the_first_batch_of_a_step_decides_its_weight() -> None:
 
 def test_leaving_the_loop_forgets_the_weight() -> None:
     setting = setting_among([(4, False)])
-    batches: Any = in_step(["a"], setting, "join")
+    batches: Any = in_step([["a"]], setting, "join")
     assert [next(batches), next(batches)] == ["a", "a"]
     setting.begin_step()
     next(batches)

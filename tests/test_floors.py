@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 FLOORS = [
     {"errors", "specs", "topology", "kernels", "launcher"},
     {"wait", "mail", "progress", "transport", "window", "ending", "world"},
-    {"tensors", "gradients", "parameters", "compress"},
+    {"tensors", "gradients", "parameters", "peers", "compress"},
     {"collectives"},
     {"strategies", "server"},
-    {"batches", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
+    {"batches", "turns", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
     | {"optim", "display", "generators"},
     {"cli", "train", "bench", "report", "__main__"},
 ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hpcsgd.tensors import Bucket
+from hpcsgd.tensors import Bucket, TensorGroup
 
 Job = Callable[..., None]
 
@@ -44,6 +45,38 @@ def staged(job: Job, bucket: Bucket, what: str, *arguments: Any) -> Callable[[],
             _finish(stream)
 
     return run
+
+
+def after_compute(device: torch.device, job: Callable[[], None]) -> Callable[[], None]:
+    """A job that copies between a GPU and the host: it sees all that the caller's stream has queued so far,
+    and is over when its copies are. On a CPU the job itself.
+    """
+    if device.type != "cuda":
+        return job
+    produced = torch.cuda.current_stream(device).record_event()
+
+    def run() -> None:
+        with side_stream(device) as stream:
+            produced.wait(stream)
+            job()
+            _finish(stream)
+
+    return run
+
+
+def to_host(group: TensorGroup, space: Sequence[Tensor]) -> None:
+    """Copy each bucket as the model has it to host memory."""
+    for bucket, target in zip(group, space, strict=True):
+        if target is not bucket.flat:
+            target.copy_(bucket.flat)
+
+
+def from_host(group: TensorGroup, write: Callable[[int, Tensor], None]) -> None:
+    """Let `write(index, out)` fill each bucket in host memory, and give the model what it wrote."""
+    for bucket in group:
+        write(bucket.index, bucket.host)
+        if bucket.flat is not bucket.host:
+            bucket.flat.copy_(bucket.host)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ class AllReduce(Strategy):
     """Synchronous SGD on the mean gradient; n ranks with batch b are one process with batch n*b."""
 
     def attach(self, setting: Setting) -> None:
+        setting.refuse("all-reduce SGD", virtual_nodes=True)
         super().attach(setting)
         self._finite = True
         self.gradients = Gradients(

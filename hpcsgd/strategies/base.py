@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from hpcsgd.errors import BadOption
+from hpcsgd.peers import Peers
 from hpcsgd.tensors import Bucket
 from hpcsgd.world import World
 
@@ -25,8 +27,16 @@ class Setting:
         (name, parameter) pairs of the model, without duplicates, in the model's order.
     bucket_mib, algorithm, unused, compress, seed, nonfinite
         The run's settings of these names.
+    peers
+        Who takes part: the ranks, or with virtual nodes several peers a rank.
+    turn
+        Which of this rank's peers computes now, from 0.
+    step
+        The number of the step that is being taken, from 0.
+    taken
+        Whether the peer whose turn it is has taken its step.
     having
-        For each rank, whether it has a batch of its own in this step, or repeats one to keep step.
+        For each peer, whether it has a batch of its own in this step, or repeats one to keep step.
     """
 
     def __init__(
@@ -39,8 +49,12 @@ class Setting:
         compress: Compressor | None = None,
         seed: int = 0,
         nonfinite: str = "error",
+        virtual_nodes: int | None = None,
     ) -> None:
         self.world = world
+        self.peers = Peers(world, virtual_nodes)
+        self.turn = self.step = 0
+        self.taken = False
         self.parameters = parameters
         self.bucket_mib = bucket_mib
         self.algorithm = algorithm
@@ -51,18 +65,40 @@ class Setting:
         self.begin_step()
 
     @property
+    def peer(self) -> int:
+        """The peer that computes now."""
+        return self.peers.local[self.turn]
+
+    @property
     def weight(self) -> int:
-        """1 where this rank has a batch of its own in this step, else 0."""
-        return int(self.having[self.world.rank])
+        """1 where this peer has a batch of its own in this step, else 0."""
+        return int(self.having[self.peer])
 
     @property
     def active(self) -> int:
-        """How many ranks have a batch of their own in this step."""
+        """How many peers have a batch of their own in this step."""
         return sum(self.having)
+
+    def refuse(self, method: str, *, compression: bool = False, virtual_nodes: bool = False) -> None:
+        """Raise on all ranks for what a method does not do."""
+        if compression and self.compress is not None:
+            raise BadOption(
+                f"{method} sends whole models and cannot compress them",
+                got=f"compress={self.compress}",
+                do="use the strategy allreduce or local, or no compression",
+                everywhere=True,
+            )
+        if virtual_nodes and self.peers.each > 1:
+            raise BadOption(
+                f"{method} has no virtual nodes",
+                got=f"{self.peers.size} nodes on {self.world.size} ranks",
+                do="use a gossip method, dsgd say",
+                everywhere=True,
+            )
 
     def begin_step(self) -> None:
         """Expect the batches of the next step."""
-        self.having = [True] * self.world.size
+        self.having = [True] * self.peers.size
         self._told = False
 
     def batch(self, having: list[bool]) -> None:
@@ -75,9 +111,16 @@ class Strategy:
     """One method of distributed SGD; a subclass overrides what it does differently from training alone.
 
     All methods are called on every rank, by the thread that runs the user's loop.
+
+    Attributes
+    ----------
+    lockstep
+        Whether every peer takes every step. Else `turns` says whose turn it is, the loaders begin
+        again when they are through, and `step` itself counts `setting.step` up.
     """
 
     setting: Setting
+    lockstep = True
 
     def options(self) -> dict[str, object]:
         """The options that all ranks must agree on, by name."""
@@ -89,6 +132,16 @@ class Strategy:
 
     def detach(self) -> None:
         """Leave the model in memory of its own, without hooks; nothing is in flight any more."""
+
+    def enter(self, turn: int) -> None:
+        """Let the module show the model of this rank's peer number `turn`."""
+
+    def turns(self, end: int) -> Iterator[int]:
+        """Where not in lockstep: which of this rank's peers is to take a step next, until step `end`.
+
+        Its model is in place when it is yielded; `step` has been called when the next one is asked for.
+        """
+        raise NotImplementedError
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, backward adds to the gradients and starts no communication."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from hpcsgd.collectives import allreduce
 from hpcsgd.collectives.reduction import reduction
 from hpcsgd.errors import BadOption
-from hpcsgd.parameters import Parameters
-from hpcsgd.strategies.base import Setting, Strategy
+from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.models import OwnModels
 
 
-class LocalSGD(Strategy):
+class LocalSGD(OwnModels):
     """Each rank takes `period` steps of its own, then all models become their mean.
 
     Momentum and other optimizer state stay local. A rank that has run out of batches weighs less, by the
@@ -39,10 +36,10 @@ class LocalSGD(Strategy):
         return {"period": self.period}
 
     def attach(self, setting: Setting) -> None:
+        setting.refuse("local SGD", virtual_nodes=True)
         super().attach(setting)
         self._since = 0
         self._own_steps = [0] * setting.world.size
-        self.parameters = Parameters(setting.world, setting.parameters, setting.bucket_mib)
         self._reduction = reduction(
             self.parameters.group, setting.algorithm, setting.compress, setting.seed, what="change"
         )
@@ -51,8 +48,8 @@ class LocalSGD(Strategy):
         )
 
     def detach(self) -> None:
-        self.parameters.release()
-        del self.parameters, self._reduction  # the last views of the shared window, which can then be freed
+        del self._reduction
+        super().detach()
 
     def step(self, update: Callable[[], None]) -> None:
         if self.setting.weight:
@@ -80,25 +77,6 @@ class LocalSGD(Strategy):
         self._reduction.finish()
         for bucket, before in zip(buckets, self._average_before, strict=False):
             before.copy_(bucket.flat.add_(before))
-
-    def averaged(self) -> AbstractContextManager[None]:
-        return self._averaged()
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        own = self.parameters.copy()
-        allreduce(self.parameters.group, algorithm=self.setting.algorithm)
-        try:
-            yield
-        finally:
-            self.parameters.restore(own)
-
-    def consensus_distance(self) -> float:
-        own = self.parameters.copy()
-        with self.averaged():
-            squared = self.parameters.squared_distance(own)
-        world = self.setting.world
-        return math.sqrt(sum(world.gather(squared)) / world.size)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcsgd import AllReduce, LocalSGD, Run, Strategy, World
+from hpcsgd import DSGD, AllReduce, LocalSGD, Run, Strategy, World, topology
 
 Array = np.ndarray
 LR = 0.05
@@ -32,12 +32,15 @@ class Row:
         the models after it.
     reductions
         How many whole-model all-reduces it takes for so many steps.
+    reads
+        For a peer, the number of peers, and so many steps: whose models it reads, each as often as it does.
     """
 
     name: str
     make: Callable[[], Strategy]
     step: Callable[[Array, Array, Array, float, int], Array]
-    reductions: Callable[[int], int]
+    reductions: Callable[[int], int] = lambda steps: 0
+    reads: Callable[[int, int, int], list[int]] = lambda peer, size, steps: []
 
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.make().options().items())
@@ -59,9 +62,32 @@ def local_step(period: int) -> Callable[[Array, Array, Array, float, int], Array
     return step
 
 
+def dsgd_step(name: str, overlap: bool) -> Callable[[Array, Array, Array, float, int], Array]:
+    def step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+        mixing = topology.build(name, len(x)).matrix(t)
+        taken = lr * g * having[t][:, None]
+        return mixing @ x - taken if overlap else mixing @ (x - taken)
+
+    return step
+
+
+def sources(name: str, begun_ahead: bool = False) -> Callable[[int, int, int], list[int]]:
+    """What is read in a topology; one exchange more where the next one begins before it is asked for."""
+
+    def reads(peer: int, size: int, steps: int) -> list[int]:
+        graph = topology.build(name, size)
+        return [p for t in range(steps + begun_ahead) for p in graph.sources(peer, t)]
+
+    return reads
+
+
 ROWS = [
     Row("allreduce", AllReduce, allreduce_step, lambda steps: steps),
     *(Row("local", lambda p=p: LocalSGD(p), local_step(p), lambda steps, p=p: steps // p) for p in (1, 3)),
+    *(
+        Row("dsgd", lambda n=n, o=o: DSGD(n, o), dsgd_step(n, o), reads=sources(n, o))
+        for n, o in (("ring", False), ("one-peer-exponential", False), ("star", True))
+    ),
 ]
 
 

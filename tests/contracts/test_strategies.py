@@ -308,14 +308,22 @@ def test_autocast(world: Any, row: s.Row) -> None:
 
 @pytest.mark.mpi
 @each_row
-def test_bytes_equal_the_formula(world: Any, row: s.Row) -> None:
+@pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
+def test_bytes_equal_the_formula(world_of: Callable[..., Any], layout: tuple[int, bool], row: s.Row) -> None:
+    world = world_of(*layout)
+
     def moved(action: Callable[[], object]) -> np.ndarray:
         before = np.array([world.traffic.sent, world.traffic.shared])
         action()
+        world.progress.drain()
         return np.array([world.traffic.sent, world.traffic.shared]) - before
 
     group = TensorGroup(world, s.regression().named_parameters())
     once = moved(lambda: collectives.allreduce(group))
+    reads = [row.reads(peer, world.size, 7) for peer in range(world.size)]
+    here = set(world.members) if layout[1] else set()
+    sent = sum(r.count(world.rank) for peer, r in enumerate(reads) if peer not in here)
+    shared = sum(source in here for source in reads[world.rank])
     with s.start(row, world) as run:
         batches = s.batches_of(world.rank, 7)
 
@@ -325,7 +333,8 @@ def test_bytes_equal_the_formula(world: Any, row: s.Row) -> None:
                 nn.functional.mse_loss(run.model(x), y).backward()
                 run.step()
 
-        assert list(moved(steps)) == list(row.reductions(7) * once)
+        expected = row.reductions(7) * once + np.array([sent, shared]) * group.nbytes
+        np.testing.assert_array_equal(moved(steps), expected)
 
 
 @pytest.mark.mpi

@@ -137,3 +137,32 @@ def test_a_timeout_that_is_none_is_refused(text: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HPCSGD_TIMEOUT", text)
     with pytest.raises(BadOption, match="HPCSGD_TIMEOUT"):
         timeout_from_environment()
+
+
+def test_a_service_runs_while_idle_and_while_waiting_until_dismissed(progress: Progress) -> None:
+    calls: list[str] = []
+
+    def service() -> bool:
+        calls.append(threading.current_thread().name)
+        return False
+
+    progress.serve(service)
+    progress.waiter.until(lambda: "hpcsgd" in calls, "the idle thread")
+    main = threading.current_thread().name
+    progress.waiter.until(lambda: main in calls, "a wait of this thread")
+    progress.dismiss(service)
+    before = len(calls)
+    time.sleep(0.02)
+    assert len(calls) == before
+
+
+def test_a_service_that_fails_fails_what_comes_next(progress: Progress) -> None:
+    def service() -> bool:
+        if threading.current_thread() is threading.main_thread():
+            return False
+        raise KeyError("lost")
+
+    progress.serve(service)
+    with pytest.raises(KeyError, match="lost"):
+        for _ in range(1000):
+            progress.submit("a job", lambda: time.sleep(0.001)).wait()

@@ -1,0 +1,181 @@
+"""Who mixes models with whom, and with which weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import cached_property, reduce
+from typing import TypeAlias
+
+import numpy as np
+
+from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.topology.paths import spanning
+from hpcsgd.topology.weights import TOLERANCE, Link, Matrix, check, metropolis, unreached
+
+Point: TypeAlias = tuple[float, float]
+
+
+class Topology(ABC):
+    """A sequence of mixing matrices over the peers of a gossip method.
+
+    A subclass writes `build`, or `Graph.links`; where its matrices vary it also sets `period`. They are
+    checked on first use: doubly stochastic, and connected over a period.
+
+    Parameters
+    ----------
+    size
+        Peers, at least 1.
+
+    Attributes
+    ----------
+    size
+        Peers.
+    period
+        After so many steps the sequence of matrices repeats.
+    directed
+        Whether W_ij may differ from W_ji.
+
+    Raises
+    ------
+    BadOption
+        `size` below 1.
+    """
+
+    period: int = 1
+    directed: bool = False
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise BadOption("a topology needs peers", expected="a size of at least 1", got=size)
+        self.size = size
+        self._neighbours: dict[tuple[int, int], tuple[list[tuple[int, float]], list[int], list[int]]] = {}
+
+    @abstractmethod
+    def build(self, step: int) -> Matrix:
+        """The mixing matrix of a step from 0 to `period` - 1, made anew."""
+
+    def matrix(self, step: int = 0) -> Matrix:
+        """The mixing matrix of a step: x_i <- sum_j W[i, j] x_j.
+
+        Parameters
+        ----------
+        step
+            Any step of a run; matrices repeat after `period`.
+
+        Returns
+        -------
+        ndarray, float64, shape (size, size)
+            Read-only and the same object at each call.
+
+        Raises
+        ------
+        HpcsgdError
+            The matrices of this topology are not doubly stochastic, or not connected over a period.
+        """
+        return self._matrices[step % self.period]
+
+    def row(self, peer: int, step: int = 0) -> list[tuple[int, float]]:
+        """The (source, weight) pairs that make a peer's next model, itself included, by source."""
+        return list(self._around(peer, step)[0])
+
+    def sources(self, peer: int, step: int = 0) -> list[int]:
+        """The other peers whose models a peer reads, ascending."""
+        return list(self._around(peer, step)[1])
+
+    def readers(self, peer: int, step: int = 0) -> list[int]:
+        """The other peers that read a peer's model, ascending."""
+        return list(self._around(peer, step)[2])
+
+    def edges(self) -> list[Link]:
+        """All pairs (a, b), a < b, that mix in some step of a period, in whichever direction; sorted."""
+        used = reduce(np.logical_or, (matrix > 0 for matrix in self._matrices))
+        return [(int(a), int(b)) for a, b in np.argwhere(np.triu(used | used.T, 1))]
+
+    def spanning(self) -> list[Link]:
+        """Edges that join all peers: a Hamiltonian path where a short search finds one, else a tree.
+
+        The path 0, 1, 2, ... is taken where it exists; a tree is that of a breadth-first search from
+        peer 0. Each edge is a pair (a, b) with a < b; a path's edges come in its order. Always the same
+        for one topology. It is the set P of DTUR (Xiong et al., arXiv 2102.06280).
+        """
+        return spanning(self.size, self.edges())
+
+    def product(self) -> Matrix:
+        """What one period does in all: W(period - 1) ... W(1) W(0), float64 of shape (size, size)."""
+        return reduce(lambda done, matrix: matrix @ done, self._matrices)
+
+    def second_singular_value(self) -> float:
+        """What one period leaves, at most, of the L2 distance of the models from their mean.
+
+        It is 0 where it is below 1e-12: a root of a rounding error would look like a slow topology.
+        """
+        value = float(np.linalg.norm(self.product() - 1 / self.size, 2))
+        return value if value > TOLERANCE else 0.0
+
+    def spectral_gap(self) -> float:
+        """The share of the disagreement that a step removes, at least, on average over a period.
+
+        It is 1 - s ** (1 / period), where s is the second largest singular value of one period's product
+        and the disagreement is the L2 distance of the models from their mean. For one symmetric matrix
+        it is the usual 1 - max(abs(lambda_2), abs(lambda_n)). 1 means: exact mean after a period.
+        """
+        return 1 - float(self.second_singular_value() ** (1 / self.period))
+
+    def layout(self) -> list[Point]:
+        """Where to draw each peer: on a circle, clockwise from the top."""
+        angles = 2 * np.pi * np.arange(self.size) / self.size
+        return list(zip(np.sin(angles).tolist(), np.cos(angles).tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.size})"
+
+    @property
+    def exact(self) -> bool:
+        """Whether one period gives every peer the exact mean."""
+        return self.second_singular_value() == 0
+
+    @cached_property
+    def _matrices(self) -> tuple[Matrix, ...]:
+        matrices = tuple(self.build(step) for step in range(self.period))
+        for step, matrix in enumerate(matrices):
+            where = f" at step {step}" if self.period > 1 else ""
+            check(matrix, self.size, self.directed, f"{self!r}{where}")
+            matrix.flags.writeable = False
+        if apart := unreached(matrices):
+            do = "add links: peers that are not joined never agree"
+            got = f"none to peer {apart[0]}"
+            raise HpcsgdError(
+                f"{self!r} is not connected", expected="a way from peer 0 to all", got=got, do=do
+            )
+        return matrices
+
+    def _around(self, peer: int, step: int) -> tuple[list[tuple[int, float]], list[int], list[int]]:
+        key = peer, step % self.period
+        if key not in self._neighbours:
+            if not 0 <= peer < self.size:
+                raise HpcsgdError("no such peer", expected=f"0 to {self.size - 1}", got=peer)
+            matrix = self.matrix(step)
+            weights, reading = matrix[peer], np.flatnonzero(matrix[:, peer])
+            row = [(int(j), float(weights[j])) for j in np.flatnonzero(weights)]
+            sources = [j for j, _ in row if j != peer]
+            self._neighbours[key] = row, sources, [int(j) for j in reading if j != peer]
+        return self._neighbours[key]
+
+
+class Graph(Topology):
+    """An undirected graph with Metropolis-Hastings weights.
+
+    Parameters
+    ----------
+    size
+        Peers, at least 1.
+    """
+
+    @abstractmethod
+    def links(self, step: int) -> Iterable[Link]:
+        """The pairs of peers that mix at a step from 0 to `period` - 1."""
+
+    def build(self, step: int) -> Matrix:
+        """The Metropolis-Hastings weights of the step's links."""
+        return metropolis(self.size, self.links(step))

@@ -1,0 +1,36 @@
+"""The hypercube."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hpcsgd.errors import BadOption
+from hpcsgd.topology.base import Graph
+from hpcsgd.topology.weights import Link
+
+
+class Hypercube(Graph):
+    """Each peer mixes with those whose number differs from its own in one bit.
+
+    Parameters
+    ----------
+    size
+        Peers, a power of two.
+
+    Raises
+    ------
+    BadOption
+        `size` is no power of two.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        if size & (size - 1):
+            above = 1 << size.bit_length()
+            do = f"use {above // 2} or {above} peers, or the topology base, which takes any number"
+            raise BadOption("a hypercube has a power of two of peers", got=size, do=do)
+
+    def links(self, step: int) -> Iterator[Link]:
+        """(i, i with one more bit)."""
+        bits = [1 << bit for bit in range(self.size.bit_length() - 1)]
+        return ((peer, peer | bit) for peer in range(self.size) for bit in bits if not peer & bit)

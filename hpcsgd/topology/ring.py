@@ -1,0 +1,22 @@
+"""The ring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hpcsgd.topology.base import Graph
+from hpcsgd.topology.weights import Link
+
+
+class Ring(Graph):
+    """Each peer mixes with the one before and the one after it.
+
+    Parameters
+    ----------
+    size
+        Peers.
+    """
+
+    def links(self, step: int) -> Iterator[Link]:
+        """(i, i + 1), and (size - 1, 0)."""
+        return ((i, (i + 1) % self.size) for i in range(self.size) if self.size > 1)

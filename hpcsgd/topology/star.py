@@ -1,0 +1,22 @@
+"""The star."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hpcsgd.topology.base import Graph
+from hpcsgd.topology.weights import Link
+
+
+class Star(Graph):
+    """Each peer mixes with peer 0 alone.
+
+    Parameters
+    ----------
+    size
+        Peers.
+    """
+
+    def links(self, step: int) -> Iterator[Link]:
+        """(0, i)."""
+        return ((0, i) for i in range(1, self.size))

@@ -1,0 +1,50 @@
+"""The torus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isqrt
+
+from hpcsgd.errors import BadOption
+from hpcsgd.topology.base import Graph, Point
+from hpcsgd.topology.weights import Link
+
+
+class Torus(Graph):
+    """A grid with wrap-around: each peer mixes with the four beside it.
+
+    Parameters
+    ----------
+    size
+        Peers; peer `columns * row + column` stands at (row, column).
+    rows
+        Rows of the grid, a divisor of `size`. 0: as near to a square as the factors of `size` allow; one
+        row, a ring, where it is prime.
+
+    Raises
+    ------
+    BadOption
+        `rows` does not divide `size`.
+    """
+
+    def __init__(self, size: int, rows: int = 0) -> None:
+        super().__init__(size)
+        sides = [side for side in range(1, size + 1) if size % side == 0]
+        if rows and rows not in sides:
+            expected = f"one of {', '.join(map(str, sides))}, or 0 to choose one"
+            raise BadOption(f"no torus of {size} peers has so many rows", expected=expected, got=rows)
+        self.rows = rows or max(side for side in sides if side <= isqrt(size))
+        self.columns = size // self.rows
+
+    def links(self, step: int) -> Iterator[Link]:
+        """To the right and down, where that is another peer."""
+        for peer in range(self.size):
+            row, column = divmod(peer, self.columns)
+            right = row * self.columns + (column + 1) % self.columns
+            down = (row + 1) % self.rows * self.columns + column
+            yield from ((peer, other) for other in (right, down) if other != peer)
+
+    def layout(self) -> list[Point]:
+        """The grid, peer 0 at the top left."""
+        places = (divmod(peer, self.columns) for peer in range(self.size))
+        return [(float(column), float(-row)) for row, column in places]
