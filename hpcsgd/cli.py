@@ -92,9 +92,11 @@ def topology(name: str | None, peers: int, parameters: str, png: Path | None) ->
 
     from hpcsgd.topology import build, show
 
-    if name is None and png is not None:
-        raise click.UsageError("--png draws one topology: give its NAME")
+    if png is not None and (name is None or png.suffix != ".png"):
+        raise click.UsageError("--png draws one topology: give its NAME and a FILE that ends in .png")
     count = _number(parameters, "--parameters")
+    if count < 1:
+        raise click.BadParameter("at least 1", param_hint="--parameters")
     console = Console(width=None if sys.stdout.isatty() else 160)
     if name is None:
         console.print(show.comparison(peers, count))
@@ -108,7 +110,10 @@ def topology(name: str | None, peers: int, parameters: str, png: Path | None) ->
         with render.style():
             figure = draw(built, f"{name}, {peers} peers")
         figure.set_label(png.stem)
-        click.echo(render.png(figure, png.parent))
+        try:
+            click.echo(render.png(figure, png.parent))
+        except OSError as error:
+            raise HpcsgdError(f"cannot write {png}", got=error, do="name another file") from error
 
 
 @cli.group()
@@ -186,7 +191,7 @@ def _number(text: str, option: str = "--elements") -> int:
     scale = {"k": 1e3, "M": 1e6}.get(text[-1:], 1)
     try:
         return round(float(text.rstrip("kM")) * scale)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise click.BadParameter("a number: 65536, 64k or 11.2M", param_hint=option) from None
 
 

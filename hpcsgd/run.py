@@ -238,6 +238,7 @@ class Run:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place, for evaluation; afterwards training goes on from its own."""
+        self._turns.enter(0)
         self._synchronize_buffers()
         with self.strategy.averaged():
             yield
@@ -314,6 +315,7 @@ class Run:
         if self._buffers == "local" or not tensors:
             return
         if self._buffers == "average":
+            self._turns.average_buffers()
             floating = [(n, b) for n, b in tensors if b.dtype in SUMMABLE]
             group = TensorGroup(self.world, floating)
             for name, buffer in floating:
@@ -323,6 +325,7 @@ class Run:
                 buffer.copy_(group.views[name])
             tensors = [(n, b) for n, b in tensors if b.dtype not in SUMMABLE]
         self._copy_from_rank_0(tensors)
+        self._turns.spread_buffers()
 
 
 def _check(option: str, value: str, valid: tuple[str, ...]) -> None:

@@ -71,6 +71,11 @@ class Settings:
     data: str = option("digits", "Data set, as NAME:key=value,key=value.")
     model: str = option("", "Model, as NAME:key=value or module:callable; empty: fits the data.")
     strategy: str = option("allreduce", "How ranks agree, as NAME:key=value,key=value.")
+    virtual_nodes: int | None = option(
+        None,
+        "Nodes of a gossip method, a multiple of the ranks, which train several each; none: the ranks.",
+        low=1,
+    )
     compress: str = option(
         "none", "Compression of what is reduced, as NAME:key=value; ef+NAME: with error feedback."
     )

@@ -21,6 +21,7 @@ from hpcsgd.display import Display
 from hpcsgd.errors import BadOption
 from hpcsgd.metrics import Counters, Meter, Recorder, Sums, spent
 from hpcsgd.optim import OPTIMIZERS, course
+from hpcsgd.peers import Peers
 from hpcsgd.run import Run
 from hpcsgd.settings import Settings, default_model, resumed, to_toml
 from hpcsgd.strategies import STRATEGIES
@@ -30,7 +31,10 @@ _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _EVALUATION_BATCH = 256
 #: Settings whose change would make the checkpoint's state, or its position in the data, another's.
-_FIXED_FOR_A_RUN = ("data", "strategy", "compress", "optimizer", "batch", "accumulate", "alpha", "seed")
+_FIXED_FOR_A_RUN = (
+    *("data", "strategy", "virtual_nodes", "compress", "optimizer"),
+    *("batch", "accumulate", "alpha", "seed"),
+)
 
 
 def train(settings: Settings) -> Path:
@@ -78,21 +82,26 @@ class Training:
         )
         self.strategy = specs.build(STRATEGIES, settings.strategy, "strategy")
         self.compressor = compress.build(settings.compress)
-        self.loader = data.Loader(
+        self.peers = Peers(world, settings.virtual_nodes)
+        self.loaders = [self._loader(peer) for peer in self.peers.local]
+        self.shard = data.evaluation_shard(len(self.data.test), world.rank, world.size)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.autocast == "float16")
+        self.step = self.epoch = self.batch = self.passes = 0
+        self.sums = Sums()
+        self.logged = Counters()
+        self.signal: int | None = None
+
+    def _loader(self, peer: int) -> data.Loader:
+        settings = self.settings
+        return data.Loader(
             self.data.train,
             settings.batch,
-            world.rank,
-            world.size,
+            peer,
+            self.peers.size,
             settings.alpha,
             settings.seed,
             self.data.augment,
         )
-        self.shard = data.evaluation_shard(len(self.data.test), world.rank, world.size)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.autocast == "float16")
-        self.step = self.epoch = self.batch = 0
-        self.sums = Sums()
-        self.logged = Counters()
-        self.signal: int | None = None
 
     def execute(self) -> Path:
         """Train to the end, or to a signal; returns the run's folder."""
@@ -109,6 +118,7 @@ class Training:
             compress=self.compressor,
             seed=settings.seed,
             nonfinite="skip" if self.scaler.is_enabled() else settings.nonfinite,
+            virtual_nodes=settings.virtual_nodes,
         )
         torch.set_num_threads(settings.threads or world.threads)
         self._plan()
@@ -116,9 +126,10 @@ class Training:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", world.rank, world.size, world.gather)
         before = self._resume() if settings.resume else self._begin()
         world.together(self._open_files)
-        # From here on dropout and the like differ from rank to rank.
+        # From here on dropout and the like differ from peer to peer.
         if not settings.resume:
-            generators.seed(settings.seed + 1 + world.rank)
+            for peer in self.run.each_peer():
+                generators.seed(settings.seed + 1 + peer)
         self.meter = Meter(world, before)
         with self._signals(), closing(self.display):
             self._train()
@@ -126,13 +137,14 @@ class Training:
         return self.folder
 
     def _plan(self) -> None:
-        counts: list[int] = self.world.gather(len(self.loader))
-        self.batches = max(counts) if self.settings.uneven == "join" else min(counts)
+        told: list[list[int]] = self.world.gather([len(loader) for loader in self.loaders])
+        counts = [count for counts in told for count in counts]
+        join = self.settings.uneven == "join" or not self.strategy.lockstep
+        self.batches = max(counts) if join else min(counts)
         self.steps_per_epoch = math.ceil(self.batches / self.settings.accumulate)
         self.total = math.ceil(self.settings.epochs * self.steps_per_epoch)
         warmup = round(self.settings.warmup * self.steps_per_epoch)
-        factor = course(self.settings.schedule, warmup, self.total)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.factor = course(self.settings.schedule, warmup, self.total)
         self.evaluate_every = self._in_steps(self.settings.evaluate_every)
         self.checkpoint_every = self._in_steps(self.settings.checkpoint_every)
         self.next_vote = 0
@@ -163,25 +175,31 @@ class Training:
         _check_unchanged(self.settings, meta["settings"])
         # All ranks alike fail to put it into a model or an optimizer of another kind.
         self.world.together(lambda: self.run.load_state_dict(state["run"]))
-        self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.sums, self.logged = Sums(**state["sums"]), Counters(**state["logged"])
-        self.world.together(self._seek)
+        self.world.together(lambda: self._seek(state["loaders"]))
         generators.restore(state["generators"])
         return Counters(**state["spent"])
 
-    def _seek(self) -> None:
-        self.loader.load_state_dict({"epoch": self.epoch, "batch": self.batch})
+    def _seek(self, positions: list[dict[str, int]]) -> None:
+        for loader, position in zip(self.loaders, positions, strict=True):
+            loader.load_state_dict(position)
+
+    def _positions(self) -> list[dict[str, int]]:
+        """Where each loader goes on; in lockstep all at the same place, some beyond their own last batch."""
+        if self.strategy.lockstep:
+            return [{"epoch": self.epoch, "batch": self.batch} for _ in self.loaders]
+        return [loader.state_dict() for loader in self.loaders]
 
     def _state(self) -> dict[str, Any]:
         return {
             "run": self.run.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
+            "loaders": self._positions(),
             "sums": asdict(self.sums),
             "logged": asdict(self.logged),
             "generators": generators.state(),
@@ -202,9 +220,13 @@ class Training:
         start = f", from step {self.step}" if self.step else ""
         return (
             f"{self.settings.data}, {type(self.model).__name__} of {count:,} parameters, "
-            f"{self._method()} over {world.size} ranks on {nodes}, {world.device.type}, "
+            f"{self._method()} over {self._peers()} on {nodes}, {world.device.type}, "
             f"{torch.get_num_threads()} threads a rank; {self.total} steps{start}; {self.folder}"
         )
+
+    def _peers(self) -> str:
+        ranks = f"{self.world.size} ranks"
+        return ranks if self.peers.each == 1 else f"{self.peers.size} virtual nodes in {ranks}"
 
     def _method(self) -> str:
         strategy, scheme = self.settings.strategy, self.settings.compress
@@ -212,30 +234,47 @@ class Training:
 
     def _train(self) -> None:
         while self.step < self.total and self.signal is None:
-            with _closing(self.run.batches(self.loader)) as batches:
+            with _closing(self._batches()) as batches:
                 for x, y in batches:
                     self._one_batch(x, y)
                     if self.step >= self.total or self.signal is not None:
                         break
+            if not self.strategy.lockstep:
+                self._count_steps()
+
+    def _batches(self) -> Any:
+        """An epoch's; or as many steps as are left until the ranks must meet."""
+        loaders = self.loaders if self.peers.each > 1 else self.loaders[0]
+        meetings = (self.evaluate_every, self.checkpoint_every, self.total)
+        return self.run.batches(loaders, steps=min(every - self.step % every for every in meetings))
 
     def _one_batch(self, x: Tensor, y: Tensor) -> None:
         passes = self.settings.accumulate
-        first = self.batch - self.batch % passes
-        size = min(passes, self.batches - first)
-        self.batch += 1
-        last = self.batch == first + size
+        if self.strategy.lockstep:
+            passes = min(passes, self.batches - self.batch)
+        self.passes += 1
+        last = self.passes == passes
         with nullcontext() if last else self.run.accumulate():
-            self._backward(x.to(self.world.device), y.to(self.world.device), size)
+            self._backward(x.to(self.world.device), y.to(self.world.device), passes)
         if not last:
             return
+        self.passes = 0
         self._update()
-        if self.batch == self.batches:
+        if self.strategy.lockstep and self.run.steps > self.step:
+            self.batch += passes
+            self._count_steps()
+
+    def _count_steps(self) -> None:
+        """All peers have taken the step, or the steps until they meet."""
+        self.step = self.run.steps
+        if not self.strategy.lockstep:
+            self.epoch = self.step // self.steps_per_epoch
+        elif self.batch == self.batches:
             self.epoch, self.batch = self.epoch + 1, 0
-        self.step += 1
         self._after_step()
 
     def _backward(self, x: Tensor, y: Tensor, passes: int) -> None:
-        if self.batch % self.settings.accumulate == 1 % self.settings.accumulate:
+        if self.passes == 1:
             self.optimizer.zero_grad()
         loss, sums = self._loss(x, y)
         self.scaler.scale(loss / passes).backward()  # type: ignore[no-untyped-call]
@@ -255,6 +294,8 @@ class Training:
         return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
 
     def _update(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
         if self.settings.clip is not None:
             if self.scaler.is_enabled():
                 self.scaler.unscale_(self.run)  # type: ignore[arg-type]
@@ -262,11 +303,15 @@ class Training:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.scaler.step(self.run)  # type: ignore[arg-type]
         self.scaler.update()
-        self.schedule.step()
+
+    def _learning_rate(self) -> float:
+        """Of the step that comes next: a function of it alone, for not every peer takes every step."""
+        return self.settings.learning_rate * self.factor(self.run.steps)
 
     def _after_step(self) -> None:
         ended = self.step == self.total
-        logging = self.step % self.settings.log_every == 0 or ended
+        # Who waits for nobody is asked nothing before the ranks meet.
+        logging = self.step % self.settings.log_every == 0 or ended or not self.strategy.lockstep
         if logging or self.step >= self.next_vote:
             self._exchange(logging)
         if ended or self.step % self.evaluate_every == 0:
@@ -296,7 +341,7 @@ class Training:
             "loss": total.mean_loss,
             "accuracy": total.accuracy,
             "samples_per_second": round(total.samples / seconds, 1),
-            "learning_rate": self.schedule.get_last_lr()[0],
+            "learning_rate": self._learning_rate(),
             **spent(counters),
         }
         if self.recorder is not None:

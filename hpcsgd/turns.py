@@ -34,6 +34,7 @@ class Turns:
         self._model, self._optimizer = model, optimizer
         self._strategy, self._setting = strategy, setting
         each = setting.peers.each
+        self._buffers: list[list[Tensor]] = []
         if each == 1:
             return
         self._buffers = [[b.clone() for b in model.buffers()] for _ in range(each)]
@@ -63,6 +64,18 @@ class Turns:
             self.enter(turn)
             yield peer
         self.enter(0)
+
+    def average_buffers(self) -> None:
+        """Give the first peer the mean of the floating-point buffers of all on this rank."""
+        for values in zip(*self._buffers, strict=True):
+            if values[0].is_floating_point():
+                values[0].copy_(torch.stack(values).mean(0))
+
+    def spread_buffers(self) -> None:
+        """Give all peers of this rank the buffers of the first."""
+        for own in self._buffers[1:]:
+            for target, source in zip(own, self._buffers[0], strict=True):
+                target.copy_(source)
 
     def _show(self, turn: int) -> None:
         self._optimizer.state = self._states[turn]

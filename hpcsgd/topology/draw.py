@@ -18,7 +18,7 @@ _LINK = "#0072B2"
 _MOST_PANELS, _MOST_COLUMNS = 8, 4
 _MOST_NUMBERS = 64
 _PANEL = 2.6
-_THINNEST, _THICKEST = 0.4, 2.6
+_THINNEST, _THICKEST = 0.4, 1.8
 
 
 def draw(topology: Topology, title: str) -> Figure:
@@ -77,7 +77,7 @@ def _panel(axes: Axes, topology: Topology, step: int, scale: float) -> None:
         for peer, place in enumerate(places):
             axes.annotate(str(peer), place, ha="center", va="center_baseline", fontsize=0.55 * dot, zorder=4)
     axes.margins(0.15)
-    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_aspect("equal", adjustable="box")
 
 
 def _off_diagonal(topology: Topology, step: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

@@ -98,9 +98,8 @@ def comparison(size: int, parameters: int) -> Group:
         try:
             table.add_row(escape(spec), *_values(build(name, size), parameters))
         except HpcsgdError as error:
-            impossible.append(
-                escape(f"{spec}: {'; '.join(' '.join(line.split()) for line in str(error).splitlines())}")
-            )
+            why = "; ".join(" ".join(line.split()) for line in str(error).splitlines())
+            impossible.append(escape(f"{spec}: {why}"))
     return Group(table, *impossible)
 
 
