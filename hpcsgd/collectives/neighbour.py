@@ -64,7 +64,7 @@ class Exchange:
             self._rows = torch.zeros(1, self._row_bytes, dtype=torch.uint8)
         self._spaces: dict[tuple[int, int, int], list[Tensor]] = {}
         self._next = [0] * peers.each
-        self._sending: dict[tuple[int, int], list[Any]] = {}
+        self._sending: dict[tuple[int, int], list[tuple[Any, int]]] = {}
         self._inboxes: dict[int, Tensor] = {}
         self._tags = max(2, self._net.tag_limit // peers.each**2)
 
@@ -86,8 +86,8 @@ class Exchange:
             f"{what}: the readers of an older version",
             readers,
         )
-        for request in self._sending.pop((index, slot), []):
-            self._net.wait(request, what)
+        for request, rank in self._sending.pop((index, slot), []):
+            self._net.wait(request, what, rank)
         space = self._space(row, index, slot)
         to_host(self._groups[index], space)
         here = [reader for reader in readers if self.peers.rank_of(reader) in self._members]
@@ -96,8 +96,8 @@ class Exchange:
         if away:
             pieces = _pieces(self._bytes(row, index, slot))
             self._sending[index, slot] = [
-                self._net.isend(piece, self.peers.rank_of(reader), self._tag(peer, reader, version))
-                for reader in away
+                (self._net.isend(piece, rank, self._tag(peer, reader, version)), rank)
+                for reader, rank in ((reader, self.peers.rank_of(reader)) for reader in away)
                 for piece in pieces
             ]
 
@@ -167,8 +167,8 @@ class Exchange:
 
     def _sent(self) -> None:
         for requests in self._sending.values():
-            for request in requests:
-                self._net.wait(request, "messages to neighbours")
+            for request, rank in requests:
+                self._net.wait(request, "messages to neighbours", rank)
             requests.clear()
 
     def _found(self, source: int, version: int) -> tuple[int, int, int]:
@@ -187,7 +187,7 @@ class Exchange:
     def _until(self, done: Any, what: str, peers: Sequence[int]) -> None:
         def check() -> bool:
             # What has been sent to other nodes only moves on inside MPI.
-            waiting = [r for requests in self._sending.values() for r in requests if not r.Test()]
+            waiting = [r for requests in self._sending.values() for r, _ in requests if not r.Test()]
             return bool(done(_LOOK_AT_MESSAGES if waiting else SLICE_OF_WAIT))
 
         self.world.waiter.until(check, what, lambda: {self.peers.rank_of(peer) for peer in peers})
