@@ -94,7 +94,7 @@ class Exchange:
         self._kernel.publish(self._flags[row], index, slot, version + 1, len(here))
         away = [reader for reader in readers if self.peers.rank_of(reader) not in self._members]
         if away:
-            pieces = _pieces(self._bytes(row, index, slot))
+            pieces = pieces(self._bytes(row, index, slot))
             self._sending[index, slot] = [
                 (self._net.isend(piece, rank, self._tag(peer, reader, version)), rank)
                 for reader, rank in ((reader, self.peers.rank_of(reader)) for reader in away)
@@ -160,6 +160,20 @@ class Exchange:
         self._next = [0] * self.peers.each
         self.world.gather(None, "the new start of an exchange")
 
+    @property
+    def sends(self) -> bool:
+        """Whether some ranks are reached by messages."""
+        return len(self._members) < self.world.size
+
+    def push(self) -> bool:
+        """Move the messages on that `show` has begun: a service, where all jobs run in the communication thread.
+
+        Unlike `settle` it holds up no job until they have been received.
+        """
+        for request, _ in [sent for requests in self._sending.values() for sent in requests]:
+            request.Test()
+        return False
+
     def settle(self) -> None:
         """Let the messages leave that `show` has begun, while the compute thread goes on."""
         if any(self._sending.values()):
@@ -197,12 +211,12 @@ class Exchange:
             self._inboxes[number] = torch.empty(self.nbytes, dtype=torch.uint8)
         inbox, rank = self._inboxes[number], self.peers.rank_of(source)
         tag = self._tag(source, peer, version)
-        return inbox, [self._net.irecv(piece, rank, tag) for piece in _pieces(inbox)]
+        return inbox, [self._net.irecv(piece, rank, tag) for piece in pieces(inbox)]
 
     def _arrived(self, source: int, version: int, inbox: Tensor, requests: list[Any]) -> list[Tensor]:
         for request in requests:
             self._net.wait(request, f"model of peer {source}, version {version}", self.peers.rank_of(source))
-        return self._cut(inbox)
+        return parts_of(self._groups[0], inbox)
 
     def _tag(self, source: int, reader: int, version: int) -> int:
         each = self.peers.each
@@ -216,15 +230,17 @@ class Exchange:
         """A slot as tensors like the buckets'."""
         place = (row, index, slot)
         if place not in self._spaces:
-            self._spaces[place] = self._cut(self._bytes(*place))
+            self._spaces[place] = parts_of(self._groups[0], self._bytes(*place))
         return self._spaces[place]
 
-    def _cut(self, memory: Tensor) -> list[Tensor]:
-        parts, first = [], 0
-        for bucket in self._groups[0]:
-            parts.append(memory[first : first + bucket.nbytes].view(bucket.flat.dtype))
-            first += bucket.nbytes
-        return parts
+
+def parts_of(group: TensorGroup, memory: Tensor) -> list[Tensor]:
+    """Bytes, as many as a group has, as tensors like its buckets'."""
+    parts, first = [], 0
+    for bucket in group:
+        parts.append(memory[first : first + bucket.nbytes].view(bucket.flat.dtype))
+        first += bucket.nbytes
+    return parts
 
 
 def combine(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
@@ -233,18 +249,28 @@ def combine(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
     Added up in the order given, half precisions in float32, each element for itself: the same bits
     wherever the tensors lie.
     """
+    if out.device.type == "cpu" and out.element_size() >= 4:
+        _mix_kernel()(
+            out.numpy(),
+            np.array([tensor.data_ptr() for tensor, _ in terms], np.int64),
+            np.array([weight for _, weight in terms], out.numpy().dtype),
+        )
+        return
     wide = out.dtype if out.element_size() >= 4 else torch.float32
     total = torch.empty(min(_CHUNK, out.numel()), dtype=wide, device=out.device)
     for start in range(0, out.numel(), _CHUNK):
         stop = min(start + _CHUNK, out.numel())
-        piece = total[: stop - start]
-        (first, weight), *others = terms
-        piece.copy_(first[start:stop])
-        if weight != 1.0:
-            piece.mul_(weight)
-        for tensor, weight in others:
+        piece = total[: stop - start].zero_()
+        for tensor, weight in terms:
             piece.add_(tensor[start:stop], alpha=weight)
         out[start:stop] = piece
+
+
+@functools.cache
+def _mix_kernel() -> Any:
+    from hpcsgd.kernels import mix
+
+    return mix.mix
 
 
 @functools.cache
@@ -253,6 +279,6 @@ def _steps(nbytes: int) -> list[tuple[int, int]]:
     return [(start, min(start + _MESSAGE_BYTES, nbytes)) for start in starts]
 
 
-def _pieces(memory: Tensor) -> list[Any]:
+def pieces(memory: Tensor) -> list[Any]:
     """What goes into one MPI message each, which counts in an int."""
     return [memory[start:stop].numpy() for start, stop in _steps(memory.numel())]

@@ -172,10 +172,13 @@ from hpcsgd.collectives.neighbour import Exchange
 from hpcsgd.errors import DeadlineExceeded
 from hpcsgd.peers import Peers
 
-with World(timeout=1.5) as world:
+with World(timeout=60) as world:
     peers = Peers(world)
     group = TensorGroup(world, [("x", torch.zeros(1_000_000))])
     exchange = Exchange(peers, [group])
+    exchange.mix(world.rank, 0, [(world.rank, 1.0)])  # compiles
+    world.gather(None)
+    world.waiter.timeout = 1.0
     if world.rank == 0:
         exchange.show(0, 7, [1])
         waits = (
@@ -200,3 +203,16 @@ with World(timeout=1.5) as world:
 def test_who_is_missing_is_named(shared: str) -> None:
     job = launch(_MISSING, 2, timeout=60, env={"HPCSGD_SHARED_MEMORY": shared})
     assert job.stdout.count("named") == 2, job
+
+
+@pytest.mark.parametrize("length", [0, 1, 2047, 2048, 2049, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_combine_rounds_each_product_and_each_sum_once(dtype: torch.dtype, length: int) -> None:
+    weights = [0.3, 1.0, -1.7]
+    terms = [torch.randn(length, dtype=dtype) for _ in weights]
+    expected = terms[0].numpy() * np.asarray(weights[0], terms[0].numpy().dtype)
+    for term, weight in zip(terms[1:], weights[1:], strict=True):
+        expected = expected + np.asarray(weight, expected.dtype) * term.numpy()
+    out = terms[1]
+    combine(out, list(zip(terms, weights, strict=True)))
+    np.testing.assert_array_equal(out.numpy(), expected)
