@@ -26,15 +26,27 @@ if TYPE_CHECKING:
     )
     from hpcsgd.errors import BadOption, DeadlineExceeded, Disagreement, HpcsgdError
     from hpcsgd.run import Run
-    from hpcsgd.strategies import DSGD, AllReduce, LocalSGD, Strategy
+    from hpcsgd.strategies import (
+        ADPSGD,
+        DSGD,
+        SGP,
+        AllReduce,
+        BackupWorkers,
+        LocalSGD,
+        Strategy,
+        Teleportation,
+    )
     from hpcsgd.tensors import TensorGroup
     from hpcsgd.world import World
 
 __all__ = [
+    "ADPSGD",
     "BF16",
     "DSGD",
     "FP16",
+    "SGP",
     "AllReduce",
+    "BackupWorkers",
     "BadOption",
     "DeadlineExceeded",
     "Disagreement",
@@ -51,6 +63,7 @@ __all__ = [
     "Run",
     "SignSGD",
     "Strategy",
+    "Teleportation",
     "TensorGroup",
     "TopK",
     "World",
@@ -73,7 +86,16 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "errors": ("BadOption", "DeadlineExceeded", "Disagreement", "HpcsgdError"),
     "run": ("Run",),
-    "strategies": ("AllReduce", "DSGD", "LocalSGD", "Strategy"),
+    "strategies": (
+        "ADPSGD",
+        "AllReduce",
+        "BackupWorkers",
+        "DSGD",
+        "LocalSGD",
+        "SGP",
+        "Strategy",
+        "Teleportation",
+    ),
     "tensors": ("TensorGroup",),
     "world": ("World",),
 }

@@ -1,4 +1,4 @@
-"""The command line: `hpcsgd train`, `report`, `topology` and `bench`."""
+"""The command line: `hpcsgd train`, `tune`, `report`, `topology` and `bench`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _WithRegistries(click.Command):
     """A command whose help lists what the spec options can name."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from hpcsgd import compress, data, models, specs, strategies
+        from hpcsgd import compress, data, delays, models, specs, strategies
         from hpcsgd.optim import OPTIMIZERS
 
         given = ("params", "lr", "shape", "classes")
@@ -36,6 +36,7 @@ class _WithRegistries(click.Command):
             "Compression (--compress), or none": compress.COMPRESSORS,
             "Wrappers of compression (--compress ef+maxnorm:bits=4)": compress.WRAPPERS,
             "Optimizers (--optimizer)": OPTIMIZERS,
+            "Simulated delays (--delays)": delays.DELAYS,
         }
         for title, registry in registries.items():
             rows = [
@@ -57,6 +58,25 @@ def train(settings: Settings) -> None:
     from hpcsgd.train import train as execute
 
     execute(settings)
+
+
+@cli.group()
+def tune() -> None:
+    """Find a setting by trying several values at once."""
+
+
+@tune.command()
+@click_options
+@click.option("--search-epochs", type=float, help="Length of the search; default: --epochs.")
+@click.option("--go-on", is_flag=True, help="Train with the best number afterwards.")
+def teleportation(settings: Settings, search_epochs: float | None, go_on: bool) -> None:
+    """How many peers should be active: 1, 2, 4, ... at once, on disjoint groups of all peers.
+
+    Takes as long as one training. Other numbers and options: --strategy teleport:active=1x3x9,topology=ring.
+    """
+    from hpcsgd.tune import tune as execute
+
+    execute(settings, search_epochs, go_on)
 
 
 @cli.command()
@@ -180,10 +200,60 @@ def compress(schemes: str | None, elements: str | None, data: str, **options: An
     from hpcsgd.bench.compress import main as measure
 
     kinds = ["gaussian", "resnet18"] if data == "both" else [data]
-    given = SCHEMES if schemes is None else [spec.strip() for spec in schemes.split(";")]
-    measure(
-        [spec for spec in given if spec], None if elements is None else _number(elements), kinds, **options
-    )
+    given = SCHEMES if schemes is None else _listed(schemes)
+    measure(given, None if elements is None else _number(elements), kinds, **options)
+
+
+@bench.command()
+@click.option("--methods", metavar="SPEC;SPEC", help="As for train --strategy. Default: one of each kind.")
+@click.option("--delays", metavar="SPEC;SPEC", default="", help="As for train --delays. Default: four kinds.")
+@click.option("--topology", default="ring", show_default=True, help="Of methods that do not name theirs.")
+@click.option("--base-ms", default=20.0, show_default=True, help="Default delays: of a gradient.")
+@click.option("--seeds", default=3, show_default=True, help="Runs of each; medians are shown.")
+@click.option("--target", default=0.9, show_default=True, help="Test accuracy, from 0 to 1.")
+@click.option("--epochs", default=5.0, show_default=True, help="Length of a run.")
+@click.option("--evaluate-every", default=1.0, show_default=True, help="Epochs between evaluations.")
+@click.option("--optimizer", default="adam", show_default=True, help="As for train.")
+@click.option("--learning-rate", default=0.005, show_default=True, help="Of all methods, constant.")
+@click.option("--data", default="digits", show_default=True, help="As for train.")
+@click.option("--out", default="straggler", show_default=True, help="Folder of runs, CSV and PNG.")
+def straggler(methods: str | None, delays: str, **options: Any) -> None:
+    """Simulated stragglers: time per iteration and time to a target accuracy of each method."""
+    from hpcsgd.bench.straggler import METHODS
+    from hpcsgd.bench.straggler import main as measure
+
+    measure(METHODS if methods is None else _listed(methods), _listed(delays), **options)
+
+
+@bench.command()
+@click.option("--methods", metavar="SPEC;SPEC", help="As for train --strategy. Default: D-SGD and teleport.")
+@click.option("--nodes", default="8,16,32,64", show_default=True, help="Virtual nodes, with commas.")
+@click.option(
+    "--active", default="4", show_default=True, help="Of teleport: a number, or 8=2,16=4 for each of --nodes."
+)
+@click.option("--seeds", default=3, show_default=True, help="Runs of each; mean and deviation are shown.")
+@click.option("--steps", default=150, show_default=True, help="Iterations of every run.")
+@click.option("--batch", default=8, show_default=True, help="Samples a node and iteration.")
+@click.option("--alpha", default=0.1, show_default=True, help="Dirichlet label skew between nodes.")
+@click.option("--learning-rate", default="dsgd=0.3,teleport=0.1", show_default=True, help="Or one for all.")
+@click.option("--optimizer", default="sgd:momentum=0.9", show_default=True, help="As for train.")
+@click.option("--model", default="2nn:width=64", show_default=True, help="As for train.")
+@click.option("--data", default="digits", show_default=True, help="As for train.")
+@click.option("--out", default="scale", show_default=True, help="Folder of runs, CSV and PNG.")
+def scale(methods: str | None, nodes: str, **options: Any) -> None:
+    """Accuracy of gossip methods against the number of nodes, virtual ones, on skewed data."""
+    from hpcsgd.bench.scale import METHODS
+    from hpcsgd.bench.scale import main as measure
+
+    try:
+        counts = [int(count) for count in nodes.split(",")]
+    except ValueError:
+        raise click.BadParameter("whole numbers with commas between them", param_hint="--nodes") from None
+    measure(METHODS if methods is None else _listed(methods), counts, **options)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(";") if part.strip()]
 
 
 def _number(text: str, option: str = "--elements") -> int:

@@ -48,6 +48,7 @@ class Counters:
     bytes_sent: int = 0
     bytes_shared: int = 0
     bytes_saved: int = 0
+    gradients: int = 0
 
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(a - b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
@@ -62,10 +63,16 @@ class Meter:
         Whose counters to read.
     before
         What earlier parts of the run had spent.
+
+    Attributes
+    ----------
+    gradients
+        How many this rank has computed; whoever computes them counts.
     """
 
     def __init__(self, world: World, before: Counters) -> None:
         self._world = world
+        self.gradients = before.gradients
         self._offset = self._now() - before
 
     def read(self) -> Counters:
@@ -90,6 +97,7 @@ class Meter:
             traffic.sent,
             traffic.shared,
             traffic.saved,
+            self.gradients,
         )
 
 
@@ -105,6 +113,7 @@ def spent(counters: list[Counters]) -> dict[str, Any]:
         "compute_seconds": [round(c.seconds - c.wait_seconds, 6) for c in counters],
         "wait_seconds": [round(c.wait_seconds, 6) for c in counters],
         "communication_seconds": [round(c.communication_seconds, 6) for c in counters],
+        "gradients": [c.gradients for c in counters],
     }
 
 

@@ -54,7 +54,7 @@ class Run:
     compress
         How what the strategy reduces is compressed, see `hpcsgd.compress`; default: not at all.
     seed
-        Of the random numbers that compression draws. Default 0.
+        Of the random numbers that compression and strategies draw. Default 0.
     nonfinite
         With compression, NaN or infinity in a gradient is an "error" that names parameter, rank and step
         (default), or all ranks "skip" the step, as GradScaler needs.
@@ -124,7 +124,16 @@ class Run:
         )
         self._copy_from_rank_0([*parameters, *model.named_buffers()])
         self._setting = Setting(
-            self.world, parameters, bucket_mib, algorithm, unused, compress, seed, nonfinite, virtual_nodes
+            self.world,
+            parameters,
+            bucket_mib,
+            algorithm,
+            unused,
+            compress,
+            seed,
+            nonfinite,
+            virtual_nodes,
+            optimizer,
         )
         self._count(0)
         self.strategy.attach(self._setting)
@@ -245,6 +254,7 @@ class Run:
 
     def consensus_distance(self) -> float:
         """Root mean square over ranks of ||x_i - mean x||; collective."""
+        self._turns.enter(0)
         return self.strategy.consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:

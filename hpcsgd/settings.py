@@ -100,6 +100,9 @@ class Settings:
     seed: int = option(0, "Seed of all that is random.", low=0, high=2**32 - 1)
     clip: float | None = option(None, "Largest norm of the gradient; none: any.", low=1e-6)
     accumulate: int = option(1, "Backward passes per step.", low=1)
+    delays: str = option(
+        "none", "Simulated stragglers: a rank sleeps before each gradient, as NAME:key=value,key=value."
+    )
     bucket_mib: float = option(4.0, "Size of a communication bucket.", "MiB", low=0.001)
     algorithm: str = option(
         "auto", "All-reduce algorithm.", choices=("auto", "library", "ring", "node", "two-level")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpcsgd import compress, data, generators, models, specs
+from hpcsgd import compress, data, delays, generators, models, specs
 from hpcsgd.checkpoint import Checkpoints
+from hpcsgd.data.contract import Source
 from hpcsgd.display import Display
 from hpcsgd.errors import BadOption
 from hpcsgd.metrics import Counters, Meter, Recorder, Sums, spent
@@ -83,6 +84,8 @@ class Training:
         self.strategy = specs.build(STRATEGIES, settings.strategy, "strategy")
         self.compressor = compress.build(settings.compress)
         self.peers = Peers(world, settings.virtual_nodes)
+        self.delays = delays.build(settings.delays)
+        _check_delays(settings, self.peers)
         self.loaders = [self._loader(peer) for peer in self.peers.local]
         self.shard = data.evaluation_shard(len(self.data.test), world.rank, world.size)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.autocast == "float16")
@@ -218,10 +221,11 @@ class Training:
         world, count = self.world, sum(p.numel() for p in self.model.parameters())
         nodes = f"{world.nodes} node{'s' if world.nodes > 1 else ''}"
         start = f", from step {self.step}" if self.step else ""
+        slowed = "" if self.settings.delays == "none" else f", simulated delays: {self.settings.delays}"
         return (
             f"{self.settings.data}, {type(self.model).__name__} of {count:,} parameters, "
             f"{self._method()} over {self._peers()} on {nodes}, {world.device.type}, "
-            f"{torch.get_num_threads()} threads a rank; {self.total} steps{start}; {self.folder}"
+            f"{torch.get_num_threads()} threads a rank{slowed}; {self.total} steps{start}; {self.folder}"
         )
 
     def _peers(self) -> str:
@@ -277,9 +281,17 @@ class Training:
         if self.passes == 1:
             self.optimizer.zero_grad()
         loss, sums = self._loss(x, y)
+        if self.passes == passes:
+            self._delay()
         self.scaler.scale(loss / passes).backward()  # type: ignore[no-untyped-call]
         if self.run.weight:
             self.sums = self.sums + sums
+
+    def _delay(self) -> None:
+        """A straggler's gradient takes longer; its first bucket may leave as soon as backward begins."""
+        if seconds := self.delays.draw(self.world.rank, self.meter.gradients):
+            time.sleep(seconds)
+        self.meter.gradients += 1
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Sums]:
         with self._autocast():
@@ -360,14 +372,7 @@ class Training:
         """Loss and accuracy of the consensus model, each test sample counted once."""
         counters: list[Counters] = self.world.gather(self.meter.read())
         distance = self.run.consensus_distance()
-        self.model.eval()
-        with self.run.averaged():
-            sums = Sums()
-            for indices in torch.split(self.shard, _EVALUATION_BATCH):
-                x, y = self.data.test.batch(indices)
-                sums = sums + self._loss(x.to(self.world.device), y.to(self.world.device))[1]
-        self.model.train()
-        total = sum(self.world.gather(sums), Sums())
+        total = self._measure(self.data.test, self.shard)
         record = {
             "event": "test",
             **self._where(counters),
@@ -379,6 +384,17 @@ class Training:
         if self.recorder is not None:
             self.recorder.write(record)
         self.display.test(record)
+
+    def _measure(self, source: Source, shard: Tensor) -> Sums:
+        """Of the consensus model over a source's samples, of which this rank takes those of its shard."""
+        self.model.eval()
+        with self.run.averaged():
+            sums = Sums()
+            for indices in torch.split(shard, _EVALUATION_BATCH):
+                x, y = source.batch(indices)
+                sums = sums + self._loss(x.to(self.world.device), y.to(self.world.device))[1]
+        self.model.train()
+        return sum(self.world.gather(sums), Sums())
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -417,6 +433,16 @@ def _check_unchanged(settings: Settings, before: dict[str, Any]) -> None:
                 do=f"leave out --{name}, or start a new run",
                 everywhere=True,
             )
+
+
+def _check_delays(settings: Settings, peers: Peers) -> None:
+    if settings.delays != "none" and peers.each > 1:
+        raise BadOption(
+            "virtual nodes have no delays in real time: those of one rank take turns",
+            got=f"--delays {settings.delays}",
+            do=f"use virtual time: --strategy backup:delays={settings.delays.replace(',', '+')}",
+            everywhere=True,
+        )
 
 
 def _folder(settings: Settings) -> Path:

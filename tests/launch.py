@@ -20,6 +20,13 @@ _LAUNCHERS = ("PMI", "PMIX", "HYDRA", "OMPI", "MPI", "PRTE", "MPIR")
 _MARK = "HPCSGD_TEST_JOB"
 _DYING = 3.0  # seconds that the ranks of a job which has ended may take to be gone
 
+#: The start of a script that calls `hpcsgd`; importing TensorBoard would take longer than short runs.
+CLI = """
+import sys
+sys.modules["torch.utils.tensorboard"] = None
+from hpcsgd.cli import main
+"""
+
 
 @dataclass
 class Finished:

@@ -11,14 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
-    {"errors", "specs", "topology", "kernels", "launcher"},
+    {"errors", "specs", "topology", "delays", "kernels", "launcher"},
     {"wait", "mail", "progress", "transport", "window", "ending", "world"},
     {"tensors", "gradients", "parameters", "peers", "compress"},
     {"collectives"},
     {"strategies", "server"},
     {"batches", "turns", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
     | {"optim", "display", "generators"},
-    {"cli", "train", "bench", "report", "__main__"},
+    {"cli", "train", "tune", "bench", "report", "__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

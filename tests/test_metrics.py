@@ -39,7 +39,8 @@ def test_sums_of_nothing_have_no_mean() -> None:
 
 def test_a_meter_counts_from_what_earlier_parts_had_spent() -> None:
     world = fake_world()
-    meter = Meter(world, Counters(10.0, 1.0, 2.0, 30, 40, 50))
+    meter = Meter(world, Counters(10.0, 1.0, 2.0, 30, 40, 50, 60))
+    meter.gradients += 4
     world.progress.wait_seconds += 0.25
     world.progress.busy_seconds += 0.5
     world.traffic.sent += 1
@@ -49,11 +50,13 @@ def test_a_meter_counts_from_what_earlier_parts_had_spent() -> None:
     assert 10.0 < found.seconds < 11.0
     assert (found.wait_seconds, found.communication_seconds) == (1.25, 2.5)
     assert (found.bytes_sent, found.bytes_shared, found.bytes_saved) == (31, 42, 53)
+    assert found.gradients == meter.gradients == 64
 
 
 def test_a_meter_leaves_pauses_out() -> None:
     world = fake_world()
     meter = Meter(world, Counters())
+    meter.gradients = 3
     before = meter.read()
     with pytest.raises(KeyError), meter.paused():
         world.traffic.sent += 1000
@@ -62,12 +65,13 @@ def test_a_meter_leaves_pauses_out() -> None:
         raise KeyError
     world.traffic.sent += 1
     after = meter.read()
-    assert after.bytes_sent == before.bytes_sent + 1 and after.wait_seconds == before.wait_seconds
+    assert after.gradients == 3 and after.bytes_sent == before.bytes_sent + 1
+    assert after.wait_seconds == before.wait_seconds
     assert 0 < after.seconds - before.seconds < 0.15
 
 
 def test_computing_is_what_is_not_waiting() -> None:
-    found = spent([Counters(3.0, 1.0, 2.0, 5, 6, 13), Counters(3.0, 0.5, 2.5, 7, 8, 26)])
+    found = spent([Counters(3.0, 1.0, 2.0, 5, 6, 13, 3), Counters(3.0, 0.5, 2.5, 7, 8, 26, 4)])
     assert found == {
         "compression_ratio": 2.5,  # (26 moved + 39 saved) / 26
         "bytes_sent": [5, 7],
@@ -76,6 +80,7 @@ def test_computing_is_what_is_not_waiting() -> None:
         "compute_seconds": [2.0, 2.5],
         "wait_seconds": [1.0, 0.5],
         "communication_seconds": [2.0, 2.5],
+        "gradients": [3, 4],
     }
 
 

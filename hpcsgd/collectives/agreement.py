@@ -15,7 +15,9 @@ from hpcsgd.collectives.rounds import Rounds, words
 from hpcsgd.world import SLICE_OF_WAIT, World
 
 Edges = Sequence[tuple[int, int]]
-_NOBODY: list[int] = []
+_TWIN = 9  # of the world's communicators, for these messages alone
+#: What is waited for, in errors.
+WHAT = "the close of an iteration, with all that are done by then"
 
 
 class Agreement(Protocol):
@@ -27,11 +29,11 @@ class Agreement(Protocol):
         None where all iterations before `end`, which is the same on all ranks, are closed.
         """
 
-    def unused(self) -> list[int]:
-        """The numbers of the edges still to use, once `end` is reached."""
+    def state_dict(self) -> dict[str, Any]:
+        """That of the rounds, once `end` is reached."""
 
-    def restart(self, iteration: int, unused: Sequence[int]) -> None:
-        """Open an iteration; on all ranks, which are between two barriers."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; on all ranks, between two barriers."""
 
     def close(self) -> None:
         """Leave nothing in flight; collective."""
@@ -49,7 +51,7 @@ def agreement(world: World, edges: Edges, backups: int | None) -> Agreement:
     elif world.local_size == world.size and (window := world.window(4 * size)) is not None:
         memory = window.rows[0].view(np.int32)
     if memory is None:
-        return ByMessages(world, Rounds(world.size, edges, backups), len(edges))
+        return ByMessages(world, edges, backups)
     return InMemory(world, memory[:head], Rounds(world.size, edges, backups, memory[head:]))
 
 
@@ -71,38 +73,36 @@ class InMemory:
 
         self._world, self._words, self._rounds, self._kernel = world, words, rounds, counter
         self._closed = counter.LOCK_WORDS
-        self.restart(0, _NOBODY)
+        rounds.begin()
         world.gather(None, "the start of an agreement")
 
     def join(self, end: int) -> tuple[int, list[int]] | None:
-        words, rounds, kernel = self._words, self._rounds, self._kernel
+        world, words, rounds, kernel = self._world, self._words, self._rounds, self._kernel
         ticket = kernel.draw(words, 0)
-        self._until(lambda micros: kernel.mine(words, 0, ticket, self._world.spins, micros))
-        entered = rounds.announce([self._world.rank], end)
+        self._until(lambda micros: kernel.mine(words, 0, ticket, world.spins, micros))
+        entered = rounds.announce([world.rank], end)
         if entered is not None and rounds.iteration > entered:
             kernel.advance(words, self._closed, rounds.iteration)
         kernel.leave(words, 0, ticket)
         if entered is None:
             return None
-        self._until(
-            lambda micros: kernel.reached(words, self._closed, entered + 1, self._world.spins, micros)
-        )
-        return entered, rounds.members(self._world.rank)
+        self._until(lambda micros: kernel.reached(words, self._closed, entered + 1, world.spins, micros))
+        return entered, rounds.members(world.rank)
 
     def _until(self, done: Callable[[int], bool]) -> None:
-        rounds = self._rounds
-        self._world.waiter.until(lambda: bool(done(SLICE_OF_WAIT)), _what(rounds), lambda: rounds.awaited)
+        waiter, rounds = self._world.waiter, self._rounds
+        waiter.until(lambda: bool(done(SLICE_OF_WAIT)), WHAT, lambda: rounds.awaited)
 
-    def unused(self) -> list[int]:
-        return self._rounds.unused
+    def state_dict(self) -> dict[str, Any]:
+        return self._rounds.state_dict()
 
-    def restart(self, iteration: int, unused: Sequence[int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         # All ranks write the same.
-        self._rounds.begin(iteration, unused)
-        self._words[self._closed] = iteration
+        self._rounds.load_state_dict(state)
+        self._words[self._closed] = self._rounds.iteration
 
     def close(self) -> None:
-        """Nothing is in flight: a rank that is late meets nobody in the memory it shares."""
+        """A rank that is late meets nobody in the memory it shares: there is nothing to finish."""
 
 
 class ByMessages:
@@ -114,34 +114,77 @@ class ByMessages:
     ----------
     world
         The ranks.
-    rounds
-        Those of rank 0 decide.
-    edges
-        How many there are.
+    edges, backups
+        As for `Rounds`, which rank 0 keeps.
     """
 
     _made = 0
 
-    def __init__(self, world: World, rounds: Rounds, edges: int) -> None:
-        self._world, self._rounds = world, rounds
-        self._net = world.all.twin(8)
+    def __init__(self, world: World, edges: Edges, backups: int | None) -> None:
+        self._world, self._net = world, world.all.twin(_TWIN)
         # Messages of two runs in one world must not be taken for each other's.
-        ByMessages._made = number = 1 + max(world.gather(ByMessages._made, "the start of an agreement"))
-        self._question_tag, self._answer_tag = (2 * number + i for i in range(2))
+        made = 1 + max(world.gather(ByMessages._made, "the start of an agreement"))
+        ByMessages._made = made
+        self._question_tag, self._answer_tag = (2 * made + kind for kind in range(2))
         self._question = np.zeros(2, np.int32)
+        self._answer = np.zeros(2 + world.size + len(edges), np.int32)
         self._answers: list[tuple[Any, np.ndarray]] = []
-        self._members, self._unused = world.size, edges
-        self.restart(0, _NOBODY)
+        #: Those that decide, on rank 0, and what this rank was last told of them.
+        self._rounds, self._mirror = (Rounds(world.size, edges, backups) for _ in range(2))
         if world.rank == 0:
-            self._incoming = self._receive()
+            self._listen()
             world.progress.serve(self._serve)
 
     def join(self, end: int) -> tuple[int, list[int]] | None:
-        net, what = self._net, _what(self._rounds)
-        question = np.array([self._world.rank, end], np.int32)
-        answer = np.zeros(1 + self._world.size + self._edges, np.int32)
-        arriving = net.comm.Irecv(answer, 0, self._answer_tag)
-        net.wait(net.comm.Isend(question, 0, self._question_tag), what, 0)
-        net.wait(arriving, what)
-        entered, members, unused = np.split(answer, [1, 1 + self._world.size])
-        ...
+        net, rank = self._net, self._world.rank
+        answer = net.comm.Irecv(self._answer, 0, self._answer_tag)
+        question = np.array([rank, end], np.int32)
+        net.wait(net.comm.Isend(question, 0, self._question_tag), WHAT, 0)
+        net.wait(answer, WHAT, 0)
+        (entered, iteration), members, unused = np.split(self._answer, [2, 2 + self._world.size])
+        self._mirror.begin(int(iteration), np.flatnonzero(unused).tolist())
+        return None if entered < 0 else (int(entered), np.flatnonzero(members).tolist())
+
+    def _listen(self) -> None:
+        self._incoming = self._net.comm.Irecv(self._question, tag=self._question_tag)
+
+    def _serve(self) -> bool:
+        """Answer whoever can be answered."""
+        busy = False
+        while self._incoming.Test():
+            rank, end = self._question.tolist()
+            self._listen()
+            entered = self._rounds.announce([rank], end)
+            if entered is None:
+                self._tell(-1, [rank])
+            elif self._rounds.iteration > entered:
+                self._tell(entered, self._rounds.members(rank))
+            busy = True
+        if self._answers:
+            self._answers = [entry for entry in self._answers if not entry[0].Test()]
+        return busy
+
+    def _tell(self, entered: int, members: Sequence[int]) -> None:
+        answer = np.zeros_like(self._answer)
+        answer[:2] = entered, self._rounds.iteration
+        answer[2 : 2 + self._world.size][members] = 1
+        answer[2 + self._world.size :][self._rounds.unused] = 1
+        for member in members:
+            self._answers.append((self._net.comm.Isend(answer, member, self._answer_tag), answer))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._mirror.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rounds.load_state_dict(state)
+        self._mirror.load_state_dict(state)
+
+    def close(self) -> None:
+        # Rank 0 may be through before the last one has asked.
+        self._world.gather(None, "the end of an agreement")
+        if self._world.rank == 0:
+            self._world.progress.dismiss(self._serve)
+            for request, _ in self._answers:
+                self._net.wait(request, WHAT)
+            self._incoming.Cancel()
+            self._net.wait(self._incoming, WHAT)

@@ -94,11 +94,11 @@ class Exchange:
         self._kernel.publish(self._flags[row], index, slot, version + 1, len(here))
         away = [reader for reader in readers if self.peers.rank_of(reader) not in self._members]
         if away:
-            pieces = pieces(self._bytes(row, index, slot))
+            messages = pieces(self._bytes(row, index, slot))
             self._sending[index, slot] = [
                 (self._net.isend(piece, rank, self._tag(peer, reader, version)), rank)
                 for reader, rank in ((reader, self.peers.rank_of(reader)) for reader in away)
-                for piece in pieces
+                for piece in messages
             ]
 
     def mix(self, peer: int, version: int, terms: Terms, into: Sequence[Tensor] | None = None) -> None:
@@ -166,9 +166,9 @@ class Exchange:
         return len(self._members) < self.world.size
 
     def push(self) -> bool:
-        """Move the messages on that `show` has begun: a service, where all jobs run in the communication thread.
+        """Move the messages on that `show` has begun; a service, where jobs are submitted and waited for.
 
-        Unlike `settle` it holds up no job until they have been received.
+        Unlike `settle` it holds up no later job until they have been received.
         """
         for request, _ in [sent for requests in self._sending.values() for sent in requests]:
             request.Test()

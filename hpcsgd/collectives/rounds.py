@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from hpcsgd.errors import BadOption
 
 Words = np.ndarray  # int32
 
@@ -30,7 +33,7 @@ class Rounds:
         For how many peers an iteration does not wait; None: dynamic.
     memory
         int32, `words(size, edges)` of them, which all who use the same rounds share, one at a time; zero
-        at first, and begun by one of them. Default: memory of its own.
+        at first and yet to `begin`. Default: memory of its own.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class Rounds:
     ) -> None:
         self.size, self.backups = size, backups
         self._ends = np.array(edges, np.int64).reshape(-1, 2).T
-        if memory is None:
-            memory = np.zeros(words(size, edges), np.int32)
+        own = memory is None
+        memory = np.zeros(words(size, edges), np.int32) if memory is None else memory
         bounds = np.cumsum([1, size, len(edges), size * size])
         self._iteration, self._done, self._unused, sets = np.split(memory[: bounds[-1]], bounds[:-1])
         self._sets = sets.reshape(size, size)
+        if own:
+            self.begin()
 
     def begin(self, iteration: int = 0, unused: Sequence[int] = ()) -> None:
         """Open an iteration, with nobody done; `unused` are the edges to use, all where none is left."""
@@ -73,7 +78,7 @@ class Rounds:
         return np.flatnonzero(self._sets[peer]).tolist()
 
     def announce(self, peers: Sequence[int], end: int) -> int | None:
-        """Some peers are done, at one instant: the iteration that they take part in; None: `end` is reached."""
+        """Some peers are done, at one instant: in which iteration they take part; None: `end` is reached."""
         if self.iteration >= end:
             return None
         entered = self.iteration
@@ -85,6 +90,14 @@ class Rounds:
             self.begin(entered + 1, self.unused)
         return entered
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where an iteration has just closed."""
+        return {"iteration": self.iteration, "unused": self.unused}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.begin(state["iteration"], state["unused"])
+
     def _closes(self, newly_used: np.ndarray) -> bool:
         if self.backups is None:
             return bool(newly_used.any()) or self.size == 1
@@ -94,3 +107,19 @@ class Rounds:
 def words(size: int, edges: Sequence[tuple[int, int]]) -> int:
     """How much memory `Rounds` needs, in int32."""
     return 1 + size + len(edges) + size * size
+
+
+def fixed_backups(backups: str | int, size: int) -> int | None:
+    """How many backup workers there are of `size` peers; None for "dynamic".
+
+    Raises
+    ------
+    BadOption
+        Not a number of peers that leaves two to average; one peer alone may have any.
+    """
+    if backups == "dynamic":
+        return None
+    if isinstance(backups, int) and (0 <= backups <= size - 2 or size == 1):
+        return backups
+    expected = f"dynamic, or 0 to {size - 2}, so that two of {size} peers meet"
+    raise BadOption("number of backup workers", expected=expected, got=backups, everywhere=True)

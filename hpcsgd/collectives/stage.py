@@ -64,6 +64,12 @@ def after_compute(device: torch.device, job: Callable[[], None]) -> Callable[[],
     return run
 
 
+def wait_for_compute(device: torch.device) -> None:
+    """Wait until all that the caller's stream has queued so far is computed; at once on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def to_host(group: TensorGroup, space: Sequence[Tensor]) -> None:
     """Copy each bucket as the model has it to host memory."""
     for bucket, target in zip(group, space, strict=True):

@@ -35,7 +35,7 @@ class VirtualTime:
         self._numbers = [0] * rounds.size
         self._ends = np.array([delays.draw(peer, 0) for peer in range(rounds.size)])
 
-    def close(self) -> list[int]:
+    def next(self) -> list[int]:
         """Let time pass until the open iteration closes; the peers that take part in it."""
         closing = self.rounds.iteration + 1
         while self.rounds.iteration < closing:
@@ -50,11 +50,16 @@ class VirtualTime:
             self._ends[peer] = now + self._delays.draw(peer, self._numbers[peer])
         return members
 
+    def close(self) -> None:
+        """There is nothing to finish."""
+
     def state_dict(self) -> dict[str, Any]:
         """At the end of an iteration: the clock, and what is under way."""
-        return {"seconds": self.seconds, "numbers": list(self._numbers), "ends": self._ends.tolist()}
+        clock = {"seconds": self.seconds, "numbers": list(self._numbers), "ends": self._ends.tolist()}
+        return {**self.rounds.state_dict(), **clock}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+        self.rounds.load_state_dict(state)
         self.seconds, self._numbers = float(state["seconds"]), list(state["numbers"])
         self._ends = np.array(state["ends"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from hpcsgd.data.contract import Augment, Source
-from hpcsgd.data.partition import partition
+from hpcsgd.data.partition import partition, shuffled, skewed
 from hpcsgd.data.streams import torch_stream
 from hpcsgd.errors import BadOption, HpcsgdError
 
@@ -72,6 +72,10 @@ class Loader:
                 got=batch,
                 everywhere=True,
             )
+        # Many loaders of one process would else divide the samples again and again.
+        self._own: Tensor | None = None
+        if alpha is not None and source.labels is not None:
+            self._own = skewed(source.labels, ranks, alpha, seed)[rank]
         self._batches = counts[rank]
         self._longest = max(counts)
         self.epoch = self._next = self._first = 0
@@ -83,13 +87,13 @@ class Loader:
 
     def filler(self) -> tuple[Tensor, Tensor]:
         """The last batch of the current epoch, for who has run out of them and must keep step."""
-        shard = self._shards(self.epoch)[self.rank]
+        shard = self._shard(self.epoch)
         return self._load(shard, self.epoch, self._batches - 1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._inside:
             self._go_to(self.epoch + 1, 0)
-        epoch, shard = self.epoch, self._shards(self.epoch)[self.rank]
+        epoch, shard = self.epoch, self._shard(self.epoch)
         if self._next >= self._batches:
             self._go_to(epoch + 1, 0)
             return
@@ -138,6 +142,11 @@ class Loader:
     def _shards(self, epoch: int) -> list[Tensor]:
         labels = None if self.alpha is None else self.source.labels
         return partition(labels, len(self.source), self.ranks, self.alpha, self.seed, epoch)
+
+    def _shard(self, epoch: int) -> Tensor:
+        if self._own is None:
+            return self._shards(epoch)[self.rank]
+        return shuffled(self._own, self.rank, self.seed, epoch)
 
     def _load(self, shard: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         generator = torch_stream("augment", self.seed, epoch, self.rank, index)

@@ -61,10 +61,13 @@ def partition(
         )
     if not (math.isfinite(alpha) and 1e-6 <= alpha <= 1e6):
         raise BadOption("alpha is out of range", expected="1e-6 to 1e6", got=alpha)
-    return [
-        shard[torch.randperm(len(shard), generator=torch_stream("shard", seed, epoch, rank))]
-        for rank, shard in enumerate(_skewed(labels, ranks, alpha, seed))
-    ]
+    shards = skewed(labels, ranks, alpha, seed)
+    return [shuffled(shard, rank, seed, epoch) for rank, shard in enumerate(shards)]
+
+
+def shuffled(shard: Tensor, rank: int, seed: int, epoch: int) -> Tensor:
+    """A skewed shard in its order of one epoch."""
+    return shard[torch.randperm(len(shard), generator=torch_stream("shard", seed, epoch, rank))]
 
 
 def evaluation_shard(samples: int, rank: int, ranks: int) -> Tensor:
@@ -80,7 +83,8 @@ def evaluation_shard(samples: int, rank: int, ranks: int) -> Tensor:
     return torch.arange(samples * rank // ranks, samples * (rank + 1) // ranks)
 
 
-def _skewed(labels: Tensor, ranks: int, alpha: float, seed: int) -> list[Tensor]:
+def skewed(labels: Tensor, ranks: int, alpha: float, seed: int) -> list[Tensor]:
+    """The samples of each rank, which are its own in every epoch, not in the order of any."""
     draw = numpy_stream("dirichlet", seed)
     classes = labels.numpy()
     by_class = np.argsort(classes, kind="stable")

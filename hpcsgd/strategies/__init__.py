@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hpcsgd.strategies.adpsgd import ADPSGD
 from hpcsgd.strategies.allreduce import AllReduce
+from hpcsgd.strategies.backup import BackupWorkers
 from hpcsgd.strategies.base import Setting, Strategy
 from hpcsgd.strategies.dsgd import DSGD
 from hpcsgd.strategies.local import LocalSGD
+from hpcsgd.strategies.push import SGP
+from hpcsgd.strategies.teleport import Teleportation
 
-__all__ = ["DSGD", "STRATEGIES", "AllReduce", "LocalSGD", "Setting", "Strategy"]
+__all__ = [
+    "ADPSGD",
+    "DSGD",
+    "SGP",
+    "STRATEGIES",
+    "AllReduce",
+    "BackupWorkers",
+    "LocalSGD",
+    "Setting",
+    "Strategy",
+    "Teleportation",
+]
 
 #: What `--strategy` knows.
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "allreduce": AllReduce,
     "local": LocalSGD,
     "dsgd": DSGD,
+    "backup": BackupWorkers,
+    "sgp": SGP,
+    "adpsgd": ADPSGD,
+    "teleport": Teleportation,
 }

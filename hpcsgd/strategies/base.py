@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hpcsgd.errors import BadOption
 from hpcsgd.peers import Peers
 from hpcsgd.tensors import Bucket
@@ -25,8 +27,8 @@ class Setting:
         The ranks.
     parameters
         (name, parameter) pairs of the model, without duplicates, in the model's order.
-    bucket_mib, algorithm, unused, compress, seed, nonfinite
-        The run's settings of these names.
+    bucket_mib, algorithm, unused, compress, seed, nonfinite, optimizer
+        The run's of these names.
     peers
         Who takes part: the ranks, or with virtual nodes several peers a rank.
     turn
@@ -50,6 +52,7 @@ class Setting:
         seed: int = 0,
         nonfinite: str = "error",
         virtual_nodes: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.world = world
         self.peers = Peers(world, virtual_nodes)
@@ -62,6 +65,7 @@ class Setting:
         self.compress = compress
         self.seed = seed
         self.nonfinite = nonfinite
+        self.optimizer = optimizer
         self.begin_step()
 
     @property

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import torch
-
-from hpcsgd.collectives.neighbour import Exchange
-from hpcsgd.collectives.stage import after_compute
 from hpcsgd.progress import Work
-from hpcsgd.strategies.base import Setting
-from hpcsgd.strategies.models import OwnModels
-from hpcsgd.topology import build
+from hpcsgd.strategies.gossip import Gossip
 
 
-class DSGD(OwnModels):
+class DSGD(Gossip):
     """Decentralised SGD: a step of one's own, then the mean over the neighbours of a topology.
 
     y_i = x_i - lr g_i(x_i), then x_i <- sum_j W_ij y_j, as in D-PSGD (Lian et al., arXiv 1705.09056) with
@@ -34,26 +27,10 @@ class DSGD(OwnModels):
         model. Default False.
     """
 
+    title = "D-SGD"
+
     def __init__(self, topology: str = "exponential", overlap: bool = False) -> None:
-        self.topology, self.overlap = topology, overlap
-
-    def options(self) -> dict[str, object]:
-        return {"topology": self.topology, "overlap": self.overlap}
-
-    def attach(self, setting: Setting) -> None:
-        setting.refuse("D-SGD", compression=True)
-        self.graph = build(self.topology, setting.peers.size)
-        super().attach(setting)
-        self._exchange = Exchange(setting.peers, self.parameters.groups)
-        self._changes = [
-            [torch.empty_like(bucket.host) for bucket in group] if self.overlap else []
-            for group in self.parameters.groups
-        ]
-        self._ahead: Work | None = None
-
-    def detach(self) -> None:
-        del self._exchange, self._ahead
-        super().detach()
+        super().__init__(topology, overlap)
 
     def step(self, update: Callable[[], None]) -> None:
         setting = self.setting
@@ -71,16 +48,14 @@ class DSGD(OwnModels):
             self._exchange.settle()
 
     def _begin(self, step: int) -> Work:
-        world = self.setting.world
-        job = after_compute(world.device, partial(self._average, step))
-        return world.progress.submit(f"averaging with neighbours at step {step}", job)
+        return self._submit("averaging with neighbours", step, self._average)
 
     def _average(self, step: int) -> None:
         """Show the models of this rank's peers, and give each its average, or what the average changes."""
         peers, graph, exchange = self.setting.peers, self.graph, self._exchange
         for peer in peers.local:
             exchange.show(peer, step, graph.readers(peer, step))
-        for peer, changes in zip(peers.local, self._changes, strict=True):
+        for peer, changes in zip(peers.local, self._brought, strict=True):
             terms = graph.row(peer, step)
             if self.overlap:
                 exchange.mix(peer, step, [(p, w - (p == peer)) for p, w in terms], changes)
@@ -88,7 +63,7 @@ class DSGD(OwnModels):
                 exchange.mix(peer, step, terms)
 
     def _add_changes(self) -> None:
-        for group, changes in zip(self.parameters.groups, self._changes, strict=True):
+        for group, changes in zip(self.parameters.groups, self._brought, strict=True):
             for bucket, change in zip(group, changes, strict=True):
                 bucket.flat.add_(change.to(bucket.flat.device))
 

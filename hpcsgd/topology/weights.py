@@ -52,6 +52,28 @@ def metropolis(size: int, links: Iterable[Link]) -> Matrix:
     return matrix
 
 
+def metropolis_among(
+    near: Sequence[Sequence[int]], members: Sequence[int]
+) -> dict[int, list[tuple[int, float]]]:
+    """The rows of `metropolis` for the links between some peers: for each of these (other, weight) pairs.
+
+    Parameters
+    ----------
+    near
+        The neighbours of each of all peers.
+    members
+        Those that exchange their models, each of which counts itself too; ascending by other.
+    """
+    inside = set(members)
+    met = {peer: [other for other in near[peer] if other in inside] for peer in members}
+    rows = {}
+    for peer, others in met.items():
+        row = {other: 1 / (1 + max(len(others), len(met[other]))) for other in others}
+        row[peer] = 1 - sum(row.values())
+        rows[peer] = sorted(row.items())
+    return rows
+
+
 def check(matrix: Matrix, size: int, directed: bool, name: str) -> None:
     """Raise unless a matrix is a mixing matrix: doubly stochastic, and symmetric unless directed.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcsgd import DSGD, AllReduce, LocalSGD, Run, Strategy, World, topology
+from hpcsgd import (
+    ADPSGD,
+    DSGD,
+    SGP,
+    AllReduce,
+    BackupWorkers,
+    LocalSGD,
+    Run,
+    Strategy,
+    Teleportation,
+    World,
+    delays,
+    topology,
+)
+from hpcsgd.strategies.pairs import Pairs
+from hpcsgd.strategies.tokens import draw
 
 Array = np.ndarray
 LR = 0.05
@@ -34,6 +49,8 @@ class Row:
         How many whole-model all-reduces it takes for so many steps.
     reads
         For a peer, the number of peers, and so many steps: whose models it reads, each as often as it does.
+    shares
+        How much each of so many models counts in the consensus after so many steps.
     """
 
     name: str
@@ -41,6 +58,7 @@ class Row:
     step: Callable[[Array, Array, Array, float, int], Array]
     reductions: Callable[[int], int] = lambda steps: 0
     reads: Callable[[int, int, int], list[int]] = lambda peer, size, steps: []
+    shares: Callable[[int, int], Array] = lambda size, steps: np.full(size, 1 / size)
 
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.make().options().items())
@@ -81,12 +99,143 @@ def sources(name: str, begun_ahead: bool = False) -> Callable[[int, int, int], l
     return reads
 
 
+class Push:
+    """Push-sum with numerators, weights, and what is on its way, from the definition."""
+
+    def __init__(self, name: str, overlap: bool) -> None:
+        self.name, self.overlap = name, overlap
+
+    def begin(self, size: int) -> None:
+        self.weights, self.arriving_weights, self.arriving = np.ones(size), np.zeros(size), 0.0
+
+    def pushes(self, size: int, t: int) -> Array:
+        linked = (topology.build(self.name, size).matrix(t) + np.eye(size)) > 0
+        return linked / linked.sum(axis=0)
+
+    def push(self, x: Array, t: int) -> Array:
+        p = self.pushes(len(x), t)
+        if not self.overlap:
+            self.weights = p @ self.weights
+            return p @ x
+        own = np.diag(np.diag(p))
+        after = own @ x + self.arriving
+        self.arriving = (p - own) @ x
+        w, self.weights = self.weights, own @ self.weights + self.arriving_weights
+        self.arriving_weights = (p - own) @ w
+        np.testing.assert_allclose(self.weights.sum() + self.arriving_weights.sum(), len(x))
+        return after
+
+    def step(self, z: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+        if t == 0:
+            self.begin(len(z))
+        x = self.weights[:, None] * z - lr * g * having[t][:, None]
+        x = self.push(x, t)
+        return x / self.weights[:, None]
+
+    def shares(self, size: int, steps: int) -> Array:
+        self.begin(size)
+        for t in range(steps):
+            self.push(np.zeros((size, 1)), t)
+        return self.weights / self.weights.sum()
+
+
+def sgp(name: str, overlap: bool) -> Row:
+    push = Push(name, overlap)
+    return Row("sgp", lambda: SGP(name, overlap), push.step, reads=sources(name), shares=push.shares)
+
+
+def drawn_step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+    averages = x.copy()
+    for pair in Pairs(topology.build("star", len(x))).drawn(0, t):
+        averages[list(pair)] = averages[list(pair)].mean(axis=0)
+    return averages - lr * g * having[t][:, None]
+
+
+def drawn_reads(peer: int, size: int, steps: int) -> list[int]:
+    pairs = [pair for t in range(steps + 1) for pair in Pairs(topology.build("star", size)).drawn(0, t)]
+    return [other for pair in pairs if peer in pair for other in pair if other != peer]
+
+
+def teleport_step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+    """Four tokens on a ring; who rests keeps what it had last."""
+    now, after = list(_holders(len(x), t)), list(_holders(len(x), t + 1))
+    x = x.copy()
+    x[now] -= lr * g[now]
+    averages = topology.build("ring", len(now)).matrix(t) @ x[now]
+    x[after] = averages
+    return x
+
+
+def teleport_reads(peer: int, size: int, steps: int) -> list[int]:
+    graph, read = topology.build("ring", min(4, size)), []
+    for t in range(steps):
+        now, after = _holders(size, t), _holders(size, t + 1)
+        rows = [graph.row(token) for token in range(len(after)) if after[token] == peer]
+        read += [now[source] for row in rows for source, _ in row if now[source] != peer]
+    return read
+
+
+def teleport_shares(size: int, steps: int) -> Array:
+    return np.bincount(_holders(size, steps), minlength=size) / min(4, size)
+
+
+def _holders(size: int, t: int) -> tuple[int, ...]:
+    return draw(0, t, size, min(4, size))
+
+
+DELAYS = "exponential:seed=5"
+
+
+def done_sets(size: int, steps: int) -> list[list[int]]:
+    """Who takes part in each iteration on a ring, by the definition of theta(t)."""
+    draw = delays.build(DELAYS).draw
+    path = {(a, a + 1) for a in range(size - 1)}
+    ends, numbers, unused, sets = [draw(p, 0) for p in range(size)], [0] * size, path, []
+    for _ in range(steps):
+        theta = min((max(ends[a], ends[b]) for a, b in unused), default=ends[0])
+        done = [p for p in range(size) if ends[p] <= theta]
+        unused = {edge for edge in unused if not set(edge) <= set(done)} or path
+        for p in done:
+            numbers[p] += 1
+            ends[p] = theta + draw(p, numbers[p])
+        sets.append(done)
+    return sets
+
+
+def met(size: int, done: list[int]) -> set[tuple[int, int]]:
+    """The links of a ring between peers that are done."""
+    return {(p, (p + 1) % size) for p in done if (p + 1) % size in done and size > 1}
+
+
+def backup_step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+    done = done_sets(len(x), t + 1)[t]
+    stepped = x.copy()
+    stepped[done] -= lr * g[done]
+    return topology.metropolis(len(x), met(len(x), done)) @ stepped
+
+
+def backup_reads(peer: int, size: int, steps: int) -> list[int]:
+    pairs = [{*pair} for done in done_sets(size, steps) for pair in {frozenset(p) for p in met(size, done)}]
+    return [other for pair in pairs if peer in pair for other in pair - {peer}]
+
+
 ROWS = [
     Row("allreduce", AllReduce, allreduce_step, lambda steps: steps),
     *(Row("local", lambda p=p: LocalSGD(p), local_step(p), lambda steps, p=p: steps // p) for p in (1, 3)),
     *(
         Row("dsgd", lambda n=n, o=o: DSGD(n, o), dsgd_step(n, o), reads=sources(n, o))
         for n, o in (("ring", False), ("one-peer-exponential", False), ("star", True))
+    ),
+    *(sgp(n, o) for n, o in (("one-peer-exponential", False), ("star", False), ("ring", True))),
+    Row("adpsgd", lambda: ADPSGD("star", "drawn"), drawn_step, reads=drawn_reads),
+    Row("backup", lambda: BackupWorkers(backups=0), dsgd_step("ring", False), reads=sources("ring")),
+    Row("backup", lambda: BackupWorkers("ring", delays=DELAYS), backup_step, reads=backup_reads),
+    Row(
+        "teleport",
+        lambda: Teleportation(topology="ring"),
+        teleport_step,
+        reads=teleport_reads,
+        shares=teleport_shares,
     ),
 ]
 
@@ -155,6 +304,20 @@ def train(run: Run, batches: Any) -> int:
 
 def batches_of(rank: int, steps: int, first: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [batch(rank, step) for step in range(first, first + steps)]
+
+
+class ByIteration:
+    """A loader of this rank's batches of the next `steps` iterations, in whichever it takes part."""
+
+    def __init__(self, run: Run, steps: int, first: int = 0) -> None:
+        self.run, self.steps, self.offset = run, steps, first - run.steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _ in range(self.steps):
+            yield batch(self.run.world.rank, self.offset + self.run.steps)
 
 
 def same_everywhere(world: World, model: nn.Module) -> bool:

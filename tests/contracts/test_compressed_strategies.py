@@ -16,7 +16,8 @@ from torch import nn
 from hpcsgd import AllReduce, Disagreement, LocalSGD, Run, Strategy
 from hpcsgd.compress import FP16, ErrorFeedback, Float32, QSGDMaxNorm, TopK, build
 
-each_row = pytest.mark.parametrize("row", s.ROWS, ids=str)
+#: Only what is reduced is compressed; methods that send whole models refuse it.
+each_row = pytest.mark.parametrize("row", [row for row in s.ROWS if row.reductions(6)], ids=str)
 each_layout = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
 each_use = pytest.mark.parametrize(
     ("layout", "make"),

@@ -20,7 +20,7 @@ from hpcsgd.settings import FIELDS
 DATA, RANKS, PERIOD = "synthetic:samples=404", 2, 4  # 101 test samples: one more on a rank
 COMMON = f"--data {DATA} --epochs 3 --log-every 1 --evaluate-every 0.5 --optimizer sgd --clip 5 --warmup 0.5"
 TRAIN = TIMES | {"event", "step", "epoch", "loss", "accuracy", "learning_rate", "compression_ratio"}
-TRAIN |= {"bytes_sent", "bytes_shared", "bytes_saved"}
+TRAIN |= {"bytes_sent", "bytes_shared", "bytes_saved", "gradients"}
 TEST = TRAIN - {"samples_per_second", "learning_rate"} | {"consensus_distance"}
 
 

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import launch
-
-# Where TensorBoard is installed, importing it takes longer than these runs.
-CLI = """
-import sys
-sys.modules["torch.utils.tensorboard"] = None
-from hpcsgd.cli import main
-"""
+from launch import CLI, launch
 
 _COMMANDS = """
 import contextlib, io, json, os, random, traceback

@@ -1,0 +1,147 @@
+"""Many training runs in one job, one after the other; what is complete is not run again."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hpcsgd import specs
+from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.metrics import FILE
+from hpcsgd.report import RunRecord, load
+from hpcsgd.settings import Settings, to_toml
+from hpcsgd.train import Training
+from hpcsgd.world import World
+
+_ROUNDING = 1e-6  # of epochs in the records
+_ONE_STEP = 1e-9  # of an epoch
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is over.
+
+    Attributes
+    ----------
+    record
+        What is in its folder.
+    gradients
+        How many each rank has computed, (ranks,).
+    """
+
+    record: RunRecord
+    gradients: list[int]
+
+
+def carry_out(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> list[Finished]:
+    """Train each of the plan's runs in turn; collective.
+
+    A run that is complete in `out` is read instead, so that a study which was stopped goes on with the
+    same command. A method first takes one step that is thrown away: what is compiled then is not timed.
+
+    Parameters
+    ----------
+    world
+        The ranks, which all runs share.
+    out
+        Where the runs' folders are made.
+    plan
+        A name, which becomes the folder's, and the settings of each run.
+
+    Returns
+    -------
+    list of Finished
+        In the plan's order, on rank 0; nothing on the other ranks.
+
+    Raises
+    ------
+    BadOption
+        Where `out` holds a run of the same name with other settings.
+    HpcsgdError
+        On all ranks, where a run fails or the job is told to stop.
+    """
+    done: list[Finished] = []
+    warm: set[str] = set()
+    for number, (name, settings) in enumerate(plan, 1):
+        settings = replace(settings, out=str(out), name=name, progress="off")
+        told = world.together(lambda: world.rank == 0 and _is_complete(world, out / name, settings))  # noqa: B023
+        if not world.gather(told)[0]:
+            if settings.strategy not in warm:
+                _train(world, replace(settings, name="warm-up", epochs=_ONE_STEP, delays="none"), keep=False)
+                warm.add(settings.strategy)
+            _train(world, settings)
+        if world.rank == 0:
+            done.append(_read(out / name))
+            test = done[-1].record.test
+            print(
+                f"{number}/{len(plan)} {name}: {test.step[-1]} iterations in {test.time[-1]:.1f} s, "
+                f"accuracy {test.accuracy[-1]:.1%}",
+                flush=True,
+            )
+    return done
+
+
+def with_option(registry: Mapping[str, Callable[..., object]], spec: str, key: str, value: object) -> str:
+    """The spec with an option more, where its row has that option and the spec does not set it."""
+    name, options = specs.parse(spec)
+    if name not in registry or key in options or key not in inspect.signature(registry[name]).parameters:
+        return spec
+    return f"{spec}{',' if options else ':'}{key}={value}"
+
+
+def _train(world: World, settings: Settings, *, keep: bool = True) -> None:
+    folder = Path(settings.out) / settings.name
+    training = world.together(lambda: Training(settings, world))
+    if world.rank == 0 and not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    training.execute()
+    if training.step < training.total:
+        raise HpcsgdError(
+            f"told to stop in run {settings.name}", do="the same command goes on from there", everywhere=True
+        )
+    if world.rank == 0:
+        # Of dozens of runs they would fill the disk.
+        shutil.rmtree(folder / "checkpoints" if keep else folder)
+
+
+def _is_complete(world: World, folder: Path, settings: Settings) -> bool:
+    """Whether it is; what is left of a run that is not gets removed."""
+    try:
+        before = tomllib.loads((folder / "config.toml").read_text())
+    except FileNotFoundError:
+        before = {}
+    wanted = tomllib.loads(to_toml(settings, {"ranks": world.size, "nodes": world.nodes}))
+    odd = [key for key in wanted if before and key != "out" and before.get(key) != wanted[key]]
+    if odd:
+        raise BadOption(
+            f"{folder} is a run with another {odd[0]}",
+            expected=wanted[odd[0]],
+            got=before.get(odd[0]),
+            do="name another folder, or remove this one",
+        )
+    last = _last(folder)
+    if last is not None and last["epoch"] >= settings.epochs - _ROUNDING:
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def _read(folder: Path) -> Finished:
+    last = _last(folder)
+    assert last is not None, "only complete runs are read"
+    return Finished(load(folder), last["gradients"])
+
+
+def _last(folder: Path) -> dict[str, Any] | None:
+    """The last evaluation in a run's metrics."""
+    if not (folder / FILE).exists():
+        return None
+    lines = [line for line in (folder / FILE).read_text().splitlines() if line.endswith("}")]
+    tests = [record for record in map(json.loads, lines) if record["event"] == "test"]
+    return tests[-1] if tests else None

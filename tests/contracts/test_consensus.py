@@ -1,0 +1,38 @@
+"""Asking how far the models are apart changes none of them, whichever peer each rank has in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hpcsgd import DSGD, Run
+from hpcsgd.data.streams import torch_stream
+
+pytestmark = pytest.mark.mpi
+
+EACH, FEATURES = 3, 8000  # too many numbers for what small messages are copied through
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_rank_may_have_another_turn(world_of: Any, shared: bool) -> None:
+    world = world_of(shared=shared)
+    model = torch.nn.Linear(FEATURES, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Run(model, optimizer, DSGD(topology="ring"), comm=world, virtual_nodes=EACH * world.size) as run:
+        own = {peer: torch.randn(FEATURES + 1, generator=torch_stream("own", peer)) for peer in run.peers}
+        for peer in run.each_peer():
+            with torch.no_grad():
+                model.weight.copy_(own[peer][:-1]), model.bias.copy_(own[peer][-1:])
+        everyone = torch.stack(
+            [torch.randn(FEATURES + 1, generator=torch_stream("own", p)) for p in range(EACH * world.size)]
+        )
+        expected = float((everyone - everyone.mean(0)).square().sum(1).mean().sqrt())
+        turn = world.rank % EACH
+        for index, _ in enumerate(run.each_peer()):
+            if index == turn:  # left early, the iteration leaves this peer in place
+                break
+        assert run.consensus_distance() == pytest.approx(expected, rel=1e-5)
+        for peer in run.each_peer():
+            assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), own[peer])

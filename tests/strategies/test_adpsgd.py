@@ -1,0 +1,247 @@
+"""AD-PSGD whose peers do not keep step: what it conserves, who waits for whom, how it ends."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, Run, topology
+from hpcsgd.collectives.pairwise import Pairwise
+from hpcsgd.strategies.pairs import Pairs
+
+FEATURES = 4
+
+
+def loader(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of a regression without noise, whose solution is the same for all ranks."""
+    rng = np.random.default_rng(rank)
+    xs = [torch.from_numpy(rng.standard_normal((8, FEATURES))) for _ in range(10)]
+    return [(x, x.sum(1, keepdim=True) + 1) for x in xs]
+
+
+class Job:
+    """A run, and all that its optimizer has added to the model of this rank."""
+
+    def __init__(self, world: Any, strategy: ADPSGD | None = None, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(FEATURES, 1, dtype=torch.float64)
+        optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.run = Run(self.model, optimizer, strategy or ADPSGD("star"), comm=world, **options)
+        self.start, self.added, self.taken = self.vector(), 0.0, 0
+        optimizer.register_step_pre_hook(lambda *_: self._add(-1))
+        optimizer.register_step_post_hook(lambda *_: self._add(1))
+
+    def vector(self) -> np.ndarray:
+        return np.concatenate([p.detach().flatten().numpy() for p in self.model.parameters()]).copy()
+
+    def _add(self, sign: int) -> None:
+        self.added = self.added + sign * self.vector()
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.run.zero_grad()
+        nn.functional.mse_loss(self.model(x), y).backward()
+        self.run.step()
+        self.taken += 1
+
+    def train(self, steps: int, pause: Callable[[], object] = lambda: None) -> None:
+        for x, y in self.run.batches(loader(self.run.world.rank), steps=steps):
+            pause()
+            self.step(x, y)
+
+    def assert_conserved(self) -> None:
+        """The sum of all models is what it was at the start and what the optimizers have added."""
+        everyone = self.run.world.gather((self.vector(), self.start + self.added))
+        now, expected = (sum(column) for column in zip(*everyone, strict=True))
+        np.testing.assert_allclose(now, expected, rtol=1e-12)
+
+
+@contextmanager
+def slow_service(world: Any, seed: int) -> Iterator[None]:
+    """Messages are handled at random times."""
+    rng = random.Random(seed)
+
+    def delay() -> bool:
+        time.sleep(rng.random() * 2e-3)
+        return False
+
+    world.progress.serve(delay)
+    try:
+        yield
+    finally:
+        world.progress.dismiss(delay)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("seed", range(3))
+def test_only_gradient_steps_change_the_sum_of_the_models(world: Any, seed: int) -> None:
+    rng = random.Random(f"{seed} {world.rank}")
+    job = Job(world, seed=seed)
+    with slow_service(world, rng.randrange(100)), job.run as run:
+        for steps in (20, 1, 15):
+            before = run.steps
+            job.train(steps, lambda: time.sleep(rng.random() * 2e-3))
+            assert world.gather(run.steps) == [before + steps] * world.size
+            job.assert_conserved()
+        assert sum(world.gather(job.taken)) >= 36 * world.size
+        moved = np.abs(job.vector() - job.start - job.added).max()
+        assert (max(world.gather(moved)) > 1e-9) == (world.size > 1)
+
+
+@pytest.mark.mpi
+def test_all_come_to_the_solution(world: Any) -> None:
+    job = Job(world)
+    with job.run as run:
+        for _ in range(20):  # on a busy machine a rank takes but few of the steps
+            job.train(100)
+            if max(world.gather(np.abs(job.vector() - 1).max())) < 1e-4:
+                break
+        else:
+            pytest.fail("no rank may be away from the solution")
+        assert run.consensus_distance() < 1e-3
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_slow_rank_slows_no_other(world: Any) -> None:
+    job = Job(world)
+    with job.run:
+        job.train(40, lambda: time.sleep(0.02 if world.rank == 0 else 0.002))
+        slow, *others = world.gather(job.taken)
+        assert 1 <= slow < min(others) / 3
+        job.assert_conserved()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_steps_go_on_while_a_rank_is_stopped(world: Any) -> None:
+    job, pids, times = Job(world), world.gather(os.getpid()), [time.monotonic()]
+    signals = [signal.SIGSTOP, signal.SIGCONT] if world.rank == 1 else []
+
+    def stop_rank_0_for_a_while() -> None:
+        time.sleep(0.002)
+        times.append(time.monotonic())
+        if signals and times[-1] - times[0] > 0.05 + 0.5 * (len(signals) == 1):
+            os.kill(pids[0], signals.pop(0))
+
+    with job.run:
+        try:
+            job.train(350, stop_rank_0_for_a_while)
+        finally:
+            if world.rank == 1:
+                os.kill(pids[0], signal.SIGCONT)
+        gaps = [(b - a, a, b) for a, b in pairwise(times)]
+        length, begin, end = world.gather(max(gaps))[0]
+        assert length > 0.4
+        meanwhile = world.gather(sum(begin < moment < end for moment in times))
+        assert min(meanwhile[1:]) > 20
+        job.assert_conserved()
+
+
+@pytest.mark.mpi
+def test_averaged_within_a_loop_has_nothing_under_way(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    show = Pairwise._show
+    # Requests leave long after they were wanted.
+    monkeypatch.setattr(Pairwise, "_show", lambda pairwise: (time.sleep(0.01), show(pairwise)))
+    job = Job(world)
+    with job.run as run:
+        for number, (x, y) in enumerate(loader(world.rank)):
+            if number % 4 == 3:
+                time.sleep(0.05)  # so that a new request begins with this step
+            job.step(x, y)
+            if number % 4 == 3:
+                distance = run.consensus_distance()
+                own = world.gather(job.vector())
+                np.testing.assert_allclose(distance, np.linalg.norm(own - np.mean(own, 0)) / world.size**0.5)
+                job.assert_conserved()
+                with run.averaged():
+                    np.testing.assert_allclose(job.vector(), np.mean(own, 0), rtol=1e-12)
+
+
+@pytest.mark.mpi
+def test_a_state_is_taken_back(world: Any) -> None:
+    first, second = Job(world), Job(world)
+    with first.run, second.run:
+        first.train(12)
+        state, vector = copy.deepcopy(first.run.state_dict()), first.vector()
+        second.train(3)
+        second.run.load_state_dict(state)
+        np.testing.assert_array_equal(second.vector(), vector)
+        second.start, second.added = vector, 0.0
+        second.train(8)
+        assert second.run.steps == 20
+        second.assert_conserved()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("layout", [(0, True), (1, True), (0, False)], ids=str)
+def test_bytes_are_two_models_and_words_a_pair(
+    world_of: Callable[..., Any], layout: tuple[int, bool]
+) -> None:
+    world = world_of(*layout)
+    job, before = Job(world), world.traffic.sent
+    with job.run as run:
+        job.train(20)
+        word = 8 * (world.size + 1)
+        model = run.strategy.parameters.group.nbytes
+        sent = sum(world.gather(world.traffic.sent - before)) - 2 * (world.size - 1) * word
+        pairs, rest = divmod(sent, 2 * (model + word))
+        assert rest == 0 and (pairs > 0) == (world.size > 1)
+        active = len(Pairs(topology.build("star", world.size)).active)
+        assert pairs <= max(world.gather(job.taken)) * active
+
+
+def test_one_rank_is_plain_training(alone: Any) -> None:
+    plain, job = nn.Linear(FEATURES, 1, dtype=torch.float64), Job(alone)
+    plain.load_state_dict(job.model.state_dict())
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    with job.run as run:
+        job.train(10)
+        for x, y in loader(0):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(plain(x), y).backward()
+            optimizer.step()
+        assert run.steps == 10 and torch.equal(plain.weight, job.model.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("ring", 2), ("ring", 6), ("star", 5), ("hypercube", 8), ("ring", 1)]
+)
+def test_every_pair_has_one_who_asks(name: str, size: int) -> None:
+    graph = topology.build(name, size)
+    pairs = Pairs(graph)
+    assert all((a in pairs.active) != (b in pairs.active) for a, b in graph.edges())
+    for step in range(5):
+        drawn = pairs.drawn(3, step)
+        assert sorted(asks for asks, _ in drawn) == (pairs.active if size > 1 else [])
+        assert all(answers in pairs.neighbours[asks] for asks, answers in drawn)
+    assert size < 6 or len({tuple(pairs.drawn(3, step)) for step in range(9)}) > 1
+
+
+@pytest.mark.parametrize(("name", "size"), [("ring", 5), ("complete", 3), ("one-peer-exponential", 4)])
+def test_a_graph_without_two_halves_is_refused(name: str, size: int) -> None:
+    with pytest.raises(BadOption, match="bipartite"):
+        Pairs(topology.build(name, size))
+
+
+@pytest.mark.mpi
+def test_what_it_cannot_do_is_refused(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadOption, match="schedule=drawn"):
+        Job(world, virtual_nodes=2 * world.size)
+    with pytest.raises(BadOption, match="cannot compress"):
+        Job(world, compress=BF16())
+    with pytest.raises(BadOption, match="use one of: drawn, free"):
+        ADPSGD(schedule="sometimes")  # type: ignore[arg-type]
+    if world.size > 1:
+        monkeypatch.setattr(world.progress, "threaded", False)
+        with pytest.raises(HpcsgdError, match="MPI_THREAD_MULTIPLE"):
+            Job(world)

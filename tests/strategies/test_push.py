@@ -1,0 +1,53 @@
+"""The weights of push-sum, and the mean that SGP keeps whatever the weights are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpcsgd import SGP, Run, topology
+from hpcsgd.strategies.weights import Weights
+
+SPECS = ("ring", "star", "exponential", "one-peer-exponential", "base", "random-regular:degree=3", "torus")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 8, 49])
+@pytest.mark.parametrize("name", ["ring", "exponential", "one-peer-exponential", "complete"])
+def test_where_all_push_and_receive_alike_the_weights_stay_exactly_one(name: str, size: int) -> None:
+    weights = Weights(topology.build(name, size))
+    for step in range(50):
+        weights.push(step)
+        assert np.all(weights.here == 1) and not np.any(weights.away)
+
+
+@pytest.mark.parametrize("delay", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_weights_add_up_to_the_number_of_peers(name: str, delay: bool) -> None:
+    weights = Weights(topology.build(name, 8))
+    for step in range(50):
+        (weights.push_with_delay if delay else weights.push)(step)
+        assert np.all(weights.here > 0) and np.all(weights.away >= -1e-15)
+        np.testing.assert_allclose(weights.here.sum() + weights.away.sum(), 8, rtol=1e-14)
+    assert np.any(weights.away > 0) == delay
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("name", ["star", "one-peer-exponential"])
+def test_without_steps_all_models_become_the_mean(world: Any, name: str, overlap: bool) -> None:
+    model = nn.Linear(3, 1, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    with Run(model, optimizer, SGP(name, overlap), comm=world) as run:
+        start = model.weight.detach().clone()
+        for step in range(80):
+            for parameter in model.parameters():
+                # A step of size 1 away from the common start, then none.
+                parameter.grad = torch.full_like(parameter, -world.rank if step == 0 else 0.0)
+            run.step()
+        mean = (world.size - 1) / 2
+        np.testing.assert_allclose((model.weight.detach() - start).numpy(), mean, atol=1e-6)
+        assert run.consensus_distance() < 1e-6

@@ -1,0 +1,66 @@
+"""Delays: reproducible draws from the distributions that are promised."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from hpcsgd import BadOption, delays
+
+SPECS = ["none", "constant:seconds=2", "slow:peer=1+factor=3", "exponential:seed=4", "pareto:shape=3,base=1"]
+
+
+def sample(spec: str, peers: int = 3, numbers: int = 700) -> np.ndarray:
+    draw = delays.build(spec).draw
+    return np.array([[draw(peer, number) for number in range(numbers)] for peer in range(peers)])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_draw_depends_on_peer_and_number_alone(spec: str) -> None:
+    found = sample(spec, numbers=20)
+    other = delays.build(spec)
+    for peer, number in reversed(list(np.ndindex(found.shape))):
+        assert other.draw(peer, number) == found[peer, number]
+
+
+def test_all_alike() -> None:
+    assert np.all(sample("none", numbers=5) == 0) and np.all(sample("constant:seconds=2", numbers=5) == 2)
+
+
+def test_one_peer_is_slower() -> None:
+    assert sample("slow:peer=1+factor=3+seconds=0.5", numbers=2).tolist() == [[0.5] * 2, [1.5] * 2, [0.5] * 2]
+
+
+@pytest.mark.parametrize(
+    ("spec", "below"),
+    [
+        ("exponential:mean=2+base=1", lambda t: 1 - math.exp(-max(0, t - 1) / 2)),
+        ("pareto:shape=1.5+scale=2+base=1", lambda t: 1 - (2 / max(2, t - 1)) ** 1.5),
+    ],
+)
+def test_the_distribution_is_the_one_promised(spec: str, below: object) -> None:
+    found = np.sort(sample(spec).ravel())
+    expected = np.array([below(t) for t in found])  # type: ignore[operator]
+    # Kolmogorov and Smirnov: above 1.95 / sqrt(n) once in a thousand; the draws never change.
+    assert np.abs(expected - np.arange(len(found)) / len(found)).max() < 1.95 / math.sqrt(len(found))
+
+
+@pytest.mark.parametrize("name", ["exponential", "pareto"])
+def test_peers_gradients_and_seeds_are_independent(name: str) -> None:
+    found = sample(name, numbers=500)
+    ranks = found.argsort(axis=1).argsort(axis=1)
+    assert np.all(np.abs(np.corrcoef(ranks)[np.triu_indices(3, 1)]) < 0.2)
+    assert len(np.unique(found)) == found.size
+    assert not np.any(sample(f"{name}:seed=1", numbers=500) == found)
+
+
+WRONG = ["constant:seconds=-1", "slow:factor=-1", "exponential:mean=-1", "exponential:seed=-1"]
+WRONG += ["pareto:shape=0", "pareto:scale=inf", "never", "none:seconds=1"]
+
+
+@pytest.mark.parametrize("spec", WRONG)
+def test_what_is_no_delay_is_refused(spec: str) -> None:
+    with pytest.raises(BadOption):
+        delays.build(spec)
