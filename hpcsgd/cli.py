@@ -200,7 +200,7 @@ def compress(schemes: str | None, elements: str | None, data: str, **options: An
     from hpcsgd.bench.compress import main as measure
 
     kinds = ["gaussian", "resnet18"] if data == "both" else [data]
-    given = SCHEMES if schemes is None else _listed(schemes)
+    given = list(SCHEMES) if schemes is None else _listed(schemes)
     measure(given, None if elements is None else _number(elements), kinds, **options)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from families import SPECS, made, over_sizes
+from launch import run_alone
 
 from hpcsgd.cli import cli
 from hpcsgd.errors import BadOption, HpcsgdError
@@ -123,14 +122,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_it_needs_neither_mpi_nor_torch_nor_matplotlib(tmp_path: Path) -> None:
     code = """
-import sys
+import os, sys
+os.chdir({folder!r})
 for name in ("mpi4py", "torch", "matplotlib"):
     sys.modules[name] = None
 from hpcsgd.cli import main
-sys.argv = ["hpcsgd", "topology", *sys.argv[1:]]
+sys.argv = ["hpcsgd", "topology", *{words!r}]
 main()
 """
     for words, code_of_exit, text in [([], 0, "ring"), (["ring", "--png", "r.png"], 2, "[report]")]:
-        command = [sys.executable, "-c", code, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=tmp_path)
+        done = run_alone(code.format(folder=str(tmp_path), words=words))
         assert done.returncode == code_of_exit and text in done.stdout + done.stderr, done
