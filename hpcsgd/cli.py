@@ -216,6 +216,7 @@ def compress(schemes: str | None, elements: str | None, data: str, **options: An
 @click.option("--optimizer", default="adam", show_default=True, help="As for train.")
 @click.option("--learning-rate", default=0.005, show_default=True, help="Of all methods, constant.")
 @click.option("--data", default="digits", show_default=True, help="As for train.")
+@click.option("--alpha", type=float, help="As for train. Default: IID.")
 @click.option("--out", default="straggler", show_default=True, help="Folder of runs, CSV and PNG.")
 def straggler(methods: str | None, delays: str, **options: Any) -> None:
     """Simulated stragglers: time per iteration and time to a target accuracy of each method."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class Transport:
         self._waiter = waiter
         self._traffic = traffic
         self._twins: list[Transport] = []
+        #: A number for each who shares the communicator and must tell its messages from the others'.
+        self.users = count()
         #: Called while a wait goes on; does a little work and says whether there was any.
         self.meanwhile: Callable[[], bool] | None = None
 

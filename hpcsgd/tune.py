@@ -69,7 +69,7 @@ def tune(settings: Settings, search_epochs: float | None = None, go_on: bool = F
         search = world.together(lambda: Search(named, world))
         folder = search.execute()
         best = choose(search.curve)
-        if world.rank == 0 and settings.progress != "off":
+        if world.rank == 0:
             _show(search.curve, best, folder)
     if go_on:
         train(replace(settings, strategy=_spec(options, str(best)), name=_named(settings.name, best)))

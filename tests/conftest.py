@@ -51,8 +51,14 @@ class Ranks:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         # On every rank in the same order: those of all ranks first. The others are dealt like cards, so that
         # each rank gets as many of a slow file; each begins elsewhere, lest all are in that file at once.
+        # A file marked `together` is one card: what it prepares is dear.
         common = [item for item in items if is_mpi(item)]
-        own = [item for item in items if not is_mpi(item)][self.rank :: self.size]
+        cards: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            if not is_mpi(item):
+                together = item.get_closest_marker("together")
+                cards.setdefault(str(item.path) if together else item.nodeid, []).append(item)
+        own = [item for card in list(cards.values())[self.rank :: self.size] for item in card]
         first = self.rank * len(own) // self.size
         items[:] = [*common, *own[first:], *own[:first]]
 

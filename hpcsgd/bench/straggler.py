@@ -43,6 +43,7 @@ def main(
     optimizer: str = "adam",
     learning_rate: float = 0.005,
     data: str = "digits",
+    alpha: float | None = None,
     out: str | Path = "straggler",
 ) -> None:
     """Train with each method under each delay on the ranks of this job; rank 0 prints the tables.
@@ -65,7 +66,7 @@ def main(
         Runs of each, at least 1. Default 3.
     target
         Test accuracy, from 0 to 1. Default 0.9.
-    epochs, evaluate_every, optimizer, learning_rate, data
+    epochs, evaluate_every, optimizer, learning_rate, data, alpha
         As of `hpcsgd train`; the learning rate is constant. All ranks meet before an evaluation, also those
         of methods that else wait for nobody, which counts as time: evaluate seldom.
     out
@@ -84,6 +85,7 @@ def main(
     common = validate(
         Settings(
             data=data,
+            alpha=alpha,
             epochs=epochs,
             evaluate_every=evaluate_every,
             checkpoint_every=0.0,
@@ -100,7 +102,8 @@ def main(
         done = carry_out(world, out, plan)
         if world.rank == 0:
             trials = [Trial(*one, finished) for one, finished in zip(asked, done, strict=True)]
-            study = Study(trials, target, f"{data}, {output.layout(world)}, topology {topology}")
+            skew = f", Dirichlet({alpha:g})" if alpha is not None else ""
+            study = Study(trials, target, f"{data}{skew}, {output.layout(world)}, topology {topology}")
             study.show()
             output.write_csv(out / "straggler.csv", study.rows(output.facts(world)))
             print(out / "straggler.csv", study.plot(out), sep="\n", flush=True)

@@ -118,48 +118,50 @@ class ByMessages:
         As for `Rounds`, which rank 0 keeps.
     """
 
-    _made = 0
-
     def __init__(self, world: World, edges: Edges, backups: int | None) -> None:
         self._world, self._net = world, world.all.twin(_TWIN)
         # Messages of two runs in one world must not be taken for each other's.
-        made = 1 + max(world.gather(ByMessages._made, "the start of an agreement"))
-        ByMessages._made = made
-        self._question_tag, self._answer_tag = (2 * made + kind for kind in range(2))
-        self._question = np.zeros(2, np.int32)
+        number = next(self._net.users)
+        self._question_tag, self._answer_tag = (
+            (2 * number + kind) % (self._net.tag_limit - 1) for kind in (0, 1)
+        )
+        #: On rank 0: what each rank asks next, and where that arrives. One for each, for MPICH 5.0 has lost
+        #: messages to a receive from any source where one of them was the rank's own.
+        self._questions: list[tuple[Any, np.ndarray]] = []
         self._answer = np.zeros(2 + world.size + len(edges), np.int32)
         self._answers: list[tuple[Any, np.ndarray]] = []
         #: Those that decide, on rank 0, and what this rank was last told of them.
         self._rounds, self._mirror = (Rounds(world.size, edges, backups) for _ in range(2))
         if world.rank == 0:
-            self._listen()
+            self._questions = [self._listen(rank) for rank in range(world.size)]
             world.progress.serve(self._serve)
 
     def join(self, end: int) -> tuple[int, list[int]] | None:
-        net, rank = self._net, self._world.rank
+        net = self._net
         answer = net.comm.Irecv(self._answer, 0, self._answer_tag)
-        question = np.array([rank, end], np.int32)
+        question = np.array([end], np.int32)
         net.wait(net.comm.Isend(question, 0, self._question_tag), WHAT, 0)
         net.wait(answer, WHAT, 0)
         (entered, iteration), members, unused = np.split(self._answer, [2, 2 + self._world.size])
         self._mirror.begin(int(iteration), np.flatnonzero(unused).tolist())
         return None if entered < 0 else (int(entered), np.flatnonzero(members).tolist())
 
-    def _listen(self) -> None:
-        self._incoming = self._net.comm.Irecv(self._question, tag=self._question_tag)
+    def _listen(self, rank: int) -> tuple[Any, np.ndarray]:
+        question = np.zeros(1, np.int32)
+        return self._net.comm.Irecv(question, rank, self._question_tag), question
 
     def _serve(self) -> bool:
         """Answer whoever can be answered."""
         busy = False
-        while self._incoming.Test():
-            rank, end = self._question.tolist()
-            self._listen()
-            entered = self._rounds.announce([rank], end)
+        for rank, (request, question) in enumerate(self._questions):
+            if not request.Test():
+                continue
+            busy, self._questions[rank] = True, self._listen(rank)
+            entered = self._rounds.announce([rank], int(question[0]))
             if entered is None:
                 self._tell(-1, [rank])
             elif self._rounds.iteration > entered:
                 self._tell(entered, self._rounds.members(rank))
-            busy = True
         if self._answers:
             self._answers = [entry for entry in self._answers if not entry[0].Test()]
         return busy
@@ -186,5 +188,6 @@ class ByMessages:
             self._world.progress.dismiss(self._serve)
             for request, _ in self._answers:
                 self._net.wait(request, WHAT)
-            self._incoming.Cancel()
-            self._net.wait(self._incoming, WHAT)
+            for request, _ in self._questions:
+                request.Cancel()
+                self._net.wait(request, WHAT)

@@ -27,6 +27,7 @@ Terms = Sequence[tuple[int, float]]
 _CHUNK = 64 * 1024  # elements that are added up at a time, in the second-level cache
 _MESSAGE_BYTES = 2**30
 _LOOK_AT_MESSAGES = 200  # microseconds
+_EXCHANGES = 16  # whose messages are told apart in one world
 
 
 class Exchange:
@@ -66,7 +67,8 @@ class Exchange:
         self._next = [0] * peers.each
         self._sending: dict[tuple[int, int], list[tuple[Any, int]]] = {}
         self._inboxes: dict[int, Tensor] = {}
-        self._tags = max(2, self._net.tag_limit // peers.each**2)
+        self._number = next(self._net.users) % _EXCHANGES
+        self._tags = max(2, self._net.tag_limit // (_EXCHANGES * peers.each**2))
 
     def show(self, peer: int, version: int, readers: Sequence[int]) -> None:
         """Let `readers`, each of which averages it once, see the model that a peer of this rank has now.
@@ -220,7 +222,8 @@ class Exchange:
 
     def _tag(self, source: int, reader: int, version: int) -> int:
         each = self.peers.each
-        return (version % self._tags * each + self.peers.index(source)) * each + self.peers.index(reader)
+        pair = (version % self._tags * each + self.peers.index(source)) * each + self.peers.index(reader)
+        return pair * _EXCHANGES + self._number
 
     def _bytes(self, row: int, index: int, slot: int) -> Tensor:
         first = (index * self._kernel.SLOTS + slot) * self.nbytes

@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -25,8 +24,6 @@ from hpcsgd.world import World
 
 _TWIN = 8
 _WORD, _MODEL = 0, 1  # tags: step counts and what follows them; a model
-#: How many have been made in a world: each has tags of its own.
-_made: WeakKeyDictionary[World, int] = WeakKeyDictionary()
 _NEWS, _MODEL_FOLLOWS = 0, 1
 
 
@@ -72,8 +69,7 @@ class Pairwise:
             )
         self._world, self._group, self._neighbours, self._active = world, group, list(neighbours), active
         self._net = world.all.twin(_TWIN)
-        number = _made[world] = _made.get(world, -1) + 1
-        self._tag = 2 * number % (self._net.tag_limit - 1)
+        self._tag = 2 * next(self._net.users) % (self._net.tag_limit - 1)
         self._rng = np.random.default_rng([seed, world.rank])
         self.counts = np.zeros(world.size, np.int64)
         # The compute thread takes this for one pass over the model, never across a forward or backward.
