@@ -40,6 +40,31 @@ with World(device="cpu") as world:
             print(json.dumps(other), flush=True)
 """
 
+GOSSIP = """
+import torch
+from torch import nn
+from hpcsgd import ADPSGD, DSGD, SGP, BackupWorkers, Run, Teleportation, World
+
+with World(device="cpu", timeout=30) as world:
+    torch.manual_seed(0)
+    x = torch.randn(64, 300)
+    y = x[:, :1] + 0.1 * world.rank
+    by_time = [ADPSGD(), BackupWorkers(), BackupWorkers(backups=1)]
+    for method in [DSGD("ring"), SGP(overlap=True), *by_time, Teleportation(2)]:
+        model = nn.Sequential(nn.Linear(300, 600), nn.Linear(600, 1))  # too large for an eager message
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.5)
+        with Run(model, optimizer, method, comm=world) as run:
+            for _ in range(2):
+                for a, b in run.batches([(x, y)] * 15, steps=15):
+                    run.zero_grad()
+                    nn.functional.mse_loss(model(a), b).backward()
+                    run.step()
+                with run.averaged():
+                    loss = float(nn.functional.mse_loss(model(x), x[:, :1] + 0.15))
+        if world.rank == 0:
+            print(type(method).__name__, run.steps, loss, flush=True)
+"""
+
 
 def start(*options: str, program: list[str]) -> subprocess.Popen[str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
@@ -76,6 +101,18 @@ def test_two_hosts_of_two_ranks(tmp_path: Path) -> None:
     # 2 MiB over each link of 100 Mbit/s, less the burst that the token bucket lets through.
     assert min(seconds for *_, seconds in ranks) > 0.12, "the link was not used"
     assert left_over(names.pop()) == ""
+
+
+@pytest.mark.timeout(120)
+def test_gossip_between_hosts_comes_to_its_end(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(GOSSIP)
+    job = start("--hosts", "4", "--rate", "1gbit", program=[sys.executable, str(script)])
+    output, errors = job.communicate(timeout=110)
+    assert job.returncode == 0, errors
+    lines = [line.split() for line in output.splitlines()]
+    assert [name for name, *_ in lines] == ["DSGD", "SGP", "ADPSGD", *["BackupWorkers"] * 2, "Teleportation"]
+    assert all(steps == "30" and float(loss) < 0.2 for _, steps, loss in lines), output
 
 
 def test_an_exit_status_is_handed_on() -> None:
