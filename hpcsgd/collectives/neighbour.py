@@ -177,8 +177,8 @@ class Exchange:
         return False
 
     def settle(self) -> None:
-        """Let the messages leave that `show` has begun, while the compute thread goes on."""
-        if any(self._sending.values()):
+        """Let the messages leave that jobs so far `show`, while the compute thread goes on."""
+        if self.sends:
             self.world.progress.submit("messages to neighbours", self._sent)
 
     def _sent(self) -> None:

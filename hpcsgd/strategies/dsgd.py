@@ -45,7 +45,7 @@ class DSGD(Gossip):
             self._ahead = self._begin(setting.step + 1)
         else:
             self._begin(setting.step).wait()
-            self._exchange.settle()
+        self._exchange.settle()
 
     def _begin(self, step: int) -> Work:
         return self._submit("averaging with neighbours", step, self._average)

@@ -101,6 +101,7 @@ class Drawn:
                 for bucket, change in self._each_bucket():
                     bucket.flat.add_(change.flat)
             self._ahead = self._begin(setting.step + 1)
+            self._exchange.settle()
 
     def settle(self) -> None:
         """Nothing is ever half done between steps."""

@@ -179,7 +179,7 @@ def test_a_rank_that_is_stopped_for_a_while(world_of: Callable[..., Any], layout
         times.append(time.monotonic())
         if signals and number == 10:
             os.kill(pids[victim], signals.pop(0))
-            time.sleep(0.3)
+            time.sleep(1.2)
             os.kill(pids[victim], signals.pop(0))
 
     with job.run:
