@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpcsgd import compress, data, delays, generators, models, specs
+from hpcsgd import compress, data, delays, folder, generators, models, specs
 from hpcsgd.checkpoint import Checkpoints
 from hpcsgd.data.contract import Source
-from hpcsgd.display import Display
 from hpcsgd.errors import BadOption
-from hpcsgd.metrics import Counters, Meter, Recorder, Sums, spent
+from hpcsgd.journal import Journal
+from hpcsgd.metrics import Counters, Meter, Sums
 from hpcsgd.optim import OPTIMIZERS, course
 from hpcsgd.peers import Peers
 from hpcsgd.run import Run
-from hpcsgd.settings import Settings, default_model, resumed, to_toml
+from hpcsgd.settings import Settings, default_model, resumed
+from hpcsgd.signals import Signals
 from hpcsgd.strategies import STRATEGIES
 from hpcsgd.world import World
 
 _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _EVALUATION_BATCH = 256
-#: Settings whose change would make the checkpoint's state, or its position in the data, another's.
-_FIXED_FOR_A_RUN = (
-    *("data", "strategy", "virtual_nodes", "compress", "optimizer"),
-    *("batch", "accumulate", "alpha", "seed"),
-)
 
 
 def train(settings: Settings) -> Path:
@@ -92,6 +88,7 @@ class Training:
         self.step = self.epoch = self.batch = self.passes = 0
         self.sums = Sums()
         self.logged = Counters()
+        self.signals = Signals()
         self.signal: int | None = None
 
     def _loader(self, peer: int) -> data.Loader:
@@ -125,18 +122,19 @@ class Training:
         )
         torch.set_num_threads(settings.threads or world.threads)
         self._plan()
-        self.folder = Path(world.gather(str(_folder(settings)))[0])
+        self.folder = Path(world.gather(str(folder.path_of(settings)))[0])
         self.checkpoints = Checkpoints(self.folder / "checkpoints", world.rank, world.size, world.gather)
-        before = self._resume() if settings.resume else self._begin()
-        world.together(self._open_files)
+        before = self._resume() if settings.resume else world.together(self._begin)
+        self.journal = world.together(self._open_journal)
         # From here on dropout and the like differ from peer to peer.
         if not settings.resume:
             for peer in self.run.each_peer():
                 generators.seed(settings.seed + 1 + peer)
         self.meter = Meter(world, before)
-        with self._signals(), closing(self.display):
+        with self.signals.noted(), closing(self.journal):
             self._train()
             self._finish()
+        self.run.close()
         return self.folder
 
     def _plan(self) -> None:
@@ -156,26 +154,14 @@ class Training:
         return max(1, round(epochs * self.steps_per_epoch)) if epochs else self.total + 1
 
     def _begin(self) -> Counters:
-        self.world.together(self._make_folder)
+        about: dict[str, object] = {"ranks": self.world.size, "nodes": self.world.nodes}
+        if self.world.rank == 0:
+            folder.make(self.folder, self.settings, about)
         return Counters()
-
-    def _make_folder(self) -> None:
-        if self.world.rank != 0:
-            return
-        try:
-            self.folder.mkdir(parents=True)
-        except FileExistsError:
-            raise BadOption(
-                f"{self.folder} exists",
-                do=f"choose another --name, or go on with it: --resume {self.folder}",
-            ) from None
-        about = {"ranks": self.world.size, "nodes": self.world.nodes}
-        named = replace(self.settings, out=str(self.folder.parent), name=self.folder.name)
-        (self.folder / "config.toml").write_text(to_toml(named, about))
 
     def _resume(self) -> Counters:
         state, meta = self.checkpoints.load(resumed(self.settings.resume)[1])
-        _check_unchanged(self.settings, meta["settings"])
+        folder.check_unchanged(self.settings, meta["settings"])
         # All ranks alike fail to put it into a model or an optimizer of another kind.
         self.world.together(lambda: self.run.load_state_dict(state["run"]))
         self.scaler.load_state_dict(state["scaler"])
@@ -209,13 +195,11 @@ class Training:
             "spent": asdict(self.meter.read()),
         }
 
-    def _open_files(self) -> None:
-        self.recorder: Recorder | None = None
-        self.display = Display("off", self.total, self.step, self.settings.epochs)
-        if self.world.rank == 0:
-            self.recorder = Recorder(self.folder, self.step)
-            self.display = Display(self.settings.progress, self.total, self.step, self.settings.epochs)
-            self.display.say(self._headline())
+    def _open_journal(self) -> Journal:
+        length = (self.total, self.settings.epochs, self.steps_per_epoch)
+        journal = Journal(self.folder, self.world.rank, self.step, *length, self.settings.progress)
+        journal.say(self._headline())
+        return journal
 
     def _headline(self) -> str:
         world, count = self.world, sum(p.numel() for p in self.model.parameters())
@@ -336,54 +320,22 @@ class Training:
     def _exchange(self, logging: bool) -> None:
         """Tell each other signals, and what is to be logged."""
         counters = self.meter.read()
-        told = self.world.gather((self._caught, counters, self.sums), "the exchange of metrics")
+        told = self.world.gather((self.signals.caught, counters, self.sums), "the exchange of metrics")
         self.signal = next((caught for caught, _, _ in told if caught is not None), None)
         longest = max(counters.seconds for _, counters, _ in told) / self.step
         self.next_vote = self.step + max(1, round(_VOTE_EVERY / longest))
         if logging:
             total = sum((sums for _, _, sums in told), Sums())
-            self._log([counters for _, counters, _ in told], total)
+            spent = [counters for _, counters, _ in told]
+            self.journal.train(self.step, spent, total, self.logged, self._learning_rate())
             self.sums, self.logged = Sums(), counters
-
-    def _log(self, counters: list[Counters], total: Sums) -> None:
-        seconds = counters[0].seconds - self.logged.seconds
-        record = {
-            "event": "train",
-            **self._where(counters),
-            "loss": total.mean_loss,
-            "accuracy": total.accuracy,
-            "samples_per_second": round(total.samples / seconds, 1),
-            "learning_rate": self._learning_rate(),
-            **spent(counters),
-        }
-        if self.recorder is not None:
-            self.recorder.write(record)
-        self.display.train(record)
-
-    def _where(self, counters: list[Counters]) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "epoch": round(self.step / self.steps_per_epoch, 6),
-            "time": round(counters[0].seconds, 6),
-        }
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Loss and accuracy of the consensus model, each test sample counted once."""
         counters: list[Counters] = self.world.gather(self.meter.read())
         distance = self.run.consensus_distance()
-        total = self._measure(self.data.test, self.shard)
-        record = {
-            "event": "test",
-            **self._where(counters),
-            "loss": total.mean_loss,
-            "accuracy": total.accuracy,
-            "consensus_distance": distance,
-            **spent(counters),
-        }
-        if self.recorder is not None:
-            self.recorder.write(record)
-        self.display.test(record)
+        self.journal.test(self.step, counters, self._measure(self.data.test, self.shard), distance)
 
     def _measure(self, source: Source, shard: Tensor) -> Sums:
         """Of the consensus model over a source's samples, of which this rank takes those of its shard."""
@@ -396,43 +348,12 @@ class Training:
         self.model.train()
         return sum(self.world.gather(sums), Sums())
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGTERM and SIGUSR1; the ranks agree on the step at which they heed them."""
-        self._caught: int | None = None
-
-        def note(number: int, _: object) -> None:
-            self._caught = number
-
-        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _finish(self) -> None:
         if self.signal is not None and self.step < self.total:
             name = signal.Signals(self.signal).name
-            self.display.say(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
+            self.journal.say(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
         else:
-            self.display.say(f"done; hpcsgd report {self.folder}")
-        if self.recorder is not None:
-            self.recorder.close()
-        self.run.close()
-
-
-def _check_unchanged(settings: Settings, before: dict[str, Any]) -> None:
-    for name in _FIXED_FOR_A_RUN:
-        value = getattr(settings, name)
-        if value != before.get(name, value):
-            raise BadOption(
-                f"a run cannot go on with another {name}",
-                expected=before[name],
-                got=value,
-                do=f"leave out --{name}, or start a new run",
-                everywhere=True,
-            )
+            self.journal.say(f"done; hpcsgd report {self.folder}")
 
 
 def _check_delays(settings: Settings, peers: Peers) -> None:
@@ -443,14 +364,6 @@ def _check_delays(settings: Settings, peers: Peers) -> None:
             do=f"use virtual time: --strategy backup:delays={settings.delays.replace(',', '+')}",
             everywhere=True,
         )
-
-
-def _folder(settings: Settings) -> Path:
-    if settings.resume:
-        return resumed(settings.resume)[0]
-    schemes = [settings.strategy, *([] if settings.compress == "none" else [settings.compress])]
-    method = "-".join(specs.parse(scheme)[0] for scheme in schemes)
-    return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}")
 
 
 @contextmanager

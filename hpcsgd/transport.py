@@ -82,7 +82,9 @@ class Transport:
         """Tags are below this."""
         from mpi4py import MPI
 
-        return int(self.comm.Get_attr(MPI.TAG_UB)) + 1
+        # An attribute of that communicator alone, in Open MPI.
+        highest: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+        return int(highest) + 1
 
     def isend(self, buffer: Buffer, dest: int, tag: int = 0) -> Any:
         """Start to send; the buffer must stay unchanged until the request is complete."""

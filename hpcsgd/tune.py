@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -111,9 +111,7 @@ class Search(Training):
             test = self._measure(self.data.test, self.shard)
             point = Point(active, self.step, own, test.mean_loss, test.accuracy)
             self.curve.append(point)
-            if self.recorder is not None:
-                record: dict[str, Any] = {"event": "tune", **self._where(counters), **point.__dict__}
-                self.recorder.write(record)
+            self.journal.write("tune", self.step, counters, point.__dict__)
 
 
 def _options(settings: Settings) -> dict[str, str]:

@@ -17,7 +17,7 @@ FLOORS = [
     {"collectives"},
     {"strategies", "server"},
     {"batches", "turns", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
-    | {"optim", "display", "generators"},
+    | {"optim", "display", "generators", "journal", "signals", "folder"},
     {"cli", "train", "tune", "bench", "report", "__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -48,7 +48,7 @@ if launcher.rank() == 0:
 def test_a_study_of_real_runs(tmp_path: Path) -> None:
     words = f"--methods {RING};{TELEPORT} --nodes 4,8 --active 4=1,8=2 --seeds 1 --steps {STEPS} --batch 4"
     words += f" --learning-rate dsgd=0.1,teleport=0.05 --data synthetic:samples=128 --out {tmp_path}"
-    job = launch(CLI + STOPPED, 2, "bench", "scale", *words.split(), timeout=120)
+    job = launch(CLI + STOPPED, 1, "bench", "scale", *words.split(), timeout=120)
     assert job.returncode == 0 and not job.left and not job.files, job
     assert f"again: warm-up 8-0-{RING} warm-up 8-0-{TELEPORT}\n" in job.stdout, job
     runs = [f"{nodes}-0-{method}" for nodes in (4, 8) for method in (RING, TELEPORT)]

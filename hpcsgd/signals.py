@@ -1,0 +1,34 @@
+"""Signals that ask a run to stop: noted when they come, heeded when all ranks agree to."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Signals:
+    """Notes SIGTERM and SIGUSR1 while it is in place.
+
+    Attributes
+    ----------
+    caught
+        The last one that this process was sent, or None.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside, they end nothing."""
+
+        def note(number: int, _: object) -> None:
+            self.caught = number
+
+        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
