@@ -157,11 +157,14 @@ class World:
                 for dtype in map(np.dtype, (np.float32, np.float64)):
                     if slots is not None:
                         self._slots[turn, dtype] = slots.rows.view(dtype)
-            # One rank compiles, the others then find the result in the cache.
-            for turn in (self.local_rank == 0, self.local_rank != 0):
-                if turn:
-                    reduce.warm_up()
-                self.node_transport.barrier("the compilation of kernels")
+            self.compile(reduce.warm_up)
+
+    def compile(self, warm_up: Callable[[], None]) -> None:
+        """Let one rank of each node compile kernels, which the others then find in the cache; collective."""
+        for turn in (self.local_rank == 0, self.local_rank != 0):
+            if turn:
+                warm_up()
+            self.node_transport.barrier("the compilation of kernels")
 
     def _share_cores(self) -> None:
         """How many threads this rank may compute with, given who else runs on its cores."""

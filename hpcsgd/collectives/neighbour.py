@@ -50,6 +50,7 @@ class Exchange:
 
         self.peers, self._groups, self._kernel = peers, groups, slots
         self.world = world = peers.world
+        world.compile(self._warm_up)
         self._net = world.all.twin(2 + channel)
         self.nbytes = groups[0].nbytes
         self._row_bytes = max(64, peers.each * slots.SLOTS * self.nbytes)
@@ -69,6 +70,16 @@ class Exchange:
         self._inboxes: dict[int, Tensor] = {}
         self._number = next(self._net.users) % _EXCHANGES
         self._tags = max(2, self._net.tag_limit // (_EXCHANGES * peers.each**2))
+
+    def _warm_up(self) -> None:
+        slots, flags = self._kernel, np.zeros(self._kernel.flags_size(1) // 4, np.int32)
+        slots.publish(flags, 0, 0, 1, 1)
+        slots.find(flags, 0, 1, 0, 0)
+        slots.release(flags, 0, 0)
+        slots.wait_until_free(flags, 0, 0, 0, 0)
+        slots.holds(flags, 0, 0, 1)
+        for dtype in {bucket.host.dtype for bucket in self._groups[0]}:
+            combine(torch.zeros(1, dtype=dtype), [(torch.zeros(1, dtype=dtype), 1.0)])
 
     def show(self, peer: int, version: int, readers: Sequence[int]) -> None:
         """Let `readers`, each of which averages it once, see the model that a peer of this rank has now.
