@@ -171,7 +171,7 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_nvcc_takes_the_sources(tmp_path: Path, file: str, architecture: str) -> None:
     code = tmp_path / f"{file}.cu"
     code.write_text(cuda.source(file))
-    # A quarter of the time of full optimisation, whose own warnings, of spilled registers say, it cannot give.
+    # A quarter of the time of full optimisation, whose own warnings (spilled registers) it cannot give.
     quickly = ("-Xcicc", "-O1", "-Xptxas", "-O0")
     options = (*cuda.OPTIONS, f"-arch={architecture}", "-cubin", "-Werror", "all-warnings", *quickly)
     subprocess.run(["nvcc", *options, "-o", tmp_path / "cubin", code], check=True)
