@@ -55,7 +55,7 @@ class ADPSGD(OwnModels):
 
     def attach(self, setting: Setting) -> None:
         setting.refuse("AD-PSGD", compression=True)
-        pairs = Pairs(build(self.topology, setting.peers.size))
+        pairs = Pairs(setting.world.together(lambda: build(self.topology, setting.peers.size)))
         if not self.lockstep:
             _check_free(setting)
         super().attach(setting)

@@ -66,7 +66,7 @@ class BackupWorkers(OwnModels):
 
     def attach(self, setting: Setting) -> None:
         setting.refuse("dynamic backup workers", compression=True)
-        graph = build(self.topology, setting.peers.size)
+        graph = setting.world.together(lambda: build(self.topology, setting.peers.size))
         size, edges = graph.size, graph.spanning()
         fixed = fixed_backups(self.backups, size)
         super().attach(setting)

@@ -38,7 +38,7 @@ class Gossip(OwnModels):
 
     def attach(self, setting: Setting) -> None:
         setting.refuse(self.title, compression=True)
-        self.graph = build(self.topology, setting.peers.size)
+        self.graph = setting.world.together(lambda: build(self.topology, setting.peers.size))
         super().attach(setting)
         self._exchange = Exchange(setting.peers, self.parameters.groups)
         #: For each local peer, what an exchange that began after the last step brings.

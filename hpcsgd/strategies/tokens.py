@@ -48,7 +48,7 @@ class Tokens:
                 do=f"use active={peers.size} or fewer, more ranks, or virtual nodes",
                 everywhere=True,
             )
-        self._graphs = [build(topology, size) for size in self.sizes]
+        self._graphs = peers.world.together(lambda: [build(topology, size) for size in self.sizes])
         self._firsts = [sum(self.sizes[:number]) for number in range(len(self.sizes))]
         self._peers, self._seed = peers, seed
 

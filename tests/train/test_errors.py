@@ -47,6 +47,7 @@ def test_errors_are_said_once(tmp_path: Path) -> None:
         (["--model", "nowhere:model"], ["there is no module 'nowhere'"]),
         (["--model", "own:fails"], ["mine"]),
         (["--strategy", "locl"], ["unknown strategy 'locl'", "use one of: "]),
+        (["--strategy", "dsgd:topology=rng"], ["unknown topology 'rng'", "one-peer-exponential, "]),
         (["--strategy", "local:period=0"], ["period of local SGD", "at least 1 step"]),
         (
             ["--strategy", "local:perod=2"],

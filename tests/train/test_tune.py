@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hpcsgd.tune import Point, choose, powers
 
 class FakePeers:
     size, local = 9, range(9)
+    world = SimpleNamespace(together=lambda action: action())
 
 
 def test_groups_of_tokens_share_no_peer_and_average_apart() -> None:
