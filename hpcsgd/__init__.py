@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hpcsgd.strategies import (
         ADPSGD,
         DSGD,
+        LASGD,
         SGP,
         AllReduce,
         BackupWorkers,
@@ -44,6 +45,7 @@ __all__ = [
     "BF16",
     "DSGD",
     "FP16",
+    "LASGD",
     "SGP",
     "AllReduce",
     "BackupWorkers",
@@ -91,6 +93,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "AllReduce",
         "BackupWorkers",
         "DSGD",
+        "LASGD",
         "LocalSGD",
         "SGP",
         "Strategy",

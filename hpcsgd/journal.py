@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,31 @@ class Journal:
         self._display.say(text)
 
     def train(
-        self, step: int, counters: list[Counters], sums: Sums, since: Counters, learning_rate: float
+        self,
+        step: int,
+        counters: Sequence[Counters],
+        sums: Sums,
+        since: Counters,
+        learning_rate: float,
+        method: Sequence[Mapping[str, float]],
     ) -> None:
-        """Record the training since rank 0 had spent `since`."""
+        """Record the training since rank 0 had spent `since`, with each rank's figures of the method."""
         figures = {
             "loss": sums.mean_loss,
             "accuracy": sums.accuracy,
             "samples_per_second": round(sums.samples / (counters[0].seconds - since.seconds), 1),
             "learning_rate": learning_rate,
+            **{name: [figures[name] for figures in method] for name in method[0]},
         }
         self._display.train(self.write("train", step, counters, {**figures, **spent(counters)}))
 
-    def test(self, step: int, counters: list[Counters], sums: Sums, distance: float) -> None:
+    def test(self, step: int, counters: Sequence[Counters], sums: Sums, distance: float) -> None:
         """Record an evaluation of the consensus model, from which the models have a distance."""
         figures = {"loss": sums.mean_loss, "accuracy": sums.accuracy, "consensus_distance": distance}
         self._display.test(self.write("test", step, counters, {**figures, **spent(counters)}))
 
     def write(
-        self, event: str, step: int, counters: list[Counters], figures: dict[str, Any]
+        self, event: str, step: int, counters: Sequence[Counters], figures: dict[str, Any]
     ) -> dict[str, Any]:
         """Record figures of a step under the name of an event; returns the whole record."""
         record = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ class Meter:
         )
 
 
-def spent(counters: list[Counters]) -> dict[str, Any]:
+def spent(counters: Sequence[Counters]) -> dict[str, Any]:
     """The columns of a record that tell what each rank has spent."""
     moved = sum(c.bytes_sent + c.bytes_shared for c in counters)
     saved = sum(c.bytes_saved for c in counters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hpcsgd.mail import Status
@@ -106,7 +106,8 @@ class Progress:
         """Call a service again and again, by one thread at a time: while the thread is idle, and in waits."""
         with self._serving:
             self._services.append(service)
-        self.start()
+        # An idle thread without services looks around seldom.
+        self.submit("a new service", lambda: None)
 
     def dismiss(self, service: Service) -> None:
         """Call it no more; it is not under way when this returns."""
@@ -144,8 +145,11 @@ class Progress:
     def run(self, what: str, job: Callable[[], Any]) -> Any:
         """Execute a job and return its result; in this thread where nothing is queued before it.
 
-        The order is the same as with `submit`, and a small job is spared two changes of thread.
+        The order is the same as with `submit`, and a small job is spared two changes of thread. A job may
+        run another, which is then a part of it.
         """
+        if threading.current_thread() is self._thread:
+            return job()
         if self._unfinished:
             return self.submit(what, job).wait()
         started = time.perf_counter()
@@ -153,6 +157,28 @@ class Progress:
             return self._execute(what, job)
         finally:
             self.wait_seconds += time.perf_counter() - started
+
+    def check(self) -> None:
+        """Raise what a job or a service has failed with."""
+        if self._failed is not None:
+            raise self._failed
+
+    def until(
+        self, done: Callable[[], bool], what: str, missing: Callable[[], Iterable[int]] | None = None
+    ) -> None:
+        """Wait in the compute thread for what services and jobs bring about; raises where these have failed.
+
+        Parameters
+        ----------
+        done, what, missing
+            As of `Waiter.until`.
+        """
+        started = time.perf_counter()
+        try:
+            self.waiter.until(lambda: self._failed is not None or done(), what, missing)
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+        self.check()
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every job submitted so far is over; errors stay with their `Work`."""
@@ -201,9 +227,8 @@ class Progress:
             return False
 
     def _execute(self, what: str, job: Callable[[], Any]) -> Any:
-        if self._failed is not None:
-            # The ranks no longer agree on what comes next: nothing else is started.
-            raise self._failed
+        # Where one has failed the ranks no longer agree on what comes next: nothing else is started.
+        self.check()
         started = time.perf_counter()
         self.status.communication = what
         try:

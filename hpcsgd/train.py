@@ -320,14 +320,15 @@ class Training:
     def _exchange(self, logging: bool) -> None:
         """Tell each other signals, and what is to be logged."""
         counters = self.meter.read()
-        told = self.world.gather((self.signals.caught, counters, self.sums), "the exchange of metrics")
-        self.signal = next((caught for caught, _, _ in told if caught is not None), None)
-        longest = max(counters.seconds for _, counters, _ in told) / self.step
+        figures = self.strategy.figures() if logging else {}
+        mine = (self.signals.caught, counters, self.sums, figures)
+        caught, spent, sums, told = zip(*self.world.gather(mine, "the exchange of metrics"), strict=True)
+        self.signal = next((number for number in caught if number is not None), None)
+        longest = max(each.seconds for each in spent) / self.step
         self.next_vote = self.step + max(1, round(_VOTE_EVERY / longest))
         if logging:
-            total = sum((sums for _, _, sums in told), Sums())
-            spent = [counters for _, counters, _ in told]
-            self.journal.train(self.step, spent, total, self.logged, self._learning_rate())
+            rate = self._learning_rate()
+            self.journal.train(self.step, spent, sum(sums, Sums()), self.logged, rate, told)
             self.sums, self.logged = Sums(), counters
 
     @torch.no_grad()

@@ -296,7 +296,7 @@ class World:
         self.flags = None
         self._slots.clear()
         self._windows.free_garbage()
-        for transport in filter(None, (self.all, self.across)):
+        for transport in filter(None, (self.all, self.across, self.control)):
             transport.free_twins()
         for comm in reversed(self._communicators):
             comm.Free()

@@ -10,13 +10,17 @@ import functools
 from importlib import resources
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.kernels import spec
 
 #: Not one bit may differ from the host's: no fused multiply-add.
 OPTIONS = ("--std=c++17", "--fmad=false")
+#: Threads of a block whose threads walk the work in strides, and how many such blocks a processor has.
+THREADS, _BLOCKS_OF_PROCESSOR = 256, 8
 
 
 def processors(device: torch.device) -> int:
@@ -30,6 +34,34 @@ def source(file: str) -> str:
     return (
         spec.header() + folder.joinpath("numbers.h").read_text() + folder.joinpath(f"{file}.cu").read_text()
     )
+
+
+def name(tensor: Tensor) -> str:
+    """How kernels' names say the type of a tensor's elements."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def values(*arguments: Any) -> list[Any]:
+    """A kernel's arguments with addresses in place of tensors."""
+
+    def value(argument: Any) -> Any:
+        if argument is None or isinstance(argument, Tensor):
+            return np.uint64(0 if argument is None else argument.data_ptr())
+        return argument
+
+    return [value(argument) for argument in arguments]
+
+
+def blocks(device: torch.device, threads: int) -> int:
+    """How many blocks `spread` launches."""
+    return min(_BLOCKS_OF_PROCESSOR * processors(device), -(-threads // THREADS))
+
+
+def spread(file: str, kernel: str, tensor: Tensor, threads: int, *arguments: Any) -> None:
+    """Launch a kernel where `tensor` is, whose threads walk the work in strides: `threads` shares of it."""
+    if threads:
+        grid = blocks(tensor.device, threads)
+        launch(file, kernel, tensor.device, grid, THREADS, 0, values(*arguments))
 
 
 def launch(
@@ -65,9 +97,9 @@ def _cupy() -> Any:
         import cupy
     except ImportError as error:
         raise HpcsgdError(
-            "gradients on a GPU cannot be compressed without CuPy",
+            "compression and LASGD on a GPU need CuPy",
             got=str(error),
-            do="pip install '.[gpu]', or train without --compress",
+            do="pip install '.[gpu]', or train by another strategy and without --compress",
             everywhere=True,
         ) from error
     return cupy

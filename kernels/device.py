@@ -17,7 +17,6 @@ from hpcsgd.kernels import cuda, spec
 from hpcsgd.kernels.host import Key
 from hpcsgd.kernels.spec import Lanes, Layout
 
-_THREADS, _BLOCKS_OF_PROCESSOR = 256, 8
 _QUAD, _WARP, _MASK_ROWS = 4, 32, 32
 _COLUMNS, _ROWS = spec.ROTATION_COLUMNS, spec.ROTATION_ROWS
 _ROTATION_THREADS = 512
@@ -29,7 +28,7 @@ def norms(x: Tensor, residual: Tensor | None, layout: Layout, euclidean: bool, o
     """The norm of each row of x + residual: `out` (rows,)."""
     x = _readable(x)
     fixed = *_extent(layout, layout.rows), _aligned(layout, x, residual), np.int32(euclidean)
-    _spread("quantise", f"norms_{_name(x)}", x, layout.rows * _WARP, x, residual, *fixed, out)
+    cuda.spread("quantise", f"norms_{cuda.name(x)}", x, layout.rows * _WARP, x, residual, *fixed, out)
     yield
 
 
@@ -40,7 +39,7 @@ def choose_scales(
     x = _readable(x)
     fixed = *_extent(layout, layout.rows), _aligned(layout, x, residual, masks), levels, np.int32(len(levels))
     threads = masks.numel() // _QUAD
-    _spread("quantise", f"choose_scales_{_name(x)}", x, threads, x, residual, norms, *fixed, masks)
+    cuda.spread("quantise", f"choose_scales_{cuda.name(x)}", x, threads, x, residual, norms, *fixed, masks)
     yield
 
 
@@ -59,8 +58,8 @@ def encode(
     """Quantise x + residual into `words`; `residual` becomes what the codes do not say."""
     x = _readable(x)
     coding = _coding(layout, lanes, levels, masks, x, residual, words)
-    kernel, threads = f"encode_{_name(x)}_{_name(words)}", layout.words // _QUAD
-    _spread("quantise", kernel, x, threads, x, residual, norms, *coding, *_counter(key, offset), words)
+    kernel, threads = f"encode_{cuda.name(x)}_{cuda.name(words)}", layout.words // _QUAD
+    cuda.spread("quantise", kernel, x, threads, x, residual, norms, *coding, *_counter(key, offset), words)
     yield
 
 
@@ -78,9 +77,9 @@ def decode(
     """Write `factor` times the sum of `terms` ranks' codes."""
     result = _writable(out)
     coding = _coding(layout, lanes, levels, masks, words, result)
-    kernel, threads = f"decode_{_name(result)}_{_name(words)}", layout.words // _QUAD
+    kernel, threads = f"decode_{cuda.name(result)}_{cuda.name(words)}", layout.words // _QUAD
     sums = np.int32(terms), np.float32(factor)
-    _spread("quantise", kernel, words, threads, words, norms, *coding, *sums, result)
+    cuda.spread("quantise", kernel, words, threads, words, norms, *coding, *sums, result)
     _deliver(result, out)
     yield
 
@@ -88,14 +87,14 @@ def decode(
 def rotate(x: Tensor, key: Key, offset: int, out: Tensor) -> Iterator[None]:
     """Rotate `x` into `out` (float32), which may be `x`; see `hpcsgd.kernels.rotate`."""
     x = _readable(x)
-    _rotate(f"rotate_{_name(x)}", x, key, offset, out)
+    _rotate(f"rotate_{cuda.name(x)}", x, key, offset, out)
     yield
 
 
 def unrotate(x: Tensor, key: Key, offset: int, out: Tensor) -> Iterator[None]:
     """Undo `rotate`: from `x` (float32) into `out`, which may be `x`."""
     result = _writable(out)
-    _rotate(f"unrotate_{_name(result)}", x, key, offset, result)
+    _rotate(f"unrotate_{cuda.name(result)}", x, key, offset, result)
     _deliver(result, out)
     yield
 
@@ -104,7 +103,7 @@ def pick(x: Tensor, key: Key, out: Tensor) -> Iterator[None]:
     """Draw as many elements of `x` as `out` (float32) has; each stretch of `x` gives one."""
     x = _readable(x)
     sizes = np.int64(x.numel()), np.int64(out.numel())
-    _spread("sample", f"pick_{_name(x)}", x, out.numel(), x, *sizes, *_words_of(key), out)
+    cuda.spread("sample", f"pick_{cuda.name(x)}", x, out.numel(), x, *sizes, *_words_of(key), out)
     yield
 
 
@@ -118,18 +117,9 @@ def place(values: Tensor, key: Key, by_length: bool, clear: bool, out: Tensor) -
         result.zero_()
     sizes = np.int64(out.numel()), np.int64(values.numel())
     fixed = *sizes, *_words_of(key), np.int32(by_length)
-    _spread("sample", f"place_{_name(result)}", values, values.numel(), values, *fixed, result)
+    cuda.spread("sample", f"place_{cuda.name(result)}", values, values.numel(), values, *fixed, result)
     _deliver(result, out)
     yield
-
-
-def _spread(file: str, kernel: str, tensor: Tensor, threads: int, *arguments: Any) -> None:
-    """Launch a kernel whose threads walk the work in strides, for `threads` shares of work."""
-    if not threads:
-        return
-    most = _BLOCKS_OF_PROCESSOR * cuda.processors(tensor.device)
-    blocks = min(most, -(-threads // _THREADS))
-    cuda.launch(file, kernel, tensor.device, blocks, _THREADS, 0, _values(arguments))
 
 
 def _rotate(kernel: str, x: Tensor, key: Key, offset: int, out: Tensor) -> None:
@@ -137,19 +127,8 @@ def _rotate(kernel: str, x: Tensor, key: Key, offset: int, out: Tensor) -> None:
     whole, rest = divmod(x.numel(), _ROWS * _COLUMNS)
     blocks = whole + (rest // (2 * _COLUMNS)).bit_count() + (rest % (2 * _COLUMNS) > 0)
     if blocks:
-        arguments = _values((x, np.int64(x.numel()), *_counter(key, offset), out))
+        arguments = cuda.values(x, np.int64(x.numel()), *_counter(key, offset), out)
         cuda.launch("rotate", kernel, x.device, blocks, _ROTATION_THREADS, _ROTATION_MEMORY, arguments)
-
-
-def _values(arguments: tuple[Any, ...]) -> list[Any]:
-    """Addresses in place of tensors."""
-
-    def value(argument: Any) -> Any:
-        if argument is None or isinstance(argument, Tensor):
-            return np.uint64(0 if argument is None else argument.data_ptr())
-        return argument
-
-    return [value(argument) for argument in arguments]
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -164,10 +143,6 @@ def _writable(out: Tensor) -> Tensor:
 def _deliver(result: Tensor, out: Tensor) -> None:
     if result is not out:
         out.copy_(result)
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _extent(layout: Layout, count: int) -> tuple[Any, ...]:

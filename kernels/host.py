@@ -11,9 +11,7 @@ else is float32. All tensors are 1-D (masks: 2-D) and contiguous.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +20,11 @@ from torch import Tensor
 
 from hpcsgd.kernels import quantise, sample
 from hpcsgd.kernels import rotate as rotation
+from hpcsgd.kernels.pieces import PIECE, in_pieces
 from hpcsgd.kernels.spec import ROTATION_COLUMNS, ROTATION_ROWS, Lanes, Layout
 
 Key = tuple[int, int]
 
-_PIECE = 256 * 1024  # elements
 _MASK_ROWS = 32
 _TILE = ROTATION_ROWS * ROTATION_COLUMNS
 
@@ -39,7 +37,7 @@ def norms(x: Tensor, residual: Tensor | None, layout: Layout, euclidean: bool, o
         values, start = _float32(x, layout, first, last)
         quantise.row_norms(values, start, rest, layout.numel, layout.row, first, last, euclidean, result)
 
-    return _in_pieces(piece, layout.rows, _PIECE // max(1, layout.row), 1)
+    return in_pieces(piece, layout.rows, PIECE // max(1, layout.row))
 
 
 def choose_scales(
@@ -54,7 +52,7 @@ def choose_scales(
             values, start, rest, norms.numpy(), layout.numel, layout.row, tops, first, last, result
         )
 
-    return _in_pieces(piece, layout.rows, _PIECE // max(1, layout.row), _MASK_ROWS)
+    return in_pieces(piece, layout.rows, PIECE // max(1, layout.row), _MASK_ROWS)
 
 
 def encode(
@@ -80,7 +78,7 @@ def encode(
             values, start, rest, *fixed, _unsigned(masks), key0, key1, offset, first, last, result
         )
 
-    return _in_pieces(piece, layout.tiles, _PIECE // max(1, layout.row * lanes.count), 1)
+    return in_pieces(piece, layout.tiles, PIECE // max(1, layout.row * lanes.count))
 
 
 def decode(
@@ -107,7 +105,7 @@ def decode(
         if not whole:
             out[part] = values
 
-    return _in_pieces(piece, layout.tiles, _PIECE // max(1, layout.row * lanes.count), 1)
+    return in_pieces(piece, layout.tiles, PIECE // max(1, layout.row * lanes.count))
 
 
 def rotate(x: Tensor, key: Key, offset: int, out: Tensor) -> Iterator[None]:
@@ -132,7 +130,7 @@ def _rotate(x: Tensor, inverse: bool, key: Key, offset: int, out: Tensor) -> Ite
         if out.dtype != torch.float32:
             out[part] = result
 
-    return _in_pieces(piece, -(-x.numel() // _TILE), _PIECE // _TILE, 1)
+    return in_pieces(piece, -(-x.numel() // _TILE), PIECE // _TILE)
 
 
 def pick(x: Tensor, key: Key, out: Tensor) -> Iterator[None]:
@@ -142,7 +140,7 @@ def pick(x: Tensor, key: Key, out: Tensor) -> Iterator[None]:
         indices, _ = _coordinates(x.numel(), out.numel(), key, first, last)
         out[first:last] = torch.index_select(x, 0, indices)
 
-    return _in_pieces(piece, out.numel(), _PIECE, 1)
+    return in_pieces(piece, out.numel(), PIECE)
 
 
 def place(values: Tensor, key: Key, by_length: bool, clear: bool, out: Tensor) -> Iterator[None]:
@@ -161,7 +159,7 @@ def place(values: Tensor, key: Key, by_length: bool, clear: bool, out: Tensor) -
         part = values[first:last]
         out.index_copy_(0, indices, (part * lengths if by_length else part).to(out.dtype))
 
-    return _in_pieces(piece, count, _PIECE * count // max(1, numel) if clear else _PIECE, 1)
+    return in_pieces(piece, count, PIECE * count // max(1, numel) if clear else PIECE)
 
 
 def _coordinates(numel: int, count: int, key: Key, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -169,26 +167,6 @@ def _coordinates(numel: int, count: int, key: Key, first: int, last: int) -> tup
     key0, key1 = map(np.uint32, key)
     sample.coordinates(numel, count, key0, key1, first, last, indices.numpy(), lengths.numpy())
     return indices, lengths
-
-
-def _in_pieces(piece: Callable[[int, int], None], count: int, size: int, grain: int) -> Iterator[None]:
-    """Call `piece(first, last)` over [0, count), about `size` at a time, cut at multiples of `grain`."""
-    threads = torch.get_num_threads()
-    size = max(1, size // grain) * grain
-    cuts = [(first, min(first + size, count)) for first in range(0, count, size)]
-    for first in range(0, len(cuts), threads):
-        batch = cuts[first : first + threads]
-        if len(batch) == 1:
-            piece(*batch[0])
-        else:
-            for done in [_pool(threads).submit(piece, *each) for each in batch]:
-                done.result()
-        yield
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "hpcsgd kernels")
 
 
 def _float32(x: Tensor, layout: Layout, first_row: int, last_row: int) -> tuple[np.ndarray, int]:

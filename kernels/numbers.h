@@ -75,27 +75,28 @@ __device__ inline Scale scale_of(unsigned short norm)
 
 __device__ inline float inverse_of(float levels, float base) { return base > 0 ? levels / base : 0.0f; }
 
-// Four consecutive elements, one access of 8 or 16 bytes, or two.
-template <class T> struct alignas(sizeof(T) < 4 ? 8 : 16) Four { T v[4]; };
+// n consecutive elements, in accesses of at most 16 bytes.
+template <class T, int n> struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Run { T v[n]; };
+template <class T> using Four = Run<T, 4>;
 
-// v = p[at ... at + 4), zeros from `stop` on.
-template <bool aligned, class T> __device__ inline void load(const T *p, i64 at, i64 stop, Four<T> &v)
+// v = p[at ... at + n), zeros from `stop` on.
+template <bool aligned, class T, int n> __device__ inline void load(const T *p, i64 at, i64 stop, Run<T, n> &v)
 {
-    if (aligned && at + 4 <= stop)
-        v = *reinterpret_cast<const Four<T> *>(p + at);
+    if (aligned && at + n <= stop)
+        v = *reinterpret_cast<const Run<T, n> *>(p + at);
     else
         #pragma unroll
-        for (int m = 0; m < 4; ++m)
+        for (int m = 0; m < n; ++m)
             v.v[m] = at + m < stop ? p[at + m] : T{};
 }
 
-template <bool aligned, class T> __device__ inline void store(T *p, i64 at, i64 stop, const Four<T> &v)
+template <bool aligned, class T, int n> __device__ inline void store(T *p, i64 at, i64 stop, const Run<T, n> &v)
 {
-    if (aligned && at + 4 <= stop)
-        *reinterpret_cast<Four<T> *>(p + at) = v;
+    if (aligned && at + n <= stop)
+        *reinterpret_cast<Run<T, n> *>(p + at) = v;
     else
         #pragma unroll
-        for (int m = 0; m < 4; ++m)
+        for (int m = 0; m < n; ++m)
             if (at + m < stop)
                 p[at + m] = v.v[m];
 }

@@ -1,4 +1,4 @@
-"""The kernels of compression alone, beside a memory copy, on the host or on the GPU."""
+"""The kernels of compression and of averaging alone, beside a memory copy, on the host or on the GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def measure(world: World, comm: Any, elements: int, repeats: int) -> list[output
     Raises
     ------
     HpcsgdError
-        On all ranks, where what is decoded, or rotated back, is not what there was.
+        On all ranks, where what is decoded, rotated back or merged is not what there was.
     """
     compared = _kernels(world, elements)
     if world.device.type == "cuda":
@@ -96,9 +96,11 @@ class _Memory:
         masks = torch.zeros((0, 0), dtype=torch.int32, device=world.device)
         levels_of_scales = torch.tensor([float(levels)], device=world.device)
         self.coding = (self.norms, self.layout, self.lanes, levels_of_scales, masks)
+        self.model, self.gain, self.shot = self.x.clone(), zeros(elements), zeros(elements)
 
 
 def _kernels(world: World, elements: int) -> list[Kernel]:
+    from hpcsgd.kernels import delta
     from hpcsgd.kernels.spec import key
 
     m = _Memory(world, elements)
@@ -123,12 +125,30 @@ def _kernels(world: World, elements: int) -> list[Kernel]:
     rotate = all_of(on.rotate, m.x, drawn, 0, m.out)
     unrotate = all_of(on.unrotate, m.out, drawn, 0, m.out)
 
+    def snapshot() -> None:
+        delta.snapshot(m.model, m.gain, m.out, m.shot)
+
+    def advance() -> None:
+        delta.advance(m.out, m.shot, m.gain)
+
+    def merge() -> None:
+        delta.merge(m.model, m.gain)
+
     norms(), encode()
     m.words.mul_(m.terms)
     decode()
     _check(world, "decode", m, 2 / levels_of(_BITS))
     rotate(), unrotate()
     _check(world, "unrotate", m, 1e-5)
+    # The model is doubled, as if the average were, and a second merge must leave it so.
+    snapshot()
+    m.out.mul_(2)
+    advance()
+    merge()
+    merge()
+    snapshot()
+    m.out.mul_(0.5)
+    _check(world, "merge", m, 1e-6)
     with_residual = all_of(on.encode, m.x, m.residual, *m.coding, drawn, 0, m.words)
     return [
         Kernel(COPY, copy, 8),
@@ -138,6 +158,9 @@ def _kernels(world: World, elements: int) -> list[Kernel]:
         Kernel("decode", decode, word + 4),
         Kernel("rotate", rotate, 8),
         Kernel("unrotate", all_of(on.unrotate, m.x, drawn, 0, m.out), 8),
+        Kernel("snapshot", snapshot, 16),
+        Kernel("advance", advance, 16),
+        Kernel("merge", merge, 16),
     ]
 
 

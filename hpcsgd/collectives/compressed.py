@@ -20,7 +20,7 @@ from hpcsgd.collectives import ALGORITHMS, check_algorithm, choose, library, nod
 from hpcsgd.collectives.flow import Flow, Pipeline, Steps
 from hpcsgd.collectives.lanes import Lane, make_lanes, place_of
 from hpcsgd.collectives.ring import Ring
-from hpcsgd.collectives.stage import DIRECT, side_stream, staged
+from hpcsgd.collectives.stage import DIRECT, computed, side_stream, staged
 from hpcsgd.compress import Compressor, Draw, Message
 from hpcsgd.compress.contract import finite
 from hpcsgd.errors import HpcsgdError
@@ -84,12 +84,13 @@ class Compressed:
             return self._group.shared and self._world.nodes > 1
         return self._algorithm == "two-level"
 
-    def start(self, bucket: Bucket, scale: float) -> None:
-        """Start to replace a bucket by `scale` times its sum; in order, none twice before `finish`."""
+    def start(self, bucket: Bucket, scale: float, number: int | None = None) -> None:
+        """Start to replace a bucket by `scale` times its sum; see `reduction.Plain.start`."""
+        number = self._world.status.step if number is None else number
         what = f"compressed all-reduce of bucket {bucket.index} at step {self._world.status.step}"
         lane = self._lanes[bucket.index]
         steps = self._by_nodes if self._by_node else self._steps
-        flow = self._pipeline.add(lambda flow: steps(flow, lane, scale))
+        flow = self._pipeline.add(lambda flow: steps(flow, lane, scale, number))
         work = self._world.progress.submit(what, lambda: self._reduce(flow, lane, what))
         self._works.append((flow, work))
 
@@ -163,7 +164,7 @@ class Compressed:
             plain = lane.values.numel() * lane.values.element_size()
             traffic.saved += 2 * (self._net.size - 1) * plain // self._net.size - moved
 
-    def _by_nodes(self, flow: Flow, lane: Lane, scale: float) -> Steps:
+    def _by_nodes(self, flow: Flow, lane: Lane, scale: float, number: int) -> Steps:
         """Add up inside the node, compress this rank's slice of the sum, and give it to the node."""
         world, bucket = self._world, lane.bucket
         if world.local_size > 1:
@@ -173,7 +174,7 @@ class Compressed:
         elif scale != 1.0:
             lane.values.mul_(scale)
         if self._net is not None and self._net.size > 1:
-            yield from self._steps(flow, lane, 1.0)
+            yield from self._steps(flow, lane, 1.0, number)
         if world.local_size > 1:
             node.spread(bucket, lane.part)
             yield from self._pass(flow, 1)
@@ -184,12 +185,12 @@ class Compressed:
         yield self._barriers[index].arrive()
         flow.passed = index + 1
 
-    def _steps(self, flow: Flow, lane: Lane, scale: float) -> Steps:
+    def _steps(self, flow: Flow, lane: Lane, scale: float, number: int) -> Steps:
         """Run the codec, and combine its messages."""
         assert lane.codec is not None and self._net is not None
         values, codec = lane.values, lane.codec
-        produced = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
-        draw = Draw(self._seed, self._world.status.step, lane.bucket.index, self._net.rank)
+        produced = computed(values.device)
+        draw = Draw(self._seed, number, lane.bucket.index, self._net.rank)
 
         def steps() -> Steps:
             if produced is not None:

@@ -112,7 +112,7 @@ class Pairwise:
         def silent() -> list[int]:
             return [other for other, heard in self._news.items() if heard < self._rounds]
 
-        self._world.waiter.until(lambda: not silent(), "the end of steps of the neighbours", silent)
+        self._world.progress.until(lambda: not silent(), "the end of steps of the neighbours", silent)
 
     def settle(self) -> None:
         """Come to rest: nothing is under way, and each model has all that it gained; collective."""
@@ -151,7 +151,7 @@ class Pairwise:
         to_host(self._group, self._replica)
 
     def _until_idle(self) -> None:
-        self._world.waiter.until(self._idle, "an average in pairs", lambda: [self._partner])
+        self._world.progress.until(self._idle, "an average in pairs", lambda: [self._partner])
 
     def _idle(self) -> bool:
         return not (self._asking or self._askers or self._untold or self._words_sent)

@@ -26,8 +26,17 @@ class Plain:
         self._algorithm = algorithm
         self._works: list[Work] = []
 
-    def start(self, bucket: Bucket, scale: float) -> None:
-        """Start to replace a bucket by `scale` times its sum; in order, none twice before `finish`."""
+    def start(self, bucket: Bucket, scale: float, number: int | None = None) -> None:
+        """Start to replace a bucket by `scale` times its sum; in order, none twice before `finish`.
+
+        Parameters
+        ----------
+        bucket, scale
+            Of the group; the factor.
+        number
+            Of the reduction, which random numbers of compression follow from; the same on all ranks.
+            Default: that of the step.
+        """
         self._works.append(iallreduce(bucket, scale, self._algorithm))
 
     def finish(self) -> bool:

@@ -27,7 +27,7 @@ def staged(job: Job, bucket: Bucket, what: str, *arguments: Any) -> Callable[[],
     if bucket.flat is bucket.host:
         return partial(job, bucket, what, *arguments)
     device = bucket.flat.device
-    produced = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    produced = computed(device)
     direct = DIRECT.get(job) if bucket.world.cuda_aware and bucket.flat.element_size() >= 4 else None
 
     def run() -> None:
@@ -53,15 +53,28 @@ def after_compute(device: torch.device, job: Callable[[], None]) -> Callable[[],
     """
     if device.type != "cuda":
         return job
-    produced = torch.cuda.current_stream(device).record_event()
+    produced = computed(device)
 
     def run() -> None:
-        with side_stream(device) as stream:
-            produced.wait(stream)
+        with beside_compute(device, produced):
             job()
-            _finish(stream)
 
     return run
+
+
+def computed(device: torch.device) -> torch.cuda.Event | None:
+    """A mark after all that the caller's stream has queued so far; None on a CPU, where it is computed."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def beside_compute(device: torch.device, after: torch.cuda.Event | None) -> Iterator[None]:
+    """Inside, a GPU works for the communication thread, from a mark on; at the end it has done so."""
+    with side_stream(device) as stream:
+        if after is not None:
+            after.wait(stream)
+        yield
+        _finish(stream)
 
 
 def wait_for_compute(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.backup import BackupWorkers
 from hpcsgd.strategies.base import Setting, Strategy
 from hpcsgd.strategies.dsgd import DSGD
+from hpcsgd.strategies.lasgd import LASGD
 from hpcsgd.strategies.local import LocalSGD
 from hpcsgd.strategies.push import SGP
 from hpcsgd.strategies.teleport import Teleportation
@@ -16,6 +17,7 @@ from hpcsgd.strategies.teleport import Teleportation
 __all__ = [
     "ADPSGD",
     "DSGD",
+    "LASGD",
     "SGP",
     "STRATEGIES",
     "AllReduce",
@@ -30,6 +32,7 @@ __all__ = [
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "allreduce": AllReduce,
     "local": LocalSGD,
+    "lasgd": LASGD,
     "dsgd": DSGD,
     "backup": BackupWorkers,
     "sgp": SGP,

@@ -169,6 +169,10 @@ class Strategy:
         """Root mean square over ranks of the distance of their models from the mean model."""
         return 0.0
 
+    def figures(self) -> dict[str, float]:
+        """What this method adds to a record of metrics, of this rank, since the last call."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold beyond model and optimizer."""
         return {}

@@ -21,13 +21,14 @@ from hpcsgd.bench.problem import Problem
 from hpcsgd.cli import cli
 from hpcsgd.compress import build
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.kernels import host
+from hpcsgd.kernels import delta, host
 
 pytestmark = pytest.mark.mpi
 
 RANKS = MPI.COMM_WORLD.size
 ELEMENTS = 20_000
 KERNELS = ["memory copy", "norms", "encode", "encode with residual", "decode", "rotate", "unrotate"]
+KERNELS += ["snapshot", "advance", "merge"]
 PEERS = ["torch PowerSGD hook", "torch fp16 hook", "gloo float32"]
 
 
@@ -106,6 +107,19 @@ def test_a_wrong_kernel_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(host, "decode", wrong)
     with pytest.raises(HpcsgdError, match="decode is wrong"):
+        compress.main(["maxnorm"], elements=4096, data=["gaussian"], repeats=1)
+
+
+@pytest.mark.parametrize("name", ["snapshot", "advance", "merge"])
+def test_a_wrong_pass_of_an_average_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    right = getattr(delta, name)
+
+    def wrong(*tensors: Tensor) -> None:
+        right(*tensors)
+        tensors[-1][: len(tensors[-1]) // 2].add_(1)
+
+    monkeypatch.setattr(delta, name, wrong)
+    with pytest.raises(HpcsgdError, match="merge is wrong"):
         compress.main(["maxnorm"], elements=4096, data=["gaussian"], repeats=1)
 
 

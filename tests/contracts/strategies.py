@@ -14,6 +14,7 @@ from torch import nn
 from hpcsgd import (
     ADPSGD,
     DSGD,
+    LASGD,
     SGP,
     AllReduce,
     BackupWorkers,
@@ -222,6 +223,11 @@ def backup_reads(peer: int, size: int, steps: int) -> list[int]:
 ROWS = [
     Row("allreduce", AllReduce, allreduce_step, lambda steps: steps),
     *(Row("local", lambda p=p: LocalSGD(p), local_step(p), lambda steps, p=p: steps // p) for p in (1, 3)),
+    *(
+        # Averages of all ranks for which all wait: local SGD.
+        Row("lasgd", lambda p=p, m=m: LASGD(p, p, "all", m), local_step(p), lambda steps, p=p: steps // p)
+        for p, m in ((1, "delta"), (3, "delta"), (3, "overwrite"))
+    ),
     *(
         Row("dsgd", lambda n=n, o=o: DSGD(n, o), dsgd_step(n, o), reads=sources(n, o))
         for n, o in (("ring", False), ("one-peer-exponential", False), ("star", True))

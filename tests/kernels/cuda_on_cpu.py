@@ -16,6 +16,7 @@ FILES = {
     "quantise": ("norms_{x}", "choose_scales_{x}", "encode_{x}_{w}", "decode_{x}_{w}"),
     "rotate": ("rotate_{x}", "unrotate_{x}"),
     "sample": ("pick_{x}", "place_{x}"),
+    "delta": ("snapshot_{y}", "advance_{y}", "merge_{y}"),
 }
 FLAGS = ("-shared", "-fPIC", "-O1", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 
@@ -44,9 +45,10 @@ class Launcher:
 
 def _compile(file: str, folder: Path) -> ctypes.CDLL:
     names = {
-        pattern.format(x=x, w=w)
+        pattern.format(x=x, w=w, y=y)
         for pattern in FILES[file]
         for x in ("float32", "float16", "bfloat16")
+        for y in (x, "float64")
         for w in ("int32", "int64")
     }
     code, library = folder / f"{file}.cpp", folder / f"{file}.so"

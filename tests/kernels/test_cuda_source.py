@@ -17,7 +17,7 @@ from cases import DTYPES, LENGTHS, Coded, code, coded, finish, numbers, remainde
 from torch import Tensor
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.kernels import cuda, device, host, spec
+from hpcsgd.kernels import cuda, delta, device, host, spec
 
 pytestmark = pytest.mark.together
 KEY = spec.key(3, 1)
@@ -48,7 +48,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     else:
         monkeypatch.setattr(cuda, "launch", request.getfixturevalue("launcher"))
         monkeypatch.setattr(cuda, "processors", lambda _: 1)
-        monkeypatch.setattr(device, "_BLOCKS_OF_PROCESSOR", 3)
+        monkeypatch.setattr(cuda, "_BLOCKS_OF_PROCESSOR", 3)
         yield torch.device("cpu")
 
 
@@ -68,6 +68,11 @@ def bits(tensor: Tensor) -> Tensor:
 
 def same(host_result: Tensor, device_result: Tensor) -> bool:
     return torch.equal(bits(host_result), bits(device_result))
+
+
+def one_nan(tensor: Tensor) -> Tensor:
+    """With the same NaN for all, whose sign and payload differ between processors."""
+    return tensor.masked_fill(tensor.isnan(), float("nan"))
 
 
 def moved(c: Coded, where: torch.device, shift: int) -> Coded:
@@ -157,6 +162,36 @@ def test_coordinates(where: torch.device, dtype: torch.dtype) -> None:
                 assert same(x, there_x), (numel, count, by_length, clear)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_passes_of_an_average(
+    where: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shift: int
+) -> None:
+    for numel in (*LENGTHS, 0, 9001):
+        model, gain, average, shot = (
+            numbers(numel, seed, dtype) if numel else torch.zeros(0, dtype=dtype) for seed in range(4)
+        )
+        buffers = [model, gain, average, shot]
+        there_buffers = [there(buffer, where, shift * index) for index, buffer in enumerate(buffers)]
+
+        def passes(model: Tensor, gain: Tensor, average: Tensor, shot: Tensor) -> Iterator[Any]:
+            yield delta.advance(average, shot, gain)
+            delta.snapshot(model, gain, average, shot)
+            yield 0
+            yield delta.advance(average, model, gain)
+            delta.merge(model, gain)
+            yield 0
+
+        on_host = passes(*buffers)
+        on_device = passes(*there_buffers)
+        for squares in on_host:
+            with monkeypatch.context() as patch:
+                patch.setattr(delta, "_on_gpu", lambda _: True)
+                assert float(next(on_device)) == pytest.approx(squares, rel=1e-13, nan_ok=True)
+            for ours, theirs in zip(buffers, there_buffers, strict=True):
+                assert same(one_nan(ours), one_nan(theirs)), numel
+
+
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
 def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
@@ -166,7 +201,7 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: the sources are compiled by g++ only")
-@pytest.mark.parametrize("file", ["quantise", "rotate", "sample"])
+@pytest.mark.parametrize("file", ["quantise", "rotate", "sample", "delta"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nvcc_takes_the_sources(tmp_path: Path, file: str, architecture: str) -> None:
     code = tmp_path / f"{file}.cu"

@@ -3,91 +3,31 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from free_runs import FEATURES, Job, loader, slow_service, train_while_rank_0_is_stopped
 from torch import nn
 
-from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, Run, topology
+from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, topology
 from hpcsgd.collectives.pairwise import Pairwise
 from hpcsgd.strategies.pairs import Pairs
 
-FEATURES = 4
 
-
-def loader(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of a regression without noise, whose solution is the same for all ranks."""
-    rng = np.random.default_rng(rank)
-    xs = [torch.from_numpy(rng.standard_normal((8, FEATURES))) for _ in range(10)]
-    return [(x, x.sum(1, keepdim=True) + 1) for x in xs]
-
-
-class Job:
-    """A run, and all that its optimizer has added to the model of this rank."""
-
-    def __init__(self, world: Any, strategy: ADPSGD | None = None, **options: Any) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Linear(FEATURES, 1, dtype=torch.float64)
-        optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
-        self.run = Run(self.model, optimizer, strategy or ADPSGD("star"), comm=world, **options)
-        self.start, self.added, self.taken = self.vector(), 0.0, 0
-        optimizer.register_step_pre_hook(lambda *_: self._add(-1))
-        optimizer.register_step_post_hook(lambda *_: self._add(1))
-
-    def vector(self) -> np.ndarray:
-        return np.concatenate([p.detach().flatten().numpy() for p in self.model.parameters()]).copy()
-
-    def _add(self, sign: int) -> None:
-        self.added = self.added + sign * self.vector()
-
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self.run.zero_grad()
-        nn.functional.mse_loss(self.model(x), y).backward()
-        self.run.step()
-        self.taken += 1
-
-    def train(self, steps: int, pause: Callable[[], object] = lambda: None) -> None:
-        for x, y in self.run.batches(loader(self.run.world.rank), steps=steps):
-            pause()
-            self.step(x, y)
-
-    def assert_conserved(self) -> None:
-        """The sum of all models is what it was at the start and what the optimizers have added."""
-        everyone = self.run.world.gather((self.vector(), self.start + self.added))
-        now, expected = (sum(column) for column in zip(*everyone, strict=True))
-        np.testing.assert_allclose(now, expected, rtol=1e-12)
-
-
-@contextmanager
-def slow_service(world: Any, seed: int) -> Iterator[None]:
-    """Messages are handled at random times."""
-    rng = random.Random(seed)
-
-    def delay() -> bool:
-        time.sleep(rng.random() * 2e-3)
-        return False
-
-    world.progress.serve(delay)
-    try:
-        yield
-    finally:
-        world.progress.dismiss(delay)
+def job_of(world: Any, **options: Any) -> Job:
+    return Job(world, ADPSGD("star"), **options)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("seed", range(3))
 def test_only_gradient_steps_change_the_sum_of_the_models(world: Any, seed: int) -> None:
     rng = random.Random(f"{seed} {world.rank}")
-    job = Job(world, seed=seed)
+    job = job_of(world, seed=seed)
     with slow_service(world, rng.randrange(100)), job.run as run:
         for steps in (20, 1, 15):
             before = run.steps
@@ -101,7 +41,7 @@ def test_only_gradient_steps_change_the_sum_of_the_models(world: Any, seed: int)
 
 @pytest.mark.mpi
 def test_all_come_to_the_solution(world: Any) -> None:
-    job = Job(world)
+    job = job_of(world)
     with job.run as run:
         for _ in range(20):  # on a busy machine a rank takes but few of the steps
             job.train(100)
@@ -114,7 +54,7 @@ def test_all_come_to_the_solution(world: Any) -> None:
 
 @pytest.mark.mpi(min_size=2)
 def test_a_slow_rank_slows_no_other(world: Any) -> None:
-    job = Job(world)
+    job = job_of(world)
     with job.run:
         job.train(40, lambda: time.sleep(0.02 if world.rank == 0 else 0.002))
         slow, *others = world.gather(job.taken)
@@ -124,26 +64,9 @@ def test_a_slow_rank_slows_no_other(world: Any) -> None:
 
 @pytest.mark.mpi(min_size=2)
 def test_steps_go_on_while_a_rank_is_stopped(world: Any) -> None:
-    job, pids, times = Job(world), world.gather(os.getpid()), [time.monotonic()]
-    signals = [signal.SIGSTOP, signal.SIGCONT] if world.rank == 1 else []
-
-    def stop_rank_0_for_a_while() -> None:
-        time.sleep(0.002)
-        times.append(time.monotonic())
-        if signals and times[-1] - times[0] > 0.05 + 0.5 * (len(signals) == 1):
-            os.kill(pids[0], signals.pop(0))
-
+    job = job_of(world)
     with job.run:
-        try:
-            job.train(350, stop_rank_0_for_a_while)
-        finally:
-            if world.rank == 1:
-                os.kill(pids[0], signal.SIGCONT)
-        gaps = [(b - a, a, b) for a, b in pairwise(times)]
-        length, begin, end = world.gather(max(gaps))[0]
-        assert length > 0.4
-        meanwhile = world.gather(sum(begin < moment < end for moment in times))
-        assert min(meanwhile[1:]) > 20
+        assert min(train_while_rank_0_is_stopped(job, 350)[1:]) > 20
         job.assert_conserved()
 
 
@@ -152,7 +75,7 @@ def test_averaged_within_a_loop_has_nothing_under_way(world: Any, monkeypatch: p
     show = Pairwise._show
     # Requests leave long after they were wanted.
     monkeypatch.setattr(Pairwise, "_show", lambda pairwise: (time.sleep(0.01), show(pairwise)))
-    job = Job(world)
+    job = job_of(world)
     with job.run as run:
         for number, (x, y) in enumerate(loader(world.rank)):
             if number % 4 == 3:
@@ -169,7 +92,7 @@ def test_averaged_within_a_loop_has_nothing_under_way(world: Any, monkeypatch: p
 
 @pytest.mark.mpi
 def test_a_state_is_taken_back(world: Any) -> None:
-    first, second = Job(world), Job(world)
+    first, second = job_of(world), job_of(world)
     with first.run, second.run:
         first.train(12)
         state, vector = copy.deepcopy(first.run.state_dict()), first.vector()
@@ -188,7 +111,7 @@ def test_bytes_are_two_models_and_words_a_pair(
     world_of: Callable[..., Any], layout: tuple[int, bool]
 ) -> None:
     world = world_of(*layout)
-    job, before = Job(world), world.traffic.sent
+    job, before = job_of(world), world.traffic.sent
     with job.run as run:
         job.train(20)
         word = 8 * (world.size + 1)
@@ -201,7 +124,7 @@ def test_bytes_are_two_models_and_words_a_pair(
 
 
 def test_one_rank_is_plain_training(alone: Any) -> None:
-    plain, job = nn.Linear(FEATURES, 1, dtype=torch.float64), Job(alone)
+    plain, job = nn.Linear(FEATURES, 1, dtype=torch.float64), job_of(alone)
     plain.load_state_dict(job.model.state_dict())
     optimizer = torch.optim.SGD(plain.parameters(), 0.1)
     with job.run as run:
@@ -236,12 +159,12 @@ def test_a_graph_without_two_halves_is_refused(name: str, size: int) -> None:
 @pytest.mark.mpi
 def test_what_it_cannot_do_is_refused(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadOption, match="schedule=drawn"):
-        Job(world, virtual_nodes=2 * world.size)
+        job_of(world, virtual_nodes=2 * world.size)
     with pytest.raises(BadOption, match="cannot compress"):
-        Job(world, compress=BF16())
+        job_of(world, compress=BF16())
     with pytest.raises(BadOption, match="use one of: drawn, free"):
         ADPSGD(schedule="sometimes")  # type: ignore[arg-type]
     if world.size > 1:
         monkeypatch.setattr(world.progress, "threaded", False)
         with pytest.raises(HpcsgdError, match="MPI_THREAD_MULTIPLE"):
-            Job(world)
+            job_of(world)

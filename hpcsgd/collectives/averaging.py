@@ -1,0 +1,287 @@
+"""Rounds of averaging beside the training steps: when they start, and how they end on all ranks alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from hpcsgd.collectives.beats import Beats
+from hpcsgd.collectives.delta import Delta
+from hpcsgd.collectives.stage import beside_compute, computed
+from hpcsgd.world import World
+
+#: What ranks tell each other in a beat.
+RECORD = np.dtype(
+    [
+        ("steps", np.int64),  # taken
+        ("begun", np.int64),  # and those under way
+        ("since", np.int64),  # steps since the last snapshot
+        ("resting", np.bool_),  # takes no steps until all have come to rest
+        ("rounds", np.int64),  # completed
+        ("squares", np.float64),  # of the distance from the last average, before it was merged
+        ("step_seconds", np.float64),
+        ("round_seconds", np.float64),
+    ]
+)
+Records = Any  # a record array of RECORD, one a rank
+
+_REMEMBERED = 9  # steps whose median is what a step takes: the first ones are slow, and any may be
+_BEATS_A_STEP = 4  # of the fastest rank
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 1e-3, 50e-3
+_WHAT = "a round of averaging"
+
+
+@dataclass
+class Totals:
+    """What rounds were like, of this rank.
+
+    Attributes
+    ----------
+    rounds, steps
+        How many there were.
+    merges, lag, longest_lag
+        How many averages were merged, and how many steps these were behind, in all and at most.
+    seconds, waited
+        What rounds took, and how long the training waited for them.
+    drift
+        The consensus distances that averages found, added up.
+    """
+
+    rounds: int = 0
+    steps: int = 0
+    merges: int = 0
+    lag: int = 0
+    longest_lag: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    drift: float = 0.0
+
+
+class Averaging:
+    """This rank's part in rounds that start when `decide` says so; collective when made.
+
+    Beats carry all that is decided together, so every rank starts the same rounds in the same order, and
+    all know when each has come to rest: nothing else needs an agreement, whoever finishes first. The
+    rounds themselves are jobs of the communication thread.
+
+    Parameters
+    ----------
+    world
+        The ranks.
+    delta
+        This rank's model and what is averaged.
+    decide
+        From the records of all ranks: whether a round starts now. The same on all ranks.
+    max_lag
+        Steps after a merge that this rank takes before it waits for the next; None: any number.
+
+    Attributes
+    ----------
+    totals
+        See `Totals`.
+    """
+
+    def __init__(
+        self, world: World, delta: Delta, decide: Callable[[Records], bool], max_lag: int | None
+    ) -> None:
+        self._world, self._delta, self._decide, self._max_lag = world, delta, decide, max_lag
+        # The compute thread has this for the optimizer's update and a merge, the communication thread for
+        # a snapshot or the end of a round: neither ever waits for a forward or a backward pass.
+        self._lock = threading.Lock()
+        self._updated = computed(world.device)
+        self._begun = 0
+        self._started = self._noted = 0  # rounds
+        self._shot_at = self._pending_of = self._merged_at = 0  # in steps
+        self._pending = self._resting = self._quiet = False
+        self._squares = self._step_seconds = self._round_seconds = 0.0
+        self._durations: deque[float] = deque(maxlen=_REMEMBERED)
+        self._clock = self._round_began = time.perf_counter()
+        self.totals, self._told = Totals(), Totals()
+        self._records: Records = np.zeros(world.size, RECORD).view(np.recarray)
+        # One rank alone has nothing to average.
+        self._beats = Beats(world, self._speak, self._hear) if world.size > 1 else None
+
+    def total(self, *, begun: bool = False) -> int:
+        """The steps of all ranks that this one knows of; with those under way, where `begun`."""
+        known = self._records.begun if begun else self._records.steps
+        own = self._begun if begun else self.steps
+        return int(known.sum()) - int(known[self._world.rank]) + own
+
+    @property
+    def steps(self) -> int:
+        """Taken by this rank."""
+        return self.totals.steps
+
+    def figures(self) -> dict[str, float]:
+        """What rounds were like since the last call.
+
+        Returns
+        -------
+        dict
+            "rounds"; "steps_per_round"; "lag" and "longest_lag" (of all), the steps between a snapshot and
+            its merge; "hidden", the share of the rounds' time for which the training did not wait;
+            "drift", the mean consensus distance of the snapshots.
+        """
+        now, before = self.totals, self._told
+        self._told = replace(now)
+        rounds, seconds = now.rounds - before.rounds, now.seconds - before.seconds
+        return {
+            "rounds": rounds,
+            "steps_per_round": (now.steps - before.steps) / max(1, rounds),
+            "lag": (now.lag - before.lag) / max(1, now.merges - before.merges),
+            "longest_lag": now.longest_lag,
+            "hidden": 1.0 - min(1.0, (now.waited - before.waited) / seconds) if seconds else 1.0,
+            "drift": (now.drift - before.drift) / max(1, rounds),
+        }
+
+    def begin(self) -> None:
+        """A step is under way."""
+        self._begun = self.steps + 1
+        self._clock = time.perf_counter()
+        if self._beats is not None:
+            self._beats.wake()
+
+    def step(self, update: Callable[[], None]) -> None:
+        """Let the optimizer change the model, and merge what has come meanwhile."""
+        self._world.progress.check()
+        if self._begun == self.steps:
+            self.begin()
+        with self._lock:
+            update()
+            self.totals.steps += 1
+            self._merge()
+        self._durations.append(time.perf_counter() - self._clock)
+        self._step_seconds = statistics.median(self._durations)
+        self._wait_for_a_round()
+        self._clock = time.perf_counter()
+
+    def rest(self) -> None:
+        """Come to rest: no round is under way, and the model has all that it gained; collective."""
+        if self._beats is None:
+            return
+        self._begun, self._quiet = self.steps, False
+        self._resting = True
+        self._beats.wake()
+        self._until(lambda: self._quiet, "the end of the rounds of averaging")
+        self._resting = False
+        with self._lock:
+            self._merge()
+
+    def close(self) -> None:
+        """Come to rest for good; collective."""
+        self.rest()
+        if self._beats is not None:
+            self._beats.close()
+
+    def _wait_for_a_round(self) -> None:
+        if self._max_lag is None or self._beats is None or self.steps - self._merged_at < self._max_lag:
+            return
+        started = time.perf_counter()
+        self._until(lambda: self._pending, _WHAT)
+        self.totals.waited += time.perf_counter() - started
+        with self._lock:
+            self._merge()
+
+    def _until(self, done: Callable[[], bool], what: str) -> None:
+        assert self._beats is not None
+        beats = self._beats
+        self._world.progress.until(done, what, lambda: beats.missing)
+
+    def _merge(self) -> None:
+        if self._pending:
+            lag = self.steps - self._pending_of
+            self.totals.merges += 1
+            self.totals.lag += lag
+            self.totals.longest_lag = max(self.totals.longest_lag, lag)
+            self._delta.merge()
+            self._pending, self._merged_at = False, self.steps
+        self._updated = computed(self._world.device)
+
+    # What the communication thread does.
+
+    def _speak(self) -> np.ndarray:
+        record = (
+            self.steps,
+            self._begun,
+            self.steps - self._shot_at,
+            self._resting,
+            self.totals.rounds,
+            self._squares,
+            self._step_seconds,
+            self._round_seconds,
+        )
+        return np.array([record], RECORD)
+
+    def _hear(self, table: np.ndarray) -> float | None:
+        self._records = records = table.view(np.recarray)
+        between = bool((records.rounds == self._started).all())
+        if between and self._noted < self._started:
+            self._noted = self._started
+            self.totals.drift += math.sqrt(records.squares.mean())
+        if between and records.resting.all():
+            self._quiet = True
+            return None
+        if between and self._decide(records):
+            self._started += 1
+            begin = partial(self._begin_round, self._started)
+            self._world.progress.submit(f"{_WHAT}: snapshot {self._started}", begin)
+        return min(max(fastest_step(records) / _BEATS_A_STEP, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+
+    def _begin_round(self, number: int) -> None:
+        self._round_began = time.perf_counter()
+        with self._lock, beside_compute(self._world.device, self._updated):
+            self._delta.begin(self._pending)
+            self._shot_at = self.steps
+        self._delta.start(number)
+        self._world.progress.submit(f"{_WHAT}: end of {number}", self._end_round)
+
+    def _end_round(self) -> None:
+        self._delta.finish()
+        with self._lock, beside_compute(self._world.device, self._updated):
+            self._squares = self._delta.advance()
+            self._pending, self._pending_of = True, self._shot_at
+        self._round_seconds = time.perf_counter() - self._round_began
+        self.totals.seconds += self._round_seconds
+        self.totals.rounds += 1  # last: the others may now start the next
+
+    # At rest.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold, of this rank; collective."""
+        self.rest()
+        return {
+            "steps": self._records.steps.tolist(),
+            "shot_at": self._shot_at,
+            "merged_at": self._merged_at,
+            "seconds": [self._step_seconds, self._round_seconds],
+            "totals": asdict(self.totals),
+            "told": asdict(self._told),
+            "delta": self._delta.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; collective."""
+        self.rest()
+        self._records = np.zeros(self._world.size, RECORD).view(np.recarray)
+        self._records.steps = self._records.begun = state["steps"]
+        self._begun = state["steps"][self._world.rank]
+        self._shot_at, self._merged_at = state["shot_at"], state["merged_at"]
+        self._step_seconds, self._round_seconds = state["seconds"]
+        self.totals, self._told = (Totals(**state[name]) for name in ("totals", "told"))
+        self._started = self._noted = self.totals.rounds
+        self._delta.load_state_dict(state["delta"])
+
+
+def fastest_step(records: Records) -> float:
+    """Seconds of a step of the fastest rank; 0 before any was taken."""
+    measured = records.step_seconds[records.step_seconds > 0]
+    return float(measured.min()) if len(measured) else 0.0

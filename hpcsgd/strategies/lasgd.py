@@ -1,0 +1,152 @@
+"""LASGD: averages of all models that run beside the training, for which nobody waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+from hpcsgd.collectives import allreduce
+from hpcsgd.collectives.averaging import Averaging, Records
+from hpcsgd.collectives.delta import Delta, Merge
+from hpcsgd.collectives.reduction import reduction
+from hpcsgd.compress import Compressor
+from hpcsgd.errors import BadOption, unknown
+from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.models import OwnModels
+from hpcsgd.strategies.period import Adaptive, Fixed
+from hpcsgd.tensors import TensorGroup
+
+_NO_END = 2**62
+Trigger = Literal["any", "all", "free"]
+
+
+class LASGD(OwnModels):
+    """Local asynchronous SGD: exact averages by all-reduce beside the gradients (arXiv 2203.13085).
+
+    From the paper (Avidor, Tal Israel): asynchronous, decentralised, all-reduce for synchronisation. Our
+    reading: a round takes a snapshot s of every rank's model x and averages these, all in the
+    communication thread, while forward, backward and whole steps go on. At the end of the step in which
+    the average r arrives, x <- x + (r - s). So no gradient delays a round and no round a gradient, the mean
+    of all models changes by gradient steps alone, and an average is never older than a round takes.
+
+    Optimizer state stays local. Iterations are the steps of all ranks divided by their number; a rank may
+    take more steps than another, or none. When the run is closed all models become their mean. Memory of four
+    more models, of five with compression, of what they changed since the last average.
+
+    Parameters
+    ----------
+    period
+        Steps that a rank takes between two snapshots before it wants another, or "auto", see
+        `hpcsgd.strategies.period`. Default "auto".
+    max_lag
+        Steps between two merges after which a rank waits for the next, at least `period`; the only wait
+        there is. None (default): any number. With trigger "all" and `max_lag` equal to `period` all ranks
+        take equally many steps: that is local SGD.
+    trigger
+        Who must want a round so that it starts: "any" rank (default), or "all"; "free": nobody.
+    merge
+        "delta" (default), as above, or "overwrite": x <- r, which loses the steps since the snapshot.
+    compress
+        How changes since the last average are compressed; default: as the run's option says.
+    """
+
+    lockstep = False
+
+    def __init__(
+        self,
+        period: int | Literal["auto"] = "auto",
+        max_lag: int | None = None,
+        trigger: Trigger = "any",
+        merge: Merge = "delta",
+        compress: Compressor | None = None,
+    ) -> None:
+        if trigger not in ("any", "all", "free"):
+            raise unknown("trigger of LASGD", trigger, ("any", "all", "free"))
+        if merge not in ("delta", "overwrite"):
+            raise unknown("merge of LASGD", merge, ("delta", "overwrite"))
+        if period != "auto" and (not isinstance(period, int) or period < 1):
+            raise BadOption("period of LASGD", expected="at least 1 step, or auto", got=period)
+        least = 1 if period == "auto" else period
+        if max_lag is not None and max_lag < least:
+            what = "LASGD would wait for a round that no rank wants yet"
+            raise BadOption(what, expected=f"max_lag of at least {least}, the period", got=max_lag)
+        self.period, self.max_lag, self.trigger, self.merge = period, max_lag, trigger, merge
+        self.compress = compress
+
+    def options(self) -> dict[str, object]:
+        return {
+            "period": self.period,
+            "max_lag": self.max_lag,
+            "trigger": self.trigger,
+            "merge": self.merge,
+            "compress": str(self.compress),
+        }
+
+    def attach(self, setting: Setting) -> None:
+        setting.refuse("LASGD", virtual_nodes=True)
+        super().attach(setting)
+        self._end = _NO_END
+        self._in_step = self.trigger == "all" and self.max_lag == self.period
+        self._period = Adaptive(self.max_lag) if self.period == "auto" else Fixed(self.period)
+        model, scheme = self.parameters.group, self.compress or setting.compress
+        average = TensorGroup(
+            setting.world,
+            [(name, p) for name, p in setting.parameters if p.requires_grad],
+            setting.bucket_mib,
+        )
+        what = "change" if scheme else "model"
+        sums = reduction(average, setting.algorithm, scheme, setting.seed, what=what)
+        delta = Delta(model, average, sums, self.merge, changes=scheme is not None)
+        self._averaging = Averaging(setting.world, delta, self._decide, self.max_lag)
+
+    def detach(self) -> None:
+        self._averaging.close()
+        allreduce(self.parameters.group, algorithm=self.setting.algorithm)
+        del self._averaging, self._period
+        super().detach()
+
+    def turns(self, end: int) -> Iterator[int]:
+        averaging, ranks = self._averaging, self.setting.world.size
+        self._end = end
+        while averaging.steps < end if self._in_step else averaging.total(begun=True) < end * ranks:
+            averaging.begin()
+            yield 0
+        averaging.rest()
+        self.setting.step, self._end = end, _NO_END
+
+    def step(self, update: Callable[[], None]) -> None:
+        self._averaging.step(update)
+        averaging, ranks = self._averaging, self.setting.world.size
+        iterations = averaging.steps if self._in_step else averaging.total() // ranks
+        self.setting.step = min(iterations, self._end)
+
+    def _decide(self, records: Records) -> bool:
+        """Whether a round starts; from what all ranks know alike."""
+        period = self._period.of(records)
+        wants = (records.since >= period) & ~records.resting
+        if self.trigger == "free":
+            return bool((records.since > 0).any())
+        if self.trigger == "any":
+            return bool(wants.any())
+        return bool(wants.any() and (wants | records.resting).all())
+
+    def averaged(self) -> AbstractContextManager[None]:
+        self._averaging.rest()
+        return super().averaged()
+
+    def consensus_distance(self) -> float:
+        self._averaging.rest()
+        return super().consensus_distance()
+
+    def figures(self) -> dict[str, float]:
+        """Of the rounds since the last call, see `Averaging.figures`."""
+        return {"period": self._period.steps, **self._averaging.figures()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collective."""
+        return {**self._averaging.state_dict(), "period": self._period.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._averaging.load_state_dict(state)
+        self._period.steps = state["period"]

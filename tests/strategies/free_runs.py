@@ -1,0 +1,102 @@
+"""Runs whose ranks do not keep step: what they conserve, and what slows their messages down."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpcsgd import Run, Strategy
+
+FEATURES = 4
+
+
+def loader(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of a regression without noise, whose solution is the same for all ranks."""
+    rng = np.random.default_rng(rank)
+    xs = [torch.from_numpy(rng.standard_normal((8, FEATURES))) for _ in range(10)]
+    return [(x, x.sum(1, keepdim=True) + 1) for x in xs]
+
+
+class Job:
+    """A run, and all that its optimizer has added to the model of this rank."""
+
+    def __init__(self, world: Any, strategy: Strategy, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(FEATURES, 1, dtype=torch.float64)
+        optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.run = Run(self.model, optimizer, strategy, comm=world, **options)
+        self.start, self.added, self.taken = self.vector(), 0.0, 0
+        optimizer.register_step_pre_hook(lambda *_: self._add(-1))
+        optimizer.register_step_post_hook(lambda *_: self._add(1))
+
+    def vector(self) -> np.ndarray:
+        return np.concatenate([p.detach().flatten().numpy() for p in self.model.parameters()]).copy()
+
+    def _add(self, sign: int) -> None:
+        self.added = self.added + sign * self.vector()
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.run.zero_grad()
+        nn.functional.mse_loss(self.model(x), y).backward()
+        self.run.step()
+        self.taken += 1
+
+    def train(self, steps: int, pause: Callable[[], object] = lambda: None) -> None:
+        for x, y in self.run.batches(loader(self.run.world.rank), steps=steps):
+            pause()
+            self.step(x, y)
+
+    def assert_conserved(self) -> None:
+        """The sum of all models is what it was at the start and what the optimizers have added."""
+        everyone = self.run.world.gather((self.vector(), self.start + self.added))
+        now, expected = (sum(column) for column in zip(*everyone, strict=True))
+        np.testing.assert_allclose(now, expected, rtol=1e-12)
+
+
+@contextmanager
+def slow_service(world: Any, seed: int) -> Iterator[None]:
+    """Messages are handled at random times."""
+    rng = random.Random(seed)
+
+    def delay() -> bool:
+        time.sleep(rng.random() * 2e-3)
+        return False
+
+    world.progress.serve(delay)
+    try:
+        yield
+    finally:
+        world.progress.dismiss(delay)
+
+
+def train_while_rank_0_is_stopped(job: Job, steps: int) -> list[int]:
+    """Rank 0 is stopped for half a second on the way; returns how many steps each rank took meanwhile."""
+    world = job.run.world
+    pids, times = world.gather(os.getpid()), [time.monotonic()]
+    signals = [signal.SIGSTOP, signal.SIGCONT] if world.rank == 1 else []
+
+    def stop_rank_0_for_a_while() -> None:
+        time.sleep(0.002)
+        times.append(time.monotonic())
+        if signals and times[-1] - times[0] > 0.05 + 0.5 * (len(signals) == 1):
+            os.kill(pids[0], signals.pop(0))
+
+    try:
+        job.train(steps, stop_rank_0_for_a_while)
+    finally:
+        if world.rank == 1:
+            os.kill(pids[0], signal.SIGCONT)
+    gaps = [(b - a, a, b) for a, b in pairwise(times)]
+    length, begin, end = world.gather(max(gaps))[0]
+    assert length > 0.4
+    return world.gather(sum(begin < moment < end for moment in times))

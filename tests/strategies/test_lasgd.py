@@ -1,0 +1,296 @@
+"""LASGD: what its averages conserve, who waits for whom, how rounds begin and end."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from free_runs import Job, loader, slow_service, train_while_rank_0_is_stopped
+
+from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm
+from hpcsgd.collectives import allreduce
+from hpcsgd.collectives.averaging import RECORD, Averaging, Totals
+
+each_layout = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
+
+
+def averaging(job: Job) -> Averaging:
+    return job.run.strategy._averaging  # type: ignore[attr-defined,no-any-return]
+
+
+def totals(job: Job) -> Totals:
+    return averaging(job).totals
+
+
+def doze(seed: object) -> Callable[[], None]:
+    """Sleep up to 4 ms, drawn for each rank apart."""
+    rng = random.Random(str(seed))
+    return lambda: time.sleep(rng.random() * 4e-3)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("trigger", ["any", "all", "free"])
+@each_layout
+def test_only_gradient_steps_change_the_sum_of_the_models(
+    world_of: Callable[..., Any], layout: tuple[int, bool], trigger: Any
+) -> None:
+    world = world_of(*layout)
+    job = Job(world, LASGD(2, trigger=trigger))
+    with slow_service(world, world.rank), job.run as run:
+        for steps in (20, 1, 12):
+            before = run.steps
+            job.train(steps, doze((world.rank, steps)))
+            assert world.gather(run.steps) == [before + steps] * world.size
+            job.assert_conserved()
+        assert sum(world.gather(job.taken)) >= 33 * world.size
+        rounds = world.gather(totals(job).rounds)
+        assert len(set(rounds)) == 1 and (rounds[0] > 0) == (world.size > 1)
+        moved = np.abs(job.vector() - job.start - job.added).max()
+        assert (max(world.gather(moved)) > 1e-9) == (world.size > 1)
+
+
+@pytest.mark.mpi
+def test_hardly_more_steps_are_taken_than_asked_for(world: Any) -> None:
+    job = Job(world, LASGD(4))
+    with job.run:
+        for _ in range(4):
+            job.train(10, lambda: time.sleep(5e-3))
+        taken = sum(world.gather(job.taken))
+        assert 40 * world.size <= taken <= (40 + 2 * 4) * world.size
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("algorithm", ["library", "ring", "node", "two-level"])
+def test_every_all_reduce_algorithm_averages(world_of: Callable[..., Any], algorithm: str) -> None:
+    world = world_of(2 if algorithm == "two-level" else 0, True)
+    job = Job(world, LASGD(1), algorithm=algorithm)
+    with job.run as run:
+        for _ in range(20):
+            job.train(100)
+            job.assert_conserved()
+            if max(world.gather(np.abs(job.vector() - 1).max())) < 1e-4:
+                break
+        else:
+            pytest.fail("no rank may be away from the solution")
+        assert run.consensus_distance() < 1e-3
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("scheme", [ErrorFeedback(QSGDMaxNorm(bits=4)), FP16()], ids=str)
+@each_layout
+def test_compressed_changes_conserve_the_sum(
+    world_of: Callable[..., Any], layout: tuple[int, bool], scheme: Any
+) -> None:
+    world = world_of(*layout)
+    job = Job(world, LASGD(2, compress=scheme))
+    with job.run as run:
+        job.train(12, doze(world.rank))
+        if world.size > 1 and isinstance(scheme, ErrorFeedback):
+            assert_residuals_hold_the_rest(job, by_node=layout == (2, True) and world.nodes > 1)
+        for _ in range(15):
+            job.train(20)
+            if run.consensus_distance() < 2e-3 and max(world.gather(np.abs(job.vector() - 1).max())) < 1e-2:
+                break
+        else:
+            pytest.fail("no rank may be away from the solution")
+
+
+def assert_residuals_hold_the_rest(job: Job, by_node: bool) -> None:
+    """What averages have taken from the sum of the models is what was not sent yet."""
+    residuals = job.run.state_dict()["strategy"]["delta"]["reduction"]["residuals"]
+    total = sum(float(rest.double().sum()) for rest in residuals if rest is not None)
+    mine = float((job.vector() - job.start - job.added).sum()), total
+    moved, kept = np.sum(job.run.world.gather(mine), axis=0)
+    # Where nodes add up first, they do so of shares of the mean.
+    np.testing.assert_allclose(moved, -kept * (job.run.world.size if by_node else 1), atol=1e-5)
+    assert abs(kept) > 1e-4
+
+
+@pytest.mark.mpi
+def test_each_order_of_finishing_ends_alike(world: Any) -> None:
+    orders = list(itertools.islice(itertools.permutations(range(world.size)), 24))
+    job = Job(world, LASGD(1))
+    with job.run as run:
+        for order in orders:
+            before, late = run.steps, order.index(world.rank) * 4e-3
+            job.train(2, lambda late=late: time.sleep(late))  # type: ignore[misc]
+            # They ask for the mean one after the other too.
+            time.sleep(late)
+            with run.averaged():
+                pass
+            assert (
+                world.gather((run.steps, totals(job).rounds, before + 2))
+                == [(before + 2, totals(job).rounds, before + 2)] * world.size
+            )
+            job.assert_conserved()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_slow_rank_slows_neither_steps_nor_rounds(world: Any) -> None:
+    job = Job(world, LASGD(1))
+    with job.run:
+        started = time.perf_counter()
+        job.train(60, lambda: time.sleep(0.05 if world.rank == 0 else 0.005))
+        seconds = time.perf_counter() - started
+        slow, *others = world.gather(job.taken)
+        assert 1 <= slow < min(others) / 3
+        # While the slow rank takes a step the others average several times.
+        assert totals(job).rounds > 2 * slow
+        assert slow <= seconds / 0.05 + 1
+        job.assert_conserved()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_steps_go_on_while_a_rank_is_stopped(world: Any) -> None:
+    job = Job(world, LASGD(2))
+    with job.run:
+        assert min(train_while_rank_0_is_stopped(job, 350)[1:]) > 20
+        job.assert_conserved()
+        assert totals(job).waited == 0
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("trigger", ["any", "all", "free"])
+def test_no_merge_is_older_than_max_lag(world: Any, trigger: Any) -> None:
+    job = Job(world, LASGD(2, 3, trigger))
+    with slow_service(world, world.rank), job.run:
+        job.train(30, doze(world.rank))
+        assert totals(job).longest_lag <= 3
+        job.assert_conserved()
+        assert sum(world.gather(totals(job).merges)) >= 9 * world.size
+
+
+@pytest.mark.mpi
+def test_averaged_within_a_loop_has_nothing_under_way(world: Any) -> None:
+    job = Job(world, LASGD(1))
+    with slow_service(world, world.rank), job.run as run:
+        for number, (x, y) in enumerate(loader(world.rank)):
+            time.sleep(2e-3 * (world.rank % 3))
+            job.step(x, y)
+            if number % 4 == 3:
+                distance = run.consensus_distance()
+                own = world.gather(job.vector())
+                expected = np.linalg.norm(own - np.mean(own, 0)) / world.size**0.5
+                np.testing.assert_allclose(distance, expected, atol=1e-12)
+                job.assert_conserved()
+                with run.averaged():
+                    np.testing.assert_allclose(job.vector(), np.mean(own, 0), rtol=1e-12)
+
+
+@pytest.mark.mpi
+def test_closing_leaves_the_mean_on_all_ranks(world: Any) -> None:
+    job = Job(world, LASGD(64))
+    with job.run:
+        job.train(7)
+        mean = np.mean(world.gather(job.vector()), 0)
+    np.testing.assert_allclose(job.vector(), mean, rtol=1e-12)
+    assert len({vector.tobytes() for vector in world.gather(job.vector())}) == 1
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("scheme", [None, ErrorFeedback(QSGDMaxNorm(bits=4))], ids=str)
+def test_a_state_is_taken_back(world: Any, scheme: Any) -> None:
+    first, second = (Job(world, LASGD(compress=scheme)) for _ in range(2))
+    with first.run, second.run:
+        first.train(12)
+        state, vector = copy.deepcopy(first.run.state_dict()), first.vector()
+        second.train(3)
+        second.run.load_state_dict(state)
+        np.testing.assert_array_equal(second.vector(), vector)
+        assert second.run.state_dict()["strategy"].keys() == state["strategy"].keys()
+        assert totals(second) == totals(first)
+        second.start, second.added = vector, 0.0
+        second.train(8)
+        assert second.run.steps == 20
+        if scheme is None:
+            second.assert_conserved()
+
+
+@pytest.mark.mpi
+@each_layout
+def test_bytes_are_one_all_reduce_a_round(world_of: Callable[..., Any], layout: tuple[int, bool]) -> None:
+    world = world_of(*layout)
+    job = Job(world, LASGD(2))
+    with job.run as run:
+        group = run.strategy.parameters.group
+        job.train(1)
+        before, rounds = world.traffic.sent, totals(job).rounds
+        job.train(20, doze(world.rank))
+        rounds = totals(job).rounds - rounds
+        assert (rounds > 0) == (world.size > 1)
+        sent, start = world.traffic.sent - before, world.traffic.sent
+        allreduce(group)
+        assert sent == rounds * (world.traffic.sent - start)
+
+
+@pytest.mark.mpi
+def test_drift_is_the_consensus_distance_at_the_snapshot(world: Any) -> None:
+    job = Job(world, LASGD(2, 2, "all"))
+    with job.run as run:
+        expected = []
+        for x, y in run.batches(loader(world.rank), steps=8):
+            own, added = job.vector(), job.added
+            job.step(x, y)
+            if job.taken % 2 == 0:
+                # The merge has happened in this very step.
+                expected.append(own + job.added - added)
+        every = world.gather(expected)
+        distances = [
+            np.linalg.norm(own - np.mean(own, 0)) / world.size**0.5 for own in zip(*every, strict=True)
+        ]
+        if world.size > 1:
+            np.testing.assert_allclose(totals(job).drift, sum(distances), rtol=1e-6)
+            assert totals(job).rounds == 4 and totals(job).drift > 0
+
+
+RULES: list[tuple[str, list[int], list[bool], bool]] = [
+    ("any", [0, 3, 1], [False] * 3, True),
+    ("any", [2, 2, 2], [False] * 3, False),
+    ("any", [0, 3, 1], [False, True, False], False),
+    ("all", [3, 4, 2], [False] * 3, False),
+    ("all", [3, 4, 3], [False] * 3, True),
+    ("all", [3, 4, 0], [False, False, True], True),
+    ("all", [0, 4, 3], [False, True, True], False),
+    ("free", [0, 0, 1], [False] * 3, True),
+    ("free", [0, 0, 0], [False] * 3, False),
+]
+
+
+@pytest.mark.parametrize(("trigger", "since", "resting", "starts"), RULES)
+def test_who_wants_a_round(alone: Any, trigger: Any, since: Any, resting: Any, starts: bool) -> None:
+    job = Job(alone, LASGD(3, trigger=trigger))
+    records = np.zeros(3, RECORD).view(np.recarray)
+    records.since, records.resting = since, resting
+    with job.run as run:
+        assert run.strategy._decide(records) is starts
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"trigger": "some"}, "use one of: all, any, free"),
+        ({"merge": "sum"}, "use one of: delta, overwrite"),
+        ({"period": 0}, "at least 1 step, or auto"),
+        ({"period": "often"}, "at least 1 step, or auto"),
+        ({"period": 4, "max_lag": 3}, "max_lag of at least 4"),
+        ({"max_lag": 0}, "max_lag of at least 1"),
+    ],
+)
+def test_wrong_options_are_answered(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadOption, match=said):
+        LASGD(**options)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_it_cannot_do_is_refused(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadOption, match="no virtual nodes"):
+        Job(world, LASGD(), virtual_nodes=2 * world.size)
+    monkeypatch.setattr(world.progress, "threaded", False)
+    with pytest.raises(HpcsgdError, match="MPI_THREAD_MULTIPLE"):
+        Job(world, LASGD())
