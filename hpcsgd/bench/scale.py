@@ -10,7 +10,7 @@ from typing import TypeVar
 from hpcsgd import specs
 from hpcsgd.bench import output
 from hpcsgd.bench.scale_results import Study, Trial
-from hpcsgd.bench.study import carry_out, with_option
+from hpcsgd.bench.study import carry_out, check_each_once, with_option
 from hpcsgd.bench.timing import check_positive
 from hpcsgd.data import load
 from hpcsgd.data.contract import Source
@@ -84,8 +84,7 @@ def main(
         On all ranks, where a run fails.
     """
     check_positive("nodes, seeds and steps", [*nodes, seeds, steps])
-    if not methods or len({*methods}) < len(methods) or len({*nodes}) < len(nodes):
-        raise BadOption("methods and nodes", expected="one or more, each once", got=[*methods, *nodes])
+    check_each_once("methods and nodes", methods, nodes)
     names = {specs.parse(method)[0] for method in methods}
     most_active = _each("active", active, {str(count) for count in nodes}, int)
     rates = _each("learning_rate", learning_rate, names, float)

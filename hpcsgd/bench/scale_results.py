@@ -11,6 +11,7 @@ import numpy as np
 
 from hpcsgd.bench import output
 from hpcsgd.bench.study import Finished
+from hpcsgd.bench.trials import deviation, spread
 from hpcsgd.report.curves import vertical
 from hpcsgd.report.records import Floats
 from hpcsgd.report.render import DASHES, PALETTE, Chart, Place, draw, png, style
@@ -79,7 +80,7 @@ class Study:
             ("test accuracy (%)", self.accuracies, ".1f"),
             ("consensus distance", self.distances, ".2g"),
         ):
-            rows = [[m, *(_spread(values(nodes, m), form) for nodes in self.nodes)] for m in self.methods]
+            rows = [[m, *(spread(values(nodes, m), form) for nodes in self.nodes)] for m in self.methods]
             notes = _NOTES if values == self.distances else ""
             output.show(f"{what}; {self.title}", header, rows, notes)
 
@@ -113,7 +114,7 @@ class Study:
     def _panel(self, axes: Axes, place: Place) -> None:
         for index, method in enumerate(self.methods):
             found = [self.accuracies(nodes, method) for nodes in self.nodes]
-            mean, deviation = (np.array([of(values) for values in found]) for of in (np.mean, _deviation))
+            mean, deviation = (np.array([of(values) for values in found]) for of in (np.mean, deviation))
             look = _look(index)
             axes.plot(self.nodes, mean, **look)
             band = (mean - deviation, mean + deviation)
@@ -131,12 +132,3 @@ def _look(index: int) -> dict[str, Any]:
         "marker": "o",
         "markersize": 3,
     }
-
-
-def _deviation(values: Floats) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
-
-
-def _spread(values: Floats, form: str) -> str:
-    mean = format(values.mean(), form)
-    return mean if len(values) == 1 else f"{mean} ± {_deviation(values):{form}}"

@@ -10,9 +10,8 @@ from hpcsgd import delays as delay_specs
 from hpcsgd import specs
 from hpcsgd.bench import output
 from hpcsgd.bench.straggler_results import Study, Trial
-from hpcsgd.bench.study import carry_out, with_option
+from hpcsgd.bench.study import carry_out, check_each_once, with_option
 from hpcsgd.bench.timing import check_positive
-from hpcsgd.errors import BadOption
 from hpcsgd.settings import Settings, validate
 from hpcsgd.strategies import STRATEGIES
 from hpcsgd.world import World
@@ -104,14 +103,11 @@ def main(
             trials = [Trial(*one, finished) for one, finished in zip(asked, done, strict=True)]
             skew = f", Dirichlet({alpha:g})" if alpha is not None else ""
             study = Study(trials, target, f"{data}{skew}, {output.layout(world)}, topology {topology}")
-            study.show()
-            output.write_csv(out / "straggler.csv", study.rows(output.facts(world)))
-            print(out / "straggler.csv", study.plot(out), sep="\n", flush=True)
+            study.publish(out, output.facts(world))
 
 
 def _check(methods: Sequence[str], delays: Sequence[str]) -> None:
-    if not methods or len({*methods}) < len(methods) or len({*delays}) < len(delays):
-        raise BadOption("methods and delays", expected="one or more, each once", got=[*methods, *delays])
+    check_each_once("methods and delays", methods, delays)
     for delay in delays:
         delay_specs.build(delay)
     for method in methods:

@@ -69,7 +69,7 @@ def carry_out(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> 
     done: list[Finished] = []
     warm: set[str] = set()
     for number, (name, settings) in enumerate(plan, 1):
-        settings = replace(settings, out=str(out), name=name, progress="off")
+        settings = _carried_out(settings, out, name)
         told = world.together(lambda: world.rank == 0 and _is_complete(world, out / name, settings))  # noqa: B023
         if not world.gather(told)[0]:
             if settings.strategy not in warm:
@@ -85,6 +85,23 @@ def carry_out(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> 
                 flush=True,
             )
     return done
+
+
+def find(out: Path, name: str, settings: Settings, ranks: int) -> Finished | None:
+    """What is in the folder of a run, where that is complete and had these settings and ranks, on any nodes."""
+    folder = out / name
+    before = _config(folder)
+    about = {"ranks": ranks, "nodes": before.get("world", {}).get("nodes", 1)}
+    settings = _carried_out(settings, out, name)
+    same = bool(before) and not _differences(before, settings, about)
+    return _read(folder) if same and _has_ended(folder, settings) else None
+
+
+def check_each_once(what: str, *options: Sequence[object]) -> None:
+    """Raise where the first of some lists is empty, or one names something twice."""
+    if not options[0] or any(len({*listed}) < len(listed) for listed in options):
+        got = [value for listed in options for value in listed]
+        raise BadOption(what, expected="one or more, each once", got=got)
 
 
 def with_option(registry: Mapping[str, Callable[..., object]], spec: str, key: str, value: object) -> str:
@@ -110,26 +127,47 @@ def _train(world: World, settings: Settings, *, keep: bool = True) -> None:
         shutil.rmtree(folder / "checkpoints" if keep else folder)
 
 
+def _carried_out(settings: Settings, out: Path, name: str) -> Settings:
+    return replace(settings, out=str(out), name=name, progress="off")
+
+
 def _is_complete(world: World, folder: Path, settings: Settings) -> bool:
     """Whether it is; what is left of a run that is not gets removed."""
-    try:
-        before = tomllib.loads((folder / "config.toml").read_text())
-    except FileNotFoundError:
-        before = {}
-    wanted = tomllib.loads(to_toml(settings, {"ranks": world.size, "nodes": world.nodes}))
-    odd = [key for key in wanted if before and key != "out" and before.get(key) != wanted[key]]
-    if odd:
+    before = _config(folder)
+    odd = _differences(before, settings, {"ranks": world.size, "nodes": world.nodes}) if before else {}
+    for key, (expected, got) in odd.items():
         raise BadOption(
-            f"{folder} is a run with another {odd[0]}",
-            expected=wanted[odd[0]],
-            got=before.get(odd[0]),
+            f"{folder} is a run with another {key}",
+            expected=expected,
+            got=got,
             do="name another folder, or remove this one",
         )
-    last = _last(folder)
-    if last is not None and last["epoch"] >= settings.epochs - _ROUNDING:
+    if _has_ended(folder, settings):
         return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The settings of a run; empty where there is none."""
+    try:
+        return tomllib.loads((folder / "config.toml").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _differences(
+    before: Mapping[str, Any], settings: Settings, about: Mapping[str, object]
+) -> dict[str, tuple[object, object]]:
+    """What the settings say, and what the run's folder does, where these differ."""
+    wanted = tomllib.loads(to_toml(settings, about))
+    odd = [key for key in wanted if key != "out" and before.get(key) != wanted[key]]
+    return {key: (wanted[key], before.get(key)) for key in odd}
+
+
+def _has_ended(folder: Path, settings: Settings) -> bool:
+    last = _last(folder)
+    return last is not None and last["epoch"] >= settings.epochs - _ROUNDING
 
 
 def _read(folder: Path) -> Finished:
