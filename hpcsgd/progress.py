@@ -12,10 +12,12 @@ from hpcsgd.mail import Status
 from hpcsgd.wait import Waiter
 
 _IDLE_LOOK_AROUND = 0.25  # seconds
-_IDLE_SERVICE = 1e-3
+#: What a service returns that waits for messages: seconds.
+LISTENING = 1e-3
 
-#: Does a little and says whether there was anything to do; never waits.
-Service = Callable[[], bool]
+#: Does a little, never waits, and says in how many seconds it wants to be called again at the latest: 0
+#: where there was something to do.
+Service = Callable[[], float]
 
 
 class Work:
@@ -100,14 +102,13 @@ class Progress:
         self._thread: threading.Thread | None = None
         self._services: list[Service] = []
         self._serving = threading.Lock()
-        waiter.serve = self._serve
+        waiter.serve = lambda: self._serve() == 0
 
     def serve(self, service: Service) -> None:
         """Call a service again and again, by one thread at a time: while the thread is idle, and in waits."""
         with self._serving:
             self._services.append(service)
-        # An idle thread without services looks around seldom.
-        self.submit("a new service", lambda: None)
+        self.call_services()
 
     def dismiss(self, service: Service) -> None:
         """Call it no more; it is not under way when this returns."""
@@ -115,12 +116,15 @@ class Progress:
             if service in self._services:
                 self._services.remove(service)
 
-    def _serve(self) -> bool:
-        if not self._services or not self._serving.acquire(blocking=False):
-            return False
+    def call_services(self) -> None:
+        """Let the idle thread call them now, earlier than they said."""
+        self.submit("a call of the services", lambda: None)
+
+    def _serve(self) -> float:
+        if not self._serving.acquire(blocking=False):
+            return LISTENING  # the other thread has called them
         try:
-            busy = [service() for service in self._services]
-            return any(busy)
+            return min([service() for service in self._services], default=_IDLE_LOOK_AROUND)
         finally:
             self._serving.release()
 
@@ -208,8 +212,7 @@ class Progress:
         """The next job; until there is one, other ranks' questions are answered and services called."""
         looked = time.monotonic()
         while True:
-            busy = self._serve_or_fail()
-            pause = 0.0 if busy else _IDLE_SERVICE if self._services else _IDLE_LOOK_AROUND
+            pause = min(self._serve_or_fail(), _IDLE_LOOK_AROUND)
             try:
                 return self._jobs.get(timeout=pause) if pause else self._jobs.get_nowait()
             except queue.Empty:
@@ -217,14 +220,14 @@ class Progress:
                     self.waiter.look_around()
                     looked = time.monotonic()
 
-    def _serve_or_fail(self) -> bool:
+    def _serve_or_fail(self) -> float:
         try:
             return self._serve()
         except BaseException as error:
             # As with a job: whoever communicates next is told.
             self._failed = error
             self._services.clear()
-            return False
+            return _IDLE_LOOK_AROUND
 
     def _execute(self, what: str, job: Callable[[], Any]) -> Any:
         # Where one has failed the ranks no longer agree on what comes next: nothing else is started.

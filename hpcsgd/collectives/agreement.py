@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcsgd.collectives.rounds import Rounds, words
+from hpcsgd.progress import LISTENING
 from hpcsgd.world import SLICE_OF_WAIT, World
 
 Edges = Sequence[tuple[int, int]]
@@ -150,7 +151,7 @@ class ByMessages:
         question = np.zeros(1, np.int32)
         return self._net.comm.Irecv(question, rank, self._question_tag), question
 
-    def _serve(self) -> bool:
+    def _serve(self) -> float:
         """Answer whoever can be answered."""
         busy = False
         for rank, (request, question) in enumerate(self._questions):
@@ -164,7 +165,7 @@ class ByMessages:
                 self._tell(entered, self._rounds.members(rank))
         if self._answers:
             self._answers = [entry for entry in self._answers if not entry[0].Test()]
-        return busy
+        return 0.0 if busy else LISTENING
 
     def _tell(self, entered: int, members: Sequence[int]) -> None:
         answer = np.zeros_like(self._answer)

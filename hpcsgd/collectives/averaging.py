@@ -32,11 +32,12 @@ RECORD = np.dtype(
         ("round_seconds", np.float64),
     ]
 )
+NO_GOAL = 2**62
 Records = Any  # a record array of RECORD, one a rank
 
 _REMEMBERED = 9  # steps whose median is what a step takes: the first ones are slow, and any may be
-_BEATS_A_STEP = 4  # of the fastest rank
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 1e-3, 50e-3
+#: Between two beats: this share of the time to what comes next, but at least of a step, and seconds.
+_SHARE, _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 1e-3, 0.2
 _WHAT = "a round of averaging"
 
 
@@ -79,8 +80,8 @@ class Averaging:
         The ranks.
     delta
         This rank's model and what is averaged.
-    decide
-        From the records of all ranks: whether a round starts now. The same on all ranks.
+    wanted
+        From the records of all ranks: in how many steps a round is wanted; 0: now. The same on all ranks.
     max_lag
         Steps after a merge that this rank takes before it waits for the next; None: any number.
 
@@ -88,17 +89,19 @@ class Averaging:
     ----------
     totals
         See `Totals`.
+    goal
+        How many steps all ranks together shall have begun when they next come to rest.
     """
 
     def __init__(
-        self, world: World, delta: Delta, decide: Callable[[Records], bool], max_lag: int | None
+        self, world: World, delta: Delta, wanted: Callable[[Records], float], max_lag: int | None
     ) -> None:
-        self._world, self._delta, self._decide, self._max_lag = world, delta, decide, max_lag
+        self._world, self._delta, self._wanted, self._max_lag = world, delta, wanted, max_lag
         # The compute thread has this for the optimizer's update and a merge, the communication thread for
         # a snapshot or the end of a round: neither ever waits for a forward or a backward pass.
         self._lock = threading.Lock()
         self._updated = computed(world.device)
-        self._begun = 0
+        self._begun, self.goal = 0, NO_GOAL
         self._started = self._noted = 0  # rounds
         self._shot_at = self._pending_of = self._merged_at = 0  # in steps
         self._pending = self._resting = self._quiet = False
@@ -230,11 +233,20 @@ class Averaging:
         if between and records.resting.all():
             self._quiet = True
             return None
-        if between and self._decide(records):
+        wanted = self._wanted(records)
+        if between and wanted == 0:
             self._started += 1
             begin = partial(self._begin_round, self._started)
             self._world.progress.submit(f"{_WHAT}: snapshot {self._started}", begin)
-        return min(max(fastest_step(records) / _BEATS_A_STEP, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+        return self._pause(records, wanted)
+
+    def _pause(self, records: Records, wanted: float) -> float:
+        """Seconds to the next beat: what is about to happen shall be known soon, and beats cost time too."""
+        if records.resting.any():
+            return _SHORTEST_PAUSE
+        left = (self.goal - int(records.begun.sum())) / self._world.size
+        pause = _SHARE * max(1.0, min(wanted, left)) * fastest_step(records)
+        return min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
     def _begin_round(self, number: int) -> None:
         self._round_began = time.perf_counter()

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.progress import LISTENING
 from hpcsgd.world import World
+
+_ASLEEP = 60.0  # seconds; whoever wakes it has it called
 
 
 class Beats:
@@ -64,28 +67,32 @@ class Beats:
 
     def wake(self) -> None:
         """Take part in the next beat, as soon as all other ranks do."""
-        self._awake = True
+        if not self._awake:
+            self._awake = True
+            self._world.progress.call_services()
 
     def close(self) -> None:
         """No more beats; where all ranks sleep."""
         self._world.progress.dismiss(self._poll)
 
-    def _poll(self) -> bool:
+    def _poll(self) -> float:
         return next(self._talk)
 
-    def _beat(self) -> Generator[bool, None, None]:
+    def _beat(self) -> Generator[float, None, None]:
         while True:
-            while not self._awake or time.monotonic() < self._due:
-                yield False
+            while not self._awake:
+                yield _ASLEEP
+            while (pause := self._due - time.monotonic()) > 0:
+                yield pause
             table = yield from self._gather(self._speak())
             # Asleep before others learn of it: who is told may wake this up at once.
             self._awake = False
-            pause = self._hear(table)
-            if pause is not None:
-                self._awake, self._due = True, time.monotonic() + pause
-            yield True
+            wanted = self._hear(table)
+            if wanted is not None:
+                self._awake, self._due = True, time.monotonic() + wanted
+            yield 0.0
 
-    def _gather(self, mine: np.ndarray) -> Generator[bool, None, np.ndarray]:
+    def _gather(self, mine: np.ndarray) -> Generator[float, None, np.ndarray]:
         """All ranks' records, by Bruck's algorithm: all that are there go on, twice as far each time."""
         rank, size, net = self._world.rank, self._world.size, self._net
         rows, have = np.empty(size, mine.dtype), 1
@@ -98,7 +105,7 @@ class Beats:
                 net.isend(rows[:count], (rank - have) % size, self._tag),
             ]
             while not all(request.Test() for request in requests):
-                yield False
+                yield LISTENING
             have += count
         self._asked = rank
         return np.roll(rows, rank)

@@ -18,6 +18,7 @@ from torch import Tensor
 from hpcsgd.collectives.stage import from_host, to_host
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.peers import Peers
+from hpcsgd.progress import LISTENING
 from hpcsgd.tensors import TensorGroup
 from hpcsgd.world import SLICE_OF_WAIT
 
@@ -178,14 +179,14 @@ class Exchange:
         """Whether some ranks are reached by messages."""
         return len(self._members) < self.world.size
 
-    def push(self) -> bool:
+    def push(self) -> float:
         """Move the messages on that `show` has begun; a service, where jobs are submitted and waited for.
 
         Unlike `settle` it holds up no later job until they have been received.
         """
         for request, _ in [sent for requests in self._sending.values() for sent in requests]:
             request.Test()
-        return False
+        return LISTENING
 
     def settle(self) -> None:
         """Let the messages leave that jobs so far `show`, while the compute thread goes on."""

@@ -19,6 +19,7 @@ import torch
 from hpcsgd.collectives.neighbour import parts_of, pieces
 from hpcsgd.collectives.stage import to_host
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.progress import LISTENING
 from hpcsgd.tensors import TensorGroup
 from hpcsgd.world import World
 
@@ -156,8 +157,8 @@ class Pairwise:
     def _idle(self) -> bool:
         return not (self._asking or self._askers or self._untold or self._words_sent)
 
-    def _poll(self) -> bool:
-        """The service: hear words, go on with the pair under way; says whether there was anything to do."""
+    def _poll(self) -> float:
+        """The service: hear words, go on with the pair under way."""
         self._words_sent = [(request, word) for request, word in self._words_sent if not request.Test()]
         heard = [other for other, (request, _) in self._words.items() if request.Test()]
         for other in heard:
@@ -165,7 +166,7 @@ class Pairwise:
         while self._untold:
             self._tell(self._untold[-1], _NEWS)
             self._untold.pop()
-        return next(self._talk) or bool(heard)
+        return 0.0 if next(self._talk) or heard else LISTENING
 
     def _listen(self, other: int) -> tuple[Any, np.ndarray]:
         word = np.empty(self._world.size + 1, np.int64)

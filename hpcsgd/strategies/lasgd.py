@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+import numpy as np
+
 from hpcsgd.collectives import allreduce
-from hpcsgd.collectives.averaging import Averaging, Records
+from hpcsgd.collectives.averaging import NO_GOAL, Averaging, Records
 from hpcsgd.collectives.delta import Delta, Merge
 from hpcsgd.collectives.reduction import reduction
 from hpcsgd.compress import Compressor
@@ -17,7 +19,6 @@ from hpcsgd.strategies.models import OwnModels
 from hpcsgd.strategies.period import Adaptive, Fixed
 from hpcsgd.tensors import TensorGroup
 
-_NO_END = 2**62
 Trigger = Literal["any", "all", "free"]
 
 
@@ -86,7 +87,6 @@ class LASGD(OwnModels):
     def attach(self, setting: Setting) -> None:
         setting.refuse("LASGD", virtual_nodes=True)
         super().attach(setting)
-        self._end = _NO_END
         self._in_step = self.trigger == "all" and self.max_lag == self.period
         self._period = Adaptive(self.max_lag) if self.period == "auto" else Fixed(self.period)
         model, scheme = self.parameters.group, self.compress or setting.compress
@@ -98,7 +98,7 @@ class LASGD(OwnModels):
         what = "change" if scheme else "model"
         sums = reduction(average, setting.algorithm, scheme, setting.seed, what=what)
         delta = Delta(model, average, sums, self.merge, changes=scheme is not None)
-        self._averaging = Averaging(setting.world, delta, self._decide, self.max_lag)
+        self._averaging = Averaging(setting.world, delta, self._wanted, self.max_lag)
 
     def detach(self) -> None:
         self._averaging.close()
@@ -108,28 +108,26 @@ class LASGD(OwnModels):
 
     def turns(self, end: int) -> Iterator[int]:
         averaging, ranks = self._averaging, self.setting.world.size
-        self._end = end
-        while averaging.steps < end if self._in_step else averaging.total(begun=True) < end * ranks:
+        averaging.goal = end * ranks
+        while averaging.steps < end if self._in_step else averaging.total(begun=True) < averaging.goal:
             averaging.begin()
             yield 0
         averaging.rest()
-        self.setting.step, self._end = end, _NO_END
+        averaging.goal, self.setting.step = NO_GOAL, end
 
     def step(self, update: Callable[[], None]) -> None:
         self._averaging.step(update)
         averaging, ranks = self._averaging, self.setting.world.size
-        iterations = averaging.steps if self._in_step else averaging.total() // ranks
-        self.setting.step = min(iterations, self._end)
+        steps = ranks * averaging.steps if self._in_step else averaging.total()
+        self.setting.step = min(steps, averaging.goal) // ranks
 
-    def _decide(self, records: Records) -> bool:
-        """Whether a round starts; from what all ranks know alike."""
+    def _wanted(self, records: Records) -> float:
+        """In how many steps a round is wanted, from what all ranks know alike."""
         period = self._period.of(records)
-        wants = (records.since >= period) & ~records.resting
         if self.trigger == "free":
-            return bool((records.since > 0).any())
-        if self.trigger == "any":
-            return bool(wants.any())
-        return bool(wants.any() and (wants | records.resting).all())
+            return 0 if (records.since > 0).any() else 1
+        left = np.maximum(period - records.since, 0)[~records.resting]
+        return float(left.min(initial=period) if self.trigger == "any" else left.max(initial=0))
 
     def averaged(self) -> AbstractContextManager[None]:
         self._averaging.rest()

@@ -12,7 +12,7 @@ import pytest
 
 from hpcsgd import BadOption, DeadlineExceeded
 from hpcsgd.mail import Status
-from hpcsgd.progress import Progress
+from hpcsgd.progress import LISTENING, Progress
 from hpcsgd.wait import Waiter, timeout_from_environment
 
 
@@ -142,9 +142,9 @@ def test_a_timeout_that_is_none_is_refused(text: str, monkeypatch: pytest.Monkey
 def test_a_service_runs_while_idle_and_while_waiting_until_dismissed(progress: Progress) -> None:
     calls: list[str] = []
 
-    def service() -> bool:
+    def service() -> float:
         calls.append(threading.current_thread().name)
-        return False
+        return LISTENING
 
     progress.serve(service)
     progress.waiter.until(lambda: "hpcsgd" in calls, "the idle thread")
@@ -157,9 +157,9 @@ def test_a_service_runs_while_idle_and_while_waiting_until_dismissed(progress: P
 
 
 def test_a_service_that_fails_fails_what_comes_next(progress: Progress) -> None:
-    def service() -> bool:
+    def service() -> float:
         if threading.current_thread() is threading.main_thread():
-            return False
+            return LISTENING
         raise KeyError("lost")
 
     progress.serve(service)

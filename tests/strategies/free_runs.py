@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hpcsgd import Run, Strategy
+from hpcsgd.progress import LISTENING
 
 FEATURES = 4
 
@@ -68,9 +69,9 @@ def slow_service(world: Any, seed: int) -> Iterator[None]:
     """Messages are handled at random times."""
     rng = random.Random(seed)
 
-    def delay() -> bool:
+    def delay() -> float:
         time.sleep(rng.random() * 2e-3)
-        return False
+        return LISTENING
 
     world.progress.serve(delay)
     try:
