@@ -27,9 +27,11 @@ RECORD = np.dtype(
         ("since", np.int64),  # steps since the last snapshot
         ("resting", np.bool_),  # takes no steps until all have come to rest
         ("rounds", np.int64),  # completed
-        ("squares", np.float64),  # of the distance from the last average, before it was merged
+        ("squares", np.float64),  # of the distance of the last snapshot from its average
+        ("norm", np.float64),  # of that average, squared
         ("step_seconds", np.float64),
         ("round_seconds", np.float64),
+        ("round_cost", np.float64),  # seconds of a core
     ]
 )
 NO_GOAL = 2**62
@@ -105,9 +107,11 @@ class Averaging:
         self._started = self._noted = 0  # rounds
         self._shot_at = self._pending_of = self._merged_at = 0  # in steps
         self._pending = self._resting = self._quiet = False
-        self._squares = self._step_seconds = self._round_seconds = 0.0
+        self._squares = self._norm = self._step_seconds = self._round_seconds = self._round_cost = 0.0
+        self._merge_cost = 0.0
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
         self._clock = self._round_began = time.perf_counter()
+        self._cost_before = 0.0
         self.totals, self._told = Totals(), Totals()
         self._records: Records = np.zeros(world.size, RECORD).view(np.recarray)
         # One rank alone has nothing to average.
@@ -205,7 +209,9 @@ class Averaging:
             self.totals.merges += 1
             self.totals.lag += lag
             self.totals.longest_lag = max(self.totals.longest_lag, lag)
+            started = time.perf_counter()
             self._delta.merge()
+            self._merge_cost = time.perf_counter() - started
             self._pending, self._merged_at = False, self.steps
         self._updated = computed(self._world.device)
 
@@ -219,8 +225,10 @@ class Averaging:
             self._resting,
             self.totals.rounds,
             self._squares,
+            self._norm,
             self._step_seconds,
             self._round_seconds,
+            self._round_cost + self._merge_cost,
         )
         return np.array([record], RECORD)
 
@@ -249,7 +257,7 @@ class Averaging:
         return min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
     def _begin_round(self, number: int) -> None:
-        self._round_began = time.perf_counter()
+        self._round_began, self._cost_before = time.perf_counter(), time.thread_time()
         with self._lock, beside_compute(self._world.device, self._updated):
             self._delta.begin(self._pending)
             self._shot_at = self.steps
@@ -259,9 +267,10 @@ class Averaging:
     def _end_round(self) -> None:
         self._delta.finish()
         with self._lock, beside_compute(self._world.device, self._updated):
-            self._squares = self._delta.advance()
+            self._squares, self._norm = self._delta.advance()
             self._pending, self._pending_of = True, self._shot_at
         self._round_seconds = time.perf_counter() - self._round_began
+        self._round_cost = time.thread_time() - self._cost_before
         self.totals.seconds += self._round_seconds
         self.totals.rounds += 1  # last: the others may now start the next
 

@@ -73,15 +73,18 @@ class Delta:
         """Wait for the average."""
         self._sums.finish()
 
-    def advance(self) -> float:
-        """Note what the model gains; returns the squared distance of its snapshot from the average."""
+    def advance(self) -> tuple[float, float]:
+        """Note what the model gains; returns the squares of its snapshot's distance from the average, and of
+        the average's norm.
+        """
         for target, before in zip(self._average, self._before, strict=False):
             before.copy_(target.flat.add_(before))
-        found = [
+        squares = [
             self._kind.advance(target.flat, shot, gain)
             for target, shot, gain in zip(self._average, self._shot, self._gain, strict=True)
         ]
-        return sum(map(float, found))
+        norms = [torch.linalg.vector_norm(target.flat, dtype=_wide(target.flat)) for target in self._average]
+        return sum(map(float, squares)), sum(float(norm) ** 2 for norm in norms)
 
     def merge(self) -> None:
         """Give the model what it has gained."""
@@ -132,3 +135,8 @@ class _Overwrite:
 
     def merge(self, model: Tensor, gain: Tensor) -> None:
         model.copy_(gain)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """The type in which a norm neither overflows nor is inexact."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
