@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 import threading
-import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +13,7 @@ import numpy as np
 from hpcsgd.collectives.beats import Beats
 from hpcsgd.collectives.delta import Delta
 from hpcsgd.collectives.stage import beside_compute, computed
+from hpcsgd.collectives.tally import Tally
 from hpcsgd.world import World
 
 #: What ranks tell each other in a beat.
@@ -37,36 +34,10 @@ RECORD = np.dtype(
 NO_GOAL = 2**62
 Records = Any  # a record array of RECORD, one a rank
 
-_REMEMBERED = 9  # steps whose median is what a step takes: the first ones are slow, and any may be
 #: Between two beats: this share of the time to what comes next, but at least of a step, and seconds.
 _SHARE, _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 1e-3, 0.2
+_SHARE_AT_REST = 0.06  # of a step, while one waits until the others have come to rest too
 _WHAT = "a round of averaging"
-
-
-@dataclass
-class Totals:
-    """What rounds were like, of this rank.
-
-    Attributes
-    ----------
-    rounds, steps
-        How many there were.
-    merges, lag, longest_lag
-        How many averages were merged, and how many steps these were behind, in all and at most.
-    seconds, waited
-        What rounds took, and how long the training waited for them.
-    drift
-        The consensus distances that averages found, added up.
-    """
-
-    rounds: int = 0
-    steps: int = 0
-    merges: int = 0
-    lag: int = 0
-    longest_lag: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    drift: float = 0.0
 
 
 class Averaging:
@@ -89,8 +60,8 @@ class Averaging:
 
     Attributes
     ----------
-    totals
-        See `Totals`.
+    tally
+        What its steps and rounds were like.
     goal
         How many steps all ranks together shall have begun when they next come to rest.
     """
@@ -107,12 +78,7 @@ class Averaging:
         self._started = self._noted = 0  # rounds
         self._shot_at = self._pending_of = self._merged_at = 0  # in steps
         self._pending = self._resting = self._quiet = False
-        self._squares = self._norm = self._step_seconds = self._round_seconds = self._round_cost = 0.0
-        self._merge_cost = 0.0
-        self._durations: deque[float] = deque(maxlen=_REMEMBERED)
-        self._clock = self._round_began = time.perf_counter()
-        self._cost_before = 0.0
-        self.totals, self._told = Totals(), Totals()
+        self.tally = Tally()
         self._records: Records = np.zeros(world.size, RECORD).view(np.recarray)
         # One rank alone has nothing to average.
         self._beats = Beats(world, self._speak, self._hear) if world.size > 1 else None
@@ -126,34 +92,12 @@ class Averaging:
     @property
     def steps(self) -> int:
         """Taken by this rank."""
-        return self.totals.steps
-
-    def figures(self) -> dict[str, float]:
-        """What rounds were like since the last call.
-
-        Returns
-        -------
-        dict
-            "rounds"; "steps_per_round"; "lag" and "longest_lag" (of all), the steps between a snapshot and
-            its merge; "hidden", the share of the rounds' time for which the training did not wait;
-            "drift", the mean consensus distance of the snapshots.
-        """
-        now, before = self.totals, self._told
-        self._told = replace(now)
-        rounds, seconds = now.rounds - before.rounds, now.seconds - before.seconds
-        return {
-            "rounds": rounds,
-            "steps_per_round": (now.steps - before.steps) / max(1, rounds),
-            "lag": (now.lag - before.lag) / max(1, now.merges - before.merges),
-            "longest_lag": now.longest_lag,
-            "hidden": 1.0 - min(1.0, (now.waited - before.waited) / seconds) if seconds else 1.0,
-            "drift": (now.drift - before.drift) / max(1, rounds),
-        }
+        return self.tally.totals.steps
 
     def begin(self) -> None:
         """A step is under way."""
         self._begun = self.steps + 1
-        self._clock = time.perf_counter()
+        self.tally.begin_step()
         if self._beats is not None:
             self._beats.wake()
 
@@ -164,12 +108,11 @@ class Averaging:
             self.begin()
         with self._lock:
             update()
-            self.totals.steps += 1
+            self.tally.totals.steps += 1
             self._merge()
-        self._durations.append(time.perf_counter() - self._clock)
-        self._step_seconds = statistics.median(self._durations)
+        self.tally.end_step()
         self._wait_for_a_round()
-        self._clock = time.perf_counter()
+        self.tally.begin_step()
 
     def rest(self) -> None:
         """Come to rest: no round is under way, and the model has all that it gained; collective."""
@@ -192,9 +135,8 @@ class Averaging:
     def _wait_for_a_round(self) -> None:
         if self._max_lag is None or self._beats is None or self.steps - self._merged_at < self._max_lag:
             return
-        started = time.perf_counter()
-        self._until(lambda: self._pending, _WHAT)
-        self.totals.waited += time.perf_counter() - started
+        with self.tally.waiting():
+            self._until(lambda: self._pending, _WHAT)
         with self._lock:
             self._merge()
 
@@ -205,30 +147,26 @@ class Averaging:
 
     def _merge(self) -> None:
         if self._pending:
-            lag = self.steps - self._pending_of
-            self.totals.merges += 1
-            self.totals.lag += lag
-            self.totals.longest_lag = max(self.totals.longest_lag, lag)
-            started = time.perf_counter()
-            self._delta.merge()
-            self._merge_cost = time.perf_counter() - started
+            with self.tally.merging(self.steps - self._pending_of):
+                self._delta.merge()
             self._pending, self._merged_at = False, self.steps
         self._updated = computed(self._world.device)
 
     # What the communication thread does.
 
     def _speak(self) -> np.ndarray:
+        tally, steps = self.tally, self.steps
         record = (
-            self.steps,
+            steps,
             self._begun,
-            self.steps - self._shot_at,
+            steps - self._shot_at,
             self._resting,
-            self.totals.rounds,
-            self._squares,
-            self._norm,
-            self._step_seconds,
-            self._round_seconds,
-            self._round_cost + self._merge_cost,
+            tally.totals.rounds,
+            tally.squares,
+            tally.norm,
+            tally.step_seconds,
+            tally.round_seconds,
+            tally.round_cost,
         )
         return np.array([record], RECORD)
 
@@ -237,7 +175,7 @@ class Averaging:
         between = bool((records.rounds == self._started).all())
         if between and self._noted < self._started:
             self._noted = self._started
-            self.totals.drift += math.sqrt(records.squares.mean())
+            self.tally.totals.drift += math.sqrt(records.squares.mean())
         if between and records.resting.all():
             self._quiet = True
             return None
@@ -250,14 +188,13 @@ class Averaging:
 
     def _pause(self, records: Records, wanted: float) -> float:
         """Seconds to the next beat: what is about to happen shall be known soon, and beats cost time too."""
-        if records.resting.any():
-            return _SHORTEST_PAUSE
         left = (self.goal - int(records.begun.sum())) / self._world.size
-        pause = _SHARE * max(1.0, min(wanted, left)) * fastest_step(records)
+        share = _SHARE_AT_REST if records.resting.any() else _SHARE * max(1.0, min(wanted, left))
+        pause = share * fastest_step(records)
         return min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
     def _begin_round(self, number: int) -> None:
-        self._round_began, self._cost_before = time.perf_counter(), time.thread_time()
+        self.tally.begin_round()
         with self._lock, beside_compute(self._world.device, self._updated):
             self._delta.begin(self._pending)
             self._shot_at = self.steps
@@ -267,12 +204,9 @@ class Averaging:
     def _end_round(self) -> None:
         self._delta.finish()
         with self._lock, beside_compute(self._world.device, self._updated):
-            self._squares, self._norm = self._delta.advance()
+            found = self._delta.advance()
             self._pending, self._pending_of = True, self._shot_at
-        self._round_seconds = time.perf_counter() - self._round_began
-        self._round_cost = time.thread_time() - self._cost_before
-        self.totals.seconds += self._round_seconds
-        self.totals.rounds += 1  # last: the others may now start the next
+        self.tally.end_round(*found)
 
     # At rest.
 
@@ -283,9 +217,7 @@ class Averaging:
             "steps": self._records.steps.tolist(),
             "shot_at": self._shot_at,
             "merged_at": self._merged_at,
-            "seconds": [self._step_seconds, self._round_seconds],
-            "totals": asdict(self.totals),
-            "told": asdict(self._told),
+            "tally": self.tally.state_dict(),
             "delta": self._delta.state_dict(),
         }
 
@@ -296,9 +228,8 @@ class Averaging:
         self._records.steps = self._records.begun = state["steps"]
         self._begun = state["steps"][self._world.rank]
         self._shot_at, self._merged_at = state["shot_at"], state["merged_at"]
-        self._step_seconds, self._round_seconds = state["seconds"]
-        self.totals, self._told = (Totals(**state[name]) for name in ("totals", "told"))
-        self._started = self._noted = self.totals.rounds
+        self.tally.load_state_dict(state["tally"])
+        self._started = self._noted = self.tally.totals.rounds
         self._delta.load_state_dict(state["delta"])
 
 

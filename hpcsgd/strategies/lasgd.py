@@ -138,8 +138,8 @@ class LASGD(OwnModels):
         return super().consensus_distance()
 
     def figures(self) -> dict[str, float]:
-        """Of the rounds since the last call, see `Averaging.figures`."""
-        return {"period": self._period.steps, **self._averaging.figures()}
+        """Of the rounds since the last call, see `Tally.figures`."""
+        return {"period": self._period.steps, **self._averaging.tally.figures()}
 
     def state_dict(self) -> dict[str, Any]:
         """Collective."""

@@ -15,7 +15,8 @@ from free_runs import Job, loader, slow_service, train_while_rank_0_is_stopped
 
 from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm
 from hpcsgd.collectives import allreduce
-from hpcsgd.collectives.averaging import RECORD, Averaging, Totals
+from hpcsgd.collectives.averaging import RECORD, Averaging
+from hpcsgd.collectives.tally import Totals
 
 each_layout = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
 
@@ -25,7 +26,7 @@ def averaging(job: Job) -> Averaging:
 
 
 def totals(job: Job) -> Totals:
-    return averaging(job).totals
+    return averaging(job).tally.totals
 
 
 def doze(seed: object) -> Callable[[], None]:
