@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hpcsgd.mail import Status
@@ -58,11 +59,8 @@ class Work:
 
     def _finish(self, timeout: float | None) -> None:
         if not self._done.is_set():
-            started = time.perf_counter()
-            try:
+            with self._progress.waiting():
                 self._progress.waiter.event(self._done, lambda: self.what, timeout)
-            finally:
-                self._progress.wait_seconds += time.perf_counter() - started
 
     def _run(self) -> None:
         job, self._job = self._job, None
@@ -102,7 +100,9 @@ class Progress:
         self._thread: threading.Thread | None = None
         self._services: list[Service] = []
         self._serving = threading.Lock()
+        self._awaited = False
         waiter.serve = lambda: self._serve() == 0
+        waiter.patient = self._nobody_waits
 
     def serve(self, service: Service) -> None:
         """Call a service again and again, by one thread at a time: while the thread is idle, and in waits."""
@@ -156,11 +156,8 @@ class Progress:
             return job()
         if self._unfinished:
             return self.submit(what, job).wait()
-        started = time.perf_counter()
-        try:
+        with self.waiting():
             return self._execute(what, job)
-        finally:
-            self.wait_seconds += time.perf_counter() - started
 
     def check(self) -> None:
         """Raise what a job or a service has failed with."""
@@ -177,12 +174,22 @@ class Progress:
         done, what, missing
             As of `Waiter.until`.
         """
-        started = time.perf_counter()
-        try:
+        with self.waiting():
             self.waiter.until(lambda: self._failed is not None or done(), what, missing)
-        finally:
-            self.wait_seconds += time.perf_counter() - started
         self.check()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the compute thread waits, which is counted."""
+        started, self._awaited = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self._awaited = False
+            self.wait_seconds += time.perf_counter() - started
+
+    def _nobody_waits(self) -> bool:
+        return not self._awaited and threading.current_thread() is self._thread
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every job submitted so far is over; errors stay with their `Work`."""

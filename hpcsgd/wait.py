@@ -12,8 +12,9 @@ from hpcsgd.errors import BadOption, DeadlineExceeded
 DEFAULT_TIMEOUT = 300.0
 _SPINS = 50
 _LONGEST_SPIN = 1e-3  # seconds; a test may sleep in native code itself
-_SHORTEST_SLEEP, _LONGEST_SLEEP = 20e-6, 500e-6
-_SLEEP_SHARE = 0.03
+#: The shortest and the longest sleep in seconds, and between them the share of the wait so far.
+_EAGER = (20e-6, 500e-6, 0.03)
+_PATIENT = (100e-6, 3e-3, 0.15)
 _LOOK_AROUND_EVERY = 0.2
 _GRACE = 10.0
 
@@ -53,6 +54,8 @@ class Waiter:
         self.ask_others: Callable[[], str] = lambda: ""
         #: Does a little of what goes on beside everything else, and says whether there was any.
         self.serve: Callable[[], bool] = lambda: False
+        #: Whether nobody waits for what this thread waits for: to look again takes time from who computes.
+        self.patient: Callable[[], bool] = lambda: False
 
     def until(
         self,
@@ -77,7 +80,7 @@ class Waiter:
             After the timeout; the message names who is missing and what every rank does.
         """
         started = looked = time.monotonic()
-        for _ in range(_SPINS):
+        for _ in range(1 if self.patient() else _SPINS):
             if done():
                 return
             if time.monotonic() - started > _LONGEST_SPIN:
@@ -93,7 +96,8 @@ class Waiter:
                 if now - started > self.timeout:
                     raise self._late(what, missing)
             # In proportion to the wait so far: what is waited for is never noticed much too late.
-            time.sleep(min(max((now - started) * _SLEEP_SHARE, _SHORTEST_SLEEP), _LONGEST_SLEEP))
+            shortest, longest, share = _PATIENT if self.patient() else _EAGER
+            time.sleep(min(max((now - started) * share, shortest), longest))
 
     def event(self, event: threading.Event, what: Callable[[], str], timeout: float | None) -> None:
         """Wait for an event that the communication thread sets.

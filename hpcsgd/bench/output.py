@@ -77,8 +77,12 @@ def facts(world: World) -> Row:
 
 def layout(world: World) -> str:
     """The ranks in words, for a title."""
-    nodes = "one node" if world.nodes == 1 else f"{world.nodes} nodes"
-    return f"{world.size} rank{'s' if world.size > 1 else ''} on {nodes}"
+    return on_nodes(world.size, world.nodes)
+
+
+def on_nodes(ranks: int, nodes: int) -> str:
+    """So many ranks on so many nodes, in words."""
+    return f"{ranks} rank{'s' if ranks > 1 else ''} on {'one node' if nodes == 1 else f'{nodes} nodes'}"
 
 
 def _version(name: str) -> str:

@@ -114,10 +114,10 @@ class Study:
     def _panel(self, axes: Axes, place: Place) -> None:
         for index, method in enumerate(self.methods):
             found = [self.accuracies(nodes, method) for nodes in self.nodes]
-            mean, deviation = (np.array([of(values) for values in found]) for of in (np.mean, deviation))
+            mean, width = (np.array([of(values) for values in found]) for of in (np.mean, deviation))
             look = _look(index)
             axes.plot(self.nodes, mean, **look)
-            band = (mean - deviation, mean + deviation)
+            band = (mean - width, mean + width)
             axes.fill_between(self.nodes, *band, color=look["color"], alpha=_BAND, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(self.nodes, [str(nodes) for nodes in self.nodes])

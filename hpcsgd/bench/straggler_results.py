@@ -8,7 +8,8 @@ import numpy as np
 
 from hpcsgd import specs
 from hpcsgd.bench import output, trials
-from hpcsgd.bench.trials import Measure, Numbers, goal, or_never
+from hpcsgd.bench.comparison import Cells, Comparison, Measure
+from hpcsgd.bench.trials import Numbers, goal, or_never
 
 _NOTES = (
     "Delays are simulated: each rank sleeps for each gradient. cb-Full is backup:backups=0, cb-DyBW backup; "
@@ -28,7 +29,7 @@ class Trial(trials.Trial[str]):
         return float(self.test.step[found[0]]), float(self.test.time[found[0]])
 
 
-class Study(trials.Study[str, Trial]):
+class Study(Comparison[str, Trial]):
     """All runs of a study.
 
     Parameters
@@ -37,52 +38,33 @@ class Study(trials.Study[str, Trial]):
         Its runs: for each delay and method one a seed.
     target
         Test accuracy, from 0 to 1.
-    title
-        On what they ran.
+    on
+        What they ran on, in words.
     """
 
     name = "straggler"
     measure = Measure("accuracy", "test accuracy (%)", ".1f", scale=100)
     columns = 2
+    notes = _NOTES
 
-    def __init__(self, trials: Sequence[Trial], target: float, title: str) -> None:
+    def __init__(self, trials: Sequence[Trial], target: float, on: str) -> None:
         super().__init__(trials)
-        self._target, self.title = target, title
+        self._target, self._on = target, on
         self.full = next((m for m in self.methods if _backups(m) == "0"), None)
         self.dynamic = next((m for m in self.methods if _backups(m) == "dynamic"), None)
 
     def target(self, setting: str) -> float:
         return self._target
 
-    def show(self) -> None:
-        """Print a table for each delay, and what became of the goals."""
-        header = [
-            "",
-            "ms per\niteration",
-            "relative to\ncb-Full",
-            "iterations\nto target",
-            "seconds\nto target",
-        ]
-        header += ["final\naccuracy", "gradients\nper rank"]
-        for delay in self.settings:
-            rows = [self._row(delay, method) for method in self.methods]
-            title = f"simulated delays {delay}; {self.title}; target {self._target:.1%}"
-            output.show(title, header, rows, _NOTES if delay == self.settings[-1] else "")
-        for told in self.goals():
-            print(told, flush=True)
+    def title(self, setting: str) -> str:
+        return f"simulated delays {setting}; {self._on}; target {self._target:.1%}"
 
-    def _row(self, delay: str, method: str) -> list[str]:
-        found = self.numbers(delay, method)
-        relative = found.seconds / self.numbers(delay, self.full).seconds if self.full else np.nan
-        return [
-            method,
-            f"{1e3 * found.seconds:.1f}",
-            "" if np.isnan(relative) else f"{relative:.2f}",
-            or_never(found.iterations_to_target, ".0f"),
-            or_never(found.seconds_to_target, ".2f"),
-            f"{found.accuracy:.1%}",
-            "..".join(f"{number:.0f}" for number in dict.fromkeys(found.gradients)),
-        ]
+    def relative(self, setting: str, found: Numbers) -> Cells:
+        relative = found.seconds / self.numbers(setting, self.full).seconds if self.full else None
+        return {"relative to\ncb-Full": "" if relative is None else f"{relative:.2f}"}
+
+    def quality(self, setting: str, method: str) -> Cells:
+        return {"final\naccuracy": f"{self.numbers(setting, method).accuracy:.1%}"}
 
     def goals(self) -> list[str]:
         """The goals of dynamic backup workers beside what was measured."""

@@ -88,7 +88,7 @@ def carry_out(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> 
 
 
 def find(out: Path, name: str, settings: Settings, ranks: int) -> Finished | None:
-    """What is in the folder of a run, where that is complete and had these settings and ranks, on any nodes."""
+    """A run that is complete, of these settings and of so many ranks, on whatever nodes; if there is one."""
     folder = out / name
     before = _config(folder)
     about = {"ranks": ranks, "nodes": before.get("world", {}).get("nodes", 1)}

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The README's tables and plot of asynchrony: digits, and a small GPT on Python's own library; on one node, and over
+# four hosts (network namespaces on this machine, real TCP) whose links carry 100 Mbit/s; one rank four times
+# slower or none (simulated); three seeds each.
+# Needs root, iproute2 and MPICH; about twenty-five minutes on two cores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=${1:-runs/async}
+for data in digits text; do
+    mpiexec -n 4 hpcsgd bench async --data "$data" --out "$out"
+    python tests/lab/hosts.py --hosts 4 --rate 100mbit -- \
+        "$(command -v hpcsgd)" bench async --data "$data" --link 100mbit --out "$out"
+done
