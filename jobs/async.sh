@@ -2,7 +2,7 @@
 # The README's tables and plot of asynchrony: digits, and a small GPT on Python's own library; on one node, and over
 # four hosts (network namespaces on this machine, real TCP) whose links carry 100 Mbit/s; one rank four times
 # slower or none (simulated); three seeds each.
-# Needs root, iproute2 and MPICH; about twenty-five minutes on two cores.
+# Needs root, iproute2 and MPICH; about half an hour on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -26,7 +26,7 @@ __device__ void snapshot(i64 numel, const T *model, const T *gain, T *average, T
 
 // A sum of squares for each warp.
 template <bool aligned, class T>
-__device__ void advance(i64 numel, const T *average, const T *shot, T *gain, double *squares)
+__device__ void advance(i64 numel, const T *average, const T *shot, T *gain, double *squares, double share)
 {
     const int n = 16 / sizeof(T);
     double square = 0;
@@ -38,7 +38,7 @@ __device__ void advance(i64 numel, const T *average, const T *shot, T *gain, dou
         #pragma unroll
         for (int m = 0; m < n; ++m) {
             auto step = widened(a.v[m]) - widened(s.v[m]);
-            g.v[m] = narrowed<T>(widened(g.v[m]) + step);
+            g.v[m] = narrowed<T>(widened(g.v[m]) + (decltype(step))share * step);
             square += (double)step * (double)step;
         }
         store<aligned>(gain, at, numel, g);
@@ -72,10 +72,10 @@ template <bool aligned, class T> __device__ void merge(i64 numel, T *model, T *g
                 : snapshot<false>(numel, model, gain, average, shot);                                             \
     }                                                                                                             \
     extern "C" __global__ void advance_##name(                                                                    \
-        i64 numel, int aligned, const T *average, const T *shot, T *gain, double *squares)                        \
+        i64 numel, int aligned, const T *average, const T *shot, T *gain, double *squares, double share)          \
     {                                                                                                             \
-        aligned ? advance<true>(numel, average, shot, gain, squares)                                              \
-                : advance<false>(numel, average, shot, gain, squares);                                            \
+        aligned ? advance<true>(numel, average, shot, gain, squares, share)                                       \
+                : advance<false>(numel, average, shot, gain, squares, share);                                     \
     }                                                                                                             \
     extern "C" __global__ void merge_##name(i64 numel, int aligned, T *model, T *gain)                            \
     {                                                                                                             \

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,8 @@ def snapshot(model: Tensor, gain: Tensor, average: Tensor, shot: Tensor) -> None
         _on_host(_snapshot, _snapshot_half, model, gain, average, shot)
 
 
-def advance(average: Tensor, shot: Tensor, gain: Tensor) -> float | Tensor:
-    """gain <- gain + (average - shot).
+def advance(average: Tensor, shot: Tensor, gain: Tensor, share: float = 1.0) -> float | Tensor:
+    """gain <- gain + share * (average - shot).
 
     Returns
     -------
@@ -51,10 +52,12 @@ def advance(average: Tensor, shot: Tensor, gain: Tensor) -> float | Tensor:
         same for the same tensors, whatever the number of threads.
     """
     if not _on_gpu(gain):
-        return float(sum(_on_host(_advance, _advance_half, average, shot, gain)))
+        exact = np.float64 if gain.dtype == torch.float64 else np.float32
+        whole, half = (partial(function, exact(share)) for function in (_advance, _advance_half))
+        return float(sum(_on_host(whole, half, average, shot, gain)))
     warps = cuda.blocks(gain.device, _shares(gain)) * cuda.THREADS // _WARP
     squares = torch.empty(warps, dtype=torch.float64, device=gain.device)
-    _launch("advance", average, shot, gain, squares)
+    _launch("advance", average, shot, gain, squares, np.float64(share))
     return squares.sum()
 
 
@@ -84,7 +87,7 @@ def _snapshot(model, gain, average, shot):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _advance(average, shot, gain):  # type: ignore[no-untyped-def]
+def _advance(share, average, shot, gain):  # type: ignore[no-untyped-def]
     """Add up squares in sums side by side, so that the additions of one do not wait for each other."""
     sums = np.zeros(SQUARE_SUMS, np.float64)
     for first in range(0, gain.size, SQUARE_SUMS):
@@ -92,7 +95,7 @@ def _advance(average, shot, gain):  # type: ignore[no-untyped-def]
         to, start, out = average[first:last], shot[first:last], gain[first:last]
         for k in range(out.size):
             step = to[k] - start[k]
-            out[k] += step
+            out[k] += share * step
             sums[k] += np.float64(step) * np.float64(step)
     return sums.sum()
 
@@ -109,9 +112,9 @@ def _snapshot_half(model: Tensor, gain: Tensor, average: Tensor, shot: Tensor) -
     average.copy_(shot)
 
 
-def _advance_half(average: Tensor, shot: Tensor, gain: Tensor) -> float:
+def _advance_half(share: Any, average: Tensor, shot: Tensor, gain: Tensor) -> float:
     wide = [tensor.to(torch.float32) for tensor in (average, shot, gain)]
-    squares = _advance(*[tensor.numpy() for tensor in wide])
+    squares = _advance(share, *[tensor.numpy() for tensor in wide])
     gain.copy_(wide[-1])
     return float(squares)
 
@@ -148,8 +151,9 @@ def _shares(tensor: Tensor) -> int:
     return -(-tensor.nbytes // _ACCESS)
 
 
-def _launch(kernel: str, *tensors: Tensor) -> None:
+def _launch(kernel: str, *arguments: Tensor | np.float64) -> None:
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     first = tensors[0]
     aligned = all(tensor.data_ptr() % _ACCESS == 0 for tensor in tensors)
     fixed = np.int64(first.numel()), np.int32(aligned)
-    cuda.spread("delta", f"{kernel}_{cuda.name(first)}", first, _shares(first), *fixed, *tensors)
+    cuda.spread("delta", f"{kernel}_{cuda.name(first)}", first, _shares(first), *fixed, *arguments)

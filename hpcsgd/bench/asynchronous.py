@@ -28,8 +28,8 @@ class Workload:
 
     Attributes
     ----------
-    data, model, optimizer, learning_rate, clip, batch, epochs, evaluate_every
-        As of `hpcsgd train`; the learning rate is constant.
+    data, model, optimizer, learning_rate, warmup, clip, batch, epochs, evaluate_every
+        As of `hpcsgd train`; after the warm-up the learning rate is constant.
     target
         Test loss.
     base_ms
@@ -40,6 +40,7 @@ class Workload:
     model: str
     optimizer: str
     learning_rate: float
+    warmup: float
     clip: float | None
     batch: int
     epochs: float
@@ -54,6 +55,7 @@ WORKLOADS = {
         model="2nn:width=400",
         optimizer="sgd:momentum=0.9",
         learning_rate=0.03,
+        warmup=0.0,
         clip=None,
         batch=32,
         epochs=10.0,
@@ -62,15 +64,16 @@ WORKLOADS = {
         base_ms=20.0,
     ),
     "text": Workload(
-        data="text:limit=0.181,context=32",
+        data="text:limit=0.217,context=32",
         model="gpt:layers=1,width=160",
-        optimizer="sgd:momentum=0.9,nesterov=yes",
-        learning_rate=0.1,
+        optimizer="sgd:momentum=0.9",
+        learning_rate=0.05,
+        warmup=0.1,
         clip=1.0,
         batch=8,
         epochs=0.5,
         evaluate_every=0.0625,
-        target=2.85,
+        target=2.95,
         base_ms=50.0,
     ),
 }

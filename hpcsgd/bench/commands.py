@@ -136,6 +136,7 @@ def scale(methods: str | None, nodes: str, **options: Any) -> None:
 @click.option("--model", help="As for train.")
 @click.option("--optimizer", help="As for train.")
 @click.option("--learning-rate", type=float, help="Of all methods, constant.")
+@click.option("--warmup", type=float, help="Epochs in which the learning rate rises.")
 @click.option("--clip", type=float, help="Largest norm of a gradient.")
 @click.option("--batch", type=int, help="Samples a rank and step.")
 @click.option("--epochs", type=float, help="Length of a run.")

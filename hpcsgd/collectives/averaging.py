@@ -36,6 +36,7 @@ Records = Any  # a record array of RECORD, one a rank
 
 #: Between two beats: this share of the time to what comes next, but at least of a step, and seconds.
 _SHARE, _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 1e-3, 0.2
+_MUCH = 1.5
 _SHARE_AT_REST = 0.06  # of a step, while one waits until the others have come to rest too
 _WHAT = "a round of averaging"
 
@@ -55,8 +56,11 @@ class Averaging:
         This rank's model and what is averaged.
     wanted
         From the records of all ranks: in how many steps a round is wanted; 0: now. The same on all ranks.
+    share
+        Likewise: how much of what the round brings is merged, see `Delta.advance`.
     max_lag
-        Steps after a merge that this rank takes before it waits for the next; None: any number.
+        Steps after a merge, or the snapshot of what is yet to be merged, that this rank takes before it waits
+        for the next merge; None: any number.
 
     Attributes
     ----------
@@ -67,9 +71,15 @@ class Averaging:
     """
 
     def __init__(
-        self, world: World, delta: Delta, wanted: Callable[[Records], float], max_lag: int | None
+        self,
+        world: World,
+        delta: Delta,
+        wanted: Callable[[Records], float],
+        share: Callable[[Records], float],
+        max_lag: int | None,
     ) -> None:
-        self._world, self._delta, self._wanted, self._max_lag = world, delta, wanted, max_lag
+        self._world, self._delta, self._max_lag = world, delta, max_lag
+        self._wanted, self._share = wanted, share
         # The compute thread has this for the optimizer's update and a merge, the communication thread for
         # a snapshot or the end of a round: neither ever waits for a forward or a backward pass.
         self._lock = threading.Lock()
@@ -77,7 +87,7 @@ class Averaging:
         self._begun, self.goal = 0, NO_GOAL
         self._started = self._noted = 0  # rounds
         self._shot_at = self._pending_of = self._merged_at = 0  # in steps
-        self._pending = self._resting = self._quiet = False
+        self._in_flight = self._pending = self._resting = self._quiet = False
         self.tally = Tally()
         self._records: Records = np.zeros(world.size, RECORD).view(np.recarray)
         # One rank alone has nothing to average.
@@ -93,6 +103,23 @@ class Averaging:
     def steps(self) -> int:
         """Taken by this rank."""
         return self.tally.totals.steps
+
+    def done(self) -> bool:
+        """Whether this rank shall take no more steps: all that the goal asks for are taken or under way.
+
+        Or others will have taken them before this rank were through with one. Of the fastest rank that is
+        never true: somebody always goes on.
+        """
+        left = self.goal - self.total(begun=True)
+        if left <= 0:
+            return True
+        seconds = self._records.step_seconds
+        others = (seconds > 0) & ~self._records.resting
+        others[self._world.rank] = False
+        if not others.any():
+            return False
+        theirs = max(seconds[others].min(), left / (1 / seconds[others]).sum())
+        return bool(self.tally.step_seconds > _MUCH * theirs)
 
     def begin(self) -> None:
         """A step is under way."""
@@ -133,7 +160,9 @@ class Averaging:
             self._beats.close()
 
     def _wait_for_a_round(self) -> None:
-        if self._max_lag is None or self._beats is None or self.steps - self._merged_at < self._max_lag:
+        # A snapshot may be older than the last merge, that of the round before.
+        oldest = min(self._merged_at, self._shot_at) if self._in_flight else self._merged_at
+        if self._max_lag is None or self._beats is None or self.steps - oldest < self._max_lag:
             return
         with self.tally.waiting():
             self._until(lambda: self._pending, _WHAT)
@@ -182,7 +211,7 @@ class Averaging:
         wanted = self._wanted(records)
         if between and wanted == 0:
             self._started += 1
-            begin = partial(self._begin_round, self._started)
+            begin = partial(self._begin_round, self._started, self._share(records))
             self._world.progress.submit(f"{_WHAT}: snapshot {self._started}", begin)
         return self._pause(records, wanted)
 
@@ -193,19 +222,19 @@ class Averaging:
         pause = share * fastest_step(records)
         return min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
-    def _begin_round(self, number: int) -> None:
+    def _begin_round(self, number: int, share: float) -> None:
         self.tally.begin_round()
         with self._lock, beside_compute(self._world.device, self._updated):
             self._delta.begin(self._pending)
-            self._shot_at = self.steps
+            self._shot_at, self._in_flight = self.steps, True
         self._delta.start(number)
-        self._world.progress.submit(f"{_WHAT}: end of {number}", self._end_round)
+        self._world.progress.submit(f"{_WHAT}: end of {number}", partial(self._end_round, share))
 
-    def _end_round(self) -> None:
+    def _end_round(self, share: float) -> None:
         self._delta.finish()
         with self._lock, beside_compute(self._world.device, self._updated):
-            found = self._delta.advance()
-            self._pending, self._pending_of = True, self._shot_at
+            found = self._delta.advance(share)
+            self._pending, self._pending_of, self._in_flight = True, self._shot_at, False
         self.tally.end_round(*found)
 
     # At rest.

@@ -11,7 +11,7 @@ from hpcsgd.collectives.compressed import Compressed
 from hpcsgd.collectives.reduction import Plain
 from hpcsgd.tensors import TensorGroup
 
-Merge = Literal["delta", "overwrite"]
+Merge = Literal["damped", "delta", "overwrite"]
 
 
 class Delta:
@@ -29,8 +29,9 @@ class Delta:
     sums
         The reduction of `average`.
     merge
-        "delta": the model goes by as much as the average is away from its snapshot, which keeps what it has
-        learned meanwhile, and the mean of all models. "overwrite": it becomes the average.
+        "delta" and "damped": the model goes by as much as the average is away from its snapshot, or by a
+        share of that, which keeps what it has learned meanwhile, and the mean of all models. "overwrite": it
+        becomes the average.
     changes
         Whether what goes into an average is the change since the last one, for compression.
     """
@@ -47,7 +48,7 @@ class Delta:
         from hpcsgd.kernels import delta as kernels
 
         self._model, self._average, self._sums = model, average, sums
-        self._kind: _Kind = _Shift(kernels) if merge == "delta" else _Overwrite()
+        self._kind: _Kind = _Overwrite() if merge == "overwrite" else _Shift(kernels)
         self._gain = [torch.zeros_like(bucket.flat) for bucket in model]
         self._shot = [torch.zeros_like(bucket.flat) for bucket in model]
         #: The last average, the same on all ranks.
@@ -73,14 +74,15 @@ class Delta:
         """Wait for the average."""
         self._sums.finish()
 
-    def advance(self) -> tuple[float, float]:
-        """Note what the model gains; returns the squares of its snapshot's distance from the average, and of
-        the average's norm.
+    def advance(self, share: float) -> tuple[float, float]:
+        """Note what the model gains, a share of what the average brings; the same share on all ranks.
+
+        Returns the squares of the snapshot's distance from the average, and of the average's norm.
         """
         for target, before in zip(self._average, self._before, strict=False):
             before.copy_(target.flat.add_(before))
         squares = [
-            self._kind.advance(target.flat, shot, gain)
+            self._kind.advance(target.flat, shot, gain, share)
             for target, shot, gain in zip(self._average, self._shot, self._gain, strict=True)
         ]
         norms = [torch.linalg.vector_norm(target.flat, dtype=_wide(target.flat)) for target in self._average]
@@ -109,8 +111,8 @@ class _Kind(Protocol):
     def snapshot(self, model: Tensor, gain: Tensor, average: Tensor, shot: Tensor, *, pending: bool) -> None:
         """Write what the model would be after a merge to `average` and `shot`."""
 
-    def advance(self, average: Tensor, shot: Tensor, gain: Tensor) -> float | Tensor:
-        """Add to `gain` what a round has brought; returns the sum of squares of average - shot."""
+    def advance(self, average: Tensor, shot: Tensor, gain: Tensor, share: float) -> float | Tensor:
+        """Add to `gain` a share of what a round brought; returns the sum of squares of average - shot."""
 
     def merge(self, model: Tensor, gain: Tensor) -> None:
         """Bring the gain into the model."""
@@ -129,7 +131,7 @@ class _Overwrite:
         shot.copy_(gain if pending else model)
         average.copy_(shot)
 
-    def advance(self, average: Tensor, shot: Tensor, gain: Tensor) -> float | Tensor:
+    def advance(self, average: Tensor, shot: Tensor, gain: Tensor, share: float) -> float | Tensor:
         gain.copy_(average)
         return shot.sub_(average).double().square().sum()
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-import numpy as np
-
 from hpcsgd.collectives import allreduce
 from hpcsgd.collectives.averaging import NO_GOAL, Averaging, Records
 from hpcsgd.collectives.delta import Delta, Merge
@@ -16,10 +14,8 @@ from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.strategies.base import Setting
 from hpcsgd.strategies.models import OwnModels
-from hpcsgd.strategies.period import Adaptive, Fixed
+from hpcsgd.strategies.pace import Adaptive, Fixed, Trigger, damping, wanted
 from hpcsgd.tensors import TensorGroup
-
-Trigger = Literal["any", "all", "free"]
 
 
 class LASGD(OwnModels):
@@ -39,7 +35,7 @@ class LASGD(OwnModels):
     ----------
     period
         Steps that a rank takes between two snapshots before it wants another, or "auto", see
-        `hpcsgd.strategies.period`. Default "auto".
+        `hpcsgd.strategies.pace`. Default "auto".
     max_lag
         Steps between two merges after which a rank waits for the next, at least `period`; the only wait
         there is. None (default): any number. With trigger "all" and `max_lag` equal to `period` all ranks
@@ -47,7 +43,9 @@ class LASGD(OwnModels):
     trigger
         Who must want a round so that it starts: "any" rank (default), or "all"; "free": nobody.
     merge
-        "delta" (default), as above, or "overwrite": x <- r, which loses the steps since the snapshot.
+        "damped" (default): x <- x + (r - s) / lag, where a round lasts longer than a step of the fastest
+        rank, by so many steps; else, and always with "delta", as above. "overwrite": x <- r, which loses the
+        steps since the snapshot.
     compress
         How changes since the last average are compressed; default: as the run's option says.
     """
@@ -59,13 +57,13 @@ class LASGD(OwnModels):
         period: int | Literal["auto"] = "auto",
         max_lag: int | None = None,
         trigger: Trigger = "any",
-        merge: Merge = "delta",
+        merge: Merge = "damped",
         compress: Compressor | None = None,
     ) -> None:
         if trigger not in ("any", "all", "free"):
             raise unknown("trigger of LASGD", trigger, ("any", "all", "free"))
-        if merge not in ("delta", "overwrite"):
-            raise unknown("merge of LASGD", merge, ("delta", "overwrite"))
+        if merge not in ("damped", "delta", "overwrite"):
+            raise unknown("merge of LASGD", merge, ("damped", "delta", "overwrite"))
         if period != "auto" and (not isinstance(period, int) or period < 1):
             raise BadOption("period of LASGD", expected="at least 1 step, or auto", got=period)
         least = 1 if period == "auto" else period
@@ -98,7 +96,7 @@ class LASGD(OwnModels):
         what = "change" if scheme else "model"
         sums = reduction(average, setting.algorithm, scheme, setting.seed, what=what)
         delta = Delta(model, average, sums, self.merge, changes=scheme is not None)
-        self._averaging = Averaging(setting.world, delta, self._wanted, self.max_lag)
+        self._averaging = Averaging(setting.world, delta, self._wanted, self._share, self.max_lag)
 
     def detach(self) -> None:
         self._averaging.close()
@@ -109,7 +107,7 @@ class LASGD(OwnModels):
     def turns(self, end: int) -> Iterator[int]:
         averaging, ranks = self._averaging, self.setting.world.size
         averaging.goal = end * ranks
-        while averaging.steps < end if self._in_step else averaging.total(begun=True) < averaging.goal:
+        while averaging.steps < end if self._in_step else not averaging.done():
             averaging.begin()
             yield 0
         averaging.rest()
@@ -122,12 +120,11 @@ class LASGD(OwnModels):
         self.setting.step = min(steps, averaging.goal) // ranks
 
     def _wanted(self, records: Records) -> float:
-        """In how many steps a round is wanted, from what all ranks know alike."""
-        period = self._period.of(records)
-        if self.trigger == "free":
-            return 0 if (records.since > 0).any() else 1
-        left = np.maximum(period - records.since, 0)[~records.resting]
-        return float(left.min(initial=period) if self.trigger == "any" else left.max(initial=0))
+        return wanted(records, self.trigger, self._period.of(records))
+
+    def _share(self, records: Records) -> float:
+        damped = self.merge == "damped" and not self._in_step
+        return damping(records, self.max_lag) if damped else 1.0
 
     def averaged(self) -> AbstractContextManager[None]:
         self._averaging.rest()

@@ -178,7 +178,7 @@ def test_passes_of_an_average(
             yield delta.advance(average, shot, gain)
             delta.snapshot(model, gain, average, shot)
             yield 0
-            yield delta.advance(average, model, gain)
+            yield delta.advance(average, model, gain, 0.3)
             delta.merge(model, gain)
             yield 0
 

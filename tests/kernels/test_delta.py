@@ -78,13 +78,14 @@ def test_a_snapshot_without_gain_is_the_model(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gain_advances_by_what_the_average_brings(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_the_gain_advances_by_a_share_of_what_the_average_brings(dtype: torch.dtype, share: float) -> None:
     for numel in EDGES:
         average, shot, gain = some(numel, dtype, 3)
         step = wide(average) - wide(shot)
-        expected = wide(gain) + step
+        expected = wide(gain) + step.dtype.type(share) * step
         before = [average.clone(), shot.clone()]
-        squares = delta.advance(average, shot, gain)
+        squares = delta.advance(average, shot, gain, share)
         assert same(gain, expected), numel
         assert squares == pytest.approx(math.fsum(step.astype(np.float64) ** 2), rel=1e-13)
         assert torch.equal(before[0], average) and torch.equal(before[1], shot)

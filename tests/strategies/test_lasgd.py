@@ -15,7 +15,7 @@ from free_runs import Job, loader, slow_service, train_while_rank_0_is_stopped
 
 from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm
 from hpcsgd.collectives import allreduce
-from hpcsgd.collectives.averaging import RECORD, Averaging
+from hpcsgd.collectives.averaging import Averaging
 from hpcsgd.collectives.tally import Totals
 
 each_layout = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
@@ -89,7 +89,7 @@ def test_compressed_changes_conserve_the_sum(
     world_of: Callable[..., Any], layout: tuple[int, bool], scheme: Any
 ) -> None:
     world = world_of(*layout)
-    job = Job(world, LASGD(2, compress=scheme))
+    job = Job(world, LASGD(2, merge="delta", compress=scheme))
     with job.run as run:
         job.train(12, doze(world.rank))
         if world.size > 1 and isinstance(scheme, ErrorFeedback):
@@ -251,34 +251,10 @@ def test_drift_is_the_consensus_distance_at_the_snapshot(world: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trigger", "since", "resting", "wanted"),
-    [
-        ("any", [0, 3, 1], [0, 0, 0], 0),
-        ("any", [2, 2, 1], [0, 0, 0], 1),
-        ("any", [0, 3, 1], [0, 1, 0], 2),
-        ("all", [3, 5, 2], [0, 0, 0], 1),
-        ("all", [3, 5, 3], [0, 0, 0], 0),
-        ("all", [3, 5, 0], [0, 0, 1], 0),
-        ("all", [0, 5, 3], [0, 1, 1], 3),
-        ("free", [0, 0, 1], [0, 0, 0], 0),
-        ("free", [0, 0, 0], [0, 0, 0], 1),
-    ],
-)
-def test_who_wants_a_round(
-    alone: Any, trigger: Any, since: list[int], resting: list[int], wanted: float
-) -> None:
-    job = Job(alone, LASGD(3, trigger=trigger))
-    records = np.zeros(3, RECORD).view(np.recarray)
-    records.since, records.resting = since, resting
-    with job.run as run:
-        assert run.strategy._wanted(records) == wanted  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"trigger": "some"}, "use one of: all, any, free"),
-        ({"merge": "sum"}, "use one of: delta, overwrite"),
+        ({"merge": "sum"}, "use one of: damped, delta, overwrite"),
         ({"period": 0}, "at least 1 step, or auto"),
         ({"period": "often"}, "at least 1 step, or auto"),
         ({"period": 4, "max_lag": 3}, "max_lag of at least 4"),

@@ -1,8 +1,11 @@
-"""How many steps lie between two averages: as many as the user says, or as they cost."""
+"""When rounds of averaging start, and how much of what they bring is merged; of what all ranks know alike."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
+
+import numpy as np
 
 from hpcsgd.collectives.averaging import Records, fastest_step
 
@@ -11,8 +14,31 @@ _DRIFT = 0.02  # of the model's norm
 _LONGEST = 64  # steps
 
 
+Trigger = Literal["any", "all", "free"]
+
+
+def wanted(records: Records, trigger: Trigger, period: int) -> float:
+    """In how many steps a round is wanted; 0: now."""
+    if trigger == "free":
+        return 0 if (records.since > 0).any() else 1
+    left = np.maximum(period - records.since, 0)[~records.resting]
+    return float(left.min(initial=period) if trigger == "any" else left.max(initial=0))
+
+
+def damping(records: Records, max_lag: int | None) -> float:
+    """1 divided by the steps that the fastest rank takes during a round, where these are more than one.
+
+    While a round goes on, gradients too pull a model back that is apart from the others. Where the merge
+    then adds all that the snapshot was apart, it corrects twice, and in steep directions too much. Our own
+    rule, after staleness-aware learning rates (arXiv 1511.05950).
+    """
+    step = fastest_step(records)
+    lag = float(records.round_seconds.max()) / step if step else 0.0
+    return 1.0 / max(1.0, lag if max_lag is None else min(lag, max_lag))
+
+
 class Fixed:
-    """Always the same.
+    """A period that is always the same.
 
     Parameters
     ----------
@@ -29,7 +55,7 @@ class Fixed:
 
 
 class Adaptive(Fixed):
-    """As short as it can be without slowing the training down; our own rule.
+    """A period as short as it can be without slowing the training down; our own rule.
 
     Nobody waits for a round, however long it takes on the network, and it starts when the one before is
     over. What it does take is time of a core: for snapshot, all-reduce and merge. The period is the

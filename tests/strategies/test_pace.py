@@ -1,4 +1,4 @@
-"""The period that adapts: what it follows from, and when it changes."""
+"""When rounds start, how much of one is merged, and the period that adapts: all from records alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hpcsgd.collectives.averaging import RECORD
-from hpcsgd.strategies.period import Adaptive, Fixed
+from hpcsgd.strategies.pace import Adaptive, Fixed, damping, wanted
 
 
 def records(rounds: int = 1, cost: float = 0.0, drift: float = 0.0) -> Any:
@@ -18,6 +18,38 @@ def records(rounds: int = 1, cost: float = 0.0, drift: float = 0.0) -> Any:
     found.round_cost, found.norm = [cost / 2, cost, 0], 100
     found.squares = np.array([0.5, 1.0, 1.5]) * drift**2
     return found
+
+
+@pytest.mark.parametrize(
+    ("trigger", "since", "resting", "steps"),
+    [
+        ("any", [0, 3, 1], [0, 0, 0], 0),
+        ("any", [2, 2, 1], [0, 0, 0], 1),
+        ("any", [0, 3, 1], [0, 1, 0], 2),
+        ("all", [3, 5, 2], [0, 0, 0], 1),
+        ("all", [3, 5, 3], [0, 0, 0], 0),
+        ("all", [3, 5, 0], [0, 0, 1], 0),
+        ("all", [0, 5, 3], [0, 1, 1], 3),
+        ("free", [0, 0, 1], [0, 0, 0], 0),
+        ("free", [0, 0, 0], [0, 0, 0], 1),
+    ],
+)
+def test_who_wants_a_round(trigger: Any, since: list[int], resting: list[int], steps: float) -> None:
+    found = records()
+    found.since, found.resting = since, resting
+    assert wanted(found, trigger, 3) == steps
+
+
+@pytest.mark.parametrize(
+    ("seconds", "max_lag", "share"),
+    [(0.0, None, 1.0), (0.02, None, 1.0), (0.05, None, 0.4), (0.2, None, 0.1), (0.2, 4, 0.25)],
+)
+def test_less_of_a_long_round_is_merged(seconds: float, max_lag: int | None, share: float) -> None:
+    found = records()
+    found.round_seconds = [seconds / 2, seconds, 0]
+    assert damping(found, max_lag) == pytest.approx(share)
+    found.step_seconds = 0
+    assert damping(found, max_lag) == 1
 
 
 def test_a_fixed_period_stays() -> None:
