@@ -12,7 +12,7 @@ import numpy as np
 
 from hpcsgd.collectives.beats import Beats
 from hpcsgd.collectives.delta import Delta
-from hpcsgd.collectives.stage import beside_compute, computed
+from hpcsgd.collectives.stage import beside_compute, computed, side_stream
 from hpcsgd.collectives.tally import Tally
 from hpcsgd.world import World
 
@@ -227,7 +227,8 @@ class Averaging:
         with self._lock, beside_compute(self._world.device, self._updated):
             self._delta.begin(self._pending)
             self._shot_at, self._in_flight = self.steps, True
-        self._delta.start(number)
+        with side_stream(self._world.device):  # a round shall not wait for what the training has queued since
+            self._delta.start(number)
         self._world.progress.submit(f"{_WHAT}: end of {number}", partial(self._end_round, share))
 
     def _end_round(self, share: float) -> None:

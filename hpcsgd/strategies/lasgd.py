@@ -28,8 +28,8 @@ class LASGD(OwnModels):
     of all models changes by gradient steps alone, and an average is never older than a round takes.
 
     Optimizer state stays local. Iterations are the steps of all ranks divided by their number; a rank may
-    take more steps than another, or none. When the run is closed all models become their mean. Memory of four
-    more models, of five with compression, of what they changed since the last average.
+    take more steps than another, or none. When the run is closed all models become their mean. Memory of
+    three more models; of four with compression, of what they changed since the last average.
 
     Parameters
     ----------
@@ -37,9 +37,9 @@ class LASGD(OwnModels):
         Steps that a rank takes between two snapshots before it wants another, or "auto", see
         `hpcsgd.strategies.pace`. Default "auto".
     max_lag
-        Steps between two merges after which a rank waits for the next, at least `period`; the only wait
-        there is. None (default): any number. With trigger "all" and `max_lag` equal to `period` all ranks
-        take equally many steps: that is local SGD.
+        The most steps between two merges, and between a snapshot and its merge; at least `period`. A rank
+        then waits for the round: the only wait there is. None (default): any number. With trigger "all" and
+        `max_lag` equal to `period` all ranks take equally many steps: that is local SGD.
     trigger
         Who must want a round so that it starts: "any" rank (default), or "all"; "free": nobody.
     merge
@@ -107,11 +107,14 @@ class LASGD(OwnModels):
     def turns(self, end: int) -> Iterator[int]:
         averaging, ranks = self._averaging, self.setting.world.size
         averaging.goal = end * ranks
-        while averaging.steps < end if self._in_step else not averaging.done():
-            averaging.begin()
-            yield 0
-        averaging.rest()
-        averaging.goal, self.setting.step = NO_GOAL, end
+        try:
+            while averaging.steps < end if self._in_step else not averaging.done():
+                averaging.begin()
+                yield 0
+            averaging.rest()
+            self.setting.step = end
+        finally:
+            averaging.goal = NO_GOAL
 
     def step(self, update: Callable[[], None]) -> None:
         self._averaging.step(update)

@@ -40,17 +40,18 @@ with World(device="cpu") as world:
             print(json.dumps(other), flush=True)
 """
 
-GOSSIP = """
+METHODS = """
 import torch
 from torch import nn
-from hpcsgd import ADPSGD, DSGD, SGP, BackupWorkers, Run, Teleportation, World
+from hpcsgd import ADPSGD, DSGD, LASGD, SGP, BackupWorkers, QSGDMaxNorm, Run, Teleportation, World
 
 with World(device="cpu", timeout=30) as world:
     torch.manual_seed(0)
     x = torch.randn(64, 300)
     y = x[:, :1] + 0.1 * world.rank
     by_time = [ADPSGD("star"), BackupWorkers(), BackupWorkers(backups=1)]
-    for method in [DSGD("ring"), SGP(overlap=True), *by_time, Teleportation(2)]:
+    beside = [LASGD(), LASGD(2, compress=QSGDMaxNorm(4))]
+    for method in [DSGD("ring"), SGP(overlap=True), *by_time, Teleportation(2), *beside]:
         model = nn.Sequential(nn.Linear(300, 600), nn.Linear(600, 1))  # too large for an eager message
         optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.5)
         with Run(model, optimizer, method, comm=world) as run:
@@ -104,14 +105,15 @@ def test_two_hosts_of_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_gossip_between_hosts_comes_to_its_end(tmp_path: Path) -> None:
+def test_methods_come_to_their_end_between_hosts(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
-    script.write_text(GOSSIP)
+    script.write_text(METHODS)
     job = start("--hosts", "3", "--rate", "1gbit", program=[sys.executable, str(script)])
     output, errors = job.communicate(timeout=110)
     assert job.returncode == 0, errors
     lines = [line.split() for line in output.splitlines()]
-    assert [name for name, *_ in lines] == ["DSGD", "SGP", "ADPSGD", *["BackupWorkers"] * 2, "Teleportation"]
+    names = ["DSGD", "SGP", "ADPSGD", *["BackupWorkers"] * 2, "Teleportation", *["LASGD"] * 2]
+    assert [name for name, *_ in lines] == names
     assert all(steps == "30" and float(loss) < 0.2 for _, steps, loss in lines), output
 
 

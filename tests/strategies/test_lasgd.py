@@ -167,6 +167,28 @@ def test_no_merge_is_older_than_max_lag(world: Any, trigger: Any) -> None:
         assert sum(world.gather(totals(job).merges)) >= 9 * world.size
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(
+    ("left", "own", "resting", "done"),
+    [
+        (0, 0.02, False, True),
+        (1, 0.02, False, False),
+        (1, 0.08, False, True),
+        (1, 0.08, True, False),
+        (1000, 0.08, False, False),
+    ],
+)
+def test_the_last_steps_are_left_to_faster_ranks(
+    world: Any, left: int, own: float, resting: bool, done: bool
+) -> None:
+    job = Job(world, LASGD())
+    with job.run:
+        mine = averaging(job)
+        mine._records.step_seconds, mine._records.resting = 0.02, resting
+        mine.tally.step_seconds, mine.goal = own, mine.total(begun=True) + left
+        assert mine.done() is done
+
+
 @pytest.mark.mpi
 def test_averaged_within_a_loop_has_nothing_under_way(world: Any) -> None:
     job = Job(world, LASGD(1))
