@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import socket
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -231,11 +230,8 @@ class World:
         """The picklable `value` of every rank, on every rank; only from the compute thread."""
         if self.size == 1:
             return [value]
-        started = time.perf_counter()
-        try:
+        with self.progress.waiting():
             return self.control.gather_objects(value, what)
-        finally:
-            self.progress.wait_seconds += time.perf_counter() - started
 
     def together(self, action: Callable[[], T]) -> T:
         """Do something that may fail on some ranks only, so that it then fails on all.
