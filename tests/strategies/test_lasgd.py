@@ -253,23 +253,28 @@ def test_bytes_are_one_all_reduce_a_round(world_of: Callable[..., Any], layout: 
 
 
 @pytest.mark.mpi
-def test_drift_is_the_consensus_distance_at_the_snapshot(world: Any) -> None:
+def test_figures_tell_what_rounds_were_like(world: Any) -> None:
     job = Job(world, LASGD(2, 2, "all"))
     with job.run as run:
-        expected = []
+        snapshots = []
         for x, y in run.batches(loader(world.rank), steps=8):
             own, added = job.vector(), job.added
             job.step(x, y)
             if job.taken % 2 == 0:
                 # The merge has happened in this very step.
-                expected.append(own + job.added - added)
-        every = world.gather(expected)
+                snapshots.append(own + job.added - added)
+        every = world.gather(snapshots)
         distances = [
             np.linalg.norm(own - np.mean(own, 0)) / world.size**0.5 for own in zip(*every, strict=True)
         ]
         if world.size > 1:
-            np.testing.assert_allclose(totals(job).drift, sum(distances), rtol=1e-6)
-            assert totals(job).rounds == 4 and totals(job).drift > 0
+            figures = run.strategy.figures()
+            # The consensus distance that each snapshot had.
+            np.testing.assert_allclose(figures.pop("drift"), np.mean(distances), rtol=1e-6)
+            assert np.mean(distances) > 0 and 0 <= figures.pop("hidden") < 1
+            expected = {"period": 2, "rounds": 4, "steps_per_round": 2, "lag": 0, "longest_lag": 0}
+            assert figures == expected
+            assert run.strategy.figures()["rounds"] == 0, "since the last call"
 
 
 @pytest.mark.parametrize(
