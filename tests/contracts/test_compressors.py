@@ -99,7 +99,7 @@ def test_pieces_and_threads_change_nothing(row: c.Row, monkeypatch: pytest.Monke
         return lock.reduce(rows), memory(lock)
 
     result, rest = outcome()
-    monkeypatch.setattr(host, "_PIECE", 1500)
+    monkeypatch.setattr(host, "PIECE", 1500)
     monkeypatch.setattr(contract, "PIECE", 808)
     for threads in (1, 3):
         torch.set_num_threads(threads)
