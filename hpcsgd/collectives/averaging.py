@@ -36,13 +36,14 @@ Records = Any  # a record array of RECORD, one a rank
 
 #: Between two beats: this share of the time to what comes next, but at least of a step, and seconds.
 _SHARE, _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 1e-3, 0.2
-_MUCH = 1.5
 _SHARE_AT_REST = 0.06  # of a step, while one waits until the others have come to rest too
+#: Steps take about so long, not just so long: who would be late by less than this factor takes one more.
+_LATE = 1.5
 _WHAT = "a round of averaging"
 
 
 class Averaging:
-    """This rank's part in rounds that start when `decide` says so; collective when made.
+    """This rank's part in rounds that start when all see them wanted; collective when made.
 
     Beats carry all that is decided together, so every rank starts the same rounds in the same order, and
     all know when each has come to rest: nothing else needs an agreement, whoever finishes first. The
@@ -119,7 +120,7 @@ class Averaging:
         if not others.any():
             return False
         theirs = max(seconds[others].min(), left / (1 / seconds[others]).sum())
-        return bool(self.tally.step_seconds > _MUCH * theirs)
+        return bool(self.tally.step_seconds > _LATE * theirs)
 
     def begin(self) -> None:
         """A step is under way."""

@@ -7,7 +7,7 @@ from launch import launch
 
 BEGIN = """
 import torch
-from hpcsgd import LocalSGD, AllReduce, Run, World
+from hpcsgd import LASGD, AllReduce, LocalSGD, Run, World
 from hpcsgd.compress import build
 def train(spec, strategy, bad_step):
     world = World()
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.timeout(120)
             "rank 1: the gradient of 0.bias is not finite at step 3",
         ),
         (3, 2, "train('maxnorm', LocalSGD(2), 3)", "rank 1: the change of 1.weight is not finite at step 3"),
+        (2, 0, "train('maxnorm', LASGD(1, max_lag=1), 3)", "rank 1: the change of 1.weight is not finite"),
     ],
 )
 def test_the_error_names_parameter_rank_and_step(ranks: int, per_node: int, call: str, text: str) -> None:
