@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         AllReduce,
         BackupWorkers,
         LocalSGD,
+        ParameterServer,
         Strategy,
         Teleportation,
     )
@@ -59,6 +60,7 @@ __all__ = [
     "Hadamard",
     "HpcsgdError",
     "LocalSGD",
+    "ParameterServer",
     "PowerSGD",
     "QSGDMaxNorm",
     "QSGDMaxNormMultiScale",
@@ -95,6 +97,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "DSGD",
         "LASGD",
         "LocalSGD",
+        "ParameterServer",
         "SGP",
         "Strategy",
         "Teleportation",

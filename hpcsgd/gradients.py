@@ -70,7 +70,7 @@ class Gradients:
         if missing and self._unused == "error":
             raise HpcsgdError(
                 f"parameters without a gradient: {', '.join(missing)}",
-                rank=self.group.world.rank,
+                rank=self.group.world.name,
                 got="unused='error'",
                 do="use them in the loss, freeze them, or let them count as zeros (unused='zeros')",
             )
@@ -115,7 +115,7 @@ class Gradients:
         elif gradient.is_sparse:
             raise HpcsgdError(
                 f"the gradient of {name} is sparse",
-                rank=self.group.world.rank,
+                rank=self.group.world.name,
                 expected="a dense gradient",
                 do="build the embedding with sparse=False",
             )
@@ -127,7 +127,7 @@ class Gradients:
         if name in self._arrived or self._finished:
             raise HpcsgdError(
                 f"a second gradient for {name} before step()",
-                rank=self.group.world.rank,
+                rank=self.group.world.name,
                 do="call run.step() after each backward(); to add up several, run all but the last "
                 "inside `with run.accumulate():`",
             )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.mail import Status
 from hpcsgd.wait import Waiter
 
@@ -103,6 +104,17 @@ class Progress:
         self._awaited = False
         waiter.serve = lambda: self._serve() == 0
         waiter.patient = self._nobody_waits
+
+    def need_thread(self, what: str) -> None:
+        """Raise on all ranks, saying what needs it, where communication has no thread of its own."""
+        if not self.threaded:
+            raise HpcsgdError(
+                what,
+                expected="MPI_THREAD_MULTIPLE",
+                got="an MPI that gives less",
+                do="use an MPI that gives it, or a method that keeps step, as local",
+                everywhere=True,
+            )
 
     def serve(self, service: Service) -> None:
         """Call a service again and again, by one thread at a time: while the thread is idle, and in waits."""

@@ -6,7 +6,6 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from hpcsgd import batches, collectives, generators
 from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption
+from hpcsgd.fingerprint import describe, versions
 from hpcsgd.strategies import AllReduce, Setting, Strategy
 from hpcsgd.tensors import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
 from hpcsgd.turns import Turns
@@ -105,7 +105,7 @@ class Run:
             torch.set_num_threads(self.world.threads)
         self.world.agree(
             {
-                **_versions(),
+                **versions(),
                 "strategy": type(self.strategy).__name__,
                 **{f"strategy option {k}": v for k, v in self.strategy.options().items()},
                 "optimizer": type(optimizer).__name__,
@@ -118,8 +118,8 @@ class Run:
                 "seed": seed,
                 "nonfinite": nonfinite,
                 "virtual_nodes": virtual_nodes,
-                "list of parameters": [_describe(n, p) for n, p in parameters],
-                "list of buffers": [_describe(n, b) for n, b in model.named_buffers()],
+                "list of parameters": [describe(n, p) for n, p in parameters],
+                "list of buffers": [describe(n, b) for n, b in model.named_buffers()],
             }
         )
         self._copy_from_rank_0([*parameters, *model.named_buffers()])
@@ -136,6 +136,7 @@ class Run:
             optimizer,
         )
         self._count(0)
+        self._setting.unscale = self._unscale
         self.strategy.attach(self._setting)
         self._turns = Turns(model, optimizer, self.strategy, self._setting)
         self._endless = batches.Endless(self._setting, self.strategy, self._turns)
@@ -144,6 +145,16 @@ class Run:
     def steps(self) -> int:
         """Steps taken so far; of a method whose peers do not keep step, the iterations of all together."""
         return self._setting.step
+
+    @property
+    def workers(self) -> int:
+        """How many ranks compute gradients: all but the servers, which are the last. Split data in so many."""
+        return self.strategy.workers(self.world.size)
+
+    @property
+    def worker(self) -> int:
+        """This rank among the workers; a server's loader is never asked for a batch."""
+        return self.world.rank % self.workers
 
     @property
     def peers(self) -> range:
@@ -232,17 +243,21 @@ class Run:
         self._setting.step = self.world.status.step = steps
 
     def _update(self) -> None:
+        if self._unscale():
+            self.optimizer.step()
+
+    def _unscale(self) -> bool:
         # GradScaler leaves these two here for the time of the call.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
-            return
+            return False
         if scale is not None:
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         parameter.grad.div_(scale)
-        self.optimizer.step()
+        return True
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -341,22 +356,6 @@ class Run:
 def _check(option: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise BadOption(f"unknown {option} {value!r}", do="use one of: " + ", ".join(valid))
-
-
-def _versions() -> dict[str, object]:
-    names = ("hpcsgd", "torch", "numpy", "numba")
-    found: dict[str, object] = {}
-    for name in names:
-        try:
-            found[f"version of {name}"] = version(name)
-        except PackageNotFoundError:
-            found[f"version of {name}"] = "not installed"
-    return found
-
-
-def _describe(name: str, tensor: Tensor) -> str:
-    trained = "trained" if tensor.requires_grad else "fixed"
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {trained}"
 
 
 def _device_of(parameters: list[tuple[str, nn.Parameter]]) -> torch.device:

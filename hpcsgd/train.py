@@ -92,12 +92,12 @@ class Training:
         self.signal: int | None = None
 
     def _loader(self, peer: int) -> data.Loader:
-        settings = self.settings
+        settings, workers = self.settings, self.strategy.workers(self.peers.size)
         return data.Loader(
             self.data.train,
             settings.batch,
-            peer,
-            self.peers.size,
+            peer % workers,
+            workers,
             settings.alpha,
             settings.seed,
             self.data.augment,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,23 +91,42 @@ class World:
                 stacklevel=2,
             )
 
-        everyone = range(self.size)
-        self.all = Transport(private, everyone, self.waiter, self.traffic)
         # Questions of a few bytes about settings, steps and metrics: not what a method sends.
         self._asides = Traffic()
-        self.control = Transport(self._keep(private.Dup()), everyone, self.waiter, self._asides)
-        self._split(MPI, private)
-        self._share_cores()
-        self._set_up_barrier()
+        self._set_up(MPI, private, range(self.size))
         self.device = _device(device, self.local_rank)
         #: MPI may be given device memory: `HPCSGD_CUDA_AWARE=1`. It is never guessed, for an MPI that
         #: cannot reads it as host memory and crashes.
         self.cuda_aware = os.environ.get("HPCSGD_CUDA_AWARE", "0") == "1"
-        self._closed = False
+        self._whole = True
         ending.drain_at_exit(self.progress)
         if self.size > 1:
             ending.end_all_ranks_on_an_exception()
             self.progress.start()
+
+    def split(self, color: int) -> World:
+        """The ranks that bring the same color as a world of their own; collective.
+
+        They keep their order, and share this world's threads, clocks and counters; close it before this one.
+        """
+        from mpi4py import MPI
+
+        part = copy.copy(self)
+        part._communicators, part._whole = [], False
+        with self.progress.waiting():
+            comm = part._keep(self.control.comm.Split(color, self.rank))
+        part.rank, part.size = comm.rank, comm.size
+        colors = self.gather(color, "the split of a world")
+        part._set_up(MPI, comm, [self.all.ranks[r] for r, its in enumerate(colors) if its == color])
+        return part
+
+    def _set_up(self, MPI: Any, comm: Any, ranks: Sequence[int]) -> None:
+        self._closed = False
+        self.all = Transport(comm, ranks, self.waiter, self.traffic)
+        self.control = Transport(self._keep(comm.Dup()), ranks, self.waiter, self._asides)
+        self._split(MPI, comm)
+        self._share_cores()
+        self._set_up_barrier()
 
     def _split(self, MPI: Any, comm: Any) -> None:
         node = comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
@@ -125,7 +145,8 @@ class World:
         self.nodes = len(leaders)
         self.node = leaders.index(members[0])
         self.members: list[int] = members
-        self.node_transport = Transport(node, members, self.waiter, self._asides)
+        names = self.all.ranks
+        self.node_transport = Transport(node, [names[r] for r in members], self.waiter, self._asides)
         #: Ranks per node that take part in the exchange between nodes, one slice of the data each.
         sizes = comm.allgather(self.local_size)
         self.lanes: int = min(sizes)
@@ -135,7 +156,7 @@ class World:
         self.across: Transport | None = None
         if across != MPI.COMM_NULL:
             self._keep(across)
-            peers = across.allgather(self.rank)
+            peers = across.allgather(names[self.rank])
             self.across = Transport(across, peers, self.waiter, self.traffic)
 
     def _set_up_barrier(self) -> None:
@@ -182,6 +203,11 @@ class World:
                 stacklevel=2,
             )
 
+    @property
+    def name(self) -> int:
+        """This rank in the whole job, of which this world may be a part: what errors call it."""
+        return self.all.ranks[self.rank]
+
     def next_slots(self, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray | None:
         """Shared rows, one a rank, for a message of `nbytes` that all ranks read; None for a larger one.
 
@@ -220,11 +246,12 @@ class World:
         )
 
     def missing_on_node(self, target: int) -> list[int]:
-        """The ranks (of the world) that have not arrived at a barrier generation."""
+        """The ranks (of the job) that have not arrived at a barrier generation."""
         from hpcsgd.kernels import barrier
 
         assert self.flags is not None
-        return [self.members[r] for r in barrier.missing(self.flags, self.local_size, target)]
+        absent = barrier.missing(self.flags, self.local_size, target)
+        return [self.all.ranks[self.members[r]] for r in absent]
 
     def gather(self, value: object, what: str = "a gather of small objects") -> list[Any]:
         """The picklable `value` of every rank, on every rank; only from the compute thread."""
@@ -266,7 +293,7 @@ class World:
         for name, values in _columns(self.gather(dict(fields), "the comparison of settings")):
             if all(value == values[0] for value in values):
                 continue
-            got, expected = _first_difference(values)
+            got, expected = first_difference(values)
             odd = [rank for rank, value in enumerate(values) if value != values[0]]
             raise Disagreement(
                 f"{name} differs from that of rank 0",
@@ -286,7 +313,10 @@ class World:
         if self._closed:
             return
         self._closed = True
-        self.progress.stop()
+        if self._whole:
+            self.progress.stop()
+        else:
+            self.progress.drain()
         self.control.barrier("the end of the world")
         self.waiter.look_around()
         self.flags = None
@@ -336,7 +366,8 @@ def _columns(rows: list[dict[str, object]]) -> list[tuple[str, list[object]]]:
     return [(name, [row.get(name) for row in rows]) for name in rows[0]]
 
 
-def _first_difference(values: list[object]) -> tuple[object, object]:
+def first_difference(values: list[object]) -> tuple[object, object]:
+    """The first one that is not as the first, and the first; of lists, where these begin to differ."""
     first = values[0]
     other = next(value for value in values if value != first)
     if isinstance(first, list) and isinstance(other, list):

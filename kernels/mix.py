@@ -11,13 +11,13 @@ from numba import types
 from hpcsgd.kernels.atomics import intrinsic
 from hpcsgd.kernels.jit import jit
 
-_carray: Any = numba.carray  # type: ignore[attr-defined]
+carray: Any = numba.carray  # type: ignore[attr-defined]
 
 _BLOCK = 2048  # elements that are added up at a time, in the first-level cache
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _pointer(_: Any, address: Any, like: Any) -> Any:
+def pointer(_: Any, address: Any, like: Any) -> Any:
     """The address of an element as a pointer to elements like those of an array."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -39,7 +39,7 @@ def mix(out, addresses, weights):  # type: ignore[no-untyped-def]
         stop = min(start + _BLOCK, out.size)
         size = stop - start
         for k in range(addresses.size):
-            source = _carray(_pointer(addresses[k], out), out.size)[start:stop]
+            source = carray(pointer(addresses[k], out), out.size)[start:stop]
             weight = weights[k]
             if k == 0:
                 for i in range(size):

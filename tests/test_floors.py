@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
     {"errors", "specs", "topology", "delays", "kernels", "launcher"},
-    {"wait", "mail", "progress", "transport", "window", "ending", "world"},
-    {"tensors", "gradients", "parameters", "peers", "compress"},
+    {"wait", "mail", "progress", "transport", "window", "ending", "world"}
+    | {"links", "ports", "connection"},
+    {"tensors", "gradients", "parameters", "peers", "compress", "fingerprint"},
     {"collectives"},
     {"strategies", "server"},
     {"batches", "turns", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.errors import HpcsgdError
 from hpcsgd.progress import LISTENING
 from hpcsgd.world import World
 
@@ -44,14 +43,7 @@ class Beats:
     def __init__(
         self, world: World, speak: Callable[[], np.ndarray], hear: Callable[[np.ndarray], float | None]
     ) -> None:
-        if not world.progress.threaded:
-            raise HpcsgdError(
-                "averages beside the gradients need a thread of their own",
-                expected="MPI_THREAD_MULTIPLE",
-                got="an MPI that gives less",
-                do="use an MPI that gives it, or a method that keeps step, as local",
-                everywhere=True,
-            )
+        world.progress.need_thread("averages beside the gradients need a thread of their own")
         self._world, self._speak, self._hear = world, speak, hear
         self._net = world.control.twin(0)
         self._tag = next(self._net.users) % self._net.tag_limit

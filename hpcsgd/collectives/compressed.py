@@ -136,7 +136,7 @@ class Compressed:
         if len(state.get("residuals", ())) != len(self._lanes):
             raise HpcsgdError(
                 f"the state is not one of {self._compressor}",
-                rank=self._world.rank,
+                rank=self._world.name,
                 expected=f"{len(self._lanes)} buckets",
                 got=f"{len(state.get('residuals', ()))}",
                 do="go on with the compression, and the bucket size, that the checkpoint was made with",

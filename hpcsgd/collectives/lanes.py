@@ -94,7 +94,7 @@ def make_lanes(
 
 
 def place_of(lane: Lane, by_node: bool) -> tuple[int, str | None]:
-    """The rank, and the tensor of the lane's part, where a number is not finite; None: all are finite."""
+    """The rank in the job, and the tensor of the lane's part, where a number is not finite; None: all are finite."""
     bucket, world = lane.bucket, lane.bucket.world
     # Of a node's sum, which is in this rank's own row, the other ranks' numbers are still there.
     others = zip(world.members, bucket.rows, strict=True) if by_node else ()
@@ -103,8 +103,8 @@ def place_of(lane: Lane, by_node: bool) -> tuple[int, str | None]:
         bad[lane.part] = ~torch.isfinite(row[lane.part])
         for name, view in zip(bucket.names, bucket.views, strict=True):
             if bool(bad[slice(*bucket.extent(view))].any()):
-                return rank, name
-    return world.rank, None
+                return world.all.ranks[rank], name
+    return world.name, None
 
 
 def _lane(bucket: Bucket, compressor: Compressor, net: Transport | None, by_node: bool, total: int) -> Lane:

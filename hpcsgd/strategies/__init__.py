@@ -11,6 +11,7 @@ from hpcsgd.strategies.base import Setting, Strategy
 from hpcsgd.strategies.dsgd import DSGD
 from hpcsgd.strategies.lasgd import LASGD
 from hpcsgd.strategies.local import LocalSGD
+from hpcsgd.strategies.ps import ParameterServer
 from hpcsgd.strategies.push import SGP
 from hpcsgd.strategies.teleport import Teleportation
 
@@ -23,6 +24,7 @@ __all__ = [
     "AllReduce",
     "BackupWorkers",
     "LocalSGD",
+    "ParameterServer",
     "Setting",
     "Strategy",
     "Teleportation",
@@ -38,4 +40,5 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "sgp": SGP,
     "adpsgd": ADPSGD,
     "teleport": Teleportation,
+    "ps": ParameterServer,
 }

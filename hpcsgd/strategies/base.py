@@ -39,6 +39,8 @@ class Setting:
         Whether the peer whose turn it is has taken its step.
     having
         For each peer, whether it has a batch of its own in this step, or repeats one to keep step.
+    unscale
+        Takes the scale of a GradScaler from the gradients; False: this step shall be left out.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Setting:
         self.seed = seed
         self.nonfinite = nonfinite
         self.optimizer = optimizer
+        self.unscale: Callable[[], bool] = lambda: True
         self.begin_step()
 
     @property
@@ -129,6 +132,10 @@ class Strategy:
     def options(self) -> dict[str, object]:
         """The options that all ranks must agree on, by name."""
         return {}
+
+    def workers(self, ranks: int) -> int:
+        """How many of so many ranks compute gradients: the first ones."""
+        return ranks
 
     def attach(self, setting: Setting) -> None:
         """Take up a model; it has the same values on all ranks."""

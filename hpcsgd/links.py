@@ -1,0 +1,269 @@
+"""Links between a client and a server: messages of a head and, where it says so, the bytes of an array.
+
+A link never waits: `pump` moves what can be moved. Nothing that comes from the other side is believed: a
+head that makes no sense ends the link, and memory is only given for as many bytes as its party expects.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections import deque
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Protocol
+
+import numpy as np
+
+from hpcsgd.transport import Traffic, Transport
+
+_MAGIC = b"hps1"
+_FORMAT = struct.Struct("<4sBBHI4xqqdqqq")
+HEAD_BYTES = _FORMAT.size
+_HEAD, _BODY = 0, 1  # tags
+NOTES = 4 * 2**20  # bytes of JSON, at most
+
+
+class Kind(IntEnum):
+    """What a message is for."""
+
+    CHALLENGE = 1  # the server's first word
+    HELLO = 2  # who the client is, and what it knows of the model
+    WELCOME = 3
+    REFUSAL = 4  # the last word, with the reason
+    PULL = 5  # what is the value?
+    FILL = 6  # here is one, if there is none yet
+    PUSH = 7
+    PUSHPULL = 8
+    REPLY = 9  # to the last four
+    CLAIM = 10  # how many steps may I take?
+    GRANT = 11
+    OPTIONS = 12  # of the optimizer, for the pushes that follow
+    BEAT = 13  # still here
+    REST = 14  # no more pushes until further notice
+    BYE = 15
+
+
+#: What brings values; all else are notes and questions.
+VALUES = (Kind.FILL, Kind.PUSH, Kind.PUSHPULL, Kind.REPLY)
+
+
+class State(IntEnum):
+    """What a reply says of what it answers."""
+
+    DONE = 0
+    EMPTY = 1  # there is no value yet
+    LATE = 2  # the push was left out: others had stopped waiting for it
+
+
+@dataclass(frozen=True)
+class Head:
+    """The fixed part of a message.
+
+    Attributes
+    ----------
+    kind
+        What it is for.
+    shard
+        The index of a shard, see `hpcsgd.collectives.store`.
+    state
+        Of a reply.
+    round
+        The number of the client's push of this shard, from 1.
+    version
+        How many updates the shard has had.
+    weight
+        Of how many gradients a push is the mean.
+    steps, begun
+        How many the client asks for or may take; how many all clients have begun.
+    nbytes
+        Of the body.
+    """
+
+    kind: Kind
+    shard: int = 0
+    state: State = State.DONE
+    round: int = 0
+    version: int = 0
+    weight: float = 0.0
+    steps: int = 0
+    begun: int = 0
+    nbytes: int = 0
+
+    def pack(self) -> bytes:
+        rest = (self.round, self.version, self.weight, self.steps, self.begun, self.nbytes)
+        return _FORMAT.pack(_MAGIC, self.kind, self.state, 0, self.shard, *rest)
+
+    @staticmethod
+    def unpack(data: bytes | bytearray | memoryview) -> Head:
+        """Raises `Malformed` for what `pack` cannot have made."""
+        magic, kind, state, zero, shard, *rest = _FORMAT.unpack(data)
+        number, version, weight, steps, begun, nbytes = rest
+        try:
+            if magic != _MAGIC or zero or min(number, version, steps, begun, nbytes) < 0 or not weight >= 0:
+                raise ValueError
+            return Head(Kind(kind), shard, State(state), number, version, weight, steps, begun, nbytes)
+        except ValueError:
+            raise Malformed("it sent something that is no message of hpcsgd") from None
+
+
+class Lost(Exception):
+    """The other side is gone; the text says how that was noticed."""
+
+
+class Malformed(Lost):
+    """It sent what it must not send."""
+
+
+class Party(Protocol):
+    """Who uses a link."""
+
+    def landing(self, link: Link, head: Head) -> np.ndarray:
+        """Memory for the body of a message, `head.nbytes` of uint8; raises `Malformed` for an unexpected one."""
+
+    def take(self, link: Link, head: Head, body: np.ndarray) -> None:
+        """A message is here; raises `Malformed` for one that makes no sense."""
+
+
+class Link:
+    """One side of a link.
+
+    Parameters
+    ----------
+    party
+        Takes the messages.
+    name
+        What the other side is called, for errors.
+    traffic
+        Where to count the values that are sent; None: nowhere.
+
+    Attributes
+    ----------
+    heard
+        When something came last, by `time.monotonic`.
+    received, sent
+        Bytes of messages.
+    """
+
+    def __init__(self, party: Party, name: str, traffic: Traffic | None = None) -> None:
+        self.party, self.name, self._traffic = party, name, traffic
+        self.heard = time.monotonic()
+        self.received = self.sent = 0
+        self._head: Head | None = None
+        self._body = np.empty(0, np.uint8)
+
+    def send(self, head: Head, body: np.ndarray | None = None) -> None:
+        """Queue a message; the body must stay unchanged until it has left."""
+        self.sent += HEAD_BYTES + head.nbytes
+        if self._traffic is not None and head.kind in VALUES:
+            self._traffic.sent += head.nbytes
+        self._queue(head, body if head.nbytes else None)
+
+    def _queue(self, head: Head, body: np.ndarray | None) -> None:
+        raise NotImplementedError
+
+    def pump(self) -> bool:
+        """Move what can be moved; returns whether anything was. Raises `Lost`."""
+        raise NotImplementedError
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was queued has left."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Neither send nor receive any more."""
+        raise NotImplementedError
+
+    def send_note(self, kind: Kind, note: dict[str, Any]) -> None:
+        """Queue a message whose body is JSON."""
+        body = np.frombuffer(json.dumps(note).encode(), np.uint8)
+        self.send(Head(kind, nbytes=body.size), body)
+
+    def _begin(self, data: bytes | bytearray | memoryview) -> np.ndarray:
+        """A head is here: where its body goes."""
+        self._head = head = Head.unpack(data)
+        self._body = self.party.landing(self, head) if head.nbytes else np.empty(0, np.uint8)
+        if self._body.nbytes != head.nbytes:
+            raise Malformed(f"it sent {head.nbytes} bytes where {self._body.nbytes} were expected")
+        return self._body
+
+    def _end(self) -> None:
+        head, body, self._head = self._head, self._body, None
+        assert head is not None
+        self.heard = time.monotonic()
+        self.received += HEAD_BYTES + head.nbytes
+        self.party.take(self, head, body)
+
+
+class MPILink(Link):
+    """A link inside one MPI job.
+
+    Parameters
+    ----------
+    transport
+        A communicator for links alone; there is one between any two of its ranks.
+    peer
+        The other side's rank there.
+    party, name, traffic
+        See `Link`.
+    """
+
+    def __init__(
+        self, transport: Transport, peer: int, party: Party, name: str, traffic: Traffic | None = None
+    ) -> None:
+        super().__init__(party, name, traffic)
+        self._transport, self._peer = transport, peer
+        self._leaving: deque[tuple[Any, object]] = deque()
+        self._buffer = np.empty(HEAD_BYTES, np.uint8)
+        self._coming: Any = None
+        self._closed = False
+
+    def _queue(self, head: Head, body: np.ndarray | None) -> None:
+        packed = np.frombuffer(head.pack(), np.uint8)
+        self._leaving.append((self._transport.isend(packed, self._peer, _HEAD), packed))
+        if body is not None:
+            self._leaving.append((self._transport.isend(body, self._peer, _BODY), body))
+
+    def pump(self) -> bool:
+        moved = False
+        while self._leaving and self._leaving[0][0].Test():
+            self._leaving.popleft()
+            moved = True
+        while not self._closed:
+            if self._coming is None:
+                self._coming = self._transport.irecv(self._buffer, self._peer, _HEAD)
+            if not self._coming.Test():
+                break
+            moved = True
+            self._arrived()
+        return moved
+
+    def _arrived(self) -> None:
+        if self._head is None:
+            body = self._begin(self._buffer.data)
+            if body.size:
+                self._coming = self._transport.irecv(body, self._peer, _BODY)
+                return
+        self._coming = None
+        self._end()
+
+    @property
+    def idle(self) -> bool:
+        return not self._leaving
+
+    def close(self) -> None:
+        # Who closes has heard the last word, so that no receive is posted any more.
+        self._closed = True
+
+
+def read_note(body: np.ndarray) -> dict[str, Any]:
+    """The JSON of a body."""
+    try:
+        note = json.loads(body.tobytes())
+    except ValueError:
+        note = None
+    if not isinstance(note, dict):
+        raise Malformed("it sent a note that cannot be read")
+    return note

@@ -1,0 +1,345 @@
+"""The parameter server: who is let in, who is heard, and who is waited for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hpcsgd import ports
+from hpcsgd.links import NOTES, Head, Kind, Link, Lost, Malformed, read_note
+from hpcsgd.server.client import Client
+from hpcsgd.server.counting import Counting, Record
+from hpcsgd.server.rules import OPTIMIZERS, Descent, Elastic, Rule
+from hpcsgd.server.shard import Shard
+from hpcsgd.world import first_difference
+
+_log = logging.getLogger("hpcsgd.server")
+_BODIES = (Kind.PUSH, Kind.PUSHPULL, Kind.FILL)
+
+
+class Policy(NamedTuple):
+    """What all servers of a model do alike.
+
+    Attributes
+    ----------
+    mode
+        "sync": an optimizer's step with the mean gradient of all clients that count. "async": one with each
+        push. "elastic": pushes are models, which are drawn to the values and these to them.
+    alpha
+        Of the elastic rule, see `rules.Elastic`.
+    max_staleness
+        See `counting.Counting`; with 0 any mode waits for the pushes of all and counts them in together.
+    lease
+        Seconds of silence after which a client counts no more, until it is heard again.
+    secret
+        What clients must know; "": nothing.
+    """
+
+    mode: str = "sync"
+    alpha: float | None = None
+    max_staleness: int | None = None
+    lease: float = 10.0
+    secret: str = ""
+
+    @property
+    def together(self) -> bool:
+        """Whether pushes are counted in together."""
+        return self.mode == "sync" or self.max_staleness == 0
+
+
+class Server:
+    """Some of a model's shards, and the links of all clients.
+
+    Everything happens in `pump` and `watch`, which never wait: nothing that a client does, or fails to do,
+    holds up the others for longer than its lease.
+
+    Parameters
+    ----------
+    policy
+        See `Policy`.
+    index, count
+        Which of how many servers this is; shard i is that of server i % count.
+    record
+        See `counting.Record`.
+
+    Attributes
+    ----------
+    contract
+        What the first client has said of the model; the others must say the same.
+    shards, clients
+        By index, and by name.
+    goal, begun
+        How many steps all clients together may begin, None: any number; and have begun.
+    rests
+        How many times a client has said that it rests.
+    heard
+        How many messages have come, but for those that only say that a client is still there.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        index: int = 0,
+        count: int = 1,
+        record: Record = lambda shard, pushes, terms: None,
+    ) -> None:
+        self.policy, self.index, self.count = policy, index, count
+        self.contract: dict[str, Any] = {}
+        self.shards: dict[int, Shard] = {}
+        self.clients: dict[str, Client] = {}
+        self.goal: int | None = None
+        self.begun = self.rests = self.heard = 0
+        self.counting = Counting(self.clients, policy.together, policy.max_staleness, self._grant, record)
+        self._strangers: dict[Link, str] = {}  # and the nonces they were given
+        self._owners: dict[Link, Client] = {}
+        self._handlers: dict[Kind, Callable[[Client, Head, np.ndarray], None]] = {
+            Kind.PULL: self._pull,
+            Kind.FILL: self._fill,
+            Kind.PUSH: self._push,
+            Kind.PUSHPULL: self._push,
+            Kind.OPTIONS: self._take_options,
+            Kind.CLAIM: self._claim,
+            Kind.BEAT: lambda client, head, body: None,
+            Kind.REST: self._rest,
+            Kind.BYE: self._bye,
+        }
+
+    # Links.
+
+    def add(self, link: Link) -> None:
+        """Somebody, still unknown, has connected."""
+        self._strangers[link] = ports.new_secret()
+        link.send_note(Kind.CHALLENGE, {"nonce": self._strangers[link]})
+
+    @property
+    def links(self) -> list[Link]:
+        """All that are open."""
+        return [*self._strangers, *self._owners]
+
+    def pump(self, links: Iterable[Link]) -> int:
+        """Let links move what can be moved; returns how many moved something."""
+        moved = 0
+        for link in links:
+            try:
+                moved += link.pump()
+            except Lost as error:
+                self.lose(link, str(error))
+                moved += 1
+        return moved
+
+    def lose(self, link: Link, why: str) -> None:
+        """A link is of no use any more."""
+        link.close()
+        if self._strangers.pop(link, None) is not None:
+            _log.warning("%s was not let in: %s", link.name, why)
+        client = self._owners.pop(link, None)
+        if client is None:
+            return
+        client.link, client.since = None, time.monotonic()
+        client.owed.clear()
+        for shard in self.shards.values():
+            shard.waiting.pop(client.name, None)
+        if client.done:
+            _log.info("%s is done", client.name)
+        else:
+            _log.warning("%s is gone: %s", client.name, why)
+        self._leave_out(client)
+
+    def watch(self) -> None:
+        """Wait no longer for who has been silent for too long."""
+        lease = self.policy.lease
+        for client in self.clients.values():
+            if client.counts and client.silent_for > lease:
+                text = "%s has been silent for %g s: nobody waits for it any more"
+                _log.warning(text, client.name, lease)
+                self._leave_out(client)
+        for link in [link for link in self._strangers if time.monotonic() - link.heard > lease]:
+            self.lose(link, f"it said nothing for {lease:g} s")
+
+    def begin(self, goal: int | None) -> None:
+        """All clients are about to take steps, so many more in all: none may go on without the others."""
+        self.goal, self.begun = goal, 0
+        for client in self.clients.values():
+            client.resting = False
+            client.since = time.monotonic()
+            if client.link is not None:
+                client.link.heard = client.since
+
+    def _leave_out(self, client: Client) -> None:
+        client.waited_for = False
+        for shard in self.shards.values():
+            self.counting.go_on(shard)
+
+    # What comes over them.
+
+    def landing(self, link: Link, head: Head) -> np.ndarray:
+        """See `links.Party`."""
+        if head.kind in (Kind.HELLO, Kind.OPTIONS):
+            if head.nbytes > NOTES:
+                raise Malformed(f"it sent a note of {head.nbytes} bytes, of at most {NOTES}")
+            return np.empty(head.nbytes, np.uint8)
+        if head.kind not in _BODIES:
+            raise Malformed(f"it sent {head.nbytes} bytes with a {head.kind.name}")
+        client = self._owner(link, head)
+        shard = self._shard(client, head)
+        if head.nbytes != shard.nbytes:
+            raise Malformed(f"it sent {head.nbytes} bytes for shard {shard.index}, which has {shard.nbytes}")
+        if head.kind is not Kind.FILL and head.round <= shard.rounds.get(client.name, 0):
+            return np.empty(head.nbytes, np.uint8)  # it has been counted in; its answer is in the buffer
+        return client.buffer(shard)
+
+    def take(self, link: Link, head: Head, body: np.ndarray) -> None:
+        """See `links.Party`."""
+        if head.kind is Kind.HELLO:
+            self._greet(link, read_note(body))
+            return
+        client = self._owner(link, head)
+        if head.kind not in self._handlers:
+            raise Malformed(f"it sent a {head.kind.name}, which is for servers alone")
+        if not client.waited_for:
+            client.waited_for = True
+            _log.warning("%s is back", client.name)
+        self.heard += head.kind is not Kind.BEAT
+        self._handlers[head.kind](client, head, body)
+
+    def _owner(self, link: Link, head: Head) -> Client:
+        client = self._owners.get(link)
+        if client is None:
+            raise Malformed(f"it sent a {head.kind.name} before it was let in")
+        return client
+
+    def _shard(self, client: Client, head: Head) -> Shard:
+        if head.shard not in client.shards:
+            raise Malformed(f"it sent a {head.kind.name} of shard {head.shard}, which is not its own")
+        if head.shard in client.owed:
+            raise Malformed(f"it sent a {head.kind.name} of shard {head.shard} before the last was answered")
+        return self.shards[head.shard]
+
+    def _greet(self, link: Link, note: dict[str, Any]) -> None:
+        nonce = self._strangers.get(link)
+        if nonce is None:
+            raise Malformed("it said hello twice")
+        reason = self._objection(nonce, note)
+        if reason:
+            link.send_note(Kind.REFUSAL, {"reason": reason})
+            link.pump()
+            raise Lost(reason)
+        client = self._admit(link, note)
+        del self._strangers[link]
+        self._owners[link] = client
+        link.send_note(
+            Kind.WELCOME,
+            {"proof": ports.proof(self.policy.secret, str(note.get("nonce"))), "lease": self.policy.lease},
+        )
+
+    def _objection(self, nonce: str, note: dict[str, Any]) -> str:
+        """Why a client is not let in; "": it is."""
+        if not ports.proves(self.policy.secret, nonce, note.get("proof")):
+            return "it does not know the secret of this job"
+        contract = note.get("contract")
+        if not isinstance(contract, dict):
+            raise Malformed("its hello says nothing of the model")
+        own = {"mode": self.policy.mode, "servers": self.count}
+        for name, expected in {**own, **self.contract}.items():
+            if contract.get(name) != expected:
+                got, wanted = first_difference([expected, contract.get(name)])
+                return f"{name} differs: expected {wanted}, got {got}"
+        if not self.contract:
+            self.agree_on(contract)
+        return ""
+
+    def agree_on(self, contract: dict[str, Any]) -> None:
+        """Make the shards that a contract describes."""
+        try:
+            self.shards = {
+                index: Shard(index, getattr(torch, dtype), int(numel), self._rule(contract, segments))
+                for index, (dtype, numel, segments) in enumerate(contract["shards"])
+                if index % self.count == self.index
+            }
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise Malformed("its hello describes no model") from None
+        self.contract = contract
+
+    def _rule(self, contract: dict[str, Any], segments: Any) -> Rule:
+        if self.policy.mode == "elastic":
+            return Elastic(self.policy.alpha)
+        if contract["optimizer"] not in OPTIMIZERS:
+            raise ValueError
+        return Descent(contract["optimizer"], [(int(a), int(b), int(g)) for a, b, g in segments])
+
+    def _admit(self, link: Link, note: dict[str, Any]) -> Client:
+        try:
+            name, talker, talkers = str(note["client"]), int(note["talker"]), int(note["talkers"])
+            options = list(note["options"])
+            shards = frozenset(i for i in self.shards if (i // self.count) % talkers == talker)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            raise Malformed("its hello does not say who it is") from None
+        client = self.clients.get(name)
+        if client is None:
+            client = self.clients[name] = Client(name, link, shards, options)
+            _log.info("%s has come, from %s", name, link.name)
+            return client
+        if client.link is not None:
+            self.lose(client.link, "it has connected anew")
+        client.link, client.shards, client.options, client.done = link, shards, options, False
+        return client
+
+    def _pull(self, client: Client, head: Head, body: np.ndarray) -> None:
+        client.resting = False
+        self.counting.pull(client, self._shard(client, head))
+
+    def _fill(self, client: Client, head: Head, body: np.ndarray) -> None:
+        shard = self._shard(client, head)
+        if shard.centre is None:
+            shard.fill(_whole(head, shard, body))
+        self.counting.pull(client, shard)
+
+    def _push(self, client: Client, head: Head, body: np.ndarray) -> None:
+        client.resting = False
+        shard = self._shard(client, head)
+        if shard.centre is None or head.round < 1:
+            raise Malformed(f"it pushed shard {shard.index} before it had its values")
+        self.counting.push(client, shard, head, _whole(head, shard, body))
+
+    def _take_options(self, client: Client, head: Head, body: np.ndarray) -> None:
+        options = read_note(body).get("options")
+        if not isinstance(options, list) or len(options) != len(client.options):
+            raise Malformed("its options are not those of its optimizer")
+        client.options = options
+
+    def _claim(self, client: Client, head: Head, body: np.ndarray) -> None:
+        client.resting = False
+        assert client.link is not None
+        steps, begun = self._grant(head.steps)
+        client.link.send(Head(Kind.GRANT, steps=steps, begun=begun))
+
+    def _grant(self, steps: int) -> tuple[int, int]:
+        if self.goal is not None:
+            steps = min(steps, self.goal - self.begun)
+        self.begun += steps
+        return steps, self.begun
+
+    def _rest(self, client: Client, head: Head, body: np.ndarray) -> None:
+        client.resting = True
+        self.rests += 1
+        for shard in self.shards.values():
+            self.counting.go_on(shard)
+
+    def _bye(self, client: Client, head: Head, body: np.ndarray) -> None:
+        client.done = True
+        link = client.link
+        assert link is not None
+        link.send(Head(Kind.BYE))
+        link.pump()
+        raise Lost("it is done")
+
+
+def _whole(head: Head, shard: Shard, body: np.ndarray) -> np.ndarray:
+    if body.nbytes != shard.nbytes:
+        raise Malformed(f"it sent {body.nbytes} bytes for shard {shard.index}, which has {shard.nbytes}")
+    return body

@@ -1,0 +1,110 @@
+"""One shard of a model: its values, and the pushes that wait to be counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcsgd.server.rules import Rule, Terms
+
+
+class Push(NamedTuple):
+    """What one client has pushed.
+
+    Attributes
+    ----------
+    client
+        Whose it is.
+    number
+        Of the client's pushes of this shard.
+    weight
+        Of how many gradients it is the mean.
+    values
+        (nbytes,) uint8: the push, and then its answer.
+    """
+
+    client: str
+    number: int
+    weight: float
+    values: np.ndarray
+
+
+@dataclass
+class Shard:
+    """The values of one bucket, on the server that has it.
+
+    Attributes
+    ----------
+    index, dtype, numel
+        Its place among all shards; the values.
+    rule
+        How it is updated.
+    centre
+        (numel,) the values; None before a client has brought some.
+    version
+        How many updates there were.
+    rounds
+        Of each client, the number of the last push that has been counted in.
+    clocks
+        Of each client, how many pushes it has made, as if it had been there from the start.
+    waiting
+        Pushes that have not been counted in.
+    """
+
+    index: int
+    dtype: torch.dtype
+    numel: int
+    rule: Rule
+    centre: Tensor | None = None
+    version: int = 0
+    rounds: dict[str, int] = field(default_factory=dict)
+    clocks: dict[str, int] = field(default_factory=dict)
+    waiting: dict[str, Push] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def view(self, values: np.ndarray) -> Tensor:
+        """Bytes as values of this shard."""
+        return torch.from_numpy(values).view(self.dtype)
+
+    def fill(self, values: np.ndarray) -> None:
+        """Take the first values."""
+        self.centre = self.view(values).clone()
+
+    def read(self, out: np.ndarray) -> None:
+        """Copy the values to `out`."""
+        assert self.centre is not None
+        self.view(out).copy_(self.centre)
+
+    def count_in(self, pushes: Sequence[Push], terms: Terms) -> None:
+        """One update by some pushes."""
+        assert self.centre is not None
+        self.rule.apply(self.centre, [self.view(push.values) for push in pushes], terms)
+        self.version += 1
+        for push in pushes:
+            self.rounds[push.client] = push.number
+            self.clocks[push.client] = self.clocks.get(push.client, 0) + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it between two updates."""
+        return {
+            "centre": None if self.centre is None else self.centre.clone(),
+            "version": self.version,
+            "rounds": dict(self.rounds),
+            "clocks": dict(self.clocks),
+            "rule": self.rule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.centre = None if state["centre"] is None else state["centre"].clone()
+        self.version = int(state["version"])
+        self.rounds, self.clocks = dict(state["rounds"]), dict(state["clocks"])
+        self.rule.load_state_dict(state["rule"])
