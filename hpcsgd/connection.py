@@ -131,7 +131,7 @@ class Connection:
                 self._drop(str(error))
                 return 0.0
             now = time.monotonic()
-            if self._welcome and now >= self._beat_at:
+            if self._welcome and not self._closing and now >= self._beat_at:
                 self._beat_at = now + self._between_beats
                 self._link.send(Head(Kind.BEAT))
             busy = self._asked or not self._welcome or not self._link.idle or self._closing

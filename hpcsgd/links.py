@@ -167,6 +167,9 @@ class Link:
         """Move what can be moved; returns whether anything was. Raises `Lost`."""
         raise NotImplementedError
 
+    def flush(self) -> None:
+        """Send what can be sent now, and receive nothing: the last word before the end."""
+
     @property
     def idle(self) -> bool:
         """Whether all that was queued has left."""

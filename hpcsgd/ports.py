@@ -143,6 +143,10 @@ class SocketLink(Link):
         except OSError as error:
             raise Lost(f"the connection broke: {error.strerror or error}") from None
 
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._push_out()
+
     def _push_out(self) -> bool:
         moved = 0
         while self._leaving and moved < _AT_ONCE:

@@ -91,11 +91,11 @@ class Descent:
         self._saved: dict[str, Any] | None = None
 
     def apply(self, centre: Tensor, pushes: Sequence[Tensor], terms: Terms) -> None:
-        gradient = pushes[0]
-        if not any(terms.weights):
+        # Of weight 0 are gradients that are not finite.
+        counted = [(push, weight) for push, weight in zip(pushes, terms.weights, strict=True) if weight]
+        if not counted:
             return
-        average(pushes, terms.weights)
-        options = terms.options
+        gradient, options = average(counted), terms.options
         optimizer = self._optimizer_of(centre, options)
         for part, (start, stop, _), group in zip(
             self._parts, self._segments, optimizer.param_groups, strict=True
@@ -159,17 +159,16 @@ class Elastic:
         """There is none."""
 
 
-def average(pushes: Sequence[Tensor], weights: Sequence[float]) -> None:
-    """The first one becomes the weighted mean of all, added up in this order."""
-    out = pushes[0]
-    if len(pushes) == 1:
-        return
-    if len(set(weights)) == 1 and out.element_size() >= 4:
+def average(pushes: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The weighted mean of pushes, added up in this order; written over the first one."""
+    (out, first), tensors = pushes[0], [push for push, _ in pushes]
+    if len(pushes) > 1 and out.element_size() >= 4 and all(weight == first for _, weight in pushes):
         values = out.numpy()
-        _kernels().add_up(values, _addresses(pushes), values.dtype.type(1.0 / len(pushes)))
-    else:
-        total = sum(weights)
-        combine(out, [(push, weight / total) for push, weight in zip(pushes, weights, strict=True)])
+        _kernels().add_up(values, _addresses(tensors), values.dtype.type(1.0 / len(pushes)))
+    elif len(pushes) > 1:
+        total = sum(weight for _, weight in pushes)
+        combine(out, [(push, weight / total) for push, weight in pushes])
+    return out
 
 
 def describe(optimizer: torch.optim.Optimizer) -> tuple[str, list[dict[str, Any]]]:

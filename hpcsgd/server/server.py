@@ -227,7 +227,7 @@ class Server:
         reason = self._objection(nonce, note)
         if reason:
             link.send_note(Kind.REFUSAL, {"reason": reason})
-            link.pump()
+            link.flush()
             raise Lost(reason)
         client = self._admit(link, note)
         del self._strangers[link]
@@ -335,7 +335,7 @@ class Server:
         link = client.link
         assert link is not None
         link.send(Head(Kind.BYE))
-        link.pump()
+        link.flush()
         raise Lost("it is done")
 
 

@@ -17,7 +17,8 @@ from hpcsgd.peers import Peers
 from hpcsgd.server import Policy
 from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.base import Setting, Strategy
-from hpcsgd.strategies.serving import RankDial, Serving
+from hpcsgd.strategies.dialing import RankDial, dials, group_name
+from hpcsgd.strategies.serving import Serving
 from hpcsgd.strategies.working import Descending, Drawn, Place, Worker
 from hpcsgd.tensors import TensorGroup
 
@@ -87,12 +88,12 @@ class ParameterServer(Strategy):
             )
         self.mode, self.servers, self.groups, self.connect = mode, servers, groups, connect
         self.interval = interval if mode == "elastic" else 1
-        self.policy = Policy(mode, alpha, max_staleness, lease)
+        self.alpha, self.max_staleness, self.lease = alpha, max_staleness, lease
         self.lockstep = servers == 0 and not connect
 
     def options(self) -> dict[str, object]:
-        names = ("mode", "servers", "groups", "interval", "connect")
-        return {**{name: getattr(self, name) for name in names}, "policy": tuple(self.policy)}
+        names = ("mode", "servers", "groups", "interval", "alpha", "max_staleness", "lease", "connect")
+        return {name: getattr(self, name) for name in names}
 
     def workers(self, ranks: int) -> int:
         return ranks if self._alone(ranks) or self.connect else max(1, ranks - self.servers)
@@ -117,8 +118,6 @@ class ParameterServer(Strategy):
         self._role.attach(part)
 
     def _connected(self) -> Worker:
-        from hpcsgd.strategies.dialing import dials, group_name
-
         world = self.setting.world
         found = dials(Path(self.connect), world)
         return self._worker(found, group_name(world), 0)
@@ -137,6 +136,7 @@ class ParameterServer(Strategy):
                 do="start more ranks, or set servers and groups",
                 everywhere=True,
             )
+        policy = Policy(self.mode, self.alpha, self.max_staleness, self.lease)
         serving = world.rank >= workers
         group = groups if serving else world.rank * groups // workers
         self._part = world.split(group)
@@ -145,13 +145,14 @@ class ParameterServer(Strategy):
         if serving:
             talkers = [rank for rank, talk in enumerate(talks) if talk]
             index = world.rank - workers
-            return Serving(self.setting, self.policy, index, self.servers, net, talkers, groups)
+            return Serving(self.setting, policy, index, self.servers, net, talkers, groups)
         dials = [RankDial(net, rank, world.traffic) for rank in range(workers, world.size)]
         name = f"group {group:0{len(str(groups - 1))}d}"
         return self._worker(list(dials), name, groups)
 
     def _worker(self, dials: list[Any], name: str, groups: int) -> Worker:
-        place = Place(self.setting, dials, name, groups, self.mode, self.interval, self.policy.together)
+        together = self.mode == "sync" or self.max_staleness == 0
+        place = Place(self.setting, dials, name, groups, self.mode, self.interval, together)
         return Drawn(place) if self.mode == "elastic" else Descending(place)
 
     # What the role does.

@@ -9,29 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.links import Link, MPILink, Party
+from hpcsgd.links import MPILink
 from hpcsgd.server import Policy, Server
 from hpcsgd.strategies.base import Setting, Strategy
-from hpcsgd.transport import Traffic, Transport
+from hpcsgd.transport import Transport
 
 _WATCH_EVERY = 0.2  # seconds
-
-
-class RankDial:
-    """Reaches a server that is a rank of the same job.
-
-    Parameters
-    ----------
-    transport, rank, traffic
-        See `MPILink`.
-    """
-
-    def __init__(self, transport: Transport, rank: int, traffic: Traffic) -> None:
-        self._transport, self._rank, self._traffic = transport, rank, traffic
-        self.server = f"the server on rank {rank}"
-
-    def open(self, party: Party) -> tuple[Link, str]:
-        return MPILink(self._transport, self._rank, party, self.server, self._traffic), ""
 
 
 class Serving(Strategy):

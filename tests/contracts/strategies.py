@@ -19,6 +19,7 @@ from hpcsgd import (
     AllReduce,
     BackupWorkers,
     LocalSGD,
+    ParameterServer,
     Run,
     Strategy,
     Teleportation,
@@ -52,6 +53,9 @@ class Row:
         For a peer, the number of peers, and so many steps: whose models it reads, each as often as it does.
     shares
         How much each of so many models counts in the consensus after so many steps.
+    sends
+        For a rank, the number of ranks, and so many steps: how many whole models or gradients it sends in
+        messages, whatever the nodes.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Row:
     reductions: Callable[[int], int] = lambda steps: 0
     reads: Callable[[int, int, int], list[int]] = lambda peer, size, steps: []
     shares: Callable[[int, int], Array] = lambda size, steps: np.full(size, 1 / size)
+    sends: Callable[[int, int, int], int] = lambda rank, size, steps: 0
 
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.make().options().items())
@@ -184,6 +189,40 @@ def _holders(size: int, t: int) -> tuple[int, ...]:
     return draw(0, t, size, min(4, size))
 
 
+def workers_of(size: int, servers: int) -> int:
+    return max(1, size - servers)
+
+
+def served_step(servers: int) -> Callable[[Array, Array, Array, float, int], Array]:
+    """AR-SGD of the workers; the models of the servers' ranks stay as they are."""
+
+    def step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+        workers = workers_of(len(x), servers)
+        return np.concatenate([x[:workers] - lr * g[:workers].mean(axis=0), x[workers:]])
+
+    return step
+
+
+def served_shares(servers: int) -> Callable[[int, int], Array]:
+    def shares(size: int, steps: int) -> Array:
+        workers = workers_of(size, servers)
+        return np.where(np.arange(size) < workers, 1 / workers, 0.0)
+
+    return shares
+
+
+def served_sends(servers: int) -> Callable[[int, int, int], int]:
+    """A worker pushes its gradient, a server answers all workers."""
+
+    def sends(rank: int, size: int, steps: int) -> int:
+        if size == 1:
+            return 0
+        workers = workers_of(size, servers)
+        return steps if rank < workers else steps * workers
+
+    return sends
+
+
 DELAYS = "exponential:seed=5"
 
 
@@ -236,6 +275,17 @@ ROWS = [
     Row("adpsgd", lambda: ADPSGD("star", "drawn"), drawn_step, reads=drawn_reads),
     Row("backup", lambda: BackupWorkers(backups=0), dsgd_step("ring", False), reads=sources("ring")),
     Row("backup", lambda: BackupWorkers("ring", delays=DELAYS), backup_step, reads=backup_reads),
+    Row("ps", lambda: ParameterServer(servers=0), allreduce_step, lambda steps: steps),
+    *(
+        Row(
+            "ps",
+            lambda m=m, n=n: ParameterServer(m, max_staleness=n),
+            served_step(1),
+            shares=served_shares(1),
+            sends=served_sends(1),
+        )
+        for m, n in (("sync", None), ("async", 0))
+    ),
     Row(
         "teleport",
         lambda: Teleportation(topology="ring"),

@@ -307,7 +307,7 @@ def test_autocast(world: Any, row: s.Row) -> None:
             loss.backward()
             run.step()
             losses.append(float(loss.detach()))
-        assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+        assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5]) if losses else world.rank >= run.workers
         with run.averaged():
             assert s.same_everywhere(world, run.model)
 
@@ -338,6 +338,7 @@ def test_bytes_equal_the_formula(world_of: Callable[..., Any], layout: tuple[int
                 nn.functional.mse_loss(run.model(x), y).backward()
                 run.step()
 
+        sent += row.sends(world.rank, world.size, 7)
         expected = row.reductions(7) * once + np.array([sent, shared]) * group.nbytes
         np.testing.assert_array_equal(moved(steps), expected)
 

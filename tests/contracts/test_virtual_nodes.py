@@ -15,7 +15,7 @@ from hpcsgd import BadOption, Run, World, generators
 from hpcsgd.strategies import STRATEGIES
 
 #: The methods that are not gossip.
-WITHOUT = ("allreduce", "local", "lasgd")
+WITHOUT = ("allreduce", "local", "lasgd", "ps")
 #: One row of each gossip method at least.
 ROWS = [row for row in s.ROWS if row.name not in WITHOUT]
 
