@@ -91,6 +91,7 @@ class World:
                 stacklevel=2,
             )
 
+        self._widest_node = _ranks_per_node()
         # Questions of a few bytes about settings, steps and metrics: not what a method sends.
         self._asides = Traffic()
         self._set_up(MPI, private, range(self.size))
@@ -130,12 +131,8 @@ class World:
 
     def _split(self, MPI: Any, comm: Any) -> None:
         node = comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
-        text = os.environ.get("HPCSGD_RANKS_PER_NODE", "0")
-        if not text.isdigit():
-            raise BadOption("HPCSGD_RANKS_PER_NODE", expected="a whole number; 0: the node", got=repr(text))
-        limit = int(text)
-        if limit > 0:
-            whole, node = node, node.Split(node.rank // limit, self.rank)
+        if self._widest_node > 0:
+            whole, node = node, node.Split(node.rank // self._widest_node, self.rank)
             whole.Free()
         self._keep(node)
         self.local_rank: int = node.rank
@@ -377,6 +374,14 @@ def first_difference(values: list[object]) -> tuple[object, object]:
             if a != b:
                 return f"{b} at position {position}", f"{a} at position {position}"
     return other, first
+
+
+def _ranks_per_node() -> int:
+    """Of `HPCSGD_RANKS_PER_NODE`; 0: all."""
+    text = os.environ.get("HPCSGD_RANKS_PER_NODE", "0")
+    if not text.isdigit():
+        raise BadOption("HPCSGD_RANKS_PER_NODE", expected="a whole number; 0: the node", got=repr(text))
+    return int(text)
 
 
 def _check_launcher(MPI: Any) -> None:

@@ -6,11 +6,14 @@ stacks of every rank and ends the job.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,9 @@ class Ranks:
         from mpi4py import MPI
 
         self.comm = MPI.COMM_WORLD.Dup()
-        self.rank, self.size = self.comm.rank, self.comm.size
+        self.rank = self.comm.rank
+        self.folder = tempfile.TemporaryDirectory() if self.rank == 0 else None
+        self.begun = self.comm.bcast(self.folder.name if self.folder else "")
         self.watchdog = watchdog(self.rank)
         self.stderr = os.fdopen(os.dup(2), "w")
         self.outcome: dict[str, str] = {}
@@ -48,24 +53,47 @@ class Ranks:
             time.sleep(0.001)
         return self.comm.allgather(value)
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # On every rank in the same order: those of all ranks first. The others are dealt like cards, so that
-        # each rank gets as many of a slow file; each begins elsewhere, lest all are in that file at once.
-        # A file marked `together` is one card: what it prepares is dear.
-        common = [item for item in items if is_mpi(item)]
+    def dealt(self, items: list[pytest.Item]) -> Iterator[pytest.Item]:
+        """Those of all ranks, on each in the same order; then what no other rank has begun.
+
+        A file marked `together` is one card: what it prepares is dear. The cards with the longest deadlines
+        start jobs of several processes: half of the ranks begin with these, the others with the last.
+        """
+        yield from filter(is_mpi, items)
         cards: dict[str, list[pytest.Item]] = {}
         for item in items:
             if not is_mpi(item):
                 together = item.get_closest_marker("together")
                 cards.setdefault(str(item.path) if together else item.nodeid, []).append(item)
-        own = [item for card in list(cards.values())[self.rank :: self.size] for item in card]
-        first = self.rank * len(own) // self.size
-        items[:] = [*common, *own[first:], *own[:first]]
+        deck = sorted(cards.values(), key=lambda card: -sum(map(deadline, card)))
+        for number in range(len(deck))[:: -1 if self.rank % 2 else 1]:
+            try:
+                Path(self.begun, str(number)).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            yield from deck[number]
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if session.testsfailed or session.config.option.collectonly:
+            return None
+        for item, following in pairwise(chain(self.dealt(session.items), [None])):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+        return True
+
+    def pytest_collection_finish(self) -> None:
+        # A million objects of modules, which no collection in a test needs to look at.
+        import torch._dynamo  # noqa: F401  # the first optimizer does so
+
+        gc.collect()
+        gc.freeze()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        mark = item.get_closest_marker("timeout")
-        self.watchdog.watch(item.nodeid, mark.args[0] if mark else DEFAULT_TIMEOUT)
+        self.watchdog.watch(item.nodeid, deadline(item))
         result = yield
         if is_mpi(item):
             outcomes = self.gather(self.outcome.get(item.nodeid, "passed"))
@@ -91,13 +119,12 @@ class Ranks:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Iterator[None]:
         self.watchdog.watch("the other ranks' tests", 3600.0)
-        own = {item.nodeid: self.outcome.get(item.nodeid) for item in session.items}
-        everything = self.gather((own, self.failed_on, int(exitstatus)))
-        merged: dict[str, str | None] = {}
+        everything = self.gather((self.outcome, self.failed_on, int(exitstatus)))
+        merged: dict[str, str] = {}
         for outcomes, failed_on, _ in everything:
             merged |= outcomes
             self.failed_on |= failed_on
-        self.total = Counter(outcome for outcome in merged.values() if outcome)
+        self.total = Counter(merged.values())
         statuses = {status for *_, status in everything} - {pytest.ExitCode.NO_TESTS_COLLECTED}
         if self.failed_on:
             statuses.add(int(pytest.ExitCode.TESTS_FAILED))
@@ -141,6 +168,12 @@ worlds = Worlds()
 
 def is_mpi(item: pytest.Item) -> bool:
     return item.get_closest_marker("mpi") is not None
+
+
+def deadline(item: pytest.Item) -> float:
+    """Seconds that the test may take."""
+    mark = item.get_closest_marker("timeout")
+    return float(mark.args[0]) if mark else DEFAULT_TIMEOUT
 
 
 @pytest.hookimpl(trylast=True)

@@ -20,6 +20,14 @@ _LAUNCHERS = ("PMI", "PMIX", "HYDRA", "OMPI", "MPI", "PRTE", "MPIR")
 _MARK = "HPCSGD_TEST_JOB"
 _DYING = 3.0  # seconds that the ranks of a job which has ended may take to be gone
 
+#: The start of every script: in place of the compiler, which takes as long to import as the rest of torch,
+#: and which optimizers import to tell it to keep away from them.
+UNCOMPILED = """
+import sys, types
+sys.modules["torch._dynamo"] = types.SimpleNamespace(
+    disable=lambda function, *_, **__: function, graph_break=lambda *_, **__: None
+)
+"""
 #: The start of a script that calls `hpcsgd`; importing TensorBoard would take longer than short runs.
 CLI = """
 import sys
@@ -80,7 +88,7 @@ def launch(
         Called with the job's processes once it has begun to print: ids and command lines.
     """
     mark = uuid.uuid4().hex
-    command = [*mpiexec(), "-n", str(ranks), sys.executable, "-c", script, *args]
+    command = [*mpiexec(), "-n", str(ranks), sys.executable, "-c", UNCOMPILED + script, *args]
     if has_private_shm():
         # The listing comes from inside: the namespace ends with its last process.
         inside = (
@@ -109,6 +117,9 @@ def launch(
         timed_out = True
         _kill(mark)
         out, err = process.communicate()
+    except BaseException:  # of `meanwhile`
+        _kill(mark)
+        raise
     seconds = time.monotonic() - started
     left = _wait_for_end(mark)
     out = first + out if meanwhile is not None else out

@@ -15,6 +15,7 @@ from hpcsgd.collectives import broadcast
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.peers import Peers
 from hpcsgd.server import Policy
+from hpcsgd.server.rules import describe
 from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.base import Setting, Strategy
 from hpcsgd.strategies.dialing import RankDial, dials, group_name
@@ -111,6 +112,9 @@ class ParameterServer(Strategy):
             self._role: AllReduce | Worker | Serving = AllReduce()
             self._role.attach(setting)
             return
+        if self.mode != "elastic":
+            assert setting.optimizer is not None
+            describe(setting.optimizer)  # raises on all ranks alike
         self._role = self._connected() if self.connect else self._in_job()
         part = copy.copy(setting)
         part.world, part.peers = self._part, Peers(self._part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -34,11 +35,13 @@ def group_of(world: World, sizes: list[int], dtype: torch.dtype, *, staged: bool
     return TensorGroup(world, tensors, _ONE_EACH, staged=staged)
 
 
+@cache
 def small_integers(rank: int, numel: int, seed: int = 0) -> np.ndarray:
     """0 to 12: sums over 16 ranks are exact in every dtype."""
     return (np.arange(numel) * 7 + 3 * rank + seed) % 13.0
 
 
+@cache
 def random_numbers(rank: int, numel: int, dtype: torch.dtype) -> np.ndarray:
     """As float64, but values that `dtype` has."""
     numbers = np.random.default_rng([rank, numel]).standard_normal(numel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -301,6 +302,7 @@ def regression() -> nn.Module:
     return nn.Linear(FEATURES, 1, dtype=torch.float64)
 
 
+@cache
 def batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A linear regression whose ranks have different data."""
     rng = np.random.default_rng([17, rank, step])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hosts
 import pytest
+from launch import UNCOMPILED
 
 LAB = Path(hosts.__file__)
 
@@ -107,7 +108,7 @@ def test_two_hosts_of_two_ranks(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_methods_come_to_their_end_between_hosts(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
-    script.write_text(METHODS)
+    script.write_text(UNCOMPILED + METHODS)
     job = start("--hosts", "3", "--rate", "1gbit", program=[sys.executable, str(script)])
     output, errors = job.communicate(timeout=110)
     assert job.returncode == 0, errors
@@ -115,6 +116,16 @@ def test_methods_come_to_their_end_between_hosts(tmp_path: Path) -> None:
     names = ["DSGD", "SGP", "ADPSGD", *["BackupWorkers"] * 2, "Teleportation", *["LASGD"] * 2]
     assert [name for name, *_ in lines] == names
     assert all(steps == "30" and float(loss) < 0.2 for _, steps, loss in lines), output
+
+
+def test_ranks_more_are_on_the_last_host() -> None:
+    job = start(
+        "--hosts", "2", "--ppn", "2", "--extra", "1", program=["bash", "-c", "echo $PMI_RANK $(hostname)"]
+    )
+    output, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors
+    where = [name.rsplit("-", 1)[1] for _, name in sorted(line.split() for line in output.splitlines())]
+    assert where == ["1", "1", "2", "2", "2"]
 
 
 def test_an_exit_status_is_handed_on() -> None:

@@ -64,6 +64,22 @@ class Job:
         np.testing.assert_allclose(now, expected, rtol=1e-12)
 
 
+def check_averages_within_a_loop(job: Job, pause: Callable[[int], object], atol: float = 0.0) -> None:
+    """At every fourth step nothing is under way that the distance or the mean does not know of."""
+    world, run = job.run.world, job.run
+    for number, (x, y) in enumerate(loader(world.rank)):
+        pause(number)
+        job.step(x, y)
+        if number % 4 == 3:
+            distance = run.consensus_distance()
+            own = world.gather(job.vector())
+            expected = np.linalg.norm(own - np.mean(own, 0)) / world.size**0.5
+            np.testing.assert_allclose(distance, expected, atol=atol)
+            job.assert_conserved()
+            with run.averaged():
+                np.testing.assert_allclose(job.vector(), np.mean(own, 0), rtol=1e-12)
+
+
 @contextmanager
 def slow_service(world: Any, seed: int) -> Iterator[None]:
     """Messages are handled at random times."""
@@ -98,6 +114,6 @@ def train_while_rank_0_is_stopped(job: Job, steps: int) -> list[int]:
         if world.rank == 1:
             os.kill(pids[0], signal.SIGCONT)
     gaps = [(b - a, a, b) for a, b in pairwise(times)]
-    length, begin, end = world.gather(max(gaps))[0]
+    length, begin, end = world.gather(max(gaps, default=(0.0, 0.0, 0.0)))[0]
     assert length > 0.4
     return world.gather(sum(begin < moment < end for moment in times))

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from free_runs import FEATURES, Job, loader, slow_service, train_while_rank_0_is_stopped
+from free_runs import (
+    FEATURES,
+    Job,
+    check_averages_within_a_loop,
+    loader,
+    slow_service,
+    train_while_rank_0_is_stopped,
+)
 from torch import nn
 
 from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, topology
@@ -76,18 +83,9 @@ def test_averaged_within_a_loop_has_nothing_under_way(world: Any, monkeypatch: p
     # Requests leave long after they were wanted.
     monkeypatch.setattr(Pairwise, "_show", lambda pairwise: (time.sleep(0.01), show(pairwise)))
     job = job_of(world)
-    with job.run as run:
-        for number, (x, y) in enumerate(loader(world.rank)):
-            if number % 4 == 3:
-                time.sleep(0.05)  # so that a new request begins with this step
-            job.step(x, y)
-            if number % 4 == 3:
-                distance = run.consensus_distance()
-                own = world.gather(job.vector())
-                np.testing.assert_allclose(distance, np.linalg.norm(own - np.mean(own, 0)) / world.size**0.5)
-                job.assert_conserved()
-                with run.averaged():
-                    np.testing.assert_allclose(job.vector(), np.mean(own, 0), rtol=1e-12)
+    with job.run:
+        # So that a new request begins with the step.
+        check_averages_within_a_loop(job, lambda number: time.sleep(0.05 * (number % 4 == 3)))
 
 
 @pytest.mark.mpi

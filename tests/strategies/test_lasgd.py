@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from free_runs import Job, loader, slow_service, train_while_rank_0_is_stopped
+from free_runs import Job, check_averages_within_a_loop, loader, slow_service, train_while_rank_0_is_stopped
 
 from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm
 from hpcsgd.collectives import allreduce
@@ -204,18 +204,8 @@ def test_the_last_steps_are_left_to_faster_ranks(
 @pytest.mark.mpi
 def test_averaged_within_a_loop_has_nothing_under_way(world: Any) -> None:
     job = Job(world, LASGD(1))
-    with slow_service(world, world.rank), job.run as run:
-        for number, (x, y) in enumerate(loader(world.rank)):
-            time.sleep(2e-3 * (world.rank % 3))
-            job.step(x, y)
-            if number % 4 == 3:
-                distance = run.consensus_distance()
-                own = world.gather(job.vector())
-                expected = np.linalg.norm(own - np.mean(own, 0)) / world.size**0.5
-                np.testing.assert_allclose(distance, expected, atol=1e-12)
-                job.assert_conserved()
-                with run.averaged():
-                    np.testing.assert_allclose(job.vector(), np.mean(own, 0), rtol=1e-12)
+    with slow_service(world, world.rank), job.run:
+        check_averages_within_a_loop(job, lambda _: time.sleep(2e-3 * (world.rank % 3)), atol=1e-12)
 
 
 @pytest.mark.mpi

@@ -1,0 +1,145 @@
+"""Servers and groups that are killed, stopped, late, wrong or malicious: the others go on, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import Job, until
+
+from hpcsgd.links import Head, Kind
+from hpcsgd.ports import Meeting
+
+pytestmark = [pytest.mark.timeout(150), pytest.mark.together]
+#: 13 batches an epoch.
+SMALL = ("--data", "synthetic:samples=404", "--bucket-mib", 0.05, "--checkpoint-every", 0, "--threads", 1)
+
+REFUSED = """
+import torch
+from hpcsgd import HpcsgdError, ParameterServer, Run
+for mode, file in (("sync", "servers"), ("async", "servers"), ("sync", "forged")):
+    model = torch.nn.Linear(64, 10)
+    try:
+        Run(model, torch.optim.SGD(model.parameters(), 0.1), ParameterServer(mode, connect=file))
+    except HpcsgdError as error:
+        print(error, flush=True)
+"""
+
+
+def train(folder: Path, name: str, mode: str, seed: int, epochs: int, pause: float = 0.0) -> Job:
+    delays = f"constant:seconds={pause}" if pause else "none"
+    strategy = ("--strategy", f"ps:mode={mode}", "--connect", "servers", "--delays", delays)
+    run = ("--epochs", epochs, "--seed", seed, "--out", folder, "--name", name)
+    return Job(folder, name, "train", *SMALL, *strategy, *run)
+
+
+def serve(folder: Path, mode: str, *options: object, ranks: int = 0) -> Job:
+    where = ("--listen", "servers", "--mode", mode, "--progress", "plain")
+    return Job(folder, "server", "serve", *where, *options, ranks=ranks)
+
+
+def metrics(folder: Path, server: int = 0) -> dict[str, Any]:
+    """The newest record of a server."""
+    path = folder / "servers.checkpoint" / f"server-{server}" / "metrics.jsonl"
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+def kept(folder: Path, server: int = 0) -> dict[str, Any]:
+    """The last checkpoint of a server."""
+    steps = (folder / "servers.checkpoint" / f"server-{server}").glob("step-*")
+    state: dict[str, Any] = torch.load(max(steps) / "rank-0000.pt", weights_only=True)
+    return state
+
+
+def attack(port: int) -> list[socket.socket]:
+    """What no client would send, and a connection that says nothing."""
+    heads = [Head(Kind.HELLO, nbytes=2**60), Head(Kind.PUSH, 1, nbytes=2**40), Head(Kind.BYE)]
+    words = [b"GET / HTTP/1.1\r\nHost: here\r\nAccept: everything there is\r\n\r\n" * 9, b""]
+    found = []
+    for word in [*(head.pack() for head in heads), *words]:
+        found.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+        found[-1].sendall(word)
+    return found
+
+
+def test_groups_that_stall_die_come_late_or_are_refused(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        start = stack.enter_context
+        server = start(serve(tmp_path, "sync", "--lease", 1, "--linger", 3, ranks=2))
+        stalls = start(train(tmp_path, "stalls", "sync", 1, 24, pause=0.02))
+        stalls.wait_for("epoch 1.00/")
+        meeting = Meeting.read(tmp_path / "servers")
+        Meeting("0" * 64, meeting.servers).write(tmp_path / "forged")
+        connections = [connection for _, port in meeting.servers for connection in attack(port)]
+        dies = start(train(tmp_path, "dies", "sync", 1, 999, pause=0.02))
+        refused = start(Job(tmp_path, "refused", script=REFUSED))
+        late = start(train(tmp_path, "late", "sync", 2, 2))
+
+        dies.wait_for("epoch 1.00/")
+        stalls.send(signal.SIGSTOP)
+        server.wait_for("has been silent for 1 s: nobody waits for it any more")
+        epochs = dies.text.count("test loss")
+        until(lambda: dies.text.count("test loss") > epochs + 1, "progress while another group is stopped")
+        stalls.send(signal.SIGCONT)
+        server.wait_for("is back")
+        dies.send(signal.SIGKILL)
+        server.wait_for("is gone: ")
+
+        assert [job.end() for job in (stalls, late, refused, server)] == [0, 0, 0, 0], server.text
+        for connection in connections:
+            connection.close()
+    assert not (tmp_path / "servers").exists()
+    for reason in (
+        "list of parameters differs",
+        "mode differs: expected sync, got async",
+        "not know the secret",
+    ):
+        assert reason in server.text and reason in refused.text, (server.text, refused.text)
+    assert "it sent something that is no message of hpcsgd" in server.text
+    assert "it said nothing for 1 s" in server.text and "a BYE before it was let in" in server.text
+    assert "all others are done: waits up to 3 s for" in server.text
+    for number in range(2):
+        clients = metrics(tmp_path, number)["clients"]
+        assert sorted(client["state"] for client in clients) == ["done", "done", "gone"], clients
+        assert sum(client["left_out"] for client in clients) > 0, clients
+
+
+def test_a_server_that_is_killed_and_started_again_has_lost_nothing(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("undisturbed", "killed", "many")}
+    for folder in folders.values():
+        folder.mkdir()
+    undisturbed, killed, many = folders.values()
+    with ExitStack() as stack:
+        start = stack.enter_context
+        servers = [start(serve(undisturbed, "sync"))]
+        groups = [start(train(undisturbed, "one", "sync", 3, 8))]
+        victims = [start(serve(killed, "sync")), start(serve(many, "async", "--checkpoint-every", 0.5))]
+        groups.append(start(train(killed, "one", "sync", 3, 8, pause=0.01)))
+        groups += [start(train(many, f"group{seed}", "async", seed, 8, pause=0.01)) for seed in (4, 5)]
+        for victim, group in zip(victims, (groups[1], groups[2]), strict=True):
+            group.wait_for("epoch 2.00/")
+            victim.send(signal.SIGKILL)
+            assert victim.end() == -signal.SIGKILL
+        servers += [start(serve(killed, "sync")), start(serve(many, "async"))]
+        assert [job.end() for job in (*groups, *servers)] == [0] * 7, [
+            job.text for job in (*groups, *servers)
+        ]
+    assert all("goes on after" in server.text for server in servers[1:])
+    steps = 8 * 13
+    assert [set(metrics(folder)["versions"].values()) for folder in (undisturbed, killed)] == [{steps}] * 2
+    assert set(metrics(many)["versions"].values()) == {2 * steps}
+    a, b = kept(undisturbed)["shards"], kept(killed)["shards"]
+    assert len(a) == len(b) > 1
+    for index, shard in a.items():
+        assert torch.equal(shard["centre"], b[index]["centre"])
+        momenta = [
+            [state["momentum_buffer"] for state in s["rule"]["state"].values()] for s in (shard, b[index])
+        ]
+        assert all(torch.equal(one, other) for one, other in zip(*momenta, strict=True)) and momenta[0]
