@@ -47,7 +47,7 @@ class Journal:
         sums: Sums,
         since: Counters,
         learning_rate: float,
-        method: Sequence[Mapping[str, float]],
+        method: Sequence[Mapping[str, Any]],
     ) -> None:
         """Record the training since rank 0 had spent `since`, with each rank's figures of the method."""
         figures = {

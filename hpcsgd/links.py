@@ -7,6 +7,7 @@ head that makes no sense ends the link, and memory is only given for as many byt
 from __future__ import annotations
 
 import json
+import math
 import struct
 import time
 from collections import deque
@@ -23,6 +24,8 @@ _FORMAT = struct.Struct("<4sBBHI4xqqdqqq")
 HEAD_BYTES = _FORMAT.size
 _HEAD, _BODY = 0, 1  # tags
 NOTES = 4 * 2**20  # bytes of JSON, at most
+_LEVELS = 10  # of lists and objects in it, at most
+_LARGEST = 2**40  # number in a head
 
 
 class Kind(IntEnum):
@@ -76,7 +79,8 @@ class Head:
     weight
         Of how many gradients a push is the mean.
     steps, begun
-        How many the client asks for or may take; how many all clients have begun.
+        How many the client asks for or may take, or of a pull, whether it begins to push; how many all
+        clients have begun.
     nbytes
         Of the body.
     """
@@ -100,8 +104,11 @@ class Head:
         """Raises `Malformed` for what `pack` cannot have made."""
         magic, kind, state, zero, shard, *rest = _FORMAT.unpack(data)
         number, version, weight, steps, begun, nbytes = rest
+        numbers = (number, version, steps, begun, nbytes)
         try:
-            if magic != _MAGIC or zero or min(number, version, steps, begun, nbytes) < 0 or not weight >= 0:
+            if magic != _MAGIC or zero or not 0 <= min(numbers) <= max(numbers) <= _LARGEST:
+                raise ValueError
+            if not 0 <= weight < math.inf:
                 raise ValueError
             return Head(Kind(kind), shard, State(state), number, version, weight, steps, begun, nbytes)
         except ValueError:
@@ -120,7 +127,7 @@ class Party(Protocol):
     """Who uses a link."""
 
     def landing(self, link: Link, head: Head) -> np.ndarray:
-        """Memory for the body of a message, `head.nbytes` of uint8; raises `Malformed` for an unexpected one."""
+        """Memory for the body of a message, `head.nbytes` of uint8; raises `Malformed` where none is due."""
 
     def take(self, link: Link, head: Head, body: np.ndarray) -> None:
         """A message is here; raises `Malformed` for one that makes no sense."""
@@ -144,7 +151,11 @@ class Link:
         When something came last, by `time.monotonic`.
     received, sent
         Bytes of messages.
+    lasting
+        Whether there is no other one between its two sides, ever.
     """
+
+    lasting = False
 
     def __init__(self, party: Party, name: str, traffic: Traffic | None = None) -> None:
         self.party, self.name, self._traffic = party, name, traffic
@@ -181,11 +192,12 @@ class Link:
 
     def send_note(self, kind: Kind, note: dict[str, Any]) -> None:
         """Queue a message whose body is JSON."""
-        body = np.frombuffer(json.dumps(note).encode(), np.uint8)
+        body = as_note(note)
         self.send(Head(kind, nbytes=body.size), body)
 
     def _begin(self, data: bytes | bytearray | memoryview) -> np.ndarray:
         """A head is here: where its body goes."""
+        self.heard = time.monotonic()
         self._head = head = Head.unpack(data)
         self._body = self.party.landing(self, head) if head.nbytes else np.empty(0, np.uint8)
         if self._body.nbytes != head.nbytes:
@@ -212,6 +224,8 @@ class MPILink(Link):
     party, name, traffic
         See `Link`.
     """
+
+    lasting = True
 
     def __init__(
         self, transport: Transport, peer: int, party: Party, name: str, traffic: Traffic | None = None
@@ -261,12 +275,23 @@ class MPILink(Link):
         self._closed = True
 
 
+def as_note(note: dict[str, Any]) -> np.ndarray:
+    """JSON, as a body."""
+    return np.frombuffer(json.dumps(note).encode(), np.uint8)
+
+
 def read_note(body: np.ndarray) -> dict[str, Any]:
     """The JSON of a body."""
     try:
         note = json.loads(body.tobytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         note = None
-    if not isinstance(note, dict):
+    if not isinstance(note, dict) or not _flat(note, _LEVELS):
         raise Malformed("it sent a note that cannot be read")
     return note
+
+
+def _flat(value: Any, levels: int) -> bool:
+    """Whether lists and objects lie in each other no deeper than that: who walks through them may recurse."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_flat(each, levels - 1) for each in inner)

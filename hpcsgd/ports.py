@@ -25,6 +25,7 @@ _SIOCGIFADDR = 0x8915
 _AT_ONCE = 8 * 2**20  # bytes of one link, before others have their turn
 _ATTEMPT = 2.0  # seconds for an address to answer
 _NONCE = 32  # bytes
+_UNHEARD = 30_000  # milliseconds without an acknowledgement by the other host, until it is taken for dead
 
 
 @dataclass
@@ -52,12 +53,14 @@ class Meeting:
     @staticmethod
     def read(path: Path) -> Meeting:
         """Raises `HpcsgdError` for a file that is not one, `OSError` where there is none."""
-        text = path.read_text()
+        text = path.read_text(errors="replace")
         try:
             found = json.loads(text)
             servers = [([str(a) for a in addresses], int(port)) for addresses, port in found["servers"]]
+            if not all(0 < port < 2**16 for _, port in servers):
+                raise ValueError
             return Meeting(str(found["secret"]), servers)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise HpcsgdError(
                 f"{path} is not a file of `hpcsgd serve --listen`", got=text[:80], do="name the right one"
             ) from None
@@ -69,11 +72,13 @@ def new_secret() -> str:
 
 def proof(secret: str, nonce: str) -> str:
     """What only who knows the secret can make of a nonce."""
-    return hmac.digest(secret.encode(), nonce.encode(), "sha256").hex()
+    return hmac.digest(secret.encode(), nonce.encode(errors="surrogatepass"), "sha256").hex()
 
 
 def proves(secret: str, nonce: str, given: object) -> bool:
-    return isinstance(given, str) and hmac.compare_digest(proof(secret, nonce).encode(), given.encode())
+    if not isinstance(given, str):
+        return False
+    return hmac.compare_digest(proof(secret, nonce).encode(), given.encode(errors="surrogatepass"))
 
 
 def listen(address: str = "") -> socket.socket:
@@ -99,9 +104,15 @@ def connect(hosts: list[str], port: int) -> socket.socket:
     errors = []
     for host in hosts:
         try:
-            return socket.create_connection((host, port), timeout=_ATTEMPT)
+            connection = socket.create_connection((host, port), timeout=_ATTEMPT)
         except OSError as error:
             errors.append(f"{host}:{port}: {error}")
+            continue
+        if connection.getsockname() != connection.getpeername():
+            return connection
+        # Where nobody listens, a host may by chance connect to itself.
+        connection.close()
+        errors.append(f"{host}:{port}: nobody is there")
     raise OSError("; ".join(errors))
 
 
@@ -122,6 +133,7 @@ class SocketLink(Link):
         super().__init__(party, name, traffic)
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNHEARD)
         self._socket = connection
         self._leaving: deque[memoryview] = deque()
         self._buffer = bytearray(HEAD_BYTES)
@@ -137,14 +149,11 @@ class SocketLink(Link):
             self._leaving.append(memoryview(body))  # type: ignore[arg-type]
 
     def pump(self) -> bool:
-        try:
-            moved = self._push_out()
-            return self._take_in() or moved
-        except OSError as error:
-            raise Lost(f"the connection broke: {error.strerror or error}") from None
+        moved = self._push_out()
+        return self._take_in() or moved
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Lost):
             self._push_out()
 
     def _push_out(self) -> bool:
@@ -154,6 +163,8 @@ class SocketLink(Link):
                 count = self._socket.send(self._leaving[0])
             except BlockingIOError:
                 break
+            except OSError as error:
+                raise _broken(error) from None
             moved += count
             if count == len(self._leaving[0]):
                 self._leaving.popleft()
@@ -168,6 +179,8 @@ class SocketLink(Link):
                 count = self._socket.recv_into(self._space)
             except BlockingIOError:
                 break
+            except OSError as error:
+                raise _broken(error) from None
             if count == 0:
                 raise Lost("it closed the connection")
             self.heard = time.monotonic()
@@ -192,3 +205,7 @@ class SocketLink(Link):
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _broken(error: OSError) -> Lost:
+    return Lost(f"the connection broke: {error.strerror or error}")

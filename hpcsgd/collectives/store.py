@@ -45,6 +45,8 @@ class Store:
         Of the optimizer, for each of its groups of parameters.
     segments
         Of a bucket: (start, stop, group of parameters) of its stretches.
+    about
+        What else the servers are told of this group.
 
     Attributes
     ----------
@@ -63,6 +65,7 @@ class Store:
         contract: Mapping[str, Any],
         options: Options = (),
         segments: Callable[[Bucket], list[tuple[int, int, int]]] = lambda bucket: [],
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         world.progress.need_thread("pushes to a server need a thread of their own")
         self._world = world
@@ -77,6 +80,7 @@ class Store:
             for group in keys.values()
             for bucket in group
         ]
+        self._about = dict(about or {})
         self._contract = {**contract, "servers": len(dials), "keys": list(keys), "shards": shards}
         self.late = self.granted = self.begun = 0
         self._connections = self._connect(dials, name) if world.rank in self._talkers else []
@@ -91,7 +95,7 @@ class Store:
 
         def hello() -> dict[str, Any]:
             who = {"client": f"{name}.{me}" if me else name, "talker": me, "talkers": len(self._talkers)}
-            return {**who, "contract": self._contract, "options": self._options}
+            return {**self._about, **who, "contract": self._contract, "options": self._options}
 
         patience = self._world.timeout
         connections = [Connection(dial, hello, patience) for dial in dials]
@@ -105,9 +109,19 @@ class Store:
         """Start to make the values those of the servers, or these those of the group if they have none."""
         return self._each(key, "init", group, self._fetch_or_fill)
 
-    def pull(self, key: str, group: TensorGroup) -> Work:
-        """Start to fetch the values; there are some."""
-        return self._each(key, "pull", group, lambda bucket, index: self._fetch(bucket, index, Kind.PULL))
+    def pull(self, key: str, group: TensorGroup, begin: bool = False) -> Work:
+        """Start to fetch the values; there are some.
+
+        Parameters
+        ----------
+        key, group
+            Which, and where they go.
+        begin
+            Whether the pushes of this group may be waited for from now on.
+        """
+        return self._each(
+            key, "pull", group, lambda bucket, index: self._fetch(bucket, index, Kind.PULL, begin)
+        )
 
     def push(self, key: str, group: TensorGroup, weight: float = 1.0) -> Work:
         """Start to push a group, which must stay unchanged until it is over; values are not fetched.
@@ -139,9 +153,7 @@ class Store:
         self._start(key, group, into, weight, steps)
         return self._each(key, "pushpull", into, self._finish)
 
-    def _each(
-        self, key: str, what: str, group: TensorGroup, job: Callable[[Bucket, int], None]
-    ) -> Work:
+    def _each(self, key: str, what: str, group: TensorGroup, job: Callable[[Bucket, int], object]) -> Work:
         """Let who talks for a bucket do something about it, and tell the group; bucket by bucket."""
         progress, work = self._world.progress, None
         for bucket in group:
@@ -210,11 +222,11 @@ class Store:
             _to_host(bucket)
             self._fetch(bucket, index, Kind.FILL)
 
-    def _fetch(self, bucket: Bucket, index: int, kind: Kind) -> State:
+    def _fetch(self, bucket: Bucket, index: int, kind: Kind, begin: bool = False) -> State:
         values = _bytes(bucket)
         # What is sent must not be overwritten before all of it has arrived, whatever breaks.
         source = values.copy() if kind is Kind.FILL else None
-        head = Head(kind, index, nbytes=bucket.nbytes if source is not None else 0)
+        head = Head(kind, index, steps=int(begin), nbytes=bucket.nbytes if source is not None else 0)
         request = Request(head, source, values)
         self._connection(index).ask(request)
         state = self._wait(request, f"the {kind.name.lower()} of {bucket}")
@@ -282,7 +294,7 @@ class Store:
         self._rounds, self._versions = list(state["rounds"]), list(state["versions"])
 
 
-def _bound(job: Callable[[Bucket, int], Any], bucket: Bucket, index: int) -> Callable[[], None]:
+def _bound(job: Callable[[Bucket, int], object], bucket: Bucket, index: int) -> Callable[[], None]:
     return lambda: job(bucket, index)
 
 

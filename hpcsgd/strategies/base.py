@@ -176,7 +176,7 @@ class Strategy:
         """Root mean square over ranks of the distance of their models from the mean model."""
         return 0.0
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """What this method adds to a record of metrics, of this rank, since the last call."""
         return {}
 

@@ -137,7 +137,7 @@ class LASGD(OwnModels):
         self._averaging.rest()
         return super().consensus_distance()
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """Of the rounds since the last call, see `Tally.figures`."""
         return {"period": self._period.steps, **self._averaging.tally.figures()}
 

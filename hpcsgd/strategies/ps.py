@@ -173,7 +173,7 @@ class ParameterServer(Strategy):
     def step(self, update: Callable[[], None]) -> None:
         self._role.step(update)
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         return self._role.figures()
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class ParameterServer(Strategy):
         trained, world = self._trained(), self.setting.world
         values = TensorGroup(world, list(reversed(trained)), self.setting.bucket_mib)
         for bucket in values:
-            kept = self._role.values(bucket.index)
+            kept = self._role.values(bucket.index) if isinstance(self._role, Serving) else None
             if kept is not None:
                 bucket.flat.copy_(kept)
             broadcast(bucket, world.size - self.servers + bucket.index % self.servers)

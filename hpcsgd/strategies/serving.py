@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hpcsgd.links import MPILink
 from hpcsgd.server import Policy, Server
+from hpcsgd.server.load import Load
 from hpcsgd.strategies.base import Setting, Strategy
 from hpcsgd.transport import Transport
 
 _WATCH_EVERY = 0.2  # seconds
+
+
+def figures_of(staleness: Counter[int], left_out: int, load: Mapping[str, float]) -> dict[str, Any]:
+    """What a record of metrics says of a server; of a worker all is 0.
+
+    Returns
+    -------
+    dict
+        "staleness" and "longest_staleness": how many updates of others pushes were behind, and
+        "staleness_histogram": how many were behind by 0, 1, ...; "left_out": pushes so far that came too late
+        to be of use; "queue": links that had something when the server looked; "load": the share of the time
+        in which it was at work.
+    """
+    longest = max(staleness, default=0)
+    return {
+        "staleness": sum(k * n for k, n in staleness.items()) / max(1, staleness.total()),
+        "longest_staleness": longest,
+        "staleness_histogram": [staleness[k] for k in range(longest + 1)],
+        "left_out": left_out,
+        **load,
+    }
 
 
 class Serving(Strategy):
@@ -49,8 +71,7 @@ class Serving(Strategy):
         self._run, self._groups = run, groups
         self._transport, self._talkers = transport, talkers
         self.server = Server(policy, index, count)
-        self._busy = self._spent = 0.0
-        self._looks = self._found = 0
+        self._load, self._told = Load(), Counter[int]()
         self._watched = 0.0
 
     def attach(self, setting: Setting) -> None:
@@ -64,11 +85,10 @@ class Serving(Strategy):
         self._serve(lambda: self.server.rests >= len(self._talkers))
 
     def turns(self, end: int) -> Iterator[int]:
-        server, started = self.server, time.perf_counter()
+        server = self.server
         target = server.rests + len(self._talkers)
         server.begin((end - self._run.step) * self._groups)
         self._serve(lambda: server.rests >= target)
-        self._spent += time.perf_counter() - started
         self._run.step = end
         yield from ()
 
@@ -76,23 +96,24 @@ class Serving(Strategy):
         self._serve(lambda: not self.server.links)
 
     def _serve(self, done: Callable[[], bool]) -> None:
-        world, server = self.setting.world, self.server
+        world = self.setting.world
         with world.progress.waiting():
             while not done():
-                heard = server.heard
-                world.waiter.until(lambda: done() or self._look() or server.heard > heard, "requests of clients")  # noqa: B023
+                self._hear(done)  # each request begins a new wait, with its own deadline
         world.progress.check()
+
+    def _hear(self, done: Callable[[], bool]) -> None:
+        server, heard = self.server, self.server.heard
+        self.setting.world.waiter.until(
+            lambda: self._look() or done() or server.heard > heard, "requests of clients"
+        )
 
     def _look(self) -> bool:
         """Let all links move; never says that the wait is over."""
         started = time.perf_counter()
         moved = self.server.pump(self.server.links)
-        while moved:
-            self._looks += 1
-            self._found += moved
-            moved = self.server.pump(self.server.links)
         now = time.perf_counter()
-        self._busy += now - started
+        self._load.looked(moved, now - started if moved else 0.0)
         if now - self._watched > _WATCH_EVERY:
             self._watched = now
             self.server.watch()
@@ -103,8 +124,14 @@ class Serving(Strategy):
         shard = self.server.shards.get(index)
         return None if shard is None else shard.centre
 
-    def figures(self) -> dict[str, float]:
-        return {}
+    def figures(self) -> dict[str, Any]:
+        counting = self.server.counting
+        return figures_of(self._since(counting.staleness), counting.left_out, self._load.figures())
+
+    def _since(self, staleness: Counter[int]) -> Counter[int]:
+        """What has been counted since the last call."""
+        new, self._told = staleness - self._told, Counter(staleness)
+        return new
 
     def state_dict(self) -> dict[str, Any]:
         return {"shards": {index: shard.state_dict() for index, shard in self.server.shards.items()}}

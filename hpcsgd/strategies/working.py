@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from hpcsgd.collectives import broadcast
 from hpcsgd.collectives.store import Store
@@ -17,6 +17,7 @@ from hpcsgd.parameters import Parameters
 from hpcsgd.server.rules import describe as optimizer_of
 from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.serving import figures_of
 from hpcsgd.tensors import Bucket, TensorGroup
 
 
@@ -80,6 +81,7 @@ class Worker(AllReduce):
             self._contract(),
             self._options(),
             self._segments,
+            {} if place.groups else {"seed": setting.seed},
         )
         self._store.init(self.KEY, self.parameters.group).wait()
         self._store.rest()
@@ -121,11 +123,16 @@ class Worker(AllReduce):
         if shared:
             self._store.claim(self._place.interval).wait()
             self._hear()
+        else:
+            self._join()
         while self._allowed > 0 if shared else run.step < end:
             yield 0
         self._store.rest()
         run.step = end
         self._allowed = self._place.interval
+
+    def _join(self) -> None:
+        """Begin to push, after a pause in which other groups have gone on."""
 
     def step(self, update: Callable[[], None]) -> None:
         self._take(update)
@@ -173,10 +180,6 @@ class Worker(AllReduce):
             self._store.load_state_dict(state)
             self.parameters.restore(own)
 
-    def values(self, index: int) -> Tensor | None:
-        """The values of a shard, where this rank keeps them; a worker keeps none."""
-        return None
-
     def detach(self) -> None:
         self._store.close()
         del self._store, self._leave
@@ -184,9 +187,8 @@ class Worker(AllReduce):
         self.parameters.release()
         del self.parameters
 
-    def figures(self) -> dict[str, float]:
-        late, self._store.late = self._store.late, 0
-        return {"left_out": late, "queue": 0.0, "load": 0.0}
+    def figures(self) -> dict[str, Any]:
+        return figures_of(Counter(), self._store.late, {"queue": 0.0, "load": 0.0})
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "store": self._store.state_dict(), "since": self._since}
@@ -214,6 +216,9 @@ class Descending(Worker):
         assert self.setting.optimizer is not None
         return optimizer_of(self.setting.optimizer)[1]
 
+    def _join(self) -> None:
+        self._store.pull(self.KEY, self.parameters.group, begin=True).wait()
+
     def _take(self, update: Callable[[], None]) -> None:
         self.synchronize()
         self._store.tell_options(self._options())
@@ -221,9 +226,7 @@ class Descending(Worker):
     def _exchange(self, wanted: int) -> None:
         weight = float(self.setting.world.size) if self._finite and self.setting.unscale() else 0.0
         self._finite = True
-        work = self._store.pushpull(
-            self.KEY, self.gradients.group, self.parameters.group, weight, wanted
-        )
+        work = self._store.pushpull(self.KEY, self.gradients.group, self.parameters.group, weight, wanted)
         work.wait()
         self.gradients.start_over()
 

@@ -74,9 +74,7 @@ def test_sync_is_allreduce_over_all_workers_bit_for_bit(world: Any, name: str, s
 
 @pytest.mark.mpi(min_size=3)
 @pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
-def test_groups_equal_allreduce_to_rounding(
-    world_of: Callable[..., Any], layout: tuple[int, bool]
-) -> None:
+def test_groups_equal_allreduce_to_rounding(world_of: Callable[..., Any], layout: tuple[int, bool]) -> None:
     """Groups of unequal size too; of a node's ranks several talk, each for some of the buckets."""
     world = world_of(*layout)
     groups = max(1, (world.size - 1) // 2)
@@ -111,7 +109,8 @@ def test_async_with_one_group_is_serial_sgd(world: Any) -> None:
                 nn.functional.mse_loss(model(x), y).backward()
                 optimizer.step()
             optimizer.param_groups[0]["lr"] = 0.1 * 0.7 ** (epoch + 1)
-        np.testing.assert_array_equal(served, np.concatenate([p.detach().flatten() for p in model.parameters()]))
+        serial = np.concatenate([p.detach().flatten() for p in model.parameters()])
+        np.testing.assert_array_equal(served, serial)
 
 
 class Easgd:
@@ -158,7 +157,8 @@ def test_elastic_together_obeys_its_recursion(world: Any, alpha: float | None, s
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("groups", [None, 2])
-@pytest.mark.parametrize(("mode", "bound"), [("async", None), ("async", 1), ("elastic", None), ("elastic", 2)])
+@pytest.mark.parametrize("mode", ["async", "elastic"])
+@pytest.mark.parametrize("bound", [None, 1])
 def test_groups_share_the_steps_whoever_is_slow(
     world: Any, mode: Any, bound: int | None, groups: int | None
 ) -> None:
@@ -278,3 +278,19 @@ def test_an_optimizer_that_is_not_element_by_element_is_refused(world: Any) -> N
 def test_wrong_options(options: dict[str, Any], text: str) -> None:
     with pytest.raises(BadOption, match=text):
         ParameterServer(**options)
+
+
+@pytest.mark.mpi(min_size=3)
+def test_the_metrics_tell_how_stale_pushes_were(world: Any) -> None:
+    workers = world.size - 1
+    job = Job(world, ParameterServer("async", max_staleness=1))
+    with job.run:
+        job.train(10)
+        told = world.gather(job.run.strategy.figures())
+        server = told[workers]
+        assert sum(server["staleness_histogram"]) == 10 * workers
+        # Who pulls and then pushes sees at most 2 s + 1 pushes of each other worker in between.
+        assert 0 < server["staleness"] <= server["longest_staleness"] <= 3 * (workers - 1)
+        assert 0 < server["load"] <= 1 and server["queue"] >= 1
+        assert all(set(figures) == set(server) for figures in told)
+        assert sum(world.gather(job.run.strategy.figures())[workers]["staleness_histogram"]) == 0
