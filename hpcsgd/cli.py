@@ -1,4 +1,4 @@
-"""The command line: `hpcsgd train`, `tune`, `report`, `topology` and `bench`."""
+"""The command line: `hpcsgd train`, `serve`, `tune`, `report`, `topology` and `bench`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from hpcsgd import launcher
 from hpcsgd.bench.commands import bench, number
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.settings import Settings, click_options
+
+_PATH = click.Path(path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -59,6 +61,46 @@ def train(settings: Settings) -> None:
     from hpcsgd.train import train as execute
 
     execute(settings)
+
+
+_SECONDS = click.FloatRange(0, min_open=True)
+
+
+@cli.command()
+@click.option(
+    "--listen", required=True, metavar="FILE", type=_PATH, help="Tells groups where the servers are."
+)
+@click.option("--mode", default="sync", show_default=True, type=click.Choice(["sync", "async", "elastic"]))
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Of mode elastic: by which share of their distance models draw each other; default: 0.9 / groups.",
+)
+@click.option("--max-staleness", type=click.IntRange(0), help="How far a group may be ahead; default: any.")
+@click.option(
+    "--lease", default=10.0, show_default=True, type=_SECONDS, help="Wait so long for who is silent (s)."
+)
+@click.option("--checkpoint", metavar="FOLDER", type=_PATH, help="What is kept; default: FILE.checkpoint.")
+@click.option("--checkpoint-every", default=60.0, show_default=True, type=_SECONDS, help="In seconds.")
+@click.option(
+    "--linger",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Wait so long for who left without a goodbye, when all others are done (s).",
+)
+@click.option("--progress", default="auto", type=click.Choice(["auto", "live", "plain", "off"]))
+def serve(**options: Any) -> None:
+    """Serve groups of workers that are jobs of their own: mpiexec -n 1 hpcsgd serve --listen FILE.
+
+    Each rank is a server of a part of the model. Groups may come, go, die and return at any time:
+    mpiexec -n 4 hpcsgd train --strategy ps:mode=MODE --connect FILE. Ends when all are done. Started again
+    after a stop or a crash with the same options, it goes on where it was, and the groups with it.
+    """
+    from hpcsgd.serve import serve as execute
+    from hpcsgd.service import Options
+
+    execute(Options(**options))
 
 
 @cli.group()

@@ -12,7 +12,7 @@ import numpy as np
 
 from hpcsgd import ports
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.links import NOTES, Head, Kind, Link, Lost, Malformed, Party, read_note
+from hpcsgd.links import NOTES, Head, Kind, Link, Lost, Malformed, Party, as_note, read_note
 from hpcsgd.progress import LISTENING
 
 _AGAIN = 0.3  # seconds between two attempts to reach a server
@@ -82,7 +82,8 @@ class Connection:
         self._secret, self._nonce = "", ""
         self._welcome = self._closing = self._closed = False
         self._asked: dict[tuple[bool, int], Request] = {}
-        self._gone_since: float | None = time.monotonic()
+        self._told: dict[Kind, tuple[Head, np.ndarray | None]] = {}
+        self._gone_since, self._why = time.monotonic(), "no answer"
         self._again_at = self._beat_at = 0.0
         self._between_beats = _CLOSED
 
@@ -90,28 +91,27 @@ class Connection:
         """Send a request; one of a shard at a time."""
         with self._lock:
             self._asked[_slot(request.head)] = request
-            self._send(request)
+            self._told.pop(Kind.REST, None)
+            self._send(request.head, request.source)
 
-    def tell(self, head: Head) -> None:
-        """Send what has no answer, and need not be said again."""
+    def tell(self, head: Head, body: np.ndarray | None = None) -> None:
+        """Send what has no answer: again over the next link, unless another of its kind has followed."""
         with self._lock:
-            if self._link is not None and self._welcome:
-                self._link.send(head)
+            self._told[head.kind] = head, body
+            self._send(head, body)
 
     def tell_note(self, kind: Kind, note: dict[str, Any]) -> None:
         """Likewise with a note."""
-        with self._lock:
-            if self._link is not None and self._welcome:
-                self._link.send_note(kind, note)
+        body = as_note(note)
+        self.tell(Head(kind, nbytes=body.size), body)
 
     def say_goodbye(self) -> None:
         """Ask to be let go; `closed` when that was heard, or nobody hears it."""
         with self._lock:
             self._closing = True
-            if self._link is None or not self._welcome:
-                self._closed = True
-            else:
-                self._link.send(Head(Kind.BYE))
+            self._send(Head(Kind.BYE))
+            if not self._welcome:
+                self._drop("it was not waited for")
 
     @property
     def closed(self) -> bool:
@@ -122,9 +122,12 @@ class Connection:
         with self._lock:
             if self._closed:
                 return _CLOSED
-            if self._link is None and not self._open():
+            if self._link is None:
+                self._open()
+            if not self._welcome:
+                self._check_patience()
+            if self._link is None:
                 return _AGAIN
-            assert self._link is not None
             try:
                 moved = self._link.pump()
             except Lost as error:
@@ -137,36 +140,35 @@ class Connection:
             busy = self._asked or not self._welcome or not self._link.idle or self._closing
             return 0.0 if moved else LISTENING if busy else max(0.0, self._beat_at - now)
 
-    def _open(self) -> bool:
-        now = time.monotonic()
-        if now < self._again_at:
-            return False
+    def _open(self) -> None:
+        if time.monotonic() < self._again_at:
+            return
         try:
             self._link, self._secret = self._dial.open(self)
         except OSError as error:
-            self._again_at = time.monotonic() + _AGAIN
-            assert self._gone_since is not None
-            if now - self._gone_since > self._patience:
-                raise HpcsgdError(
-                    f"{self._dial.server} cannot be reached for {self._patience:g} s",
-                    got=str(error),
-                    do="start the server (again); for a longer wait raise HPCSGD_TIMEOUT (seconds)",
-                ) from None
-            return False
-        return True
+            self._drop(str(error))
+
+    def _check_patience(self) -> None:
+        if time.monotonic() - self._gone_since > self._patience:
+            raise HpcsgdError(
+                f"{self._dial.server} cannot be reached for {self._patience:g} s",
+                got=self._why,
+                do="start the server (again); for a longer wait raise HPCSGD_TIMEOUT (seconds)",
+            )
 
     def _drop(self, why: str) -> None:
-        assert self._link is not None
-        self._link.close()
-        self._link, self._welcome = None, False
+        if self._link is not None:
+            self._link.close()
+        now = time.monotonic()
+        if self._welcome:
+            self._gone_since = now
+        self._link, self._welcome, self._why = None, False, why
         self._closed = self._closing
-        if self._gone_since is None:
-            self._gone_since = time.monotonic()
-        self._again_at = time.monotonic() + _AGAIN
+        self._again_at = now + _AGAIN
 
-    def _send(self, request: Request) -> None:
+    def _send(self, head: Head, body: np.ndarray | None = None) -> None:
         if self._link is not None and self._welcome:
-            self._link.send(request.head, request.source)
+            self._link.send(head, body)
 
     def landing(self, link: Link, head: Head) -> np.ndarray:
         """See `links.Party`."""
@@ -196,18 +198,21 @@ class Connection:
         elif head.kind is Kind.REFUSAL:
             self._refused(str(read_note(body).get("reason")))
         elif head.kind is Kind.BYE:
-            self._closed = True
-            link.close()
+            raise Lost("it said goodbye")
         else:
             raise Malformed(f"it sent a {head.kind.name}")
 
     def _enter(self, note: dict[str, Any]) -> None:
         if not ports.proves(self._secret, self._nonce, note.get("proof")):
             self._refused("the server does not know the secret of this job")
-        self._welcome, self._gone_since = True, None
-        self._between_beats = float(note["lease"]) / _BEATS
+        lease = note.get("lease")
+        if not isinstance(lease, int | float) or not lease > 0:
+            raise Malformed("it did not say how long a client may be silent")
+        self._welcome, self._between_beats = True, lease / _BEATS
+        for head, body in self._told.values():
+            self._send(head, body)
         for request in self._asked.values():
-            self._send(request)
+            self._send(request.head, request.source)
 
     def _refused(self, reason: str) -> None:
         raise HpcsgdError(

@@ -71,6 +71,9 @@ class Settings:
     data: str = option("digits", "Data set, as NAME:key=value,key=value.")
     model: str = option("", "Model, as NAME:key=value or module:callable; empty: fits the data.")
     strategy: str = option("allreduce", "How ranks agree, as NAME:key=value,key=value.")
+    connect: str = option(
+        "", "FILE of `hpcsgd serve --listen FILE`: its servers keep the model of --strategy ps; empty: none."
+    )
     virtual_nodes: int | None = option(
         None,
         "Nodes of a gossip method, a multiple of the ranks, which train several each; none: the ranks.",

@@ -8,7 +8,12 @@ from contextlib import contextmanager
 
 
 class Signals:
-    """Notes SIGTERM and SIGUSR1 while it is in place.
+    """Notes SIGTERM and SIGUSR1, and others that it is told, while it is in place.
+
+    Parameters
+    ----------
+    more
+        Numbers of further signals.
 
     Attributes
     ----------
@@ -16,7 +21,8 @@ class Signals:
         The last one that this process was sent, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *more: int) -> None:
+        self._numbers = (signal.SIGTERM, signal.SIGUSR1, *more)
         self.caught: int | None = None
 
     @contextmanager
@@ -26,7 +32,7 @@ class Signals:
         def note(number: int, _: object) -> None:
             self.caught = number
 
-        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {s: signal.signal(s, note) for s in self._numbers}
         try:
             yield
         finally:

@@ -26,7 +26,7 @@ from hpcsgd.peers import Peers
 from hpcsgd.run import Run
 from hpcsgd.settings import Settings, default_model, resumed
 from hpcsgd.signals import Signals
-from hpcsgd.strategies import STRATEGIES
+from hpcsgd.strategies import STRATEGIES, Strategy
 from hpcsgd.world import World
 
 _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop
@@ -77,7 +77,7 @@ class Training:
             params=self.model.parameters(),
             lr=settings.learning_rate,
         )
-        self.strategy = specs.build(STRATEGIES, settings.strategy, "strategy")
+        self.strategy = _strategy(settings)
         self.compressor = compress.build(settings.compress)
         self.peers = Peers(world, settings.virtual_nodes)
         self.delays = delays.build(settings.delays)
@@ -355,6 +355,19 @@ class Training:
             self.journal.say(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
         else:
             self.journal.say(f"done; hpcsgd report {self.folder}")
+
+
+def _strategy(settings: Settings) -> Strategy:
+    if not settings.connect:
+        return specs.build(STRATEGIES, settings.strategy, "strategy")
+    if specs.parse(settings.strategy)[0] != "ps":
+        raise BadOption(
+            "only a strategy with parameter servers can connect to them",
+            got=f"--strategy {settings.strategy} --connect {settings.connect}",
+            do="use --strategy ps:mode=..., with the mode of the servers, or leave out --connect",
+            everywhere=True,
+        )
+    return specs.build(STRATEGIES, settings.strategy, "strategy", connect=settings.connect)
 
 
 def _check_delays(settings: Settings, peers: Peers) -> None:

@@ -18,8 +18,8 @@ FLOORS = [
     {"collectives"},
     {"strategies", "server"},
     {"batches", "turns", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
-    | {"optim", "display", "generators", "journal", "signals", "folder"},
-    {"cli", "train", "tune", "bench", "report", "__main__"},
+    | {"optim", "display", "board", "memory", "generators", "journal", "signals", "folder"},
+    {"cli", "train", "serve", "service", "tune", "bench", "report", "__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hpcsgd.links import Head, Link
+from hpcsgd.links import Head, Link, Malformed
 from hpcsgd.server.rules import Options
 from hpcsgd.server.shard import Shard
 
@@ -45,6 +45,14 @@ class Client:
         How often a push was behind by so many updates of others.
     left_out
         How many pushes came too late.
+    received, sent
+        Bytes over links that it has had before this one.
+    seed
+        Of the order of its data, where it has told.
+    leave, leave_at
+        How many steps it was last allowed to take, and when.
+    step_seconds
+        What one of its steps takes; 0: not known.
     since
         When it came, or the server did, by `time.monotonic`.
     """
@@ -62,6 +70,12 @@ class Client:
     behind: dict[int, int] = field(default_factory=dict)
     staleness: Counter[int] = field(default_factory=Counter)
     left_out: int = 0
+    received: int = 0
+    sent: int = 0
+    seed: int | None = None
+    leave: int = 0
+    leave_at: float = 0.0
+    step_seconds: float = 0.0
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -77,5 +91,8 @@ class Client:
     def buffer(self, shard: Shard) -> np.ndarray:
         """Memory for a push of a shard, and its answer."""
         if shard.index not in self.buffers:
-            self.buffers[shard.index] = np.empty(shard.nbytes, np.uint8)
+            try:
+                self.buffers[shard.index] = np.empty(shard.nbytes, np.uint8)
+            except (MemoryError, ValueError):
+                raise Malformed(f"there is no memory for the {shard.nbytes} bytes of its shard") from None
         return self.buffers[shard.index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,7 +48,7 @@ class Counting:
         clients: dict[str, Client],
         together: bool,
         max_staleness: int | None,
-        grant: Callable[[int], tuple[int, int]],
+        grant: Callable[[Client, int], tuple[int, int]],
         record: Record,
     ) -> None:
         self._clients, self._together, self._max_staleness = clients, together, max_staleness
@@ -59,27 +60,29 @@ class Counting:
         """Tell a client the values, if there are any."""
         answer = Head(Kind.REPLY, shard.index, State.EMPTY)
         if shard.centre is not None:
-            self._enter(client, shard)
+            self.enter(client, shard)
             answer = Head(Kind.REPLY, shard.index, version=shard.version, nbytes=shard.nbytes)
         self._answer(client, shard, answer)
 
     def push(self, client: Client, shard: Shard, head: Head, values: np.ndarray) -> None:
         """Count a push in, now or when its time has come."""
-        self._enter(client, shard)
+        self.enter(client, shard)
         nbytes = shard.nbytes if head.kind is Kind.PUSHPULL else 0
         answer = Head(Kind.REPLY, shard.index, round=head.round, steps=head.steps, nbytes=nbytes)
-        if head.round <= shard.rounds.get(client.name, 0):  # it has come before, and the answer was lost
-            self._answer(client, shard, replace(answer, version=shard.version))
+        if head.round <= shard.rounds.get(client.name, 0):
+            pass  # it has come before, and the answer was lost
         elif self._too_late(client, shard, head):
             self.left_out += 1
             client.left_out += 1
             shard.rounds[client.name] = head.round
-            self._answer(client, shard, replace(answer, state=State.LATE, version=shard.version))
+            shard.left_out.add(client.name)
         else:
             shard.waiting[client.name] = Push(client.name, head.round, head.weight, values)
-            client.owed[shard.index] = answer
+            shard.left_out.discard(client.name)
             client.behind[shard.index] = max(0, shard.version - head.version)
-            self.go_on(shard)
+        state = State.LATE if client.name in shard.left_out else State.DONE
+        client.owed[shard.index] = replace(answer, state=state)
+        self.go_on(shard)
 
     def go_on(self, shard: Shard) -> None:
         """Do what need not wait any longer."""
@@ -95,15 +98,16 @@ class Counting:
         """The clients whose pushes of a shard are waited for."""
         return [client for client in self._clients.values() if client.counts and shard.index in client.has]
 
-    def _enter(self, client: Client, shard: Shard) -> None:
+    def enter(self, client: Client, shard: Shard) -> None:
+        """A client has the values of a shard from now on; it is as far as the foremost of the others."""
         if shard.index not in client.has:
             client.has.add(shard.index)
             shard.clocks.setdefault(client.name, self._ahead(client, shard))
 
     def _ahead(self, client: Client, shard: Shard) -> int:
         """Where the foremost of the other clients is."""
-        others = [shard.clocks[other.name] for other in self._counting(shard) if other is not client]
-        return max(others, default=0)
+        # Of all that were ever here: what those have pushed who are gone makes a push no less late.
+        return max((clock for name, clock in shard.clocks.items() if name != client.name), default=0)
 
     def _too_late(self, client: Client, shard: Shard, head: Head) -> bool:
         """Whether the others have gone on without this push, and it is of no use."""
@@ -133,7 +137,7 @@ class Counting:
     def _pay(self, shard: Shard) -> None:
         """Answer what has been counted in, unless a client is too far ahead."""
         bounded = not self._together and self._max_staleness is not None
-        slowest = min((shard.clocks[client.name] for client in self._counting(shard)), default=0)
+        slowest = min((shard.clocks[client.name] for client in self._counting(shard)), default=math.inf)
         for client in self._clients.values():
             if shard.index not in client.owed or client.name in shard.waiting:
                 continue
@@ -149,6 +153,6 @@ class Counting:
         if answer.nbytes and (shard.rule.takes_gradients or not answer.round):
             shard.read(body)
         if answer.steps:
-            steps, begun = self._grant(answer.steps)
+            steps, begun = self._grant(client, answer.steps)
             answer = replace(answer, steps=steps, begun=begun)
         client.link.send(answer, body if answer.nbytes else None)

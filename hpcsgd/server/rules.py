@@ -57,12 +57,18 @@ class Rule(Protocol):
     takes_gradients
         Whether pushes are gradients, and answers the values: a push is then of no use once the others have
         gone on without it. Else a push is always of use, and its answer is written over it.
+    groups
+        Which options it takes.
     """
 
     takes_gradients: bool
+    groups: frozenset[int]
 
     def apply(self, centre: Tensor, pushes: Sequence[Tensor], terms: Terms) -> None:
         """Update the values, (numel,), by pushes like them, in this order; these may be overwritten."""
+
+    def try_out(self, options: Options, dtype: torch.dtype) -> None:
+        """Raises, of whatever kind, what an update with these options would."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the values."""
@@ -86,6 +92,7 @@ class Descent:
 
     def __init__(self, name: str, segments: Sequence[tuple[int, int, int]]) -> None:
         self._kind, self._segments = getattr(torch.optim, name), segments
+        self.groups = frozenset(number for _, _, number in segments)
         self._parts: list[Tensor] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._saved: dict[str, Any] | None = None
@@ -103,6 +110,15 @@ class Descent:
             part.grad = gradient[start:stop]
             group.update({key: v for key, v in options[group["number"]].items() if key != "params"})
         optimizer.step()
+
+    def try_out(self, options: Options, dtype: torch.dtype) -> None:
+        state = self.state_dict().get("state", {})
+        for number, position in {group: i for i, (_, _, group) in enumerate(self._segments)}.items():
+            one = torch.zeros(1, dtype=dtype)
+            one.grad = torch.zeros_like(one)
+            trial = self._kind([one], **options[number])
+            trial.state[one].update({key: _first(v) for key, v in state.get(position, {}).items()})
+            trial.step()
 
     def _optimizer_of(self, centre: Tensor, options: Options) -> torch.optim.Optimizer:
         if self._optimizer is None:
@@ -138,6 +154,7 @@ class Elastic:
     """
 
     takes_gradients = False
+    groups: frozenset[int] = frozenset()
 
     def __init__(self, alpha: float | None = None) -> None:
         self._alpha = alpha
@@ -151,6 +168,9 @@ class Elastic:
         before = centre.clone()
         for push in pushes:
             centre.add_(push.sub_(before).mul_(alpha))
+
+    def try_out(self, options: Options, dtype: torch.dtype) -> None:
+        """It takes none."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -204,6 +224,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return float(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def _first(value: Any) -> Any:
+    """Of an optimizer's state what belongs to the first element."""
+    if isinstance(value, Tensor):
+        return (value[:1] if value.ndim else value).clone()
+    return value
 
 
 def _addresses(pushes: Sequence[Tensor]) -> np.ndarray:

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from hpcsgd import ports
 from hpcsgd.links import NOTES, Head, Kind, Link, Lost, Malformed, read_note
+from hpcsgd.server import contract as agreed
+from hpcsgd.server import leave
 from hpcsgd.server.client import Client
 from hpcsgd.server.counting import Counting, Record
-from hpcsgd.server.rules import OPTIMIZERS, Descent, Elastic, Rule
-from hpcsgd.server.shard import Shard
-from hpcsgd.world import first_difference
+from hpcsgd.server.rules import Options, Terms
+from hpcsgd.server.shard import FIRST, Push, Shard
 
 _log = logging.getLogger("hpcsgd.server")
 _BODIES = (Kind.PUSH, Kind.PUSHPULL, Kind.FILL)
@@ -94,6 +94,7 @@ class Server:
         self.clients: dict[str, Client] = {}
         self.goal: int | None = None
         self.begun = self.rests = self.heard = 0
+        self._record = record
         self.counting = Counting(self.clients, policy.together, policy.max_staleness, self._grant, record)
         self._strangers: dict[Link, str] = {}  # and the nonces they were given
         self._owners: dict[Link, Client] = {}
@@ -128,6 +129,9 @@ class Server:
             try:
                 moved += link.pump()
             except Lost as error:
+                if isinstance(error, Malformed):  # to try again would be of no use
+                    link.send_note(Kind.REFUSAL, {"reason": str(error)})
+                    link.flush()
                 self.lose(link, str(error))
                 moved += 1
         return moved
@@ -141,10 +145,13 @@ class Server:
         if client is None:
             return
         client.link, client.since = None, time.monotonic()
+        client.received += link.received
+        client.sent += link.sent
         client.owed.clear()
         for shard in self.shards.values():
             shard.waiting.pop(client.name, None)
         if client.done:
+            client.buffers.clear()
             _log.info("%s is done", client.name)
         else:
             _log.warning("%s is gone: %s", client.name, why)
@@ -158,7 +165,8 @@ class Server:
                 text = "%s has been silent for %g s: nobody waits for it any more"
                 _log.warning(text, client.name, lease)
                 self._leave_out(client)
-        for link in [link for link in self._strangers if time.monotonic() - link.heard > lease]:
+        mute = [link for link in self._strangers if time.monotonic() - link.heard > lease]
+        for link in [link for link in mute if not link.lasting]:
             self.lose(link, f"it said nothing for {lease:g} s")
 
     def begin(self, goal: int | None) -> None:
@@ -224,11 +232,8 @@ class Server:
         nonce = self._strangers.get(link)
         if nonce is None:
             raise Malformed("it said hello twice")
-        reason = self._objection(nonce, note)
-        if reason:
-            link.send_note(Kind.REFUSAL, {"reason": reason})
-            link.flush()
-            raise Lost(reason)
+        if not ports.proves(self.policy.secret, nonce, note.get("proof")):
+            raise Malformed("it does not know the secret of this job")
         client = self._admit(link, note)
         del self._strangers[link]
         self._owners[link] = client
@@ -237,66 +242,57 @@ class Server:
             {"proof": ports.proof(self.policy.secret, str(note.get("nonce"))), "lease": self.policy.lease},
         )
 
-    def _objection(self, nonce: str, note: dict[str, Any]) -> str:
-        """Why a client is not let in; "": it is."""
-        if not ports.proves(self.policy.secret, nonce, note.get("proof")):
-            return "it does not know the secret of this job"
-        contract = note.get("contract")
+    def agree_on(self, contract: dict[str, Any]) -> None:
+        """Make the shards that a contract describes."""
+        policy = self.policy
+        self.shards = agreed.shards_of(contract, policy.mode, policy.alpha, self.index, self.count)
+        self.contract = contract
+
+    def _admit(self, link: Link, note: dict[str, Any]) -> Client:
+        who, contract = agreed.who(note), note.get("contract")
         if not isinstance(contract, dict):
             raise Malformed("its hello says nothing of the model")
         own = {"mode": self.policy.mode, "servers": self.count}
-        for name, expected in {**own, **self.contract}.items():
-            if contract.get(name) != expected:
-                got, wanted = first_difference([expected, contract.get(name)])
-                return f"{name} differs: expected {wanted}, got {got}"
-        if not self.contract:
+        objection = agreed.difference({**own, **(self.contract if self.clients else {})}, contract)
+        if objection:
+            raise Malformed(objection)
+        if not self.clients:
             self.agree_on(contract)
-        return ""
-
-    def agree_on(self, contract: dict[str, Any]) -> None:
-        """Make the shards that a contract describes."""
-        try:
-            self.shards = {
-                index: Shard(index, getattr(torch, dtype), int(numel), self._rule(contract, segments))
-                for index, (dtype, numel, segments) in enumerate(contract["shards"])
-                if index % self.count == self.index
-            }
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise Malformed("its hello describes no model") from None
-        self.contract = contract
-
-    def _rule(self, contract: dict[str, Any], segments: Any) -> Rule:
-        if self.policy.mode == "elastic":
-            return Elastic(self.policy.alpha)
-        if contract["optimizer"] not in OPTIMIZERS:
-            raise ValueError
-        return Descent(contract["optimizer"], [(int(a), int(b), int(g)) for a, b, g in segments])
-
-    def _admit(self, link: Link, note: dict[str, Any]) -> Client:
-        try:
-            name, talker, talkers = str(note["client"]), int(note["talker"]), int(note["talkers"])
-            options = list(note["options"])
-            shards = frozenset(i for i in self.shards if (i // self.count) % talkers == talker)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            raise Malformed("its hello does not say who it is") from None
-        client = self.clients.get(name)
+        shards = frozenset(i for i in self.shards if (i // self.count) % who.talkers == who.talker)
+        self._try_out(who.options, shards)
+        client = self.clients.get(who.name)
         if client is None:
-            client = self.clients[name] = Client(name, link, shards, options)
-            _log.info("%s has come, from %s", name, link.name)
-            return client
-        if client.link is not None:
+            client = self.clients[who.name] = Client(who.name, link, shards, who.options)
+            _log.info("%s has come, from %s", who.name, link.name)
+        elif client.link is not None:
             self.lose(client.link, "it has connected anew")
-        client.link, client.shards, client.options, client.done = link, shards, options, False
+        else:
+            _log.info("%s has connected again, from %s", who.name, link.name)
+        client.link, client.shards, client.options, client.done = link, shards, who.options, False
+        client.has &= shards
+        client.seed = who.seed
         return client
 
+    def _try_out(self, options: Options, shards: Iterable[int]) -> None:
+        # One shard of each kind is enough: the others' rules are alike.
+        kinds = {(self.shards[i].dtype, self.shards[i].rule.groups): self.shards[i] for i in shards}
+        for shard in kinds.values():
+            try:
+                shard.rule.try_out(options, shard.dtype)
+            except Exception as error:
+                raise Malformed(f"its optimizer does not take these options: {error!r}") from None
+
     def _pull(self, client: Client, head: Head, body: np.ndarray) -> None:
-        client.resting = False
+        if head.steps:
+            client.resting = False
         self.counting.pull(client, self._shard(client, head))
 
     def _fill(self, client: Client, head: Head, body: np.ndarray) -> None:
         shard = self._shard(client, head)
         if shard.centre is None:
-            shard.fill(_whole(head, shard, body))
+            first = Push(client.name, FIRST, 0.0, _whole(head, shard, body))
+            self._record(shard, [first], Terms([], 0, []))
+            shard.fill(first.values)
         self.counting.pull(client, shard)
 
     def _push(self, client: Client, head: Head, body: np.ndarray) -> None:
@@ -310,17 +306,23 @@ class Server:
         options = read_note(body).get("options")
         if not isinstance(options, list) or len(options) != len(client.options):
             raise Malformed("its options are not those of its optimizer")
+        self._try_out(options, client.shards)
         client.options = options
 
     def _claim(self, client: Client, head: Head, body: np.ndarray) -> None:
         client.resting = False
         assert client.link is not None
-        steps, begun = self._grant(head.steps)
+        client.leave = 0
+        steps, begun = self._grant(client, head.steps)
         client.link.send(Head(Kind.GRANT, steps=steps, begun=begun))
 
-    def _grant(self, steps: int) -> tuple[int, int]:
+    def _grant(self, client: Client, steps: int) -> tuple[int, int]:
         if self.goal is not None:
-            steps = min(steps, self.goal - self.begun)
+            left = self.goal - self.begun
+            # Where all exchange at the same time they take equally many.
+            alike = self.policy.together
+            steps = min(steps, left) if alike else leave.share(client, steps, left, self.clients.values())
+        leave.note(client, steps)
         self.begun += steps
         return steps, self.begun
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from hpcsgd.server.rules import Rule, Terms
 
+#: The number of the push that brings the first values.
+FIRST = 0
+
 
 class Push(NamedTuple):
     """What one client has pushed.
@@ -21,7 +25,7 @@ class Push(NamedTuple):
     client
         Whose it is.
     number
-        Of the client's pushes of this shard.
+        Of the client's pushes of this shard, from 1; or `FIRST`.
     weight
         Of how many gradients it is the mean.
     values
@@ -49,9 +53,11 @@ class Shard:
     version
         How many updates there were.
     rounds
-        Of each client, the number of the last push that has been counted in.
+        Of each client, the number of the last push that has been counted in or left out.
     clocks
         Of each client, how many pushes it has made, as if it had been there from the start.
+    left_out
+        The clients whose last push was left out.
     waiting
         Pushes that have not been counted in.
     """
@@ -64,6 +70,7 @@ class Shard:
     version: int = 0
     rounds: dict[str, int] = field(default_factory=dict)
     clocks: dict[str, int] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
     waiting: dict[str, Push] = field(default_factory=dict)
 
     @property
@@ -99,12 +106,16 @@ class Shard:
             "version": self.version,
             "rounds": dict(self.rounds),
             "clocks": dict(self.clocks),
-            "rule": self.rule.state_dict(),
+            "left_out": sorted(self.left_out),
+            "rule": copy.deepcopy(self.rule.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.centre = None if state["centre"] is None else state["centre"].clone()
         self.version = int(state["version"])
-        self.rounds, self.clocks = dict(state["rounds"]), dict(state["clocks"])
-        self.rule.load_state_dict(state["rule"])
+        self.rounds, self.left_out = dict(state["rounds"]), set(state["left_out"])
+        # Who is new since then is as far as the foremost.
+        foremost = max(state["clocks"].values(), default=0)
+        self.clocks = {**dict.fromkeys(self.clocks, foremost), **state["clocks"]}
+        self.rule.load_state_dict(copy.deepcopy(state["rule"]))

@@ -1,0 +1,153 @@
+"""Clients of a server in the same process: their links are queues, which can be cut."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from hpcsgd import ports
+from hpcsgd.links import Head, Kind, Link, Lost, Party, State, read_note
+from hpcsgd.server import Server
+
+
+class Wire(Link):
+    """One end of a link; a body is only read when it is received, as by MPI and by the kernel."""
+
+    def __init__(self, party: Party, name: str = "wire") -> None:
+        super().__init__(party, name)
+        self.leaving: deque[tuple[bytes, np.ndarray | None]] = deque()
+        self.other: Wire = self
+        self.closed = False
+
+    @staticmethod
+    def pair(one: Party, other: Party) -> tuple[Wire, Wire]:
+        a, b = Wire(one, "the server"), Wire(other, "a client")
+        a.other, b.other = b, a
+        return a, b
+
+    def _queue(self, head: Head, body: np.ndarray | None) -> None:
+        assert body is None or body.nbytes == head.nbytes
+        self.leaving.append((head.pack(), body))
+
+    def pump(self) -> bool:
+        moved = False
+        while self.other.leaving and not self.closed:
+            data, body = self.other.leaving.popleft()
+            space = self._begin(data)
+            if body is not None:
+                space[:] = body.view(np.uint8)
+            self._end()
+            moved = True
+        if self.closed or self.other.closed:
+            raise Lost("the connection broke")
+        return moved
+
+    @property
+    def idle(self) -> bool:
+        return not self.leaving
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def contract_of(
+    sizes: list[int], mode: str = "async", dtype: str = "float32", optimizer: str = "SGD", **more: Any
+) -> dict[str, Any]:
+    shards = [[dtype, size, [[0, size, 0]]] for size in sizes]
+    return {"mode": mode, "servers": 1, "optimizer": optimizer, "shards": shards, **more}
+
+
+class Talker:
+    """A client that says exactly what it is told to say, and keeps what it hears."""
+
+    def __init__(
+        self,
+        server: Server,
+        name: str,
+        contract: dict[str, Any],
+        options: list[dict[str, Any]] | None = None,
+        secret: str = "",
+        **hello: Any,
+    ) -> None:
+        self.server, self.name, self.secret = server, name, secret
+        options = [{"lr": 1.0}] if options is None else options
+        who = {"client": name, "talker": 0, "talkers": 1, "contract": contract, "options": options}
+        self.hello = {**who, **hello}
+        self.heard: list[tuple[Head, np.ndarray]] = []
+        self.rounds: dict[int, int] = {}
+        self.versions: dict[int, int] = {}
+        self.connect()
+
+    def connect(self) -> None:
+        self.welcome, self.reason, self.lost = False, "", ""
+        self.link, self.far = Wire.pair(self, self.server)
+        self.server.add(self.far)
+        for _ in range(3):
+            self.listen()
+            self.deliver()
+        self.listen()
+
+    def deliver(self) -> None:
+        """Let the server hear what was said."""
+        if self.far in self.server.links:
+            self.server.pump([self.far])
+
+    def listen(self) -> None:
+        """Hear what the server has said."""
+        try:
+            self.link.pump()
+        except Lost as error:
+            self.lost = str(error)
+
+    def landing(self, link: Link, head: Head) -> np.ndarray:
+        return np.empty(head.nbytes, np.uint8)
+
+    def take(self, link: Link, head: Head, body: np.ndarray) -> None:
+        if head.kind is Kind.CHALLENGE:
+            proof = ports.proof(self.secret, read_note(body)["nonce"])
+            link.send_note(Kind.HELLO, {"nonce": "mine", "proof": proof, **self.hello})
+        elif head.kind is Kind.WELCOME:
+            self.welcome = ports.proves(self.secret, "mine", read_note(body)["proof"])
+        elif head.kind is Kind.REFUSAL:
+            self.reason = read_note(body)["reason"]
+        else:
+            if head.nbytes:
+                self.versions[head.shard] = head.version
+            self.heard.append((head, body))
+
+    def say(self, head: Head, body: np.ndarray | None = None) -> None:
+        """Say something at once, and hear what is answered at once."""
+        self.link.send(replace(head, nbytes=0 if body is None else body.nbytes), body)
+        self.deliver()
+        self.listen()
+
+    def fetch(self, shard: int = 0, dtype: Any = np.float32) -> np.ndarray:
+        """The values."""
+        self.say(Head(Kind.PULL, shard))
+        head, body = self.heard.pop()
+        assert head.kind is Kind.REPLY and head.shard == shard and head.state is State.DONE, head
+        return body.view(dtype)
+
+    def fill(self, values: np.ndarray, shard: int = 0) -> None:
+        self.say(Head(Kind.FILL, shard), values.view(np.uint8))
+        assert self.heard.pop()[0].kind is Kind.REPLY
+
+    def push(self, values: np.ndarray, shard: int = 0, weight: float = 1.0, steps: int = 0) -> None:
+        """Push, and hear the answer if there is one."""
+        self.rounds[shard] = self.rounds.get(shard, 0) + 1
+        head = Head(Kind.PUSHPULL, shard, round=self.rounds[shard], weight=weight, steps=steps)
+        self.say(replace(head, version=self.versions.get(shard, 0)), values.view(np.uint8))
+
+    def answer(self, dtype: Any = np.float32) -> tuple[Head, np.ndarray]:
+        """The only one that has come."""
+        assert len(self.heard) == 1, self.heard
+        head, body = self.heard.pop()
+        return head, body.view(dtype)
+
+    @property
+    def let_in(self) -> bool:
+        """Whether the server still talks to it."""
+        return self.welcome and self.far in self.server.links
