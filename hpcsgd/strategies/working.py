@@ -125,11 +125,13 @@ class Worker(AllReduce):
             self._hear()
         else:
             self._join()
-        while self._allowed > 0 if shared else run.step < end:
-            yield 0
-        self._store.rest()
-        run.step = end
-        self._allowed = self._place.interval
+        try:
+            while self._allowed > 0 if shared else run.step < end:
+                yield 0
+            run.step = end
+        finally:  # a loop that is left early must not keep the servers waiting
+            self._store.rest()
+            self._allowed = self._place.interval
 
     def _join(self) -> None:
         """Begin to push, after a pause in which other groups have gone on."""
