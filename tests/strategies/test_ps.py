@@ -226,7 +226,7 @@ def test_save_resume_and_go_on(world: Any, mode: Any) -> None:
 def test_bytes_are_those_of_pushes_and_pulls(world: Any, groups: int | None) -> None:
     """One push and one answer for each group and exchange, whatever happens inside."""
     workers = world.size - 1
-    job = Job(world, ParameterServer("elastic", groups=groups, interval=2))
+    job = Job(world, ParameterServer("elastic", groups=groups, interval=2, max_staleness=0))
     with job.run:
         before = world.traffic.sent
         job.train(8)
