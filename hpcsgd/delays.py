@@ -47,24 +47,27 @@ class Constant(Delays):
 
 
 class Slow(Constant):
-    """One peer is slower than the others.
+    """One peer, or a few neighbours, are slower than the others.
 
     Parameters
     ----------
     peer
-        Which. Default 0.
+        Which, or the first of them. Default 0.
     factor
-        How many times as long its gradients take. Default 4.
+        How many times as long their gradients take. Default 4.
     seconds
         How long the others' take. Default 1.
+    count
+        How many are slow. Default 1.
     """
 
-    def __init__(self, peer: int = 0, factor: float = 4.0, seconds: float = 1.0) -> None:
+    def __init__(self, peer: int = 0, factor: float = 4.0, seconds: float = 1.0, count: int = 1) -> None:
         super().__init__(seconds)
-        self.peer, self.factor = peer, _at_least_0("factor", factor)
+        self.factor = _at_least_0("factor", factor)
+        self.slow = range(peer, peer + int(_at_least_0("count", count)))
 
     def draw(self, peer: int, number: int) -> float:
-        return self.seconds * (self.factor if peer == self.peer else 1.0)
+        return self.seconds * (self.factor if peer in self.slow else 1.0)
 
 
 class Exponential(Delays):

@@ -33,6 +33,11 @@ def test_one_peer_is_slower() -> None:
     assert sample("slow:peer=1+factor=3+seconds=0.5", numbers=2).tolist() == [[0.5] * 2, [1.5] * 2, [0.5] * 2]
 
 
+def test_neighbours_are_slower() -> None:
+    found = sample("slow:peer=1+count=2+factor=3+seconds=0.5", peers=4, numbers=2)
+    assert found.tolist() == [[0.5] * 2, [1.5] * 2, [1.5] * 2, [0.5] * 2]
+
+
 @pytest.mark.parametrize(
     ("spec", "below"),
     [
@@ -56,7 +61,13 @@ def test_peers_gradients_and_seeds_are_independent(name: str) -> None:
     assert not np.any(sample(f"{name}:seed=1", numbers=500) == found)
 
 
-WRONG = ["constant:seconds=-1", "slow:factor=-1", "exponential:mean=-1", "exponential:seed=-1"]
+WRONG = [
+    "constant:seconds=-1",
+    "slow:factor=-1",
+    "slow:count=-1",
+    "exponential:mean=-1",
+    "exponential:seed=-1",
+]
 WRONG += ["pareto:shape=0", "pareto:scale=inf", "never", "none:seconds=1"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -124,28 +126,54 @@ def scale(methods: str | None, nodes: str, **options: Any) -> None:
     measure(METHODS if methods is None else _listed(methods), counts, **options)
 
 
+def _over_links(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of studies over several links."""
+    options = [
+        click.option("--data", type=click.Choice(["digits", "text"]), default="digits", show_default=True),
+        click.option(
+            "--link", default="fast", show_default=True, help="A label: the launch decides what it is."
+        ),
+        click.option(
+            "--methods", metavar="SPEC;SPEC", help="As for train --strategy. Default: one of each kind."
+        ),
+        click.option("--seeds", default=3, show_default=True, help="Runs of each."),
+        click.option("--target", type=float, help="Test loss. This and all below: default fits the data."),
+        click.option(
+            "--base-ms", type=float, help="Simulated time of a gradient; of slow ranks four times that."
+        ),
+        click.option("--model", help="As for train."),
+        click.option("--optimizer", help="As for train."),
+        click.option("--learning-rate", type=float, help="Of all methods, constant."),
+        click.option("--warmup", type=float, help="Epochs in which the learning rate rises."),
+        click.option("--clip", type=float, help="Largest norm of a gradient."),
+        click.option("--batch", type=int, help="Samples a rank and step."),
+        click.option("--epochs", type=float, help="Length of a run."),
+        click.option("--evaluate-every", type=float, help="Epochs between evaluations."),
+    ]
+    return functools.reduce(lambda so_far, option: option(so_far), reversed(options), command)
+
+
 @bench.command("async")
-@click.option("--data", type=click.Choice(["digits", "text"]), default="digits", show_default=True)
-@click.option("--link", default="fast", show_default=True, help="A label: the launch decides what it is.")
-@click.option("--methods", metavar="SPEC;SPEC", help="As for train --strategy. Default: one of each kind.")
-@click.option("--seeds", default=3, show_default=True, help="Runs of each.")
-@click.option("--target", type=float, help="Test loss. This and all below: default fits the data.")
-@click.option(
-    "--base-ms", type=float, help="Simulated time of a gradient; of the slow rank's four times that."
-)
-@click.option("--model", help="As for train.")
-@click.option("--optimizer", help="As for train.")
-@click.option("--learning-rate", type=float, help="Of all methods, constant.")
-@click.option("--warmup", type=float, help="Epochs in which the learning rate rises.")
-@click.option("--clip", type=float, help="Largest norm of a gradient.")
-@click.option("--batch", type=int, help="Samples a rank and step.")
-@click.option("--epochs", type=float, help="Length of a run.")
-@click.option("--evaluate-every", type=float, help="Epochs between evaluations.")
-@click.option("--out", default="async", show_default=True, help="Folder of runs, CSV and PNG.")
+@_over_links
+@click.option("--out", default="async", show_default=True, help="Folder of runs, CSV, PNG and Markdown.")
 def asynchronous(methods: str | None, **options: Any) -> None:
     """All-reduce, local SGD, gossip and LASGD: time to a target loss, one rank slow or none, over a link."""
     from hpcsgd.bench.asynchronous import METHODS
     from hpcsgd.bench.asynchronous import main as measure
+
+    measure(methods=METHODS if methods is None else _listed(methods), **options)
+
+
+@bench.command("ps")
+@_over_links
+@click.option("--out", default="ps", show_default=True, help="Folder of runs, CSV, PNG and Markdown.")
+def servers(methods: str | None, **options: Any) -> None:
+    """Parameter servers and all-reduce: time to a target loss, two ranks slow or none, over a link.
+
+    mpiexec -n 5: the last rank is the server. All-reduce has the other four.
+    """
+    from hpcsgd.bench.servers import METHODS
+    from hpcsgd.bench.servers import main as measure
 
     measure(methods=METHODS if methods is None else _listed(methods), **options)
 

@@ -98,7 +98,7 @@ class Comparison(Generic[S, T]):
         """Medians over the seeds; an even number of them may give what no run had."""
         trials = self.of(setting, method)
         reached = [trial.reached(self.target(setting)) for trial in trials]
-        gradients = [trial.finished.gradients for trial in trials]
+        gradients = [trial.gradients for trial in trials]
         return Numbers(
             median([trial.seconds for trial in trials]),
             median([trial.accuracy for trial in trials]),
@@ -128,7 +128,7 @@ class Comparison(Generic[S, T]):
             "iterations\nto target": or_never(found.iterations_to_target, ".0f"),
             "seconds\nto target": or_never(found.seconds_to_target, ".2f"),
             **self.quality(setting, method),
-            "gradients\nper rank": "..".join(f"{number:.0f}" for number in dict.fromkeys(found.gradients)),
+            "gradients\nper worker": "..".join(f"{number:.0f}" for number in dict.fromkeys(found.gradients)),
         }
 
     def publish(self, out: Path, facts: output.Row) -> None:

@@ -50,7 +50,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes
         table.add_row(*row)
     # Without a terminal, a batch job's log say, rich would fold the table into 80 columns.
     console = Console()
-    Console(width=None if console.is_terminal else 120).print(table)
+    Console(width=None if console.is_terminal else 160).print(table)
 
 
 def milliseconds(seconds: np.ndarray) -> Row:
@@ -80,9 +80,9 @@ def layout(world: World) -> str:
     return on_nodes(world.size, world.nodes)
 
 
-def on_nodes(ranks: int, nodes: int) -> str:
+def on_nodes(count: int, nodes: int, what: str = "rank") -> str:
     """So many ranks on so many nodes, in words."""
-    return f"{ranks} rank{'s' if ranks > 1 else ''} on {'one node' if nodes == 1 else f'{nodes} nodes'}"
+    return f"{count} {what}{'s' if count > 1 else ''} on {'one node' if nodes == 1 else f'{nodes} nodes'}"
 
 
 def _version(name: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcsgd import specs
+from hpcsgd.bench.parts import parts_of, ranks_of
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.metrics import FILE
 from hpcsgd.report import RunRecord, load
@@ -44,11 +45,12 @@ def carry_out(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> 
 
     A run that is complete in `out` is read instead, so that a study which was stopped goes on with the
     same command. A method first takes one step that is thrown away: what is compiled then is not timed.
+    Where some methods have servers, the last ranks have no part in the runs of the others.
 
     Parameters
     ----------
     world
-        The ranks, which all runs share.
+        The ranks.
     out
         Where the runs' folders are made.
     plan
@@ -68,23 +70,31 @@ def carry_out(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> 
     """
     done: list[Finished] = []
     warm: set[str] = set()
-    for number, (name, settings) in enumerate(plan, 1):
-        settings = _carried_out(settings, out, name)
-        told = world.together(lambda: world.rank == 0 and _is_complete(world, out / name, settings))  # noqa: B023
-        if not world.gather(told)[0]:
-            if settings.strategy not in warm:
-                _train(world, replace(settings, name="warm-up", epochs=_ONE_STEP, delays="none"), keep=False)
-                warm.add(settings.strategy)
-            _train(world, settings)
-        if world.rank == 0:
-            done.append(_read(out / name))
-            test = done[-1].record.test
-            print(
-                f"{number}/{len(plan)} {name}: {test.step[-1]} iterations in {test.time[-1]:.1f} s, "
-                f"accuracy {test.accuracy[-1]:.1%}",
-                flush=True,
-            )
+    ranks = ranks_of([settings.strategy for _, settings in plan], world.size)
+    with parts_of(world, [*ranks.values()]) as parts:
+        for number, (name, settings) in enumerate(plan, 1):
+            settings = _carried_out(settings, out, name)
+            part = parts[ranks[settings.strategy]]
+            told = world.together(lambda: world.rank == 0 and _is_complete(part, out / name, settings))  # noqa: B023
+            if not world.gather(told)[0] and world.rank < ranks[settings.strategy]:
+                if settings.strategy not in warm:
+                    _train(
+                        part, replace(settings, name="warm-up", epochs=_ONE_STEP, delays="none"), keep=False
+                    )
+                    warm.add(settings.strategy)
+                _train(part, settings)
+            if world.rank == 0:
+                done.append(_read(out / name))
+                _tell(f"{number}/{len(plan)} {name}", done[-1])
     return done
+
+
+def _tell(name: str, finished: Finished) -> None:
+    test = finished.record.test
+    print(
+        f"{name}: {test.step[-1]} iterations in {test.time[-1]:.1f} s, accuracy {test.accuracy[-1]:.1%}",
+        flush=True,
+    )
 
 
 def find(out: Path, name: str, settings: Settings, ranks: int) -> Finished | None:

@@ -8,9 +8,11 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from hpcsgd import specs
 from hpcsgd.bench import output
 from hpcsgd.bench.study import Finished
 from hpcsgd.report.records import Evaluation, Floats
+from hpcsgd.strategies import STRATEGIES
 
 S = TypeVar("S")
 
@@ -27,6 +29,17 @@ class Trial(Generic[S]):
     @property
     def test(self) -> Evaluation:
         return self.finished.record.test
+
+    @property
+    def workers(self) -> int:
+        """How many ranks compute gradients: the first ones."""
+        ranks = len(self.finished.gradients)
+        return specs.build(STRATEGIES, self.method, "strategy").workers(ranks)
+
+    @property
+    def gradients(self) -> list[int]:
+        """How many each worker has computed."""
+        return self.finished.gradients[: self.workers]
 
     @property
     def seconds(self) -> float:
@@ -53,8 +66,8 @@ class Trial(Generic[S]):
             "iterations_to_target": "" if np.isinf(iterations) else round(iterations),
             "seconds_to_target": "" if np.isinf(seconds) else round(seconds, 4),
             "accuracy": round(self.accuracy, 6),
-            "fewest_gradients": min(self.finished.gradients),
-            "most_gradients": max(self.finished.gradients),
+            "fewest_gradients": min(self.gradients),
+            "most_gradients": max(self.gradients),
         }
 
 

@@ -16,17 +16,19 @@ import pytest
 from launch import CLI, launch
 
 from hpcsgd.bench import asynchronous, study
-from hpcsgd.bench.asynchronous import WORKLOADS
-from hpcsgd.bench.asynchronous_results import Setting, Study, Trial
+from hpcsgd.bench.asynchronous_results import Study
+from hpcsgd.bench.launches import complete
+from hpcsgd.bench.losses import Trial
 from hpcsgd.bench.study import Finished
+from hpcsgd.bench.workloads import WORKLOADS, Setting, planned
 from hpcsgd.cli import cli
 from hpcsgd.errors import BadOption
 from hpcsgd.settings import Settings, to_toml
 
 AR, LASGD = "allreduce", "lasgd:period=auto"
 BASE = 0.005  # seconds
-FAST, FAST_SLOW = Setting("digits", "fast", False), Setting("digits", "fast", True)
-LINK, LINK_SLOW = Setting("digits", "100mbit", False), Setting("digits", "100mbit", True)
+FAST, FAST_SLOW = Setting("digits", "fast", 0), Setting("digits", "fast", 1)
+LINK, LINK_SLOW = Setting("digits", "100mbit", 0), Setting("digits", "100mbit", 1)
 
 # Two labels in one folder; where the first of them would train anything again, it is interrupted by an error.
 LABELS = """
@@ -76,7 +78,7 @@ def test_launches_with_two_labels_go_into_one_folder(tmp_path: Path) -> None:
         assert float(row["ms_per_iteration"]) > (4e3 if waits else 0.5e3) * BASE
         assert (row["fewest_gradients"] == row["most_gradients"]) or row["method"] == LASGD
         assert 0 <= float(row["waiting"]) < 1 and (row["ranks"], row["nodes"]) == ("2", "1")
-    everything = {*runs["fast"], *runs["100mbit"], "async.csv", "async.png"}
+    everything = {*runs["fast"], *runs["100mbit"], "async.csv", "async.md", "async.png"}
     assert {path.name for path in tmp_path.iterdir()} == everything
     assert (tmp_path / "async.png").stat().st_size > 1000
 
@@ -101,30 +103,30 @@ def leave(out: Path, name: str, settings: Settings, ranks: int = 4, share: float
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
 
-def complete(out: Path, methods: list[str], **given: Any) -> list[tuple[Setting, str, int]]:
-    """The runs of four ranks and two seeds that a study of digits finds."""
+def found(out: Path, methods: list[str], **given: Any) -> list[tuple[Setting, str, int]]:
+    """The runs of four ranks and at most three seeds that a study of digits finds."""
     workloads = {**WORKLOADS, "digits": replace(WORKLOADS["digits"], **given)}
-    trials = asynchronous._complete(out, workloads, methods, 2, 4)
+    trials = complete(out, workloads, dict.fromkeys(methods, 4), 3, 1)
     return [(trial.setting, trial.method, trial.seed) for trial in trials]
 
 
 def test_what_is_complete_of_the_same_options_is_found(tmp_path: Path) -> None:
     digits, text = WORKLOADS["digits"], WORKLOADS["text"]
-    slow_text = Setting("text", "1gbit", True)
+    slow_text = Setting("text", "1gbit", 1)
     for seed in (0, 1):
-        leave(tmp_path, *asynchronous._planned(digits, LINK, seed, AR))
-        leave(tmp_path, *asynchronous._planned(digits, FAST_SLOW, seed, AR))
-        leave(tmp_path, *asynchronous._planned(text, slow_text, seed, LASGD))
-        leave(tmp_path, *asynchronous._planned(digits, LINK, seed, "sgp"), ranks=2)
-        leave(tmp_path, *asynchronous._planned(digits, LINK, seed, "dsgd"), share=1 - 0.5 * seed)
-        leave(tmp_path, *asynchronous._planned(digits, LINK, seed, "local"))
+        leave(tmp_path, *planned(digits, LINK, seed, AR))
+        leave(tmp_path, *planned(digits, FAST_SLOW, seed, AR))
+        leave(tmp_path, *planned(text, slow_text, seed, LASGD))
+        leave(tmp_path, *planned(digits, LINK, seed, "sgp"), ranks=2)
+        leave(tmp_path, *planned(digits, LINK, seed, "dsgd"), share=1 - 0.5 * seed)
+        leave(tmp_path, *planned(digits, LINK, seed, "local"))
     (tmp_path / "digits-fast-equal-0-local").mkdir()
     methods = ["sgp", AR, "dsgd", LASGD]
     in_text = [(slow_text, LASGD, 0), (slow_text, LASGD, 1)]
     here = [(setting, AR, seed) for setting in (FAST_SLOW, LINK) for seed in (0, 1)]
-    assert complete(tmp_path, methods) == here + in_text
-    assert complete(tmp_path, methods, learning_rate=0.5) == in_text, "the other data set has its defaults"
-    assert complete(tmp_path, methods, target=9.0) == here + in_text
+    assert found(tmp_path, methods) == here + in_text
+    assert found(tmp_path, methods, learning_rate=0.5) == in_text, "the other data set has its defaults"
+    assert found(tmp_path, methods, target=9.0) == here + in_text
 
 
 def trial(setting: Setting, method: str, seed: int, losses: list[float], seconds: float = 1.0) -> Trial:
@@ -230,7 +232,7 @@ def test_a_target_that_nobody_reaches_is_a_goal_not_met() -> None:
 
 
 def test_panels_share_an_axis_within_their_data_set() -> None:
-    text = Setting("text", "100mbit", True)
+    text = Setting("text", "100mbit", 1)
     settings = [FAST, FAST_SLOW, LINK_SLOW, replace(text, link="fast"), text]
     scale = {"digits": 1, "text": 50}
     trials = [trial(s, m, 0, [4.0 * scale[s.data], scale[s.data]]) for s in settings for m in (AR, LASGD)]
@@ -282,7 +284,7 @@ def test_bad_options(options: dict[str, Any]) -> None:
 
 
 def test_another_run_of_the_same_name_is_not_overwritten(tmp_path: Path) -> None:
-    name, settings = asynchronous._planned(WORKLOADS["digits"], FAST, 0, AR)
+    name, settings = planned(WORKLOADS["digits"], FAST, 0, AR)
     leave(tmp_path, name, replace(settings, batch=7))
     world: Any = SimpleNamespace(size=4, nodes=4)
     with pytest.raises(BadOption, match="another batch"):

@@ -70,12 +70,13 @@ class Hosts:
         """One address per host."""
         return [f"{self.subnet}.{host}" for host in range(1, self.count + 1)]
 
-    def command(self, ppn: int, launcher: Path, program: list[str]) -> list[str]:
-        """The mpiexec line that starts `program` with `ppn` ranks on each host."""
+    def command(self, ppn: int, extra: int, launcher: Path, program: list[str]) -> list[str]:
+        """The mpiexec line that starts `program` with `ppn` ranks on each host, the last `extra` more."""
         mpiexec = _beside_python("mpiexec")
         launch = ["-iface", self.name, "-launcher", "ssh", "-launcher-exec", str(launcher)]
-        ranks = ["-hosts", ",".join(self.addresses), "-ppn", f"{ppn}", "-n", f"{ppn * self.count}"]
-        return [mpiexec, *launch, *ranks, *program]
+        counts = [*[ppn] * (self.count - 1), ppn + extra]
+        hosts = ",".join(f"{host}:{count}" for host, count in zip(self.addresses, counts, strict=True))
+        return [mpiexec, *launch, "-hosts", hosts, "-n", f"{sum(counts)}", *program]
 
     def _build(self) -> None:
         _ip(f"addr add {self.subnet}.254/24 dev {self.name}")
@@ -111,18 +112,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hosts", type=int, default=4, help="number of hosts [4]")
     parser.add_argument("--rate", default="1gbit", help="of each link, as tc writes it [1gbit]")
     parser.add_argument("--ppn", type=int, default=1, help="ranks per host [1]")
+    parser.add_argument("--extra", type=int, default=0, help="ranks more on the last host [0]")
     parser.add_argument("program", nargs="+", help="after --: what each rank runs")
     options = parser.parse_args(arguments)
     problem = obstacle()
     if problem:
         parser.error(problem)
-    if not 1 <= options.hosts <= 253 or options.ppn < 1:
-        parser.error("--hosts is 1 to 253, --ppn at least 1")
+    if not 1 <= options.hosts <= 253 or options.ppn < 1 or options.extra < 0:
+        parser.error("--hosts is 1 to 253, --ppn at least 1, --extra at least 0")
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     try:
         with Hosts(options.hosts, options.rate) as hosts, _launcher(hosts.name) as launcher:
-            return _wait_for(hosts.command(options.ppn, launcher, options.program))
+            return _wait_for(hosts.command(options.ppn, options.extra, launcher, options.program))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except subprocess.CalledProcessError as error:
