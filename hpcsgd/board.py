@@ -86,7 +86,7 @@ class Board(logging.Handler):
         elif self._mode == "plain" and time.monotonic() - self._shown_at > _LINES_EVERY:
             self._shown_at = time.monotonic()
             for client in clients:
-                self._say("  ".join(f"{name} {value}".strip() for name, value in _cells(row(client)).items()))
+                self._say("  ".join(f"{name} {value}" for name, value in _cells(row(client)).items()))
 
     def close(self) -> None:
         if self._live is not None:
@@ -95,21 +95,26 @@ class Board(logging.Handler):
 
 
 def _cells(of: Row) -> dict[str, str]:
-    """A row as text; what stands in a column of its own has no name before it."""
+    """A row as text, by the headings of a table."""
     return {
-        "": f"{of['name']} {of['from']}".strip(),
+        "client": of["name"],
         "state": of["state"],
         "pushes": f"{of['pushes']:,}",
-        "staleness": f"{of['staleness']:.1f} (at most {of['longest']})",
+        "staleness": f"{of['staleness']:.1f}",
+        "longest": str(of["longest"]),
         "left out": f"{of['left_out']:,}",
-        "in": f"{of['received'] / _MB:,.1f} MB",
-        "out": f"{of['sent'] / _MB:,.1f} MB",
-        "heard": f"{of['silent_for']:.1f} s ago",
+        "MB in": f"{of['received'] / _MB:,.1f}",
+        "MB out": f"{of['sent'] / _MB:,.1f}",
+        "silent": f"{of['silent_for']:.1f} s",
+        "from": of["from"] or "-",
     }
 
 
 def _table(rows: Iterable[Row]) -> Table:
-    table = Table("client", "state", "pushes", "staleness", "left out", "in", "out", "heard", box=None)
-    for of in rows:
-        table.add_row(*_cells(of).values())
+    table = Table(box=None)
+    for place, of in enumerate(map(_cells, rows)):
+        if place == 0:
+            for heading in of:
+                table.add_column(heading, no_wrap=True)
+        table.add_row(*of.values())
     return table

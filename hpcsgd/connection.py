@@ -47,6 +47,8 @@ class Request:
         with these bytes, if any;
     target
         where the answer's bytes go, if any;
+    coded
+        or where they go if they are a code, of another size;
     answer
         and its head, when it is here.
     """
@@ -54,6 +56,7 @@ class Request:
     head: Head
     source: np.ndarray | None = None
     target: np.ndarray | None = None
+    coded: np.ndarray | None = None
     answer: Head | None = None
 
     @property
@@ -91,7 +94,8 @@ class Connection:
         """Send a request; one of a shard at a time."""
         with self._lock:
             self._asked[_slot(request.head)] = request
-            self._told.pop(Kind.REST, None)
+            if request.head.round or request.head.steps:
+                self._told.pop(Kind.REST, None)
             self._send(request.head, request.source)
 
     def tell(self, head: Head, body: np.ndarray | None = None) -> None:
@@ -153,7 +157,7 @@ class Connection:
             raise HpcsgdError(
                 f"{self._dial.server} cannot be reached for {self._patience:g} s",
                 got=self._why,
-                do="start the server (again); for a longer wait raise HPCSGD_TIMEOUT (seconds)",
+                do="start the server (again); for a longer wait raise --timeout or HPCSGD_TIMEOUT (s)",
             )
 
     def _drop(self, why: str) -> None:
@@ -176,7 +180,8 @@ class Connection:
             request = self._asked.get(_slot(head))
             if request is None or request.target is None:
                 raise Malformed("it answered what nobody had asked")
-            return request.target
+            coded = request.coded
+            return coded if coded is not None and coded.nbytes == head.nbytes else request.target
         if head.nbytes > NOTES:
             raise Malformed(f"it sent a note of {head.nbytes} bytes")
         return np.empty(head.nbytes, np.uint8)

@@ -20,9 +20,10 @@ import numpy as np
 from hpcsgd.transport import Traffic, Transport
 
 _MAGIC = b"hps1"
-_FORMAT = struct.Struct("<4sBBHI4xqqdqqq")
+_FORMAT = struct.Struct("<4sBBHIIqqdqqq")
 HEAD_BYTES = _FORMAT.size
 _HEAD, _BODY = 0, 1  # tags
+_AHEAD = 2  # messages of one link that arrive at a time
 NOTES = 4 * 2**20  # bytes of JSON, at most
 _LEVELS = 10  # of lists and objects in it, at most
 _LARGEST = 2**40  # number in a head
@@ -52,12 +53,18 @@ class Kind(IntEnum):
 VALUES = (Kind.FILL, Kind.PUSH, Kind.PUSHPULL, Kind.REPLY)
 
 
+_LAST_WORDS = (Kind.BYE, Kind.REFUSAL)
+
+
 class State(IntEnum):
     """What a reply says of what it answers."""
 
     DONE = 0
     EMPTY = 1  # there is no value yet
     LATE = 2  # the push was left out: others had stopped waiting for it
+    UNREAD = 3  # its code says a difference to what is not known here: it must be pushed as it is
+    MORE = 4  # it was one part, and this is what all have said together: the next part is waited for
+    AGAIN = 5  # it must be pushed from its first part on, as one of so many
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ class Head:
         clients have begun.
     nbytes
         Of the body.
+    part, terms
+        Of a push in parts: which one, from 0, and of how many clients' pushes it shall be the sum.
     """
 
     kind: Kind
@@ -94,23 +103,26 @@ class Head:
     steps: int = 0
     begun: int = 0
     nbytes: int = 0
+    part: int = 0
+    terms: int = 0
 
     def pack(self) -> bytes:
         rest = (self.round, self.version, self.weight, self.steps, self.begun, self.nbytes)
-        return _FORMAT.pack(_MAGIC, self.kind, self.state, 0, self.shard, *rest)
+        return _FORMAT.pack(_MAGIC, self.kind, self.state, self.part, self.shard, self.terms, *rest)
 
     @staticmethod
     def unpack(data: bytes | bytearray | memoryview) -> Head:
         """Raises `Malformed` for what `pack` cannot have made."""
-        magic, kind, state, zero, shard, *rest = _FORMAT.unpack(data)
+        magic, kind, state, part, shard, terms, *rest = _FORMAT.unpack(data)
         number, version, weight, steps, begun, nbytes = rest
         numbers = (number, version, steps, begun, nbytes)
         try:
-            if magic != _MAGIC or zero or not 0 <= min(numbers) <= max(numbers) <= _LARGEST:
+            if magic != _MAGIC or not 0 <= min(numbers) <= max(numbers) <= _LARGEST:
                 raise ValueError
             if not 0 <= weight < math.inf:
                 raise ValueError
-            return Head(Kind(kind), shard, State(state), number, version, weight, steps, begun, nbytes)
+            fixed = (Kind(kind), shard, State(state), number, version, weight, steps, begun, nbytes)
+            return Head(*fixed, part, terms)
         except ValueError:
             raise Malformed("it sent something that is no message of hpcsgd") from None
 
@@ -164,11 +176,20 @@ class Link:
         self._head: Head | None = None
         self._body = np.empty(0, np.uint8)
 
-    def send(self, head: Head, body: np.ndarray | None = None) -> None:
-        """Queue a message; the body must stay unchanged until it has left."""
+    def send(self, head: Head, body: np.ndarray | None = None, plain: int | None = None) -> None:
+        """Queue a message; the body must stay unchanged until it has left.
+
+        Parameters
+        ----------
+        head, body
+            The message.
+        plain
+            Of a code: the bytes of the values that are not sent because of it.
+        """
         self.sent += HEAD_BYTES + head.nbytes
         if self._traffic is not None and head.kind in VALUES:
             self._traffic.sent += head.nbytes
+            self._traffic.saved += 0 if plain is None else plain - head.nbytes
         self._queue(head, body if head.nbytes else None)
 
     def _queue(self, head: Head, body: np.ndarray | None) -> None:
@@ -195,21 +216,33 @@ class Link:
         body = as_note(note)
         self.send(Head(kind, nbytes=body.size), body)
 
-    def _begin(self, data: bytes | bytearray | memoryview) -> np.ndarray:
-        """A head is here: where its body goes."""
+    def _expect(self, data: bytes | bytearray | memoryview) -> tuple[Head, np.ndarray]:
+        """A head is here; returns it, and where its body goes."""
         self.heard = time.monotonic()
-        self._head = head = Head.unpack(data)
-        self._body = self.party.landing(self, head) if head.nbytes else np.empty(0, np.uint8)
-        if self._body.nbytes != head.nbytes:
-            raise Malformed(f"it sent {head.nbytes} bytes where {self._body.nbytes} were expected")
-        return self._body
+        head = Head.unpack(data)
+        body = self.party.landing(self, head) if head.nbytes else np.empty(0, np.uint8)
+        if body.nbytes != head.nbytes:
+            raise Malformed(f"it sent {head.nbytes} bytes where {body.nbytes} were expected")
+        return head, body
 
-    def _end(self) -> None:
-        head, body, self._head = self._head, self._body, None
-        assert head is not None
+    def _hand_over(self, head: Head, body: np.ndarray) -> None:
+        """A message is here."""
         self.heard = time.monotonic()
         self.received += HEAD_BYTES + head.nbytes
         self.party.take(self, head, body)
+
+    # Where messages come one after the other.
+
+    def _begin(self, data: bytes | bytearray | memoryview) -> np.ndarray:
+        """A head is here; returns where its body goes."""
+        self._head, self._body = self._expect(data)
+        return self._body
+
+    def _end(self) -> None:
+        """Its body is here too."""
+        head, body, self._head = self._head, self._body, None
+        assert head is not None
+        self._hand_over(head, body)
 
 
 class MPILink(Link):
@@ -234,7 +267,8 @@ class MPILink(Link):
         self._transport, self._peer = transport, peer
         self._leaving: deque[tuple[Any, object]] = deque()
         self._buffer = np.empty(HEAD_BYTES, np.uint8)
-        self._coming: Any = None
+        self._coming: Any = None  # the next head
+        self._bodies: deque[tuple[Head, np.ndarray, Any]] = deque()
         self._closed = False
 
     def _queue(self, head: Head, body: np.ndarray | None) -> None:
@@ -248,23 +282,26 @@ class MPILink(Link):
         while self._leaving and self._leaving[0][0].Test():
             self._leaving.popleft()
             moved = True
-        while not self._closed:
-            if self._coming is None:
-                self._coming = self._transport.irecv(self._buffer, self._peer, _HEAD)
-            if not self._coming.Test():
-                break
+        # Bodies are asked for before they are due: else the word for the next one would wait behind what
+        # this side sends meanwhile, and the two directions would take turns.
+        while self._listens() and self._coming.Test():
+            self._coming = None
+            head, body = self._expect(self._buffer.data)
+            request = self._transport.irecv(body, self._peer, _BODY) if body.size else None
+            self._bodies.append((head, body, request))
             moved = True
-            self._arrived()
+        while self._bodies and (self._bodies[0][2] is None or self._bodies[0][2].Test()):
+            head, body, _ = self._bodies.popleft()
+            self._hand_over(head, body)
+            moved = True
         return moved
 
-    def _arrived(self) -> None:
-        if self._head is None:
-            body = self._begin(self._buffer.data)
-            if body.size:
-                self._coming = self._transport.irecv(body, self._peer, _BODY)
-                return
-        self._coming = None
-        self._end()
+    def _listens(self) -> bool:
+        """Whether a head is awaited."""
+        last = bool(self._bodies) and self._bodies[-1][0].kind in _LAST_WORDS
+        if self._coming is None and not self._closed and not last and len(self._bodies) < _AHEAD:
+            self._coming = self._transport.irecv(self._buffer, self._peer, _HEAD)
+        return self._coming is not None
 
     @property
     def idle(self) -> bool:

@@ -148,7 +148,7 @@ class Run:
 
     @property
     def workers(self) -> int:
-        """How many ranks compute gradients: all but the servers, which are the last. Split data in so many."""
+        """How many ranks compute gradients: all but the last ones, which serve. Split data in so many."""
         return self.strategy.workers(self.world.size)
 
     @property

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpcsgd import ports
 from hpcsgd.board import Board
 from hpcsgd.errors import BadOption
@@ -29,6 +31,7 @@ def serve(options: Options) -> None:
     """
     folder = options.checkpoint or options.listen.with_name(f"{options.listen.name}.checkpoint")
     with World(device="cpu") as world:
+        torch.set_num_threads(world.threads)
         told = world.together(lambda: _secret(folder, options, world.size) if world.rank == 0 else "")
         secret = world.gather(told, "the secret of the job")[0]
         with _board(options.progress, world.rank) as board:

@@ -21,6 +21,7 @@ from hpcsgd.ports import SocketLink
 from hpcsgd.server import Policy, Server
 from hpcsgd.server.load import Load
 from hpcsgd.signals import Signals
+from hpcsgd.strategies.serving import figures_of
 from hpcsgd.transport import Transport
 from hpcsgd.world import World
 
@@ -183,9 +184,11 @@ class Service:
         if not self._came or not left:
             return self._came
         away = all(client.link is None or not client.waited_for for client in left)
-        names, linger = ", ".join(client.name for client in left), self._options.linger
+        names = ", ".join(client.name for client in left)
+        # Who comes back at once, because it was this server that was away, must be heard first.
+        linger = max(self._options.linger, self._options.lease)
         if away and not self._waits:
-            _log.warning("all others are done: waits up to %g s for %s", linger, names)
+            _log.warning("nobody is here: waits up to %g s for %s", linger, names)
         self._waits = away
         if min(client.silent_for for client in left) <= linger:
             return False
@@ -209,9 +212,7 @@ class Service:
             "event": "server",
             "time": round(time.time(), 3),
             "versions": {index: shard.version for index, shard in server.shards.items()},
-            "staleness": dict(sorted(server.counting.staleness.items())),
-            "left_out": server.counting.left_out,
-            **{name: round(value, 4) for name, value in self._load.figures().items()},
+            **figures_of(server.counting.staleness, server.counting.left_out, self._load.figures()),
             "clients": [row(client) for client in server.clients.values()],
         }
         self._metrics.write(json.dumps(record) + "\n")

@@ -92,6 +92,12 @@ def build(registry: Mapping[str, Callable[..., T]], spec: str, kind: str, **cont
         raise BadOption(f"{row_name}: {error}", got=spec, do=valid) from error
 
 
+def text(name: str, options: Mapping[str, object]) -> str:
+    """The spec that `build` reads as these options of a row."""
+    written = ",".join(f"{key}={_show(value)}" for key, value in options.items())
+    return f"{name}:{written}" if written else name
+
+
 def describe(
     registry: Mapping[str, Callable[..., object]], hidden: Collection[str] = ()
 ) -> list[tuple[str, str, str]]:

@@ -80,6 +80,15 @@ class Bucket:
         """The elements of one of `parts` nearly equal slices, cut at cache lines."""
         return cut(self.flat, index, parts)
 
+    def clear_gaps(self, part: slice) -> None:
+        """Make the gaps between tensors zero again, in this part of the bucket."""
+        begin = 0
+        for start, stop in [*map(self.extent, self.views), (self.numel, 0)]:
+            first, last = max(begin, part.start), min(start, part.stop)
+            if first < last:
+                self.flat[first:last] = 0
+            begin = stop
+
     def __str__(self) -> str:
         return f"bucket {self.index}"
 

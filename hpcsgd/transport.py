@@ -27,7 +27,7 @@ class Traffic:
     shared
         Bytes of other ranks' buffers that were read or written in the node's shared memory.
     saved
-        Bytes that compressed reductions would have moved on top of these, had they not been compressed.
+        Bytes that would have been moved on top of these without compression: of reductions, pushes, answers.
     """
 
     def __init__(self) -> None:

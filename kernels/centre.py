@@ -53,8 +53,7 @@ def attract(centre, addresses, alpha):  # type: ignore[no-untyped-def]
 def warm_up() -> None:
     """Compile both for float32, before anything is timed."""
     values = np.zeros(1, np.float32)
-    addresses = np.array([np.zeros(1, np.float32).ctypes.data], np.int64)
     push = np.zeros(1, np.float32)
-    addresses[0] = push.ctypes.data
+    addresses = np.array([push.ctypes.data], np.int64)
     add_up(values, addresses, np.float32(1))
     attract(values, addresses, np.float32(1))

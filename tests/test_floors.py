@@ -12,9 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
     {"errors", "specs", "topology", "delays", "kernels", "launcher"},
-    {"wait", "mail", "progress", "transport", "window", "ending", "world"}
-    | {"links", "ports", "connection"},
-    {"tensors", "gradients", "parameters", "peers", "compress", "fingerprint"},
+    {"wait", "mail", "progress", "transport", "window", "ending", "world"} | {"links", "ports", "connection"},
+    {"tensors", "gradients", "parameters", "peers", "compress", "fingerprint", "codes", "sums"},
     {"collectives"},
     {"strategies", "server"},
     {"batches", "turns", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}

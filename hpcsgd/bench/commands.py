@@ -170,12 +170,28 @@ def asynchronous(methods: str | None, **options: Any) -> None:
 def servers(methods: str | None, **options: Any) -> None:
     """Parameter servers and all-reduce: time to a target loss, two ranks slow or none, over a link.
 
-    mpiexec -n 5: the last rank is the server. All-reduce has the other four.
+    mpiexec -n 9: the last rank is the server; all-reduce has the other eight.
     """
     from hpcsgd.bench.servers import METHODS
     from hpcsgd.bench.servers import main as measure
 
     measure(methods=METHODS if methods is None else _listed(methods), **options)
+
+
+@bench.command()
+@click.option("--mib", default=64.0, show_default=True, help="Size of the model, float32.")
+@click.option("--repeats", default=5, show_default=True, help="Rounds; medians are shown.")
+@click.option("--listen", default="bench-push", show_default=True, help="A file that both ranks see.")
+@click.option("--link-mbit", type=float, help="Rate of each host's link in Mbit/s, to compare rates to.")
+@_CSV
+def push(**options: Any) -> None:
+    """A model to a parameter server and back: over MPI, and over TCP with the server's log.
+
+    mpiexec -n 2: the second rank is the server.
+    """
+    from hpcsgd.bench.push import main as measure
+
+    measure(**options)
 
 
 def _listed(text: str) -> list[str]:

@@ -70,7 +70,9 @@ def measure(
     check_each_once("methods", methods)
     for method in methods:
         specs.build(STRATEGIES, method, "strategy")
-    workload = replace(study.workloads[data], **{name: value for name, value in given.items() if value is not None})
+    workload = replace(
+        study.workloads[data], **{name: value for name, value in given.items() if value is not None}
+    )
     check_positive("seeds, base_ms and target", [seeds, workload.base_ms, workload.target])
     workloads = {**study.workloads, data: workload}
     plan = [

@@ -72,8 +72,8 @@ WORKLOADS = {
 
 #: For twice as many workers: an epoch has half as many steps.
 WIDER = {
-    "digits": replace(WORKLOADS["digits"], epochs=15.0, evaluate_every=2.5),
-    "text": replace(WORKLOADS["text"], epochs=1.0, evaluate_every=1 / 6),
+    "digits": replace(WORKLOADS["digits"], epochs=22.5, evaluate_every=2.5),
+    "text": replace(WORKLOADS["text"], epochs=4 / 3, evaluate_every=1 / 6),
 }
 
 

@@ -278,12 +278,17 @@ class Compressed:
                 got="finite numbers, but their sum with the residual, or their rotation, is not",
                 do="lower the learning rate, or clip the gradient",
             )
-        return HpcsgdError(
-            f"the {self._what} of {name} is not finite at step {step}",
-            rank=rank,
-            do="find out where NaN or infinity comes from (a learning rate that is too high?); with "
-            "GradScaler, or to leave out such steps on all ranks, use nonfinite='skip'",
-        )
+        return not_finite(self._what, name, rank, step)
+
+
+def not_finite(what: str, name: str, rank: int, step: int) -> HpcsgdError:
+    """The error for NaN or infinity in what shall be compressed."""
+    return HpcsgdError(
+        f"the {what} of {name} is not finite at step {step}",
+        rank=rank,
+        do="find out where NaN or infinity comes from (a learning rate that is too high?); with "
+        "GradScaler, or to leave out such steps on all ranks, use nonfinite='skip'",
+    )
 
 
 def _algorithm(bucket: Bucket, what: str, name: str) -> None:

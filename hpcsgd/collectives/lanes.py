@@ -44,12 +44,7 @@ class Lane:
 
     def clear_gaps(self) -> None:
         """Make the gaps between tensors zero again: nobody else writes there before the next reduction."""
-        begin = 0
-        for start, stop in [*map(self.bucket.extent, self.bucket.views), (self.bucket.numel, 0)]:
-            first, last = max(begin, self.part.start), min(start, self.part.stop)
-            if first < last:
-                self.bucket.flat[first:last] = 0
-            begin = stop
+        self.bucket.clear_gaps(self.part)
 
 
 def make_lanes(
@@ -94,7 +89,7 @@ def make_lanes(
 
 
 def place_of(lane: Lane, by_node: bool) -> tuple[int, str | None]:
-    """The rank in the job, and the tensor of the lane's part, where a number is not finite; None: all are finite."""
+    """The rank in the job and the tensor where a number of the lane is not finite; None: all are finite."""
     bucket, world = lane.bucket, lane.bucket.world
     # Of a node's sum, which is in this rank's own row, the other ranks' numbers are still there.
     others = zip(world.members, bucket.rows, strict=True) if by_node else ()

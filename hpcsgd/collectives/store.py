@@ -1,8 +1,8 @@
 """A group's way to the parameter servers: push and pull of tensor groups, by the ranks of its first node.
 
-The buckets of all keys, in their order, are shards. Shard i is kept by server i % servers, and the ranks of the
-group's first node share the talking: shard i is that of rank (i // servers) % ranks. All others of the group
-get what was pulled by a broadcast.
+The buckets of all keys, in their order, are shards. Shard i is kept by server i % servers, and the ranks of
+the group's first node share the talking: shard i is that of rank (i // servers) % ranks. All others of the
+group get what was pulled by a broadcast.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpcsgd.codes import ClientCodes, Coding, coder_of
 from hpcsgd.collectives import ibroadcast
 from hpcsgd.collectives.stage import after_compute
+from hpcsgd.compress import spec_of
 from hpcsgd.connection import Connection, Dial, Request
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.links import Head, Kind, State
 from hpcsgd.progress import Work
 from hpcsgd.tensors import Bucket, TensorGroup
@@ -47,6 +50,8 @@ class Store:
         Of a bucket: (start, stop, group of parameters) of its stretches.
     about
         What else the servers are told of this group.
+    coding
+        How what is pushed and what is answered to it is compressed; None: not at all.
 
     Attributes
     ----------
@@ -66,6 +71,7 @@ class Store:
         options: Options = (),
         segments: Callable[[Bucket], list[tuple[int, int, int]]] = lambda bucket: [],
         about: Mapping[str, Any] | None = None,
+        coding: Coding | None = None,
     ) -> None:
         world.progress.need_thread("pushes to a server need a thread of their own")
         self._world = world
@@ -75,15 +81,29 @@ class Store:
         self._rounds, self._versions = [0] * starts[-1], [0] * starts[-1]
         self._options = [dict(group) for group in options]
         self._requests: dict[int, Request] = {}
+        buckets = [bucket for group in keys.values() for bucket in group]
         shards = [
             (str(bucket.flat.dtype).removeprefix("torch."), bucket.numel, segments(bucket))
-            for group in keys.values()
-            for bucket in group
+            for bucket in buckets
         ]
         self._about = dict(about or {})
-        self._contract = {**contract, "servers": len(dials), "keys": list(keys), "shards": shards}
+        own = {"servers": len(dials), "keys": list(keys), "shards": shards, "compress": None}
+        self._contract = {**contract, **own}
+        self._codes: dict[int, ClientCodes] = {}
+        if coding is not None:
+            self._compress(coding, buckets)
         self.late = self.granted = self.begun = 0
         self._connections = self._connect(dials, name) if world.rank in self._talkers else []
+
+    def _compress(self, coding: Coding, buckets: Sequence[Bucket]) -> None:
+        tensors = [[bucket.extent(view) for view in bucket.views] for bucket in buckets]
+        self._contract["compress"] = {"scheme": spec_of(coding.compressor), "tensors": tensors}
+        total = sum(bucket.numel for bucket in buckets)
+        for index, bucket in enumerate(buckets):
+            if self._talks(index):
+                coder = coder_of(coding.compressor, bucket.flat.dtype, bucket.numel, total, tensors[index])
+                if coder is not None:
+                    self._codes[index] = ClientCodes(coder, index, coding)
 
     @property
     def leader(self) -> int:
@@ -203,19 +223,50 @@ class Store:
             steps=steps if index == 0 else 0,
             nbytes=bucket.nbytes,
         )
-        target = None if into is None else _bytes(into)
-        self._requests[index] = request = Request(head, _bytes(bucket), target)
+        request = Request(head, _bytes(bucket), None if into is None else _bytes(into))
+        if index in self._codes:
+            request = self._codes[index].begin(request, bucket.host)
+            self._world.traffic.saved += bucket.nbytes
+        self._ask(request)
+
+    def _ask(self, request: Request) -> None:
+        index = request.head.shard
+        self._requests[index] = request
+        if index in self._codes:
+            self._world.traffic.saved -= request.head.nbytes
         self._connection(index).ask(request)
 
+    def _follow_up(self) -> None:
+        """Go on with the pushes whose answers were not the last."""
+        for index, request in list(self._requests.items()):
+            if request.done and index in self._codes:
+                following = self._codes[index].follow(request)
+                if following is not None:
+                    self._ask(following)
+
     def _finish(self, bucket: Bucket, index: int) -> None:
-        self._wait(self._requests.pop(index), f"the answer to a push of {bucket}")
+        self._settle(index, bucket)
         _to_device(bucket)
+        bucket.clear_gaps(slice(0, bucket.numel))
+
+    def _settle(self, index: int, bucket: Bucket) -> None:
+        """Wait for the last answer to a push, which goes to a bucket."""
+
+        def over() -> bool:
+            self._follow_up()
+            return self._requests[index].done
+
+        what = f"the answer to a push of {bucket} (the server has not answered)"
+        self._world.waiter.until(over, what)
+        answer = self._note(self._requests.pop(index))
+        if index in self._codes:
+            self._codes[index].hear(answer, bucket.host)
 
     def _wait_for_all(self, key: str, group: TensorGroup) -> None:
         for bucket in group:
             index = self._first[key] + bucket.index
             if self._talks(index):
-                self._wait(self._requests.pop(index), f"the answer to a push of {bucket}")
+                self._settle(index, bucket)
 
     def _fetch_or_fill(self, bucket: Bucket, index: int) -> None:
         if self._fetch(bucket, index, Kind.PULL) is State.EMPTY:
@@ -229,13 +280,16 @@ class Store:
         head = Head(kind, index, steps=int(begin), nbytes=bucket.nbytes if source is not None else 0)
         request = Request(head, source, values)
         self._connection(index).ask(request)
-        state = self._wait(request, f"the {kind.name.lower()} of {bucket}")
+        state = self._wait(request, f"the {kind.name.lower()} of {bucket}").state
         if state is not State.EMPTY:
             _to_device(bucket)
         return state
 
-    def _wait(self, request: Request, what: str) -> State:
+    def _wait(self, request: Request, what: str) -> Head:
         self._world.waiter.until(lambda: request.done, f"{what} (the server has not answered)")
+        return self._note(request)
+
+    def _note(self, request: Request) -> Head:
         answer = request.answer
         assert answer is not None
         if answer.nbytes:
@@ -243,7 +297,7 @@ class Store:
         self.late += answer.state is State.LATE
         if request.head.steps:
             self.granted, self.begun = answer.steps, answer.begun
-        return answer.state
+        return answer
 
     # What is said besides.
 
@@ -287,15 +341,36 @@ class Store:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, of this rank, beside what the servers hold."""
-        return {"rounds": list(self._rounds), "versions": list(self._versions)}
+        codes = {index: codes.state_dict() for index, codes in self._codes.items()}
+        return {"rounds": list(self._rounds), "versions": list(self._versions), "codes": codes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, as the servers do."""
-        self._rounds, self._versions = list(state["rounds"]), list(state["versions"])
+    def load_state_dict(self, state: dict[str, Any], servers_too: bool = True) -> None:
+        """Take back what `state_dict` gave; without the servers only what compression remembers.
+
+        Raises
+        ------
+        HpcsgdError
+            Where it is that of another compression.
+        """
+        if state["codes"].keys() != self._codes.keys():
+            raise HpcsgdError(
+                "the state is not one of this compression",
+                rank=self._world.name,
+                expected=f"codes of shards {sorted(self._codes)}",
+                got=f"of {sorted(state['codes'])}",
+                do="go on with the compression, and the bucket size, that the checkpoint was made with",
+            )
+        if servers_too:
+            self._rounds, self._versions = list(state["rounds"]), list(state["versions"])
+        for index, codes in self._codes.items():
+            codes.load_state_dict(state["codes"][index], servers_too)
 
 
 def _bound(job: Callable[[Bucket, int], object], bucket: Bucket, index: int) -> Callable[[], None]:
-    return lambda: job(bucket, index)
+    def run() -> None:
+        job(bucket, index)
+
+    return run
 
 
 def _bytes(bucket: Bucket) -> np.ndarray:

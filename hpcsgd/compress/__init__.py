@@ -17,7 +17,7 @@ from hpcsgd.compress.powersgd import PowerSGD
 from hpcsgd.compress.randk import GlobalRandK, GlobalRandKMaxNorm, GlobalRandKMaxNormMultiScale
 from hpcsgd.compress.signsgd import SignSGD
 from hpcsgd.compress.topk import TopK
-from hpcsgd.errors import unknown
+from hpcsgd.errors import BadOption, unknown
 
 __all__ = [
     "BF16",
@@ -41,6 +41,7 @@ __all__ = [
     "Stretch",
     "TopK",
     "build",
+    "spec_of",
 ]
 
 #: What `--compress` knows, besides "none".
@@ -82,3 +83,25 @@ def build(spec: str) -> Compressor | None:
             raise unknown("wrapper of a compression scheme", name, WRAPPERS)
         compressor = WRAPPERS[name.strip()](compressor)
     return compressor
+
+
+def spec_of(compressor: Compressor) -> str:
+    """What `build` reads as this compressor.
+
+    Raises
+    ------
+    BadOption
+        For one that is none of `COMPRESSORS` and `WRAPPERS`.
+    """
+    kind, registry = type(compressor), {**COMPRESSORS, **WRAPPERS}
+    names = [name for name, row in registry.items() if row is kind]
+    if not names:
+        raise BadOption(
+            f"{compressor} has no name",
+            expected="a scheme of hpcsgd, which all programs that work together can make",
+            do="use one of: " + ", ".join(sorted(registry)),
+            everywhere=True,
+        )
+    if isinstance(compressor, ErrorFeedback | Hadamard):
+        return f"{names[0]}+{spec_of(compressor.inner)}"
+    return specs.text(names[0], compressor.options())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import index
 from typing import Any, NamedTuple
 
 import torch
 
+from hpcsgd.codes import Extents, ServerCodes, coder_of
+from hpcsgd.compress import Compressor, Stretch, build
+from hpcsgd.compress.alone import Coder
 from hpcsgd.links import Malformed
 from hpcsgd.server.rules import OPTIMIZERS, Descent, Elastic, Options, Rule
 from hpcsgd.server.shard import Shard
@@ -69,11 +72,45 @@ def shards_of(
     contract: Contract, mode: str, alpha: float | None, server: int, servers: int
 ) -> dict[int, Shard]:
     """The shards of one of some servers, by index, as a contract describes them; raises `Malformed`."""
+    compressor = _compressor(contract)
     try:
         rows = list(enumerate(contract["shards"]))[server::servers]
-        return {number: _shard(number, row, contract, mode, alpha) for number, row in rows}
-    except (KeyError, TypeError, ValueError):
+        shards = {number: _shard(number, row, contract, mode, alpha) for number, row in rows}
+        if compressor is not None:
+            for shard in shards.values():
+                shard.coding = _coding(compressor, contract, shard, mode)
+        return shards
+    except (KeyError, IndexError, TypeError, ValueError):
         raise Malformed("its hello describes no model") from None
+
+
+def _compressor(contract: Contract) -> Compressor | None:
+    """How pushes and answers are compressed."""
+    told = contract.get("compress")
+    if told is None:
+        return None
+    try:
+        compressor = build(told["scheme"])
+        if compressor is not None:
+            Coder(compressor, Stretch(1, 1), torch.float32)  # raises here what it would later
+    except Exception as error:
+        raise Malformed(f"its compression cannot be used: {str(error)[:_TEXT]}") from None
+    return compressor
+
+
+def _coding(
+    compressor: Compressor, contract: Contract, shard: Shard, mode: str
+) -> Callable[[], ServerCodes | None]:
+    total = sum(index(numel) for _, numel, _ in contract["shards"])
+    tensors = [(index(start), index(stop)) for start, stop in contract["compress"]["tensors"][shard.index]]
+    if total < shard.numel or not _in_order(tensors, shard.numel):
+        raise ValueError
+
+    def make() -> ServerCodes | None:
+        coder = coder_of(compressor, shard.dtype, shard.numel, total, tensors)
+        return None if coder is None else ServerCodes(coder, shard.index, mode)
+
+    return make
 
 
 def _shard(number: int, row: Any, contract: Contract, mode: str, alpha: float | None) -> Shard:
@@ -88,10 +125,16 @@ def _shard(number: int, row: Any, contract: Contract, mode: str, alpha: float | 
 
 def _descent(optimizer: Any, segments: Any, numel: int) -> Descent:
     stretches = [(index(start), index(stop), index(group)) for start, stop, group in segments]
-    ends = [0, *(stop for _, stop, _ in stretches)]
-    fits = all(end <= start <= stop for end, (start, stop, _) in zip(ends, stretches, strict=False))
-    if optimizer not in OPTIMIZERS or not stretches or not fits or ends[-1] > numel:
+    fits = _in_order([(start, stop) for start, stop, _ in stretches], numel)
+    if optimizer not in OPTIMIZERS or not stretches or not fits:
         raise ValueError
     if any(group < 0 for _, _, group in stretches):
         raise ValueError
     return Descent(optimizer, stretches)
+
+
+def _in_order(extents: Extents, numel: int) -> bool:
+    """Whether [start, stop) follow each other, and end within so many elements."""
+    ends = [0, *(stop for _, stop in extents)]
+    one_by_one = zip(ends, extents, strict=False)
+    return all(end <= start <= stop for end, (start, stop) in one_by_one) and ends[-1] <= numel

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from hpcsgd.links import Head, Kind, State
+from hpcsgd.server import adding
 from hpcsgd.server.client import Client
 from hpcsgd.server.rules import Terms
 from hpcsgd.server.shard import Push, Shard
@@ -72,27 +73,54 @@ class Counting:
         if head.round <= shard.rounds.get(client.name, 0):
             pass  # it has come before, and the answer was lost
         elif self._too_late(client, shard, head):
-            self.left_out += 1
-            client.left_out += 1
-            shard.rounds[client.name] = head.round
-            shard.left_out.add(client.name)
+            self._leave_out(client, shard, head.round)
         else:
-            shard.waiting[client.name] = Push(client.name, head.round, head.weight, values)
             shard.left_out.discard(client.name)
             client.behind[shard.index] = max(0, shard.version - head.version)
-        state = State.LATE if client.name in shard.left_out else State.DONE
-        client.owed[shard.index] = replace(answer, state=state)
+            if adding.may_say(shard, client.name, head, len(self._clients)):
+                push = Push(client.name, head.round, head.weight, values, head.terms)
+                shard.waiting[client.name] = push
+            else:
+                answer = adding.again(shard, head.round, len(self._counting(shard)))
+        if client.name in shard.left_out:
+            answer = replace(answer, state=State.LATE)
+        client.owed[shard.index] = answer
         self.go_on(shard)
+
+    def _leave_out(self, client: Client, shard: Shard, number: int) -> None:
+        self.left_out += 1
+        client.left_out += 1
+        shard.rounds[client.name] = number
+        shard.left_out.add(client.name)
 
     def go_on(self, shard: Shard) -> None:
         """Do what need not wait any longer."""
         if not self._together:
             for name in list(shard.waiting):
-                self._count_in(shard, [name])
-        elif shard.waiting and all(client.name in shard.waiting for client in self._counting(shard)):
-            # In the order of names: the bits do not depend on who came first.
-            self._count_in(shard, sorted(shard.waiting))
+                self._count_in(shard, [shard.waiting[name]])
+        elif shard.waiting and adding.is_complete(shard, {client.name for client in self._counting(shard)}):
+            if adding.sum_of(shard) is not None:
+                self._go_on_adding(shard)
+            else:
+                # In the order of names: the bits do not depend on who came first.
+                self._count_in(shard, [shard.waiting[name] for name in sorted(shard.waiting)])
         self._pay(shard)
+
+    def _go_on_adding(self, shard: Shard) -> None:
+        """All have said their parts of a sum."""
+        answers, body = adding.go_on(shard)
+        for name, answer in answers.items():
+            client = self._clients[name]
+            del shard.waiting[name], client.owed[shard.index]
+            if client.link is not None:
+                client.link.send(answer, body, 0)
+        if not answers:
+            buffers = {name: self._clients[name].buffer(shard) for name in shard.waiting}
+            self._count_in(shard, adding.add_up(shard, buffers))
+            for name in list(shard.waiting):  # who has come meanwhile begins with the new values
+                client, push = self._clients[name], shard.waiting.pop(name)
+                self._leave_out(client, shard, push.number)
+                client.owed[shard.index] = replace(client.owed[shard.index], state=State.LATE)
 
     def _counting(self, shard: Shard) -> list[Client]:
         """The clients whose pushes of a shard are waited for."""
@@ -122,14 +150,16 @@ class Counting:
                 shard.clocks[client.name] = ahead
         return left_behind and shard.rule.takes_gradients
 
-    def _count_in(self, shard: Shard, names: list[str]) -> None:
-        pushes = [shard.waiting.pop(name) for name in names]
-        clients = max(len(names), len(self._counting(shard)))
-        terms = Terms([push.weight for push in pushes], clients, self._clients[names[0]].options)
+    def _count_in(self, shard: Shard, pushes: list[Push]) -> None:
+        for push in pushes:
+            del shard.waiting[push.client]
+        clients = max(len(pushes), len(self._counting(shard)))
+        options = self._clients[pushes[0].client].options
+        terms = Terms([push.weight for push in pushes], clients, options)
         self._record(shard, pushes, terms)
         shard.count_in(pushes, terms)
-        for name in names:
-            client = self._clients[name]
+        for push in pushes:
+            client = self._clients[push.client]
             behind = client.behind.pop(shard.index)
             client.staleness[behind] += 1
             self.staleness[behind] += 1
@@ -149,10 +179,14 @@ class Counting:
     def _answer(self, client: Client, shard: Shard, answer: Head) -> None:
         if client.link is None:
             return
-        body = client.buffer(shard)
+        body, code = client.buffer(shard), None
         if answer.nbytes and (shard.rule.takes_gradients or not answer.round):
             shard.read(body)
+        if answer.nbytes and answer.round and shard.codes is not None:
+            code = shard.codes.answer(client.name, answer, shard.view(body))
+        if code is not None:
+            body, answer = code, replace(answer, nbytes=code.nbytes)
         if answer.steps:
             steps, begun = self._grant(client, answer.steps)
             answer = replace(answer, steps=steps, begun=begun)
-        client.link.send(answer, body if answer.nbytes else None)
+        client.link.send(answer, body if answer.nbytes else None, shard.nbytes if code is not None else None)

@@ -192,17 +192,20 @@ def _redo(server: Server, note: Note, values: np.ndarray) -> int:
             do="the folder is damaged: begin anew with another one",
         )
     pushes = []
-    for (name, number, weight, clock), body in zip(
-        note["pushes"], values.reshape(-1, shard.nbytes), strict=True
-    ):
+    # Of pushes that were summed as words the first has brought the sum, and the others nothing.
+    bodies, nothing = iter(values.reshape(-1, shard.nbytes)), np.empty(0, np.uint8)
+    for name, number, weight, clock in note["pushes"]:
+        body = next(bodies, nothing)
         if number == FIRST:
             shard.fill(body)
             return 0
         client = _client(server, name)
         server.counting.enter(client, shard)
         client.resting, shard.clocks[name] = False, clock
-        client.buffer(shard)[:] = body
-        pushes.append(Push(name, number, weight, client.buffer(shard)))
+        shard.left_out.discard(name)
+        brought = client.buffer(shard)[: body.size]
+        brought[:] = body
+        pushes.append(Push(name, number, weight, brought))
     shard.count_in(pushes, Terms(*note["terms"]))
     return 1
 
@@ -260,7 +263,7 @@ def restore(server: Server, saved: dict[str, Any]) -> None:
 
 
 def _agree(server: Server, contract: dict[str, Any] | None) -> None:
-    if contract and not server.contract:
+    if contract and contract != server.contract:
         server.agree_on(contract)
 
 

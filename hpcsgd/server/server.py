@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpcsgd import ports
-from hpcsgd.links import NOTES, Head, Kind, Link, Lost, Malformed, read_note
+from hpcsgd.links import NOTES, Head, Kind, Link, Lost, Malformed, State, read_note
 from hpcsgd.server import contract as agreed
 from hpcsgd.server import leave
 from hpcsgd.server.client import Client
@@ -150,6 +150,8 @@ class Server:
         client.owed.clear()
         for shard in self.shards.values():
             shard.waiting.pop(client.name, None)
+            if shard.codes is not None:
+                shard.codes.forget(client.name)
         if client.done:
             client.buffers.clear()
             _log.info("%s is done", client.name)
@@ -195,6 +197,9 @@ class Server:
             raise Malformed(f"it sent {head.nbytes} bytes with a {head.kind.name}")
         client = self._owner(link, head)
         shard = self._shard(client, head)
+        codes = None if head.kind is Kind.FILL else shard.codes
+        if codes is not None and codes.takes(head, len(self.clients)):
+            return np.empty(head.nbytes, np.uint8)
         if head.nbytes != shard.nbytes:
             raise Malformed(f"it sent {head.nbytes} bytes for shard {shard.index}, which has {shard.nbytes}")
         if head.kind is not Kind.FILL and head.round <= shard.rounds.get(client.name, 0):
@@ -300,7 +305,26 @@ class Server:
         shard = self._shard(client, head)
         if shard.centre is None or head.round < 1:
             raise Malformed(f"it pushed shard {shard.index} before it had its values")
-        self.counting.push(client, shard, head, _whole(head, shard, body))
+        values = self._read(client, shard, head, body)
+        if values is not None:
+            self.counting.push(client, shard, head, values)
+        elif client.link is not None:
+            client.link.send(Head(Kind.REPLY, shard.index, State.UNREAD, round=head.round))
+
+    def _read(self, client: Client, shard: Shard, head: Head, body: np.ndarray) -> np.ndarray | None:
+        """What was pushed; None: this cannot be read."""
+        codes = shard.codes
+        if codes is None or not codes.takes(head, len(self.clients)):
+            if codes is not None and codes.sum is not None:
+                raise Malformed(f"it sent {body.nbytes} bytes as part {head.part} of a push")
+            body = _whole(head, shard, body)
+        if codes is None or codes.sum is not None or head.round <= shard.rounds.get(client.name, 0):
+            return body  # of what has been counted in nobody looks at the values
+        values = client.buffer(shard)
+        try:
+            return values if codes.hear(client.name, head.round, body, shard.view(values)) else None
+        except Exception as error:
+            raise Malformed(f"it sent a code that cannot be read: {error!r}") from None
 
     def _take_options(self, client: Client, head: Head, body: np.ndarray) -> None:
         options = read_note(body).get("options")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpcsgd.codes import ServerCodes
 from hpcsgd.server.rules import Rule, Terms
 
 #: The number of the push that brings the first values.
@@ -29,13 +30,17 @@ class Push(NamedTuple):
     weight
         Of how many gradients it is the mean.
     values
-        (nbytes,) uint8: the push, and then its answer.
+        (nbytes,) uint8: the push, and then its answer. Of a push that is summed as words: one part of it;
+        and then, of the first client, the sum, and of the others nothing.
+    terms
+        Of how many pushes it shall be the sum.
     """
 
     client: str
     number: int
     weight: float
     values: np.ndarray
+    terms: int = 0
 
 
 @dataclass
@@ -60,6 +65,10 @@ class Shard:
         The clients whose last push was left out.
     waiting
         Pushes that have not been counted in.
+    coding
+        Makes `codes`, once there are values.
+    codes
+        What is said of them in codes; None: nothing.
     """
 
     index: int
@@ -72,6 +81,8 @@ class Shard:
     clocks: dict[str, int] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
     waiting: dict[str, Push] = field(default_factory=dict)
+    coding: Callable[[], ServerCodes | None] = lambda: None
+    codes: ServerCodes | None = None
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +94,12 @@ class Shard:
 
     def fill(self, values: np.ndarray) -> None:
         """Take the first values."""
-        self.centre = self.view(values).clone()
+        self._begin(self.view(values).clone())
+
+    def _begin(self, centre: Tensor | None) -> None:
+        self.centre = centre
+        if centre is not None and self.codes is None:
+            self.codes = self.coding()
 
     def read(self, out: np.ndarray) -> None:
         """Copy the values to `out`."""
@@ -93,7 +109,13 @@ class Shard:
     def count_in(self, pushes: Sequence[Push], terms: Terms) -> None:
         """One update by some pushes."""
         assert self.centre is not None
-        self.rule.apply(self.centre, [self.view(push.values) for push in pushes], terms)
+        values = [self.view(push.values) for push in pushes]
+        if self.codes is None or self.rule.takes_gradients:
+            self.rule.apply(self.centre, values, terms)
+        else:
+            self.rule.apply(self.centre.clone(), values, terms)
+            pulls = [(push.client, push.number, pull) for push, pull in zip(pushes, values, strict=True)]
+            self.codes.draw_near(self.centre, pulls)
         self.version += 1
         for push in pushes:
             self.rounds[push.client] = push.number
@@ -112,7 +134,7 @@ class Shard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self.centre = None if state["centre"] is None else state["centre"].clone()
+        self._begin(None if state["centre"] is None else state["centre"].clone())
         self.version = int(state["version"])
         self.rounds, self.left_out = dict(state["rounds"]), set(state["left_out"])
         # Who is new since then is as far as the foremost.

@@ -53,7 +53,11 @@ class AllReduce(Strategy):
     def bucket_ready(self, bucket: Bucket) -> None:
         if self.setting.weight == 0:
             bucket.flat.zero_()
-        self._reduction.start(bucket, 1.0 / self.setting.active)
+        self._reduction.start(bucket, 1.0 / self.setting.active, self._number())
+
+    def _number(self) -> int | None:
+        """Of the reductions of this step; None: that of the run's step."""
+        return None
 
     def synchronize(self) -> None:
         self.gradients.finish()

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 from hpcsgd.collectives import broadcast
+from hpcsgd.compress import spec_of
+from hpcsgd.compress.alone import check
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.peers import Peers
 from hpcsgd.server import Policy
@@ -35,9 +37,12 @@ class ParameterServer(Strategy):
     share the talking to the servers; what may be lost in time, and who is waited for, see `hpcsgd.server`.
 
     The last `servers` ranks of the job are servers; the others are divided in groups of neighbours. With
-    "sync" and "async" the optimizer's step is taken by the servers, which must know the optimizer (`torch.optim`,
-    element by element); with "elastic" each group has its own. Steps are those of all groups divided by their
-    number. When the run is closed all models are that of the servers.
+    "sync" and "async" the optimizer's step is taken by the servers, which must know the optimizer (of
+    `torch.optim`, element by element); with "elastic" each group has its own. Steps are those of all groups
+    divided by their number. When the run is closed all models are that of the servers.
+
+    `Run(compress=...)` compresses the all-reduce inside groups of several ranks, and what groups and servers
+    send to each other, see `hpcsgd.codes`; for the latter every scheme but PowerSGD.
 
     Parameters
     ----------
@@ -112,9 +117,13 @@ class ParameterServer(Strategy):
             self._role: AllReduce | Worker | Serving = AllReduce()
             self._role.attach(setting)
             return
+        # These raise on all ranks alike.
         if self.mode != "elastic":
             assert setting.optimizer is not None
-            describe(setting.optimizer)  # raises on all ranks alike
+            describe(setting.optimizer)
+        if setting.compress is not None:
+            check(setting.compress)
+            spec_of(setting.compress)
         self._role = self._connected() if self.connect else self._in_job()
         part = copy.copy(setting)
         part.world, part.peers = self._part, Peers(self._part)
@@ -185,12 +194,9 @@ class ParameterServer(Strategy):
     # The servers' model, on all ranks of the run.
 
     def averaged(self) -> AbstractContextManager[None]:
-        if isinstance(self._role, AllReduce) and not isinstance(self._role, Worker):
+        if self.lockstep:
             return self._role.averaged()
-        if self.connect:
-            assert isinstance(self._role, Worker)
-            return self._role.pulled()
-        return self._averaged()
+        return self._role.pulled() if self.connect and isinstance(self._role, Worker) else self._averaged()
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

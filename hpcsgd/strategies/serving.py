@@ -134,8 +134,14 @@ class Serving(Strategy):
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shards": {index: shard.state_dict() for index, shard in self.server.shards.items()}}
+        shards = self.server.shards
+        return {
+            "shards": {index: shard.state_dict() for index, shard in shards.items()},
+            "codes": {i: shard.codes.state_dict() for i, shard in shards.items() if shard.codes is not None},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for index, shard in self.server.shards.items():
             shard.load_state_dict(state["shards"][index])
+            if shard.codes is not None:
+                shard.codes.load_state_dict(state["codes"].get(index, {}))

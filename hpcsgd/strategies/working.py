@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hpcsgd.codes import Coding
 from hpcsgd.collectives import broadcast
+from hpcsgd.collectives.compressed import not_finite
 from hpcsgd.collectives.store import Store
 from hpcsgd.connection import Dial
 from hpcsgd.fingerprint import describe, versions
@@ -82,16 +85,23 @@ class Worker(AllReduce):
             self._options(),
             self._segments,
             {} if place.groups else {"seed": setting.seed},
+            self._coding(),
         )
         self._store.init(self.KEY, self.parameters.group).wait()
         self._store.rest()
-        self._since = self._own_steps = 0
+        self._since = self._own_steps = self._ever = 0
         self._allowed = place.interval
         self._began = 0
 
     def _contract(self) -> dict[str, Any]:
         parameters = [describe(name, p) for name, p in self.setting.parameters]
         return {**versions(), "mode": self._place.mode, "list of parameters": parameters}
+
+    def _coding(self) -> Coding | None:
+        if self.setting.compress is None:
+            return None
+        own = zlib.crc32(f"{self.setting.seed} {self._place.name}".encode())
+        return Coding(self.setting.compress, self._place.mode, own)
 
     def _options(self) -> list[dict[str, Any]]:
         return []
@@ -140,12 +150,16 @@ class Worker(AllReduce):
         self._take(update)
         self._since += 1
         self._own_steps += 1
+        self._ever += 1
         if self._since >= self._allowed:
             self._exchange(self._place.interval if self._place.groups else 0)
             self._since = 0
             if self._place.groups:
                 self._hear()
         self._count()
+
+    def _number(self) -> int:
+        return self._ever  # the run's steps are those of all groups: they may stand still meanwhile
 
     def _take(self, update: Callable[[], None]) -> None:
         """This group's part of a step."""
@@ -193,13 +207,14 @@ class Worker(AllReduce):
         return figures_of(Counter(), self._store.late, {"queue": 0.0, "load": 0.0})
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "store": self._store.state_dict(), "since": self._since}
+        own = {"store": self._store.state_dict(), "since": self._since, "ever": self._ever}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if self._place.groups:  # servers of their own jobs have not gone back
-            self._store.load_state_dict(state["store"])
-        self._since = int(state["since"])
+        # Servers of their own jobs have not gone back.
+        self._store.load_state_dict(state["store"], servers_too=self._place.groups > 0)
+        self._since, self._ever = int(state["since"]), int(state["ever"])
 
 
 class Descending(Worker):
@@ -226,11 +241,22 @@ class Descending(Worker):
         self._store.tell_options(self._options())
 
     def _exchange(self, wanted: int) -> None:
-        weight = float(self.setting.world.size) if self._finite and self.setting.unscale() else 0.0
+        counts = self._finite and self.setting.unscale() and self._can_be_said()
+        weight = float(self.setting.world.size) if counts else 0.0
         self._finite = True
         work = self._store.pushpull(self.KEY, self.gradients.group, self.parameters.group, weight, wanted)
         work.wait()
         self.gradients.start_over()
+
+    def _can_be_said(self) -> bool:
+        """Whether all gradients are finite, which matters to compression alone."""
+        if self.setting.compress is None:
+            return True
+        world, views = self.setting.world, self.gradients.group.views
+        bad = [name for name, view in views.items() if not bool(view.isfinite().all())]
+        if bad and self.setting.nonfinite == "error":
+            raise not_finite("gradient", bad[0], world.name, world.status.step)
+        return not bad
 
 
 class Drawn(Worker):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 
 from hpcsgd import ports
 from hpcsgd.links import Head, Kind, Link, Lost, Party, State, read_note
-from hpcsgd.server import Server
+from hpcsgd.server import Policy, Server
+
+ONES = np.ones(4, np.float32)
 
 
 class Wire(Link):
@@ -70,12 +73,12 @@ class Talker:
         contract: dict[str, Any],
         options: list[dict[str, Any]] | None = None,
         secret: str = "",
-        **hello: Any,
+        hello: dict[str, Any] | None = None,
     ) -> None:
         self.server, self.name, self.secret = server, name, secret
         options = [{"lr": 1.0}] if options is None else options
         who = {"client": name, "talker": 0, "talkers": 1, "contract": contract, "options": options}
-        self.hello = {**who, **hello}
+        self.hello = {**who, **(hello or {})}
         self.heard: list[tuple[Head, np.ndarray]] = []
         self.rounds: dict[int, int] = {}
         self.versions: dict[int, int] = {}
@@ -151,3 +154,52 @@ class Talker:
     def let_in(self) -> bool:
         """Whether the server still talks to it."""
         return self.welcome and self.far in self.server.links
+
+
+def group(server: Server, count: int, size: int = 5, dtype: str = "float32", **more: Any) -> list[Talker]:
+    """Clients that have the first values, which are zero."""
+    contract = contract_of([size], server.policy.mode, dtype)
+    found = [Talker(server, f"g{i}", contract, **more) for i in range(count)]
+    found[0].fill(np.zeros(size, dtype))
+    for talker in found:
+        talker.fetch(0, dtype)
+    return found
+
+
+def centre(server: Server) -> np.ndarray:
+    values = server.shards[0].centre
+    assert values is not None
+    return values.numpy()
+
+
+def drawn(seed: int, size: int = 5, dtype: Any = np.float32) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(size).astype(dtype)
+
+
+def as_bytes(note: object) -> np.ndarray:
+    return np.frombuffer(json.dumps(note).encode(), np.uint8)
+
+
+def talker(server: Server, name: str = "g0", **more: Any) -> Talker:
+    return Talker(server, name, contract_of([4, 6], server.policy.mode), **more)
+
+
+def pair(policy: Policy) -> tuple[Server, Talker, Talker]:
+    server = Server(policy)
+    one, two = talker(server), talker(server, "g1")
+    one.fill(0 * ONES)
+    one.fill(np.zeros(6, np.float32), 1)
+    for each in (one, two):
+        each.fetch(0)
+        each.fetch(1)
+    return server, one, two
+
+
+def goes_on(server: Server, one: Talker) -> None:
+    """The other one's push is still counted."""
+    version = server.shards[0].version
+    one.heard.clear()
+    one.push(ONES)
+    one.listen()
+    assert one.answer()[0].state is State.DONE
+    assert server.shards[0].version == version + 1

@@ -124,36 +124,48 @@ def test_a_push_whose_answer_was_lost_is_not_counted_again(tmp_path: Path, mode:
         assert again.version == max(versions) == job.server.shards[0].version
 
 
-def test_who_was_here_is_waited_for_until_the_lease_is_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_who_was_here_is_waited_for_until_the_lease_is_over(tmp_path: Path, rounds: int) -> None:
     job = Job(tmp_path, "sync", lease=0.2)
-    job.work(2)
+    job.work(rounds)
+    for client in job.clients:
+        client.say(Head(Kind.PULL, 0, steps=1))  # and begins to push
+    job.keeping.note()
     job.server = job.again()
     first = job.come("a")
     first.fetch()
-    first.rounds = {0: 2}
+    first.rounds = {0: rounds}
     first.push(job.draw(SIZES[0]))
     job.server.watch()
-    assert not first.heard and job.server.shards[0].version == 2
+    assert not first.heard and job.server.shards[0].version == rounds
     time.sleep(0.25)
     first.say(Head(Kind.BEAT))
     job.server.watch()
     first.listen()
-    assert first.answer()[0].version == 3
+    assert first.answer()[0].version == rounds + 1
 
 
 def test_a_log_may_be_torn_anywhere(tmp_path: Path) -> None:
     job = Job(tmp_path, "async")
+    ends = []
+    record = job.server.counting._record
+
+    def note_the_end(*update: Any) -> None:
+        record(*update)
+        ends.append(job.keeping.nbytes)
+
+    job.server.counting._record = note_the_end
     job.work(2)
     job.keeping.close()
     path = tmp_path / "log-00000000"
     whole = path.read_bytes()
     assert len(whole) == job.keeping.nbytes
-    versions = []
+    assert len(ends) == 8
     for length in range(0, len(whole) + 1, 3):
         path.write_bytes(whole[:length] + bytes(len(whole) - length + 100))  # blocks that were reserved
-        server = job.again()
-        versions.append(sum(shard.version for shard in server.shards.values()))
-    assert versions == sorted(versions) and set(versions) == set(range(8 + 1))
+        updates = sum(shard.version for shard in job.again().shards.values())
+        # The last byte may be a zero, which is there in any case.
+        assert updates in {sum(end <= length + more for end in ends) for more in (0, 1)}
 
 
 def test_a_log_that_is_damaged_or_missing_is_an_error_or_ends_there(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -153,7 +152,11 @@ def test_options_that_would_fail_are_found_before_they_do(options: list[dict[str
 
 @pytest.mark.parametrize(
     ("name", "before", "after"),
-    [("Adam", {}, {"amsgrad": True}), ("RMSprop", {}, {"centered": True}), ("RMSprop", {}, {"momentum": 0.9})],
+    [
+        ("Adam", {}, {"amsgrad": True}),
+        ("RMSprop", {}, {"centered": True}),
+        ("RMSprop", {}, {"momentum": 0.9}),
+    ],
 )
 def test_options_that_do_not_fit_the_state_are_found(
     name: str, before: dict[str, object], after: dict[str, object]

@@ -1,0 +1,39 @@
+"""How a group finds the servers of another job."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcsgd import HpcsgdError
+from hpcsgd.ports import Meeting
+from hpcsgd.strategies.dialing import dials, group_name
+
+
+@pytest.mark.mpi
+def test_all_ranks_wait_for_the_file_and_have_one_name(world: Any, tmp_path: Path) -> None:
+    path = Path(world.gather(str(tmp_path))[0], "servers")
+    if world.rank == 0:
+        meeting = Meeting("secret", [(["127.0.0.1"], 1), (["127.0.0.1"], 2), (["127.0.0.1"], 3)])
+        threading.Timer(0.3, meeting.write, [path]).start()
+    found = dials(path, world)
+    assert [dial.server for dial in found] == [f"server {index} of {path}" for index in range(3)]
+    names = world.gather(group_name(world))
+    assert len(set(names)) == 1 and group_name(world) != names[0] and world.host in names[0]
+
+
+@pytest.mark.mpi
+def test_a_file_that_does_not_come_or_is_another_one_is_an_error_everywhere(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world, "timeout", 0.3)
+    folder = Path(world.gather(str(tmp_path))[0])
+    with pytest.raises(HpcsgdError, match="no server has written"):
+        dials(folder / "nothing", world)
+    if world.rank == 0:
+        (folder / "junk").write_text("[1, 2]")
+    with pytest.raises(HpcsgdError, match="is not a file of `hpcsgd serve"):
+        dials(folder / "junk", world)
