@@ -273,8 +273,6 @@ class ServerCodes(_Side):
     def forget(self, client: str) -> None:
         """Nobody knows what it has heard."""
         self._told.pop(client, None)
-        if self.sum is not None:
-            self.sum.members.discard(client)
 
     def _told_to(self, client: str) -> Told:
         return self._told.setdefault(client, Told(self._coder))

@@ -190,7 +190,7 @@ class Service:
         if away and not self._waits:
             _log.warning("nobody is here: waits up to %g s for %s", linger, names)
         self._waits = away
-        if min(client.silent_for for client in left) <= linger:
+        if not away or min(client.silent_for for client in left) <= linger:
             return False
         _log.warning("%s did not say goodbye, and did not come back for %g s", names, linger)
         return True

@@ -96,6 +96,7 @@ class Server:
         self.begun = self.rests = self.heard = 0
         self._record = record
         self.counting = Counting(self.clients, policy.together, policy.max_staleness, self._grant, record)
+        self._watched = time.monotonic()
         self._strangers: dict[Link, str] = {}  # and the nonces they were given
         self._owners: dict[Link, Client] = {}
         self._handlers: dict[Kind, Callable[[Client, Head, np.ndarray], None]] = {
@@ -162,6 +163,8 @@ class Server:
     def watch(self) -> None:
         """Wait no longer for who has been silent for too long."""
         lease = self.policy.lease
+        self._make_up_for(time.monotonic() - self._watched)
+        self._watched = time.monotonic()
         for client in self.clients.values():
             if client.counts and client.silent_for > lease:
                 text = "%s has been silent for %g s: nobody waits for it any more"
@@ -170,6 +173,14 @@ class Server:
         mute = [link for link in self._strangers if time.monotonic() - link.heard > lease]
         for link in [link for link in mute if not link.lasting]:
             self.lose(link, f"it said nothing for {lease:g} s")
+
+    def _make_up_for(self, gap: float) -> None:
+        """Who has not been listened to, because the server itself stood still, was not silent."""
+        if gap > self.policy.lease / 4:
+            for client in self.clients.values():
+                client.since += gap
+            for link in self.links:
+                link.heard = min(link.heard + gap, time.monotonic())
 
     def begin(self, goal: int | None) -> None:
         """All clients are about to take steps, so many more in all: none may go on without the others."""

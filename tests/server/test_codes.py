@@ -21,6 +21,7 @@ from hpcsgd.compress.alone import bytes_of
 from hpcsgd.connection import Request
 from hpcsgd.links import Head, Kind, State
 from hpcsgd.server import Policy, Server, keeping
+from hpcsgd.sums import ServerSum
 
 SIZE = 400
 SPECS = [
@@ -453,6 +454,20 @@ def test_who_goes_in_the_middle_of_a_sum_is_left_out_of_it(how: str) -> None:
     assert two.answered[-1][0] is State.DONE
 
 
+def test_who_is_back_before_the_others_have_gone_on_is_still_one_of_them() -> None:
+    server = Server(Policy("sync"))
+    clients = group(server, 3, "ef+maxnorm", "float64")
+    for client in clients:
+        client.give(drawn(1, np.float64))
+    for _ in range(2):
+        for client in clients[:2]:
+            client.hear(1)
+        clients[0].break_off()
+        clients[0].come_back()
+    hear_all(clients)
+    assert server.shards[0].version == 1 and server.counting.left_out == 0
+
+
 def test_a_sum_of_nobody_is_none_and_is_begun_again() -> None:
     server = Server(Policy("sync"))
     (client,) = group(server, 1, "ef+maxnorm", "float64")
@@ -482,10 +497,18 @@ def test_who_comes_in_the_middle_of_a_sum_is_not_waited_for() -> None:
     assert one.answered[-1][0] is State.DONE
     hear_all([two])
     assert two.answered == [(State.LATE, two.dense)] and bits(two.model) == bits(centre(server))
+    two.say(Head(Kind.REST))
+    one.give(drawn(2, np.float64))
+    two.say(Head(Kind.PULL, steps=1))  # it begins to push, but has nothing yet
+    two.heard.clear()
+    one.hear()
+    one.hear()
+    assert one.asked is None
+    two.start()
     for client in (one, two):
         client.give(drawn(3, np.float64))
     hear_all([one, two])
-    assert server.shards[0].version == 2 and two.answered[-1][0] is State.DONE
+    assert server.shards[0].version == 3 and two.answered[-1][0] is State.DONE
 
 
 # What is not let in.
@@ -558,7 +581,18 @@ def test_parts_of_a_sum_are_checked() -> None:
         other = Coded(server, f"x{part}{weight}{body.size}", "ef+maxnorm")
         other.say(replace(push, weight=weight, part=part, terms=1), body)
         assert not other.let_in, (part, weight, body.size)
-    one.give(drawn(1))
+    two.rounds[0] = 1
+    for client in (one, two):
+        client.give(drawn(1))
+    two.hear(1)
+    one.hear(1)  # both are one of two now, and have said their first parts
+    two.listen()
+    assert two.heard.pop()[0].state is State.MORE
+    alone = ServerSum(coder_of(build("ef+maxnorm"), torch.float32, SIZE, SIZE, [(0, 200), (200, 400)])).sizes(
+        1
+    )
+    two.say(replace(push, round=2, part=1, terms=1), np.zeros(alone[1], np.uint8))  # which is not one of two
+    assert two.heard.pop()[0].state is State.AGAIN
     two.say(Head(Kind.REST))
     hear_all([one])
     assert one.answered == [(State.DONE, one.dense)]

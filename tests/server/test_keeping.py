@@ -138,10 +138,15 @@ def test_who_was_here_is_waited_for_until_the_lease_is_over(tmp_path: Path, roun
     first.push(job.draw(SIZES[0]))
     job.server.watch()
     assert not first.heard and job.server.shards[0].version == rounds
-    time.sleep(0.25)
-    first.say(Head(Kind.BEAT))
-    job.server.watch()
-    first.listen()
+    restarted = time.monotonic()
+    while not first.heard and time.monotonic() < restarted + 20:
+        time.sleep(
+            0.01
+        )  # it must have listened: who is not heard by a server that stands still is not silent
+        first.say(Head(Kind.BEAT))
+        job.server.watch()
+        first.listen()
+    assert time.monotonic() > restarted + 0.15
     assert first.answer()[0].version == rounds + 1
 
 

@@ -185,6 +185,23 @@ def test_who_is_silent_for_longer_than_its_lease_is_not_waited_for(caplog: pytes
     assert two.answer()[0].state is State.DONE
 
 
+def test_a_server_that_stood_still_does_not_blame_its_clients() -> None:
+    server, one, two = pair(Policy("sync", lease=5.0))
+    server.begin(None)
+    one.push(ONES)
+    for link in (one.far, two.far):
+        link.heard -= 60.0
+    server._watched -= 60.0
+    server.watch()
+    one.listen()
+    assert not one.heard  # two is waited for
+    assert max(client.silent_for for client in server.clients.values()) < 5.0
+    two.far.heard -= 6.0
+    server.watch()
+    one.listen()
+    assert one.answer()[0].state is State.DONE
+
+
 def test_who_says_nothing_at_all_is_not_kept() -> None:
     server, one, _ = pair(Policy("sync", lease=5.0))
     _near, far = Wire.pair(one, server)
