@@ -19,6 +19,7 @@ from hpcsgd.server.rules import Options, Terms
 from hpcsgd.server.shard import FIRST, Push, Shard
 
 _log = logging.getLogger("hpcsgd.server")
+_STILL = 0.5  # seconds between two looks at the clock that are no accident
 _BODIES = (Kind.PUSH, Kind.PUSHPULL, Kind.FILL)
 
 
@@ -176,7 +177,7 @@ class Server:
 
     def _make_up_for(self, gap: float) -> None:
         """Who has not been listened to, because the server itself stood still, was not silent."""
-        if gap > self.policy.lease / 4:
+        if gap > max(self.policy.lease / 4, _STILL):
             for client in self.clients.values():
                 client.since += gap
             for link in self.links:
