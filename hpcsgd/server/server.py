@@ -167,7 +167,7 @@ class Server:
         self._make_up_for(time.monotonic() - self._watched)
         self._watched = time.monotonic()
         for client in self.clients.values():
-            if client.counts and client.silent_for > lease:
+            if client.waited_for and not client.done and client.silent_for > lease:
                 text = "%s has been silent for %g s: nobody waits for it any more"
                 _log.warning(text, client.name, lease)
                 self._leave_out(client)
