@@ -9,7 +9,7 @@ import time
 import uuid
 from pathlib import Path
 
-from launch import CLI, _environment, _kill, mpiexec, processes
+from launch import CLI, UNCOMPILED, _environment, _kill, mpiexec, processes
 
 
 class Job:
@@ -27,13 +27,15 @@ class Job:
         0: one process without mpiexec.
     """
 
-    def __init__(self, folder: Path, name: str, *args: object, script: str = CLI + "main()", ranks: int = 0):
+    def __init__(
+        self, folder: Path, name: str, *args: object, script: str = CLI + "main()", ranks: int = 0
+    ) -> None:
         self._mark = uuid.uuid4().hex
         self._output = folder / f"{name}.txt"
         start = [*mpiexec(), "-n", str(ranks)] if ranks else []
         with self._output.open("w") as out:
             self._process = subprocess.Popen(
-                [*start, sys.executable, "-c", script, *map(str, args)],
+                [*start, sys.executable, "-c", UNCOMPILED + script, *map(str, args)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,19 +58,6 @@ def steps_of(folder: Path, name: str) -> int:
     return int(json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])["step"])
 
 
-def wait_for_lines(folder: Path, name: str, more: int = 2) -> None:
-    """Until a group has written so many more lines of metrics, one for ten steps."""
-    path = folder / name / "metrics.jsonl"
-
-    def so_far() -> int:
-        return path.read_text().count("\n") if path.exists() else 0
-
-    until, start = time.monotonic() + 80, so_far()
-    while so_far() < start + more:
-        assert time.monotonic() < until, f"{name} takes no steps any more"
-        time.sleep(0.05)
-
-
 def kept(folder: Path, server: int = 0) -> dict[str, Any]:
     """The last checkpoint of a server."""
     steps = (folder / "servers.checkpoint" / f"server-{server}").glob("step-*")
@@ -102,9 +88,9 @@ def test_groups_that_stall_die_come_late_or_are_refused(tmp_path: Path) -> None:
     with ExitStack() as stack:
         start = stack.enter_context
         server = start(serve(tmp_path, "sync", "--lease", 1, "--linger", 3, ranks=2))
-        # Without evaluations: who is stopped at one keeps nobody waiting.
-        stalls = start(train(tmp_path, "stalls", "sync", 1, 9999, pause=0.02, evaluate_every=0))
-        wait_for_lines(tmp_path, "stalls")
+        # Rare evaluations: who is stopped at one keeps nobody waiting.
+        stalls = start(train(tmp_path, "stalls", "sync", 1, 9999, pause=0.02, evaluate_every=8))
+        stalls.wait_for("epoch 8.00/")
         meeting = Meeting.read(tmp_path / "servers")
         Meeting("0" * 64, meeting.servers).write(tmp_path / "forged")
         connections = [connection for _, port in meeting.servers for connection in attack(port)]
@@ -113,6 +99,7 @@ def test_groups_that_stall_die_come_late_or_are_refused(tmp_path: Path) -> None:
         late = start(train(tmp_path, "late", "sync", 2, 2))
 
         dies.wait_for("epoch 1.00/")
+        stalls.wait_for_more("test loss", 1)
         stalls.send(signal.SIGSTOP)
         server.wait_for("has been silent for 1 s: nobody waits for it any more")
         dies.wait_for_more("test loss", 2)
@@ -120,7 +107,7 @@ def test_groups_that_stall_die_come_late_or_are_refused(tmp_path: Path) -> None:
         server.wait_for("is back")
         dies.send(signal.SIGKILL)
         server.wait_for("is gone: ")
-        wait_for_lines(tmp_path, "stalls")
+        stalls.wait_for_more("test loss", 1)
         assert (late.end(), refused.end()) == (0, 0), (late.text, refused.text)
         stalls.send(signal.SIGUSR1)
         assert (stalls.end(), server.end()) == (0, 0), (stalls.text, server.text)
