@@ -22,7 +22,7 @@ from hpcsgd.snapshot import (
 )
 
 T = TypeVar("T")
-Loaded = tuple[dict[str, Any], dict[str, Any]]
+Loaded = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 class Checkpoints:
@@ -110,13 +110,22 @@ class Checkpoints:
             self._prune(step)
         return final
 
-    def load(self, step: int | None = None) -> Loaded:
+    def load(self, step: int | None = None, *, of_others: bool = False) -> Loaded:
         """Read the checkpoint of a step, the newest by default, checked on all ranks.
+
+        Parameters
+        ----------
+        step
+            Which one.
+        of_others
+            Whether it may be that of another number of ranks.
 
         Returns
         -------
-        (state, meta)
-            The state of this rank, on the CPU, and what `save` got as ``meta``.
+        (states, meta)
+            The states of this rank, on the CPU, and what `save` got as ``meta``. It is one, or of more
+            ranks than there are now several: each of them is some rank's. Where there are more ranks now
+            these have the first ones' too.
 
         Raises
         ------
@@ -137,10 +146,10 @@ class Checkpoints:
                 everywhere=True,
             )
         wanted = steps[-1] if step is None else step
-        loaded, faults = self._read(wanted)
+        loaded, faults = self._read(wanted, of_others)
         if faults or isinstance(loaded, Fault):
             others = [other for other in reversed(steps) if other != wanted]
-            remedy = faults[min(faults)].do or self._offer(others)
+            remedy = faults[min(faults)].do or self._offer(others, of_others)
             raise _error(f"cannot load the checkpoint of step {wanted}", faults, remedy)
         return loaded
 
@@ -210,22 +219,24 @@ class Checkpoints:
         except (OSError, Fault):
             return False
 
-    def _read(self, step: int) -> tuple[Loaded | Fault, dict[int, Fault]]:
-        loaded = _attempt(lambda: self._read_own(self._path(step)))
+    def _read(self, step: int, of_others: bool) -> tuple[Loaded | Fault, dict[int, Fault]]:
+        loaded = _attempt(lambda: self._read_own(self._path(step), of_others))
         return loaded, _faults(self._gather(loaded if isinstance(loaded, Fault) else None))
 
-    def _read_own(self, folder: Path) -> Loaded:
+    def _read_own(self, folder: Path, of_others: bool) -> Loaded:
         manifest = read_manifest(folder)
-        saved, name = manifest["ranks"], _file_name(self._rank)
-        if saved != self._ranks:
+        saved = manifest["ranks"]
+        if saved != self._ranks and not of_others:
             what = f"{folder} was saved by another number of ranks"
-            do = f"start as many ranks as saved it: {saved}"
+            do = f"start as many ranks as saved it: {saved}; or let other ranks go on: --on-failure restart"
             raise Fault(what, f"{saved} ranks", f"{self._ranks} ranks", do)
-        return read_state(folder / name, manifest["files"][name]), manifest["meta"]
+        mine = range(self._rank, saved, self._ranks) or [self._rank % saved]
+        names = [_file_name(rank) for rank in mine]
+        return [read_state(folder / name, manifest["files"][name]) for name in names], manifest["meta"]
 
-    def _offer(self, steps: list[int]) -> str:
+    def _offer(self, steps: list[int], of_others: bool) -> str:
         for step in steps:
-            if not self._read(step)[1]:
+            if not self._read(step, of_others)[1]:
                 return f"step {step} is whole: resume from {self._path(step)}"
         return "no other checkpoint is whole: start a new run"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hpcsgd import launcher
+from hpcsgd import ending, launcher
 from hpcsgd.bench.commands import bench, number
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.settings import Settings, click_options
@@ -198,14 +198,14 @@ def main() -> None:
             raise  # the others may be inside a collective: what ends this rank must end them too
         _leave(2, lambda: click.echo(f"hpcsgd: {text}", err=True))
     else:
-        sys.exit(code if isinstance(code, int) else 0)
+        ending.leave(code if isinstance(code, int) else 0)
 
 
 def _leave(code: int, show: Callable[[], None]) -> None:
     """Exit; all ranks of a job are here for the same reason, and one of them is enough to say it."""
-    if launcher.rank() == 0:
+    if ending.speaks():
         show()
-    sys.exit(code)
+    ending.leave(code)
 
 
 def _mpi_is_up() -> bool:

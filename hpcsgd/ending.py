@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import sys
 import time
 import traceback
 import weakref
 from types import TracebackType
+from typing import NoReturn
 
+from hpcsgd import failures, launcher
 from hpcsgd.progress import Progress
 
 _DRAIN_AT_EXIT = 30.0  # seconds
 _LAST_WORDS = 0.2  # seconds for the launcher to read what was printed, before Abort kills it too
 _FIRST_WORD = 3.0  # seconds that rank 0 has to print an error that all ranks raise
+_FAREWELL = 1.0  # seconds in which the others finish what they began with this rank
 
+_left_behind: list[bool] = []
 _running: weakref.WeakSet[Progress] = weakref.WeakSet()
 
 
@@ -47,6 +52,31 @@ def abort() -> None:
     MPI.COMM_WORLD.Abort(1)
 
 
+def leave(code: int) -> NoReturn:
+    """Exit; without a last meeting in MPI_Finalize where some ranks are not there any more."""
+    if not _left_behind:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(_FAREWELL)  # who exits first must not look like one more that has died
+    os._exit(code)
+
+
+def speaks() -> bool:
+    """Whether it is for this rank to say what all have come to know."""
+    return launcher.rank() == (failures.lowest() if _left_behind else 0)
+
+
+def leave_behind() -> None:
+    """Note that some ranks have died, and that the others have gone on."""
+    _left_behind.append(True)
+
+
+def is_complete() -> bool:
+    """Whether all ranks of the job are still there."""
+    return not _left_behind
+
+
 def end_all_ranks_on_an_exception() -> None:
     """Let an uncaught exception on one rank end the job, with its traceback printed once."""
     if getattr(sys.excepthook, "_hpcsgd", False):
@@ -60,7 +90,12 @@ def end_all_ranks_on_an_exception() -> None:
             previous(kind, error, where)
             return
         rank = MPI.COMM_WORLD.rank
-        if getattr(error, "everywhere", False) and rank != 0:
+        lost = failures.told_by(error)
+        if lost and rank != failures.lowest():
+            time.sleep(_FIRST_WORD)
+        elif lost:
+            print(f"hpcsgd: rank {rank}: another rank of this job has died", file=sys.stderr)
+        elif getattr(error, "everywhere", False) and rank != 0:
             # Rank 0 prints the same error and ends the job; this is for the case that it cannot.
             time.sleep(_FIRST_WORD)
         elif issubclass(kind, KeyboardInterrupt):

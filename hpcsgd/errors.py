@@ -51,6 +51,10 @@ class DeadlineExceeded(HpcsgdError, TimeoutError):
     """A wait ended without what it waited for; the message says who waits for whom, and where."""
 
 
+class RankFailed(HpcsgdError):
+    """Ranks of the job have died; the others are left as they were."""
+
+
 class BadOption(HpcsgdError, ValueError):
     """An option that does not exist, or a value out of its range; the message lists the valid ones."""
 

@@ -27,13 +27,23 @@ class Journal:
         For the records' epochs.
     mode
         How to show it, see `Display`.
+    keep
+        See `Recorder`.
     """
 
     def __init__(
-        self, folder: Path, rank: int, step: int, total: int, epochs: float, steps_per_epoch: int, mode: str
+        self,
+        folder: Path,
+        rank: int,
+        step: int,
+        total: int,
+        epochs: float,
+        steps_per_epoch: int,
+        mode: str,
+        keep: int | None = None,
     ) -> None:
         self._steps_per_epoch = steps_per_epoch
-        self._recorder = Recorder(folder, step) if rank == 0 else None
+        self._recorder = Recorder(folder, step, keep) if rank == 0 else None
         self._display = Display(mode if rank == 0 else "off", total, step, epochs)
 
     def say(self, text: str) -> None:

@@ -56,7 +56,7 @@ class Memory:
         self._server, self._number = server, 0
         steps, logs = self._checkpoints.steps(), self._keeping.numbers()
         if steps:
-            keeping.restore(server, self._checkpoints.load()[0])
+            keeping.restore(server, self._checkpoints.load()[0][0])
         replayed = self._keeping.replay(server, steps[-1] if steps else 0)
         if steps or logs:
             self._number = max([*steps, *logs])

@@ -126,11 +126,14 @@ class Recorder:
         The run's folder.
     step
         Where the run goes on from; records of later steps, of a part that is repeated, are dropped.
+    keep
+        Where what it goes on from is another step, because other ranks counted otherwise: that of theirs.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, keep: int | None = None) -> None:
         path = folder / FILE
-        kept = [line for line in _lines(path) if _step(path, line) <= step]
+        last = step if keep is None else keep
+        kept = [line for line in _lines(path) if _step(path, line) <= last]
         aside = path.with_suffix(".partial")
         aside.write_text("".join(kept))
         os.replace(aside, path)

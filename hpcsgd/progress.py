@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hpcsgd.errors import HpcsgdError
+from hpcsgd.errors import HpcsgdError, RankFailed
 from hpcsgd.mail import Status
 from hpcsgd.wait import Waiter
 
 _IDLE_LOOK_AROUND = 0.25  # seconds
+_LAST_JOB = 10.0  # seconds that a job may take to notice that ranks have died
 #: What a service returns that waits for messages: seconds.
 LISTENING = 1e-3
 
@@ -216,6 +217,15 @@ class Progress:
             self._thread.join(self.waiter.timeout)
             self._thread = None
 
+    def abandon(self) -> None:
+        """End the thread without its jobs: ranks have died, and what is in flight never ends."""
+        self._failed = self._failed or RankFailed("a rank of this job has died")
+        self._services.clear()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._jobs.put(None)
+            thread.join(_LAST_JOB)
+
     def _loop(self) -> None:
         while True:
             work = self._next()
@@ -236,17 +246,26 @@ class Progress:
                 return self._jobs.get(timeout=pause) if pause else self._jobs.get_nowait()
             except queue.Empty:
                 if time.monotonic() - looked > _IDLE_LOOK_AROUND / 2:
-                    self.waiter.look_around()
+                    self._look_around_or_fail()
                     looked = time.monotonic()
 
     def _serve_or_fail(self) -> float:
         try:
             return self._serve()
         except BaseException as error:
-            # As with a job: whoever communicates next is told.
-            self._failed = error
-            self._services.clear()
+            self._fail(error)
             return _IDLE_LOOK_AROUND
+
+    def _look_around_or_fail(self) -> None:
+        try:
+            self.waiter.look_around()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        # As with a job: whoever communicates next is told.
+        self._failed = self._failed or error
+        self._services.clear()
 
     def _execute(self, what: str, job: Callable[[], Any]) -> Any:
         # Where one has failed the ranks no longer agree on what comes next: nothing else is started.

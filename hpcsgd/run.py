@@ -275,6 +275,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """All that going on needs: model, optimizer, strategy, number of steps; of this rank."""
         state = {"steps": self.steps, **self._own(), "strategy": self.strategy.state_dict()}
+        state["model_step"] = self.strategy.model_step()
         if len(self.peers) > 1:
             state["peers"] = [
                 {**copy.deepcopy(self._own()), "generators": generators.state()} for _ in self.each_peer()

@@ -125,6 +125,15 @@ class Settings:
     resume: str = option(
         "", "Folder of a run, or of one of its checkpoints, to go on with; empty: start a new one."
     )
+    on_failure: str = option(
+        "stop",
+        "When a rank dies: stop; or restart: stop too, and let any number of ranks --resume; or shrink: "
+        "go on with the others, under Open MPI's mpiexec --with-ft ulfm.",
+        choices=("stop", "restart", "shrink"),
+    )
+    keep_every: float = option(
+        0.25, "With --on-failure shrink: time between copies of the state in memory.", "epochs", low=0.001
+    )
     device: str = option("auto", "Where tensors live.", choices=("auto", "cpu", "cuda"))
     autocast: str = option(
         "off", "Reduced precision in the forward pass.", choices=("off", "bfloat16", "float16")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.nn import functional as F
 from hpcsgd import compress, data, delays, folder, generators, models, specs
 from hpcsgd.checkpoint import Checkpoints
 from hpcsgd.data.contract import Source
-from hpcsgd.errors import BadOption
+from hpcsgd.errors import BadOption, RankFailed
 from hpcsgd.journal import Journal
+from hpcsgd.kept import Kept, moved, reform
 from hpcsgd.metrics import Counters, Meter, Sums
 from hpcsgd.optim import OPTIMIZERS, course
 from hpcsgd.peers import Peers
@@ -27,6 +29,7 @@ from hpcsgd.run import Run
 from hpcsgd.settings import Settings, default_model, resumed
 from hpcsgd.signals import Signals
 from hpcsgd.strategies import STRATEGIES, Strategy
+from hpcsgd.survival import check_movable, check_survival, leave
 from hpcsgd.world import World
 
 _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop
@@ -48,9 +51,20 @@ def train(settings: Settings) -> Path:
         On all ranks alike, for settings that do not fit, missing files, or a checkpoint that does not.
     """
     world = World(device=settings.device, timeout=settings.timeout)
-    with world:
-        training = world.together(lambda: Training(settings, world))
-        return training.execute()
+    check_survival(settings, world)
+    kept = Kept()
+    lost: RankFailed | None = None
+    while True:
+        try:
+            with world:
+                training = world.together(partial(Training, settings, world, kept, lost))
+                return training.execute()
+        except Exception as error:
+            if not world.has_lost_ranks(error):
+                raise
+            world, lost = world.survivors()
+            if settings.on_failure != "shrink":
+                leave(lost, settings, kept.folder, world)
 
 
 class Training:
@@ -62,10 +76,17 @@ class Training:
         What to do.
     world
         The ranks.
+    kept
+        Where copies of the state go, and what to go on from, if any are there.
+    lost
+        Who has died before.
     """
 
-    def __init__(self, settings: Settings, world: World) -> None:
+    def __init__(
+        self, settings: Settings, world: World, kept: Kept | None = None, lost: RankFailed | None = None
+    ) -> None:
         self.world = world
+        self.kept, self.lost = kept or Kept(), lost
         self.settings = settings
         self.data = data.load(settings.data)
         torch.manual_seed(settings.seed)
@@ -80,12 +101,16 @@ class Training:
         self.strategy = _strategy(settings)
         self.compressor = compress.build(settings.compress)
         self.peers = Peers(world, settings.virtual_nodes)
+        if lost is not None:
+            self.strategy.fit(self.peers.size)
         self.delays = delays.build(settings.delays)
         _check_delays(settings, self.peers)
         self.loaders = [self._loader(peer) for peer in self.peers.local]
         self.shard = data.evaluation_shard(len(self.data.test), world.rank, world.size)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.autocast == "float16")
-        self.step = self.epoch = self.batch = self.passes = 0
+        #: Steps are the run's, and those before it in which other ranks took part.
+        self.base = self.step = self.epoch = self.batch = self.passes = 0
+        self.keep: int | None = None
         self.sums = Sums()
         self.logged = Counters()
         self.signals = Signals()
@@ -106,6 +131,14 @@ class Training:
     def execute(self) -> Path:
         """Train to the end, or to a signal; returns the run's folder."""
         settings, world = self.settings, self.world
+        self._plan()
+        self.folder = Path(world.gather(self.kept.folder or str(folder.path_of(settings)))[0])
+        self.kept.folder = str(self.folder)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", world.rank, world.size, world.gather)
+        state, others = self._find_state()
+        if others:
+            self.model.load_state_dict(state["run"]["model"])
+            self.optimizer.load_state_dict(state["run"]["optimizer"])
         self.run = Run(
             self.model,
             self.optimizer,
@@ -121,17 +154,15 @@ class Training:
             virtual_nodes=settings.virtual_nodes,
         )
         torch.set_num_threads(settings.threads or world.threads)
-        self._plan()
-        self.folder = Path(world.gather(str(folder.path_of(settings)))[0])
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", world.rank, world.size, world.gather)
-        before = self._resume() if settings.resume else world.together(self._begin)
+        before = self._resume(state, others) if state else world.together(self._begin)
         self.journal = world.together(self._open_journal)
         # From here on dropout and the like differ from peer to peer.
-        if not settings.resume:
+        if not state:
             for peer in self.run.each_peer():
                 generators.seed(settings.seed + 1 + peer)
         self.meter = Meter(world, before)
         with self.signals.noted(), closing(self.journal):
+            self._keep()
             self._train()
             self._finish()
         self.run.close()
@@ -148,6 +179,8 @@ class Training:
         self.factor = course(self.settings.schedule, warmup, self.total)
         self.evaluate_every = self._in_steps(self.settings.evaluate_every)
         self.checkpoint_every = self._in_steps(self.settings.checkpoint_every)
+        shrink = self.settings.on_failure == "shrink"
+        self.keep_every = self._in_steps(self.settings.keep_every if shrink else 0.0)
         self.next_vote = 0
 
     def _in_steps(self, epochs: float) -> int:
@@ -159,12 +192,36 @@ class Training:
             folder.make(self.folder, self.settings, about)
         return Counters()
 
-    def _resume(self) -> Counters:
-        state, meta = self.checkpoints.load(resumed(self.settings.resume)[1])
+    def _find_state(self) -> tuple[dict[str, Any], bool]:
+        """What to go on from, if anything, and whether it is the state of other ranks."""
+        kept = self.kept.common(self.world)
+        if kept is not None:
+            return self._moved(reform([kept], self.world, 1)), True
+        if not self.settings.resume:
+            return {}, False
+        others = self.settings.on_failure != "stop"
+        states, meta = self.checkpoints.load(resumed(self.settings.resume)[1], of_others=others)
         folder.check_unchanged(self.settings, meta["settings"])
-        # All ranks alike fail to put it into a model or an optimizer of another kind.
-        self.world.together(lambda: self.run.load_state_dict(state["run"]))
+        ranks = meta["ranks"]
+        if ranks == self.world.size:
+            return states[0], False
+        check_movable(self.settings, ranks, self.world)
+        givers = len(states) if self.world.rank < ranks else 0
+        return self._moved(reform(states, self.world, givers)), True
+
+    def _moved(self, state: dict[str, Any]) -> dict[str, Any]:
+        self.keep = state["step"]
+        lockstep = self.strategy.lockstep
+        return moved(
+            state, self.steps_per_epoch, self.batches, self.settings.accumulate if lockstep else None
+        )
+
+    def _resume(self, state: dict[str, Any], others: bool) -> Counters:
+        if not others:
+            # All ranks alike fail to put it into a model or an optimizer of another kind.
+            self.world.together(lambda: self.run.load_state_dict(state["run"]))
         self.scaler.load_state_dict(state["scaler"])
+        self.base = state["base"]
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.sums, self.logged = Sums(**state["sums"]), Counters(**state["logged"])
         self.world.together(lambda: self._seek(state["loaders"]))
@@ -185,6 +242,9 @@ class Training:
         return {
             "run": self.run.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "steps_per_epoch": self.steps_per_epoch,
+            "batches": self.batches,
+            "base": self.base,
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
@@ -197,7 +257,10 @@ class Training:
 
     def _open_journal(self) -> Journal:
         length = (self.total, self.settings.epochs, self.steps_per_epoch)
-        journal = Journal(self.folder, self.world.rank, self.step, *length, self.settings.progress)
+        mode = self.settings.progress
+        journal = Journal(self.folder, self.world.rank, self.step, *length, mode, self.keep)
+        if self.lost is not None:
+            journal.say(f"{self.lost}\ngoes on without, from epoch {self.step / self.steps_per_epoch:.2f}")
         journal.say(self._headline())
         return journal
 
@@ -233,7 +296,7 @@ class Training:
     def _batches(self) -> Any:
         """An epoch's; or as many steps as are left until the ranks must meet."""
         loaders = self.loaders if self.peers.each > 1 else self.loaders[0]
-        meetings = (self.evaluate_every, self.checkpoint_every, self.total)
+        meetings = (self.evaluate_every, self.checkpoint_every, self.keep_every, self.total)
         return self.run.batches(loaders, steps=min(every - self.step % every for every in meetings))
 
     def _one_batch(self, x: Tensor, y: Tensor) -> None:
@@ -248,13 +311,13 @@ class Training:
             return
         self.passes = 0
         self._update()
-        if self.strategy.lockstep and self.run.steps > self.step:
+        if self.strategy.lockstep and self.base + self.run.steps > self.step:
             self.batch += passes
             self._count_steps()
 
     def _count_steps(self) -> None:
         """All peers have taken the step, or the steps until they meet."""
-        self.step = self.run.steps
+        self.step = self.base + self.run.steps
         if not self.strategy.lockstep:
             self.epoch = self.step // self.steps_per_epoch
         elif self.batch == self.batches:
@@ -302,7 +365,7 @@ class Training:
 
     def _learning_rate(self) -> float:
         """Of the step that comes next: a function of it alone, for not every peer takes every step."""
-        return self.settings.learning_rate * self.factor(self.run.steps)
+        return self.settings.learning_rate * self.factor(self.base + self.run.steps)
 
     def _after_step(self) -> None:
         ended = self.step == self.total
@@ -315,7 +378,16 @@ class Training:
                 self._evaluate()
         if ended or self.signal is not None or self.step % self.checkpoint_every == 0:
             with self.meter.paused():
-                self.checkpoints.save(self.step, self._state(), {"settings": asdict(self.settings)})
+                meta = {"settings": asdict(self.settings), "ranks": self.world.size}
+                self.checkpoints.save(self.step, self._state(), meta)
+        if not ended and self.step % self.keep_every == 0:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Copy the state in memory; nobody begins before all have come to this step."""
+        if self.settings.on_failure == "shrink":
+            self.world.gather(self.step, "a copy of the state")
+            self.kept.add(self._state())
 
     def _exchange(self, logging: bool) -> None:
         """Tell each other signals, and what is to be logged."""

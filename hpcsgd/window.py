@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
+import tempfile
 import warnings
-import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from hpcsgd.transport import Transport
 
+T = TypeVar("T")
 _PAGE = 4096
+_SHARED = "/dev/shm"
+_WHAT = "the allocation of a shared window"
 
 
 class Window:
@@ -32,12 +37,10 @@ class Window:
 
 
 class Windows:
-    """Allocates windows and frees them once nothing on any rank looks into them.
+    """Allocates windows: a file in memory that all ranks of the node map, and that has no name any more.
 
-    `MPI_Win_free` is collective and takes the memory away under every tensor that still views it. A
-    window is therefore only freed when its rows are garbage on all ranks of the node, which they agree
-    on at the next allocation. So no tensor ever dangles, and a program that opens many runs does not
-    grow.
+    Unlike a window of MPI it is taken away by nobody: it is gone when the last tensor of the last rank
+    that looks into it is, without a word between them, also when some of these ranks have died.
 
     Parameters
     ----------
@@ -47,7 +50,6 @@ class Windows:
 
     def __init__(self, node: Transport) -> None:
         self._node = node
-        self._open: list[tuple[Any, weakref.ref[np.ndarray]]] = []
         self._warned = False
 
     def allocate(self, nbytes: int) -> Window | None:
@@ -56,48 +58,27 @@ class Windows:
         Collective over the node; all of its ranks get a window or none does.
         """
         size = max(_PAGE, -(-nbytes // _PAGE) * _PAGE)
-        if self._node.size == 1:
-            # Nobody to share with; and what MPI gives to one rank alone need not begin at a cache line.
+        node = self._node
+        if node.size == 1:
+            # Nobody to share with.
             alone = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             return Window(np.frombuffer(alone, np.uint8).reshape(1, size), 0)
-        self.free_garbage()
-        sizes = self._node.gather_objects(size, "the allocation of a shared window")
-        size = max(sizes)
-        problem = _lack_of_memory(size * self._node.size)
-        win = None
-        if not any(self._node.gather_objects(problem, "the allocation of a shared window")):
-            win, problem = self._try_to_allocate(size)
-        problems = self._node.gather_objects(problem, "the allocation of a shared window")
-        if any(problems):
+        size = max(node.gather_objects(size, _WHAT))
+        made = _attempt(lambda: _create(size * node.size)) if node.rank == 0 else ("", "")
+        path, problem = node.gather_objects(made, _WHAT)[0]
+        memory = None
+        if not problem:
+            memory, problem = _attempt(lambda: _map(path, size * node.size))
+        problems = node.gather_objects(problem, _WHAT)
+        if node.rank == 0 and path:
+            os.unlink(path)
+        if any(problems) or memory is None:
             self._warn(next(filter(None, problems)))
             return None
-        assert win is not None
-        memory = _memory(win, self._node.size * size)
-        rows = memory.reshape(self._node.size, size)
-        rows[self._node.rank] = 0
-        self._open.append((win, weakref.ref(memory)))
-        self._node.barrier("the allocation of a shared window")
-        return Window(rows, self._node.rank)
-
-    def _try_to_allocate(self, size: int) -> tuple[Any, str]:
-        from mpi4py import MPI
-
-        try:
-            return MPI.Win.Allocate_shared(size, 1, comm=self._node.comm), ""
-        except MPI.Exception as error:
-            return None, str(error)
-
-    def free_garbage(self) -> None:
-        """Free the windows that no rank looks into any more; collective over the node."""
-        dead = [memory() is None for _, memory in self._open]
-        everywhere = self._node.gather_objects(dead, "the release of shared windows")
-        kept = []
-        for (win, memory), *states in zip(self._open, *everywhere, strict=True):
-            if all(states):
-                win.Free()
-            else:
-                kept.append((win, memory))
-        self._open = kept
+        rows = np.frombuffer(memory, np.uint8).reshape(node.size, size)
+        rows[node.rank] = 0  # by the rank that works with it, near whose core its pages then are
+        node.barrier(_WHAT)
+        return Window(rows, node.rank)
 
     def _warn(self, problem: str) -> None:
         if self._node.rank == 0 and not self._warned:
@@ -110,20 +91,31 @@ class Windows:
         self._warned = True
 
 
-def _lack_of_memory(nbytes: int) -> str:
-    # An overcommitted /dev/shm shows itself as SIGBUS in the middle of training, so ask beforehand.
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
+    """What an action gives, or else what is in its way."""
     try:
-        free = shutil.disk_usage("/dev/shm").free
+        return action(), ""
+    except OSError as error:
+        return None, str(error)
+
+
+def _create(nbytes: int) -> str:
+    descriptor, path = tempfile.mkstemp(prefix="hpcsgd-", dir=_SHARED)
+    try:
+        # All of it at once: what is lacking would else show itself as SIGBUS in the middle of training.
+        os.posix_fallocate(descriptor, 0, nbytes)
     except OSError:
-        return ""
-    return "" if free >= nbytes else f"/dev/shm has {free >> 20} MiB free of {nbytes >> 20} needed"
+        free = shutil.disk_usage(_SHARED).free >> 20
+        os.unlink(path)
+        raise OSError(f"{_SHARED} has {free} MiB free of {nbytes >> 20} needed") from None
+    finally:
+        os.close(descriptor)
+    return path
 
 
-def _memory(win: Any, nbytes: int) -> np.ndarray:
-    from mpi4py import MPI
-
-    # MPI lays the segments of a shared window out one after the other unless told otherwise. Every view
-    # of this array, NumPy's or torch's, keeps this array itself alive: its life tells who still looks.
-    first, _ = win.Shared_query(0)
-    memory: Any = MPI.memory.fromaddress(first.address, nbytes)
-    return np.frombuffer(memory, np.uint8)
+def _map(path: str, nbytes: int) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(descriptor, nbytes)
+    finally:
+        os.close(descriptor)

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from hpcsgd import ending, launcher
-from hpcsgd.errors import BadOption, Disagreement, HpcsgdError
+from hpcsgd import ending, failures, launcher
+from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, RankFailed
 from hpcsgd.mail import Mail, Status
 from hpcsgd.progress import Progress
 from hpcsgd.transport import Traffic, Transport
@@ -66,29 +66,43 @@ class World:
         if comm is None:
             _check_launcher(MPI)
             comm = MPI.COMM_WORLD
-        self._communicators: list[Any] = []
-        self.rank: int = comm.rank
-        self.size: int = comm.size
-        self.host = socket.gethostname()
-        self.timeout = timeout if timeout is not None else timeout_from_environment()
+        timeout = timeout if timeout is not None else timeout_from_environment()
+        # The first meeting of all ranks, so the one that must not wait for ever.
+        private, meeting = comm.Idup()
+        what = "the start of hpcsgd.World, which all ranks must reach"
+        Waiter(comm.rank, timeout).until(meeting.Test, what)
+        private.Set_errhandler(MPI.ERRORS_RETURN)
+        self._begin(private, private.allgather(socket.gethostname()), device, timeout)
+
+    def _begin(self, private: Any, hosts: list[str], device: str, timeout: float) -> None:
+        """Take up a communicator that is nobody else's, of ranks on these hosts."""
+        from mpi4py import MPI
+
+        self._communicators: list[Any] = [private]
+        self.rank: int = private.rank
+        self.size: int = private.size
+        self.host = hosts[self.rank]
+        self._device_name, self.timeout = device, timeout
         self.status = Status()
         self.traffic = Traffic()
         self.waiter = Waiter(self.rank, self.timeout)
-        # The first meeting of all ranks, so the one that must not wait for ever.
-        private, meeting = comm.Idup()
-        self.waiter.until(meeting.Test, "the start of hpcsgd.World, which all ranks must reach")
-        self._keep(private).Set_errhandler(MPI.ERRORS_RETURN)
-        mail = Mail(self._keep(private.Dup()), self.status)
-        self.waiter.look_around = mail.poll
-        self.waiter.ask_others = mail.ask_all
+        self._watch = failures.Watch(private, hosts)
         threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self.progress = Progress(self.waiter, self.status, threaded=threaded)
+        mail = Mail(self._keep(private.Dup()), self.status)
+
+        def look_around() -> None:
+            self._watch.look()
+            mail.poll()
+
+        self.waiter.look_around = look_around
+        self.waiter.ask_others = mail.ask_all
         if not threaded and self.rank == 0:
             warnings.warn(
                 "MPI gives no MPI_THREAD_MULTIPLE: communication runs in the main thread and overlaps "
                 "with nothing",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
         self._widest_node = _ranks_per_node()
@@ -104,6 +118,38 @@ class World:
         if self.size > 1:
             ending.end_all_ranks_on_an_exception()
             self.progress.start()
+
+    def survivors(self) -> tuple[World, RankFailed]:
+        """The ranks that are left when some have died, as a world, and the error; collective over them.
+
+        This world, and all that was made with it, is of no use afterwards, and cannot be closed: what
+        the ranks shared in it stays in memory to the end of the job.
+        """
+        self._abandon()
+        ending.leave_behind()
+        watch = self._watch
+        while True:
+            comm, hosts, error = watch.survivors()
+            left = object.__new__(World)
+            try:
+                left._begin(comm, hosts, self._device_name, self.timeout)
+                return left, error
+            except Exception as failure:
+                watch = failures.Watch(comm, hosts)
+                if not watch.explains(failure):
+                    raise
+                left._abandon()  # one more has died meanwhile
+
+    def has_lost_ranks(self, error: BaseException) -> bool:
+        """Whether ranks have died, and that is what an error comes from."""
+        return self._watch.explains(error)
+
+    def _abandon(self) -> None:
+        self._closed = True
+        # Whoever waits in one of them for a rank that has left it waits no longer.
+        for comm in self._communicators:
+            comm.Revoke()
+        self.progress.abandon()
 
     def split(self, color: int) -> World:
         """The ranks that bring the same color as a world of their own; collective.
@@ -130,11 +176,9 @@ class World:
         self._set_up_barrier()
 
     def _split(self, MPI: Any, comm: Any) -> None:
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
+        node = self._keep(comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank))
         if self._widest_node > 0:
-            whole, node = node, node.Split(node.rank // self._widest_node, self.rank)
-            whole.Free()
-        self._keep(node)
+            node = self._keep(node.Split(node.rank // self._widest_node, self.rank))
         self.local_rank: int = node.rank
         self.local_size: int = node.size
         leaders = sorted(set(comm.allgather(node.allgather(self.rank)[0])))
@@ -314,11 +358,12 @@ class World:
             self.progress.stop()
         else:
             self.progress.drain()
+        if not ending.is_complete():
+            return  # see `ending.leave`
         self.control.barrier("the end of the world")
         self.waiter.look_around()
         self.flags = None
         self._slots.clear()
-        self._windows.free_garbage()
         for transport in filter(None, (self.all, self.across, self.control)):
             transport.free_twins()
         for comm in reversed(self._communicators):

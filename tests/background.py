@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch import CLI, UNCOMPILED, _environment, _kill, mpiexec, processes
@@ -25,14 +27,22 @@ class Job:
         What it runs; by default `hpcsgd` with these arguments.
     ranks
         0: one process without mpiexec.
+    options
+        Of mpiexec.
     """
 
     def __init__(
-        self, folder: Path, name: str, *args: object, script: str = CLI + "main()", ranks: int = 0
+        self,
+        folder: Path,
+        name: str,
+        *args: object,
+        script: str = CLI + "main()",
+        ranks: int = 0,
+        options: Sequence[str] = (),
     ) -> None:
         self._mark = uuid.uuid4().hex
         self._output = folder / f"{name}.txt"
-        start = [*mpiexec(), "-n", str(ranks)] if ranks else []
+        start = [*mpiexec(), *options, "-n", str(ranks)] if ranks else []
         with self._output.open("w") as out:
             self._process = subprocess.Popen(
                 [*start, sys.executable, "-c", UNCOMPILED + script, *map(str, args)],
@@ -67,9 +77,18 @@ class Job:
 
     def send(self, number: int) -> None:
         """A signal to its Python processes."""
-        for pid, command in processes(self._mark).items():
-            if "mpiexec" not in command and "hydra" not in command and "prte" not in command:
-                os.kill(pid, number)
+        for pid in self.pids():
+            os.kill(pid, number)
+
+    def kill(self, pid: int) -> None:
+        """One of its processes, at once."""
+        os.kill(pid, signal.SIGKILL)
+
+    def pids(self) -> list[int]:
+        """Its Python processes."""
+        launchers = ("mpiexec", "hydra", "prte")
+        found = processes(self._mark).items()
+        return [pid for pid, command in found if not any(name in command for name in launchers)]
 
     def end(self, seconds: float = 80.0) -> int:
         """Wait for its end; returns the exit status."""

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def save(folder: Path, *steps: int, ranks: int = RANKS, keep: int = 2) -> None:
 
 
 def assert_loads(folder: Path, step: int, ask: int | None = None) -> None:
-    for rank, (found, meta) in enumerate(on_ranks(folder, lambda c, r: c.load(ask))):
+    for rank, ([found], meta) in enumerate(on_ranks(folder, lambda c, r: c.load(ask))):
         assert (found["step"], found["rank"], meta) == (step, rank, {"epoch": step / 10})
         assert torch.equal(found["weights"], state(step, rank)["weights"])
 
@@ -145,6 +146,16 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
     for ranks in (1, 2, 4):
         message = the_error(on_ranks(tmp_path, lambda c, r: c.load(), ranks=ranks))
         assert f"expected: {RANKS} ranks" in message and f"got:      {ranks} ranks" in message
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
+def test_other_ranks_may_share_the_states(tmp_path: Path, ranks: int) -> None:
+    """Each state is some rank's, and each rank has one."""
+    save(tmp_path, 10, 20)
+    loaded = on_ranks(tmp_path, lambda c, r: c.load(of_others=True), ranks=ranks)
+    found = [[state["rank"] for state in states] for states, meta in loaded if meta == {"epoch": 2.0}]
+    assert len(found) == ranks and all(found)
+    assert sorted(chain.from_iterable(found[:RANKS])) == list(range(RANKS))
 
 
 def test_absent_checkpoints_are_answered_with_the_steps_there_are(tmp_path: Path) -> None:
@@ -261,7 +272,7 @@ def test_a_crash_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, step: in
         if seen[0] < count:
             break
         newest, *listed = on_ranks(folder, lambda c, r: [c.load(), *map(c.load, c.steps())], 1)[0]
-        for found, _ in (newest, *listed):
+        for [found], _ in (newest, *listed):
             assert found == {"fresh": True} or found["step"] == 10
         save(folder, 30, ranks=1, keep=1)
         assert names(folder) == ["step-00000030"]
@@ -293,7 +304,7 @@ def test_a_killed_process_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     assert child.returncode == -signal.SIGKILL
     assert names(tmp_path) == [".step-00000020.partial", "step-00000010"]
     assert names(tmp_path / ".step-00000020.partial") == ["rank-0000.pt"]
-    ((found, _),) = on_ranks(tmp_path, lambda c, r: c.load(), ranks=1)
+    (([found], _),) = on_ranks(tmp_path, lambda c, r: c.load(), ranks=1)
     assert torch.equal(found["weights"], torch.ones(5))
     save(tmp_path, 30, ranks=1)
     assert names(tmp_path) == ["step-00000010", "step-00000030"]

@@ -12,13 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
     {"errors", "specs", "topology", "delays", "kernels", "launcher"},
-    {"wait", "mail", "progress", "transport", "window", "ending", "world"} | {"links", "ports", "connection"},
+    {"wait", "mail", "progress", "transport", "window", "ending", "failures", "world"}
+    | {"links", "ports", "connection"},
     {"tensors", "gradients", "parameters", "peers", "compress", "fingerprint", "codes", "sums"},
     {"collectives"},
     {"strategies", "server"},
-    {"batches", "turns", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
+    {"batches", "turns", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings", "kept"}
     | {"optim", "display", "board", "memory", "generators", "journal", "signals", "folder"},
-    {"cli", "train", "serve", "service", "tune", "bench", "report", "__main__"},
+    {"cli", "train", "survival", "serve", "service", "tune", "bench", "report", "__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

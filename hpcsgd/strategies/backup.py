@@ -64,6 +64,10 @@ class BackupWorkers(OwnModels):
     def options(self) -> dict[str, object]:
         return {"topology": self.topology, "backups": self.backups, "delays": self.delays}
 
+    def fit(self, peers: int) -> None:
+        if isinstance(self.backups, int):
+            self.backups = max(0, min(self.backups, peers - 2))
+
     def attach(self, setting: Setting) -> None:
         setting.refuse("dynamic backup workers", compression=True)
         graph = setting.world.together(lambda: build(self.topology, setting.peers.size))

@@ -137,6 +137,9 @@ class Strategy:
         """How many of so many ranks compute gradients: the first ones."""
         return ranks
 
+    def fit(self, peers: int) -> None:
+        """Ask for no more than so few peers can do, because others have died."""
+
     def attach(self, setting: Setting) -> None:
         """Take up a model; it has the same values on all ranks."""
         self.setting = setting
@@ -175,6 +178,10 @@ class Strategy:
     def consensus_distance(self) -> float:
         """Root mean square over ranks of the distance of their models from the mean model."""
         return 0.0
+
+    def model_step(self) -> int:
+        """Which step's model this rank has: an older one where it rests; -1: that of the start."""
+        return self.setting.step
 
     def figures(self) -> dict[str, Any]:
         """What this method adds to a record of metrics, of this rank, since the last call."""

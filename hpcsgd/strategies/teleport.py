@@ -57,6 +57,10 @@ class Teleportation(OwnModels):
     def options(self) -> dict[str, object]:
         return {"active": self.active, "topology": self.topology, "fused": self.fused}
 
+    def fit(self, peers: int) -> None:
+        if isinstance(self.active, int):
+            self.active = min(self.active, peers)
+
     def attach(self, setting: Setting) -> None:
         setting.refuse("TELEPORTATION", compression=True)
         peers = setting.peers
@@ -144,6 +148,10 @@ class Teleportation(OwnModels):
                 rank=self.setting.world.rank,
                 do="say how many steps it is to have: run.batches(loader, steps=...); evaluate after it",
             )
+
+    def model_step(self) -> int:
+        steps = range(self.setting.step, -1, -1)
+        return next((step for step in steps if self.tokens.here(step)), -1)
 
     def state_dict(self) -> dict[str, Any]:
         here = map(self.setting.peers.index, self.tokens.here(self.setting.step))

@@ -1,0 +1,59 @@
+"""Ranks that die at random moments, again and again: the others go on, and go on learning (ULFM)."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from background import Job
+from launch import is_open_mpi
+
+#: In all, those of each strategy: all but one of its ranks.
+KILLS, RANKS = 54, 10
+STRATEGIES = ("allreduce", "local:period=4", "lasgd", "dsgd", "backup", "teleport:active=3")
+TRAIN = ("--data", "synthetic:samples=1500", "--delays", "constant:seconds=0.01", "--progress", "plain")
+SHRINK = ("--on-failure", "shrink", "--keep-every", 0.5, "--checkpoint-every", 0, "--timeout", 30)
+
+pytestmark = [
+    pytest.mark.skipif(not is_open_mpi(), reason="MPICH ends all ranks when one dies"),
+    pytest.mark.timeout(240),
+]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_strategy_has_its_kills() -> None:
+    assert len(STRATEGIES) * (RANKS - 1) >= KILLS >= 50
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_are_killed_until_one_is_left(strategy: str, tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    words = ("train", "--strategy", strategy, *TRAIN, *SHRINK, "--epochs", 9999, "--name", "run")
+    ulfm = ("--with-ft", "ulfm")
+    with Job(tmp_path, "job", *words, "--out", tmp_path, ranks=RANKS, options=ulfm) as job:
+        job.wait_for("epoch 1.00/", seconds=100)
+        for _ in range(RANKS - 1):
+            # Also while the others still leave the last one behind.
+            time.sleep(draw.uniform(0.0, 1.5))
+            victims = job.pids()
+            victim = draw.choice(victims)
+            job.kill(victim)
+        job.wait_for("over 1 ranks")
+        job.wait_for_more("test loss", 3)
+        job.send(signal.SIGUSR1)
+        assert job.end() == 0, (seed, job.text)
+    found = records(tmp_path / "run")
+    steps = [record["step"] for record in found]
+    assert steps == sorted(steps), (seed, steps)
+    tests = [record for record in found if record["event"] == "test"]
+    assert tests[-1]["loss"] < tests[0]["loss"] and tests[-1]["accuracy"] > 0.9, (seed, tests)
+    assert "rank" in job.text and "goes on without" in job.text and "Traceback" not in job.text, job.text
