@@ -1,0 +1,159 @@
+"""Goes through the checks on all ranks, and lets the first print the page."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from hpcsgd import ending
+from hpcsgd.doctor import page
+from hpcsgd.doctor.contract import Check, Facts, Finding, Ranks, group, shown
+from hpcsgd.doctor.job import LAST_WORD, Job
+
+_LONGEST = 2 * LAST_WORD  # seconds that a check may take on rank 0
+_FAILED = "failed"
+
+
+class Examination:
+    """What rank 0 knows so far, which is a page at any time.
+
+    Parameters
+    ----------
+    size
+        How many ranks there are.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.ranks: list[Facts] = [{} for _ in range(size)]
+        self.checked: dict[str, list[str]] = {}
+        self.findings: list[Finding] = []
+        self._started = time.monotonic()
+
+    def add(self, check: Check, found: dict[int, Facts]) -> None:
+        """Take what the ranks found: lines and mistakes, or one line about what failed."""
+        for rank, facts in found.items():
+            self.ranks[rank].update(facts)
+        missing = [rank for rank in range(len(self.ranks)) if rank not in found]
+        for rank in missing:
+            self.ranks[rank][_FAILED] = f"not over within {LAST_WORD:g} s"
+        try:
+            if any(_FAILED in facts for facts in self.ranks):
+                self._failed(check, _failures(self.ranks))
+            else:
+                self.checked[check.name] = list(check.show(self.ranks))
+                self.findings += check.judge(self.ranks)
+        except Exception as error:
+            self._failed(check, [_word(error)])
+        for facts in self.ranks:
+            facts.pop(_FAILED, None)
+
+    def _failed(self, check: Check, lines: list[str]) -> None:
+        self.checked[check.name] = [f"failed: {line}" for line in lines]
+        self.findings.append(
+            Finding(
+                "warning",
+                f"{check.name} could not be checked",
+                "see its line above; the rest is not affected",
+            )
+        )
+
+    def stuck(self, check: Check, what: str) -> None:
+        """Note that a check did not end."""
+        self.findings.append(
+            Finding(
+                "error",
+                f"the check of {check.name} did not end: {what}",
+                "look at that host and what it waits for",
+            )
+        )
+
+    def show(self) -> int:
+        """Print the page; 1 with an error on it, else 0."""
+        seconds = time.monotonic() - self._started
+        count = len(self.ranks)
+        title = f"hpcsgd doctor: {count} rank{'s' * (count > 1)}, {seconds:.1f} s"
+        for line in page.lines(title, self.checked, self.findings):
+            click.echo(line)
+        sys.stdout.flush()
+        return int(any(finding.level == "error" for finding in self.findings))
+
+
+def examine(checks: Sequence[Check], out: Path) -> int:
+    """Go through `checks`; the exit status of this rank.
+
+    Parameters
+    ----------
+    checks
+        In order.
+    out
+        The folder that runs go to.
+    """
+    job = Job(out)
+    if job.size == 1 and not job.speaks:
+        return 0
+    so_far = Examination(job.size)
+    for check in checks:
+        with _limited(job, so_far, check):
+            facts = _facts(check, job)
+            found = job.report(facts)
+        if job.rank != 0:
+            continue
+        so_far.add(check, found)
+        missing = [rank for rank in range(job.size) if rank not in found]
+        if missing:
+            names = ", ".join(f"rank {r} on {so_far.ranks[r].get('host', '?')}" for r in missing)
+            so_far.stuck(check, f"no word from {names}")
+            _give_up(job, so_far)
+    if not job.speaks:
+        # A status of 1 might end the process that prints before it has.
+        return 0
+    return so_far.show()
+
+
+def _facts(check: Check, job: Job) -> Facts:
+    try:
+        job.next_check()
+        return check.gather(job)
+    except Exception as error:
+        return {_FAILED: _word(error)}
+
+
+@contextmanager
+def _limited(job: Job, so_far: Examination, check: Check) -> Iterator[None]:
+    """End the job, with the page as it is, where rank 0 hangs in native code."""
+
+    def late() -> None:
+        so_far.stuck(check, f"rank 0 is in it for {_LONGEST:g} s")
+        _give_up(job, so_far)
+
+    timer = threading.Timer(_LONGEST, late)
+    timer.daemon = True
+    if job.speaks:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _give_up(job: Job, so_far: Examination) -> None:
+    so_far.show()
+    if job.size > 1:
+        ending.abort()
+    os._exit(1)
+
+
+def _failures(ranks: Ranks) -> list[str]:
+    texts = group(ranks, lambda facts: facts.get(_FAILED, ""))
+    return list(shown({text: members for text, members in texts.items() if text}, ranks))
+
+
+def _word(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
