@@ -68,7 +68,7 @@ def _list(cores: frozenset[int]) -> str:
 
 def judge(ranks: Ranks) -> Iterator[Finding]:
     for members in nodes_of(ranks).values():
-        found = [*_binding(members, ranks), *_threads(members, ranks)]
+        found = [*_binding(members, ranks)] or [*_threads(members, ranks)]
         yield from found
         if found:
             break  # the other nodes are started alike: once is enough to say it
@@ -90,7 +90,7 @@ def _binding(members: list[int], ranks: Ranks) -> Iterator[Finding]:
         alone = [rank for rank in members if len(ranks[rank]["cores"]) == 1]
         yield Finding(
             "warning",
-            f"{name_of(alone, ranks)} is bound to one of {free} cores, which its two threads share, on {where}",
+            f"{name_of(alone, ranks)} is bound to one of {free} cores of {where}, for two threads",
             f"start with {loose}, or give each rank more cores",
         )
 
@@ -137,7 +137,7 @@ def _names(ranks: Ranks) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"{name_of(members, ranks)}: one node with several names ({', '.join(names)})",
-                "give the containers of a machine one host name, or errors will name hosts that are not there",
+                "give the containers of a machine one host name, or errors name hosts that are not there",
             )
     for host, members in group(ranks, lambda facts: facts["host"]).items():
         if len({ranks[rank]["machine"] for rank in members}) > 1:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import click
 
-from hpcsgd import ending
+from hpcsgd import ending, launcher
 from hpcsgd.doctor import page
-from hpcsgd.doctor.contract import Check, Facts, Finding, Ranks, group, shown
+from hpcsgd.doctor.contract import Check, Facts, Finding, group, name_of, shown
 from hpcsgd.doctor.job import LAST_WORD, Job
 
 _LONGEST = 2 * LAST_WORD  # seconds that a check may take on rank 0
@@ -36,41 +36,40 @@ class Examination:
         self.findings: list[Finding] = []
         self._started = time.monotonic()
 
-    def add(self, check: Check, found: dict[int, Facts]) -> None:
-        """Take what the ranks found: lines and mistakes, or one line about what failed."""
+    def add(self, check: Check, found: dict[int, Facts]) -> bool:
+        """Take what the ranks found: lines and mistakes, or what failed; False where a rank is missing."""
         for rank, facts in found.items():
             self.ranks[rank].update(facts)
+        failures = group(self.ranks, lambda facts: facts.pop(_FAILED, ""))
+        failed = list(shown({text: who for text, who in failures.items() if text}, self.ranks))
         missing = [rank for rank in range(len(self.ranks)) if rank not in found]
-        for rank in missing:
-            self.ranks[rank][_FAILED] = f"not over within {LAST_WORD:g} s"
+        if missing:
+            self.stuck(check, f"no word from {name_of(missing, self.ranks)} within {LAST_WORD:g} s")
+            return False
         try:
-            if any(_FAILED in facts for facts in self.ranks):
-                self._failed(check, _failures(self.ranks))
-            else:
-                self.checked[check.name] = list(check.show(self.ranks))
-                self.findings += check.judge(self.ranks)
+            if not failed:
+                lines, findings = list(check.show(self.ranks)), list(check.judge(self.ranks))
         except Exception as error:
-            self._failed(check, [_word(error)])
-        for facts in self.ranks:
-            facts.pop(_FAILED, None)
-
-    def _failed(self, check: Check, lines: list[str]) -> None:
-        self.checked[check.name] = [f"failed: {line}" for line in lines]
-        self.findings.append(
-            Finding(
-                "warning",
-                f"{check.name} could not be checked",
-                "see its line above; the rest is not affected",
-            )
-        )
+            failed = [_word(error)]
+        if failed:
+            lines = [f"failed: {line}" for line in failed]
+            findings = [
+                Finding(
+                    "warning", f"{check.name} could not be checked: {failed[0]}", "mend that, and look again"
+                )
+            ]
+        self.checked[check.name] = lines
+        self.findings += findings
+        return True
 
     def stuck(self, check: Check, what: str) -> None:
         """Note that a check did not end."""
+        self.checked[check.name] = [f"not over: {what}"]
         self.findings.append(
             Finding(
                 "error",
-                f"the check of {check.name} did not end: {what}",
-                "look at that host and what it waits for",
+                f"the check of {check.name} did not end: {what}; those after it were not made",
+                "look at what that process waits for there: its node, the network, the file system",
             )
         )
 
@@ -79,8 +78,10 @@ class Examination:
         seconds = time.monotonic() - self._started
         count = len(self.ranks)
         title = f"hpcsgd doctor: {count} rank{'s' * (count > 1)}, {seconds:.1f} s"
+        # Open MPI gives a job's first rank a terminal, whatever it writes to itself.
+        color = False if launcher.sizes() else None
         for line in page.lines(title, self.checked, self.findings):
-            click.echo(line)
+            click.echo(line, color=color)
         sys.stdout.flush()
         return int(any(finding.level == "error" for finding in self.findings))
 
@@ -103,13 +104,7 @@ def examine(checks: Sequence[Check], out: Path) -> int:
         with _limited(job, so_far, check):
             facts = _facts(check, job)
             found = job.report(facts)
-        if job.rank != 0:
-            continue
-        so_far.add(check, found)
-        missing = [rank for rank in range(job.size) if rank not in found]
-        if missing:
-            names = ", ".join(f"rank {r} on {so_far.ranks[r].get('host', '?')}" for r in missing)
-            so_far.stuck(check, f"no word from {names}")
+        if job.rank == 0 and not so_far.add(check, found):
             _give_up(job, so_far)
     if not job.speaks:
         # A status of 1 might end the process that prints before it has.
@@ -148,11 +143,6 @@ def _give_up(job: Job, so_far: Examination) -> None:
     if job.size > 1:
         ending.abort()
     os._exit(1)
-
-
-def _failures(ranks: Ranks) -> list[str]:
-    texts = group(ranks, lambda facts: facts.get(_FAILED, ""))
-    return list(shown({text: members for text, members in texts.items() if text}, ranks))
 
 
 def _word(error: Exception) -> str:

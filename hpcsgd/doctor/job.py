@@ -142,17 +142,16 @@ def start_mpi() -> tuple[Any, str]:
     try:
         import mpi4py
 
-        mpi4py.rc.initialize = False
-        with warnings.catch_warnings():
-            # Of a launcher that does not fit, which the page says once and not once a rank.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            from mpi4py import MPI
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         return None, " ".join(str(error).split())
     if not MPI.Is_initialized():
         library = MPI.Get_library_version()
         if "MPICH" in library and launcher.starts_only_open_mpi():
             return None, "MPICH does not start under Open MPI's mpiexec"
-        mpi4py.rc.finalize = True
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        with warnings.catch_warnings():
+            # Of a launcher that does not fit, which the page says once and not once a rank.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
     return MPI, ""

@@ -44,28 +44,27 @@ def _text(facts: Facts) -> str:
 
 def judge(ranks: Ranks) -> Iterator[Finding]:
     facts = ranks[0]
-    if not facts["launched"] or facts["size"] > 1:
-        return
-    variable, count = max(facts["launched"].items(), key=lambda item: int(item[1]))
-    if count > 1:
-        library = facts["mpi"] or "an MPI that does not start"
+    variable, count = max(facts["launched"].items(), key=lambda item: int(item[1]), default=("", 0))
+    if facts["size"] == 1 < count:
+        why = facts["mpi problem"] or f"mpi4py uses {facts['mpi']}, which does not understand this launcher"
         yield Finding(
             "error",
-            f"{_WHOSE[variable]} started {count} ranks ({variable}={count}), but each of them is alone: "
-            f"mpi4py uses {library}, which does not understand this launcher",
-            _fix(variable, facts),
+            f"{_WHOSE[variable]} started {count} ranks ({variable}={count}), but each is alone: {why}",
+            _fix(variable, facts["mpiexec beside"]),
+        )
+    elif facts["mpi problem"]:
+        yield Finding(
+            "error",
+            f"there is no MPI: {facts['mpi problem']}",
+            "load the cluster's MPI module, or pip install '.[mpich]'",
         )
 
 
-def _fix(variable: str, facts: Facts) -> str:
+def _fix(variable: str, beside: str) -> str:
+    slurm = "srun --mpi=pmi2 (MPICH, Intel MPI) or srun --mpi=pmix (Open MPI)"
     if variable == "SLURM_STEP_NUM_TASKS":
-        return (
-            "srun --mpi=pmi2 (MPICH, Intel MPI) or --mpi=pmix (Open MPI), of those that srun --mpi=list shows; "
-            "or mpiexec inside sbatch"
-        )
-    known = facts["mpiexec beside"]
-    mine = f"with {known}" if known else "with the mpiexec of the MPI that mpi4py uses"
-    return f"start {mine}; under Slurm with srun --mpi=pmi2 (MPICH) or srun --mpi=pmix (Open MPI)"
+        return f"{slurm}, of those that srun --mpi=list shows; or mpiexec inside sbatch"
+    return f"start with {beside or 'the mpiexec of the MPI that mpi4py uses'}; under Slurm with {slurm}"
 
 
 CHECK = Check("launcher", gather, show, judge)

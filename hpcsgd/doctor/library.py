@@ -88,13 +88,7 @@ def _text(facts: Facts) -> str:
 
 def judge(ranks: Ranks) -> Iterator[Finding]:
     if ranks[0]["mpi problem"]:
-        yield Finding(
-            "error",
-            f"MPI cannot start: {ranks[0]['mpi problem']}",
-            "start with the mpiexec of the MPI that mpi4py uses; where there is none, load the cluster's MPI "
-            "module, or pip install '.[mpich]'",
-        )
-        return
+        return  # what was to start it is judged by `launch`
     libraries = group(ranks, lambda facts: facts["mpi"])
     if len(libraries) > 1:
         who = "; ".join(f"{name}: {name_of(members, ranks)}" for name, members in libraries.items())

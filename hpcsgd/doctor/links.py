@@ -82,8 +82,11 @@ def _answer(job: Job, peer: int) -> None:
 
 
 def show(ranks: Ranks) -> Iterator[str]:
-    yield _text("two ranks of a node", _of(ranks, "inside"), ranks)
-    yield _text("nodes, neighbours", _of(ranks, "between"), ranks)
+    kinds = {"two ranks of a node": "inside", "nodes next to each other": "between"}
+    found = {what: _of(ranks, kind) for what, kind in kinds.items()}
+    yield from (_text(what, links, ranks) for what, links in found.items() if links)
+    if not any(found.values()):
+        yield "one rank, so none"
 
 
 def _of(ranks: Ranks, kind: str) -> dict[Pair, tuple[float, float]]:
@@ -91,8 +94,6 @@ def _of(ranks: Ranks, kind: str) -> dict[Pair, tuple[float, float]]:
 
 
 def _text(what: str, links: dict[Pair, tuple[float, float]], ranks: Ranks) -> str:
-    if not links:
-        return f"{what}: none"
     latency = statistics.median(seconds for seconds, _ in links.values())
     rate = statistics.median(rate for _, rate in links.values())
     text = f"{what}: {1e6 * latency:.1f} µs, {_rate(rate)}"

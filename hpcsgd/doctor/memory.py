@@ -61,7 +61,7 @@ def show(ranks: Ranks) -> Iterator[str]:
 
 
 def _text(facts: Facts) -> str:
-    window = f"not used: {facts['window']}" if facts["window"] else "works"
+    window = f"no windows: {facts['window']}" if facts["window"] else "windows work"
     if facts["shm"] is None:
         return f"{window}; no /dev/shm"
     total, free = facts["shm"]
