@@ -90,7 +90,7 @@ def _binding(members: list[int], ranks: Ranks) -> Iterator[Finding]:
         alone = [rank for rank in members if len(ranks[rank]["cores"]) == 1]
         yield Finding(
             "warning",
-            f"{name_of(alone, ranks)} is bound to one of {free} cores of {where}, for two threads",
+            f"one of the {free} cores of {where} for the two threads of a rank: {name_of(alone, ranks)}",
             f"start with {loose}, or give each rank more cores",
         )
 
@@ -104,12 +104,12 @@ def _threads(members: list[int], ranks: Ranks) -> Iterator[Finding]:
     if threads <= cores and not narrow:
         return
     share = max(1, min(cores // len(members), *(len(ranks[rank]["cores"]) for rank in members)))
-    has = f"{threads} threads of {len(members)} ranks on {cores} cores of {first['host']}"
+    has = f"{threads} threads of {len(members)} ranks on {_cores(cores)} of {first['host']}"
     if all(ranks[rank]["threads"] == 1 for rank in members):
         yield Finding(
             "warning",
-            f"more ranks than cores: {len(members)} on {cores} cores of {first['host']}",
-            f"start {cores} ranks on each node, or ask for more cores",
+            f"more ranks than cores: {len(members)} on {_cores(cores)} of {first['host']}",
+            f"start {cores} on each node, or ask for more cores",
         )
     elif first["OMP_NUM_THREADS"] is None:
         yield Finding(
@@ -119,7 +119,16 @@ def _threads(members: list[int], ranks: Ranks) -> Iterator[Finding]:
             f"export OMP_NUM_THREADS={share}",
         )
     else:
-        yield Finding("warning", f"more threads than cores: {has}", f"export OMP_NUM_THREADS={share}")
+        asked = first["OMP_NUM_THREADS"]
+        yield Finding(
+            "warning",
+            f"more threads than cores: {has}, with OMP_NUM_THREADS={asked}",
+            f"export OMP_NUM_THREADS={share}",
+        )
+
+
+def _cores(count: int) -> str:
+    return f"{count} core{'s' * (count > 1)}"
 
 
 def _names(ranks: Ranks) -> Iterator[Finding]:

@@ -14,10 +14,10 @@ import click
 
 from hpcsgd import ending, launcher
 from hpcsgd.doctor import page
-from hpcsgd.doctor.contract import Check, Facts, Finding, group, name_of, shown
-from hpcsgd.doctor.job import LAST_WORD, Job
+from hpcsgd.doctor.contract import Check, Facts, Finding, group, name_of
+from hpcsgd.doctor.job import Job
 
-_LONGEST = 2 * LAST_WORD  # seconds that a check may take on rank 0
+PATIENCE = 30.0  # seconds that rank 0 waits for the facts of all ranks; its own may take twice as long
 _FAILED = "failed"
 
 
@@ -26,12 +26,13 @@ class Examination:
 
     Parameters
     ----------
-    size
-        How many ranks there are.
+    job
+        The ranks.
     """
 
-    def __init__(self, size: int) -> None:
-        self.ranks: list[Facts] = [{} for _ in range(size)]
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.ranks: list[Facts] = [{} for _ in range(job.size)]
         self.checked: dict[str, list[str]] = {}
         self.findings: list[Finding] = []
         self._started = time.monotonic()
@@ -41,10 +42,10 @@ class Examination:
         for rank, facts in found.items():
             self.ranks[rank].update(facts)
         failures = group(self.ranks, lambda facts: facts.pop(_FAILED, ""))
-        failed = list(shown({text: who for text, who in failures.items() if text}, self.ranks))
+        failed = [f"{text} ({name_of(who, self.ranks)})" for text, who in failures.items() if text]
         missing = [rank for rank in range(len(self.ranks)) if rank not in found]
         if missing:
-            self.stuck(check, f"no word from {name_of(missing, self.ranks)} within {LAST_WORD:g} s")
+            self.stuck(check, f"no word from {name_of(missing, self.ranks)} within {self._job.patience:g} s")
             return False
         try:
             if not failed:
@@ -86,7 +87,7 @@ class Examination:
         return int(any(finding.level == "error" for finding in self.findings))
 
 
-def examine(checks: Sequence[Check], out: Path) -> int:
+def examine(checks: Sequence[Check], out: Path, patience: float = PATIENCE) -> int:
     """Go through `checks`; the exit status of this rank.
 
     Parameters
@@ -95,11 +96,13 @@ def examine(checks: Sequence[Check], out: Path) -> int:
         In order.
     out
         The folder that runs go to.
+    patience
+        Seconds until a rank that is silent ends the examination. Default 30.
     """
-    job = Job(out)
+    job = Job(out, patience)
     if job.size == 1 and not job.speaks:
         return 0
-    so_far = Examination(job.size)
+    so_far = Examination(job)
     for check in checks:
         with _limited(job, so_far, check):
             facts = _facts(check, job)
@@ -124,11 +127,13 @@ def _facts(check: Check, job: Job) -> Facts:
 def _limited(job: Job, so_far: Examination, check: Check) -> Iterator[None]:
     """End the job, with the page as it is, where rank 0 hangs in native code."""
 
+    longest = 2 * job.patience
+
     def late() -> None:
-        so_far.stuck(check, f"rank 0 is in it for {_LONGEST:g} s")
+        so_far.stuck(check, f"rank 0 is in it for {longest:g} s")
         _give_up(job, so_far)
 
-    timer = threading.Timer(_LONGEST, late)
+    timer = threading.Timer(longest, late)
     timer.daemon = True
     if job.speaks:
         timer.start()

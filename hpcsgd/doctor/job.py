@@ -16,8 +16,7 @@ from hpcsgd.errors import DeadlineExceeded
 from hpcsgd.transport import Traffic, Transport
 from hpcsgd.wait import Waiter
 
-#: Seconds that a check waits for other ranks, and that rank 0 waits for all facts of a check.
-DEADLINE, LAST_WORD = 10.0, 30.0
+DEADLINE = 10.0  # seconds that a check waits for other ranks
 _TESTS_BEFORE_A_YIELD = 1000
 _FACTS = 1
 
@@ -29,6 +28,8 @@ class Job:
     ----------
     out
         The folder that runs go to.
+    patience
+        Seconds that rank 0 waits for the facts of all ranks.
 
     Attributes
     ----------
@@ -43,8 +44,9 @@ class Job:
         The members of each node.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, patience: float) -> None:
         self.out = out
+        self.patience = patience
         self.mpi, self.problem = start_mpi()
         world = self.mpi.COMM_WORLD if self.mpi is not None else None
         self.rank: int = world.rank if world is not None else 0
@@ -57,7 +59,7 @@ class Job:
         self._sent: list[Any] = []
         if self.size > 1:
             self._reports = self._duplicate(world)
-            self._across = Waiter(self.rank, LAST_WORD)
+            self._across = Waiter(self.rank, patience)
             node = self._reports.Split_type(self.mpi.COMM_TYPE_SHARED, self.rank)
             members = node.allgather(self.rank)
             self.nodes = [list(m) for m in sorted(set(self._reports.allgather(tuple(members))))]
@@ -130,7 +132,7 @@ class Job:
 
     def _duplicate(self, comm: Any) -> Any:
         duplicate, request = comm.Idup()
-        Waiter(self.rank, LAST_WORD + DEADLINE).until(request.Test, "a duplicate of the communicator")
+        Waiter(self.rank, self.patience + DEADLINE).until(request.Test, "a duplicate of the communicator")
         return duplicate
 
 

@@ -123,15 +123,15 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
     if apart:
         yield Finding(
             "error",
-            f"{first['folder']} is not one folder for all nodes: {name_of(apart, ranks)} does not see "
-            "what rank 0 writes, so runs there cannot be resumed",
+            f"{first['folder']} is not one folder for all nodes: what rank 0 writes is not seen by "
+            f"{name_of(apart, ranks)}, so runs there cannot be resumed",
             elsewhere,
         )
     late = [rank for rank, after in seen.items() if after > _LATE]
     if late:
         yield Finding(
             "warning",
-            f"{name_of(late, ranks)} sees what rank 0 writes more than {_LATE:g} s later",
+            f"what rank 0 writes is seen more than {_LATE:g} s later by {name_of(late, ranks)}",
             "mount it with shorter caching of attributes (NFS: actimeo=1), or another --out",
         )
     torn = [rank for rank, facts in enumerate(ranks) if facts["torn"]]
