@@ -24,9 +24,15 @@ def gather(job: Job) -> Facts:
         "cores": frozenset(os.sched_getaffinity(0)),
         "machine cores": os.cpu_count() or 1,
         "quota": _quota(Path("/sys/fs/cgroup/cpu.max")),
-        "threads": torch.get_num_threads(),
+        "threads": max(torch.get_num_threads(), _asked(os.environ.get("OMP_NUM_THREADS", ""))),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def _asked(threads: str) -> int:
+    """Of `OMP_NUM_THREADS`, which may name more for inner levels; torch takes no more than there are cores."""
+    first = threads.split(",")[0].strip()
+    return int(first) if first.isdigit() else 0
 
 
 def _quota(limits: Path) -> float | None:

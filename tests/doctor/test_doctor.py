@@ -42,7 +42,7 @@ def test_mistakes_of_a_job_are_found(tmp_path: Path) -> None:
     job = launch(WRONG + DOCTOR, 2, str(tmp_path), shm="64m", env=env)
     assert job.returncode == 1 and not job.left, job
     found = job.stdout.partition("Found:")[2]
-    assert "more threads than cores: " in found and "with OMP_NUM_THREADS=64" in found, job
+    assert "more threads than cores: 128 threads of 2 ranks" in found, job
     assert "MPI_THREAD_FUNNELED" in found and "is not one folder for all nodes" in found, job
     assert "(HPCSGD_SHARED_MEMORY=0)" in found, job
     assert "says that it takes no device" in found or "it does not say" in job.stdout, job

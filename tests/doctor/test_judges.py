@@ -312,6 +312,11 @@ def test_a_quota_of_a_container_is_read(tmp_path: Path) -> None:
     assert cores._quota(limits) == 1.5
 
 
+@pytest.mark.parametrize(("text", "threads"), [("", 0), ("8", 8), (" 4,2 ", 4), ("many", 0)])
+def test_threads_that_are_asked_for_are_read(text: str, threads: int) -> None:
+    assert cores._asked(text) == threads
+
+
 def test_a_window_of_several_nodes_needs_what_the_widest_takes() -> None:
     assert memory.needed(4) == 2 * memory.needed(2)
 
