@@ -30,7 +30,7 @@ def gather(job: Job) -> Facts:
 
 
 def _asked(threads: str) -> int:
-    """Of `OMP_NUM_THREADS`, which may name more for inner levels; torch takes no more than there are cores."""
+    """Of `OMP_NUM_THREADS`, which may name several levels; torch takes no more than there are cores."""
     first = threads.split(",")[0].strip()
     return int(first) if first.isdigit() else 0
 
