@@ -1,4 +1,4 @@
-"""The command line: `hpcsgd train`, `serve`, `tune`, `report`, `topology` and `bench`."""
+"""The command line: `hpcsgd train`, `serve`, `tune`, `report`, `topology`, `doctor` and `bench`."""
 
 from __future__ import annotations
 
@@ -177,6 +177,19 @@ def topology(name: str | None, peers: int, parameters: str, png: Path | None) ->
             click.echo(render.png(figure, png.parent))
         except OSError as error:
             raise HpcsgdError(f"cannot write {png}", got=error, do="name another file") from error
+
+
+@cli.command()
+@click.option("--out", default="runs", show_default=True, metavar="FOLDER", type=_PATH, help="Of the runs.")
+def doctor(out: Path) -> int:
+    """Look for what is wrong, under the launcher that trains: mpiexec -n 4 hpcsgd doctor.
+
+    One page: versions, MPI, launcher, cores, shared memory, links, clocks, GPUs, kernels, file system; then
+    the mistakes with their fixes. Takes seconds. Exit status 1 with an error among them.
+    """
+    from hpcsgd.doctor import main as examine
+
+    return examine(out)
 
 
 cli.add_command(bench)

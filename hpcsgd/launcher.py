@@ -15,7 +15,17 @@ def rank() -> int:
 
 def size() -> tuple[str, int]:
     """The variable that names the largest number of ranks, and that number; ("", 0) without one."""
-    return max((_first([name]) for name in _SIZE), key=lambda found: found[1])
+    return max(sizes().items(), key=lambda found: found[1], default=("", 0))
+
+
+def sizes() -> dict[str, int]:
+    """What each variable says that names a number of ranks."""
+    return {name: count for name, count in map(_first, ([name] for name in _SIZE)) if name}
+
+
+def starts_only_open_mpi() -> bool:
+    """Whether Open MPI's mpiexec started this process, and nothing else an MPICH could ask."""
+    return "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_SIZE" not in os.environ
 
 
 def _first(names: list[str] | tuple[str, ...]) -> tuple[str, int]:

@@ -16,3 +16,8 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         # Neither the package's folder nor the user's cache can be written: compile in every process.
         compiled = numba.njit(nogil=True)(function)
     return compiled
+
+
+def cache_of(compiled: Any) -> str:
+    """The folder that keeps a compiled function for the next process; "" where there is none."""
+    return compiled.stats.cache_path or ""
