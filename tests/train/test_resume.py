@@ -82,6 +82,25 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
         assert times == sorted(times)
         distances = [record["consensus_distance"] for record in records(straight, "test")]
         assert len(distances) > 1 and any(distances) == (strategy != "allreduce")
+    check_fewer_ranks(tmp_path, tmp_path / "straight-local:period=3")
+
+
+def check_fewer_ranks(tmp_path: Path, run: Path) -> None:
+    """One goes on with what two have done: at the same place in the data, with the mean of the models."""
+    before, old = records(run), [newest_state(run, rank) for rank in range(2)]
+    words = f"--resume {run} --model own:noisy --log-every 1 --on-failure restart --epochs"
+    said = trained(tmp_path, 1, f"{words} 3 --learning-rate 0")
+    found = records(run)[len(before) :]
+    assert "over 1 ranks" in said[0] and {len(record["bytes_sent"]) for record in found} == {1}
+    steps = [record["step"] for record in found]
+    assert steps == sorted(steps) and found[-1]["epoch"] == 3
+    assert all(record["epoch"] >= before[-1]["epoch"] for record in found)
+    # Without learning the mean of the models is still there at the end.
+    new = newest_state(run, 0)["run"]["model"]
+    for name, value in new.items():
+        if name.endswith("weight") and "layers.1" not in name:
+            mean = torch.stack([state["run"]["model"][name].double() for state in old]).mean(0)
+            torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6)
 
 
 def tell_one_rank(number: int, metrics: Path) -> Any:
