@@ -19,6 +19,7 @@ _DRAIN_AT_EXIT = 30.0  # seconds
 _LAST_WORDS = 0.2  # seconds for the launcher to read what was printed, before Abort kills it too
 _FIRST_WORD = 3.0  # seconds that rank 0 has to print an error that all ranks raise
 _FAREWELL = 1.0  # seconds in which the others finish what they began with this rank
+_OTHERS_WORD = 6.0  # seconds that another rank has to ask all others and print what it has learnt
 
 _left_behind: list[bool] = []
 _running: weakref.WeakSet[Progress] = weakref.WeakSet()
@@ -90,6 +91,8 @@ def end_all_ranks_on_an_exception() -> None:
             previous(kind, error, where)
             return
         rank = MPI.COMM_WORLD.rank
+        if getattr(error, "elsewhere", False):
+            time.sleep(_OTHERS_WORD)
         lost = failures.told_by(error)
         if lost and rank != failures.lowest():
             time.sleep(_FIRST_WORD)

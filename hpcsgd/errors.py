@@ -20,6 +20,8 @@ class HpcsgdError(RuntimeError):
         What the reader should do now.
     everywhere
         True where all ranks raise this same error, so that one of them is enough to print it.
+    elsewhere
+        True where another rank says more about the same, and is to be printed first.
     """
 
     def __init__(
@@ -31,8 +33,9 @@ class HpcsgdError(RuntimeError):
         got: object = None,
         do: str | None = None,
         everywhere: bool = False,
+        elsewhere: bool = False,
     ) -> None:
-        lines = [what if rank is None else f"{_ranks(rank)}: {what}"]
+        lines = [what if rank is None else f"{in_words(rank)}: {what}"]
         if expected is not None:
             lines.append(f"  expected: {expected}")
         if got is not None:
@@ -41,6 +44,7 @@ class HpcsgdError(RuntimeError):
             lines.append(f"  do:       {do}")
         super().__init__("\n".join(lines))
         self.everywhere = everywhere
+        self.elsewhere = elsewhere
 
 
 class Disagreement(HpcsgdError):
@@ -64,8 +68,14 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> BadOption:
     return BadOption(f"unknown {kind} {name!r}", do="use one of: " + ", ".join(sorted(valid)))
 
 
-def _ranks(rank: int | Iterable[int]) -> str:
-    if isinstance(rank, int):
-        return f"rank {rank}"
-    ranks = sorted(rank)
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+def in_words(ranks: int | Iterable[int]) -> str:
+    """As "rank 3", or "ranks 0, 2, 7 to 90"."""
+    numbers = [ranks] if isinstance(ranks, int) else sorted(ranks)
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{r[0]} to {r[-1]}" if len(r) > 4 else ", ".join(map(str, r)) for r in runs]
+    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(parts)

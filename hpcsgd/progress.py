@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from hpcsgd.errors import HpcsgdError, RankFailed
-from hpcsgd.mail import Status
+from hpcsgd.status import Status
 from hpcsgd.wait import Waiter
 
 _IDLE_LOOK_AROUND = 0.25  # seconds
+_BUSY_LOOK_AROUND = 2.0  # seconds after which even a thread that is never idle looks around
 _LAST_JOB = 10.0  # seconds that a job may take to notice that ranks have died
 #: What a service returns that waits for messages: seconds.
 LISTENING = 1e-3
@@ -103,6 +104,7 @@ class Progress:
         self._services: list[Service] = []
         self._serving = threading.Lock()
         self._awaited = False
+        self._looked = time.perf_counter()
         waiter.serve = lambda: self._serve() == 0
         waiter.patient = self._nobody_waits
 
@@ -271,12 +273,17 @@ class Progress:
         # Where one has failed the ranks no longer agree on what comes next: nothing else is started.
         self.check()
         started = time.perf_counter()
-        self.status.communication = what
+        if started - self._looked > _BUSY_LOOK_AROUND:
+            self._looked = started
+            self._look_around_or_fail()
+            self.check()
+        self.status.begin(what, started)
         try:
             return job()
         except BaseException as error:
             self._failed = error
             raise
         finally:
-            self.status.communication = "nothing in flight"
-            self.busy_seconds += time.perf_counter() - started
+            ended = time.perf_counter()
+            self.status.end(ended)
+            self.busy_seconds += ended - started

@@ -17,8 +17,9 @@ import torch
 
 from hpcsgd import ending, failures, launcher
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, RankFailed
-from hpcsgd.mail import Mail, Status
 from hpcsgd.progress import Progress
+from hpcsgd.stalls import Lookout
+from hpcsgd.status import Status, card
 from hpcsgd.transport import Traffic, Transport
 from hpcsgd.wait import Waiter, timeout_from_environment
 from hpcsgd.window import Window, Windows
@@ -89,14 +90,13 @@ class World:
         self._watch = failures.Watch(private, hosts)
         threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self.progress = Progress(self.waiter, self.status, threaded=threaded)
-        mail = Mail(self._keep(private.Dup()), self.status)
+        self._lookout = Lookout(self._keep(private.Dup()), self.waiter, self.status)
 
         def look_around() -> None:
             self._watch.look()
-            mail.poll()
+            self._lookout.look_around()
 
         self.waiter.look_around = look_around
-        self.waiter.ask_others = mail.ask_all
         if not threaded and self.rank == 0:
             warnings.warn(
                 "MPI gives no MPI_THREAD_MULTIPLE: communication runs in the main thread and overlaps "
@@ -109,6 +109,8 @@ class World:
         # Questions of a few bytes about settings, steps and metrics: not what a method sends.
         self._asides = Traffic()
         self._set_up(MPI, private, range(self.size))
+        if self.size > 1:
+            self._lookout.meet(self.control.gather_objects(card(), "the meeting of all ranks"))
         self.device = _device(device, self.local_rank)
         #: MPI may be given device memory: `HPCSGD_CUDA_AWARE=1`. It is never guessed, for an MPI that
         #: cannot reads it as host memory and crashes.
@@ -360,6 +362,8 @@ class World:
             self.progress.drain()
         if not ending.is_complete():
             return  # see `ending.leave`
+        if self._whole:
+            self._lookout.close(self.gather)
         self.control.barrier("the end of the world")
         self.waiter.look_around()
         self.flags = None

@@ -11,8 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
-    {"errors", "specs", "topology", "delays", "kernels", "launcher"},
-    {"wait", "mail", "progress", "transport", "window", "ending", "failures", "world"}
+    {"errors", "specs", "topology", "delays", "kernels", "launcher", "processes", "stacks"},
+    {"wait", "mail", "status", "standing", "stalls", "progress", "transport", "window", "ending", "failures"}
+    | {"world"}
     | {"links", "ports", "connection"},
     {"tensors", "gradients", "parameters", "peers", "compress", "fingerprint", "codes", "sums"},
     {"collectives"},

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from hpcsgd import BadOption, DeadlineExceeded
-from hpcsgd.mail import Status
 from hpcsgd.progress import LISTENING, Progress
+from hpcsgd.status import Status
 from hpcsgd.wait import Waiter, timeout_from_environment
 
 
@@ -117,12 +117,12 @@ def test_stopping_leaves_no_thread(progress: Progress) -> None:
 def test_a_deadline_names_rank_operation_and_the_missing() -> None:
     waiter, asked = Waiter(2, 0.3), []
     waiter.look_around = lambda: asked.append(1)
-    waiter.ask_others = lambda: "rank 1: asleep"
+    waiter.explain = lambda seconds: f"rank 1: asleep for {seconds > 0.3}"
     with pytest.raises(DeadlineExceeded) as error:
         waiter.until(lambda: False, "all-reduce of bucket 3 at step 17", lambda: [4, 1])
     text = str(error.value)
-    assert "rank 2: waited 0.3 s for rank 1, 4 in all-reduce of bucket 3 at step 17" in text
-    assert "rank 1: asleep" in text and "HPCSGD_TIMEOUT" in text and asked
+    assert "rank 2: waited 0.3 s for ranks 1, 4 in all-reduce of bucket 3 at step 17" in text
+    assert "rank 1: asleep for True" in text and "HPCSGD_TIMEOUT" in text and asked
     assert isinstance(error.value, TimeoutError)
 
 

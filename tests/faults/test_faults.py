@@ -57,13 +57,13 @@ def test_training_ends_cleanly() -> None:
 def test_an_exception_on_one_rank_ends_all_and_is_shown_once() -> None:
     script = BEGIN + (
         "def pause(step):\n"
-        "    if step == 2 and rank == 1: raise ValueError('an error of rank one')\n"
+        "    if step == 2 and rank == 1: bytearray(2**60)\n"
         "rank = World().rank\n"
         "train(AllReduce(), 10**9, pause)\n"
     )
     job = launch(script, 3, timeout=SECONDS)
     check_end(job)
-    assert job.stderr.count("ValueError: an error of rank one") == 1, job
+    assert job.stderr.count("\nMemoryError") == 1, job
     assert job.stderr.count("Traceback") == 1 and "rank 1 ends the job" in job.stderr, job
 
 
@@ -111,7 +111,10 @@ def test_a_killed_rank_ends_all(strategy: str) -> None:
         os.kill(max(ranks), signal.SIGKILL)
 
     script = BEGIN + f"World(); print('begun', flush=True)\ntrain({strategy}, 10**9)\n"
-    check_end(launch(script, 2, timeout=SECONDS, meanwhile=kill))
+    job = launch(script, 2, timeout=SECONDS, meanwhile=kill)
+    check_end(job)
+    # Of the launcher: it ends the other ranks before they could say anything.
+    assert "signal 9" in job.stdout + job.stderr, job
 
 
 def test_communication_outstanding_at_the_end() -> None:
@@ -129,21 +132,6 @@ def test_communication_outstanding_at_the_end() -> None:
     job = launch(script, 3, timeout=SECONDS)
     check_end(job, 0)
     assert job.stdout.count("end") == 3 and not job.stderr.strip(), job
-
-
-@pytest.mark.parametrize("strategy", ["AllReduce()", "LocalSGD(1)"])
-def test_a_rank_that_stops_is_named_with_its_stack(strategy: str) -> None:
-    script = BEGIN + (
-        f"{IMPORTED}world = World()\n"
-        "def loading_data_for_ever(step):\n"
-        "    if step == 4 and world.rank == 1: time.sleep(1000)\n"
-        f"train({strategy}, 10**9, loading_data_for_ever, comm=world)\n"
-    )
-    job = launch(script, 3, timeout=SECONDS + 10, env={"HPCSGD_TIMEOUT": "3"})
-    check_end(job)
-    assert "waited 3 s for rank 1 in all-reduce of bucket 0 at step 4" in job.stderr, job
-    _, _, answer = job.stderr.partition("\nrank 1: ")
-    assert "step 4" in answer and "loading_data_for_ever" in answer, job
 
 
 def test_a_small_dev_shm_is_a_warning_and_the_right_result() -> None:
