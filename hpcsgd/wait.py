@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from hpcsgd.errors import BadOption, DeadlineExceeded
+from hpcsgd.tracing import Off
 
 DEFAULT_TIMEOUT = 300.0
 _SPINS = 50
@@ -56,6 +57,8 @@ class Waiter:
         self.serve: Callable[[], bool] = lambda: False
         #: Whether nobody waits for what this thread waits for: to look again takes time from who computes.
         self.patient: Callable[[], bool] = lambda: False
+        #: Of all that this rank does; waiting is what every part of it has at hand.
+        self.trace = Off()
 
     def until(
         self,
@@ -79,13 +82,24 @@ class Waiter:
         DeadlineExceeded
             After the timeout; the message names who is missing and what every rank does.
         """
-        started = looked = time.monotonic()
+        started = time.monotonic()
         for _ in range(1 if self.patient() else _SPINS):
             if done():
                 return
             if time.monotonic() - started > _LONGEST_SPIN:
                 break
         os.sched_yield()
+        with self.trace.span(what, "wait"):
+            self._sleep_until(done, what, missing, started)
+
+    def _sleep_until(
+        self,
+        done: Callable[[], bool],
+        what: str,
+        missing: Callable[[], Iterable[int]] | None,
+        started: float,
+    ) -> None:
+        looked = started
         while not done():
             if self.serve():
                 continue
@@ -93,6 +107,7 @@ class Waiter:
             if now - looked > _LOOK_AROUND_EVERY:
                 looked = now
                 self.look_around()
+                self.trace.flush()
                 if now - started > self.timeout:
                     raise self._late(what, missing)
             # In proportion to the wait so far: what is waited for is never noticed much too late.
