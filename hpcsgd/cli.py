@@ -1,7 +1,8 @@
-"""The command line: `hpcsgd train`, `serve`, `tune`, `report`, `topology`, `doctor` and `bench`."""
+"""The command line: `hpcsgd train`, `serve`, `tune`, `report`, `trace`, `topology`, `doctor` and `bench`."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,8 @@ class _WithRegistries(click.Command):
 
 @cli.command(cls=_WithRegistries)
 @click_options
-def train(settings: Settings) -> None:
+@click.option("--trace", is_flag=True, help="Leave a timeline of both threads of every rank: trace.json.")
+def train(settings: Settings, trace: bool) -> None:
     """Train a model on all ranks of this job: mpiexec -n 4 hpcsgd train.
 
     A NAME may have options: --strategy local:period=16. The run's folder holds config.toml (complete: run
@@ -60,7 +62,7 @@ def train(settings: Settings) -> None:
     """
     from hpcsgd.train import train as execute
 
-    execute(settings)
+    execute(settings, trace)
 
 
 _SECONDS = click.FloatRange(0, min_open=True)
@@ -139,6 +141,31 @@ def report(runs: tuple[Path, ...], out: Path, over: str | None) -> None:
     console.print(table([load(run) for run in runs]))
     for path in write(runs, out):
         click.echo(path)
+
+
+@cli.command()
+@click.argument("folder", type=_PATH)
+@click.option("--png", metavar="FILE", type=_PATH, help="Draw it.")
+@click.option("--steps", metavar="FIRST:LAST", help="Of the picture; default: all.")
+def trace(folder: Path, png: Path | None, steps: str | None) -> None:
+    """Find the timeline of `hpcsgd train --trace`, or HPCSGD_TRACE=FOLDER and any script, and draw it.
+
+    Where a rank was killed, trace.json is made now, of what each rank has written until then. Open it in
+    https://ui.perfetto.dev or chrome://tracing.
+    """
+    from hpcsgd import trace_file
+    from hpcsgd.report import render
+    from hpcsgd.report.timeline import timeline
+
+    found = re.fullmatch(r"(\d+):(\d+)", steps or "0:0")
+    if found is None or (png is not None and png.suffix != ".png"):
+        raise click.UsageError("say --png FILE.png, and --steps FIRST:LAST with two numbers")
+    file = trace_file.merge(folder)
+    click.echo(file)
+    if png is not None:
+        figure = timeline(file, *(map(int, found.groups()) if steps else ()))
+        figure.set_label(png.stem)
+        click.echo(render.png(figure, png.parent))
 
 
 @cli.command()

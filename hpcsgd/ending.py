@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from hpcsgd import failures, launcher
 from hpcsgd.progress import Progress
+from hpcsgd.tracing import Off
 
 _DRAIN_AT_EXIT = 30.0  # seconds
 _LAST_WORDS = 0.2  # seconds for the launcher to read what was printed, before Abort kills it too
@@ -23,6 +24,7 @@ _OTHERS_WORD = 6.0  # seconds that another rank has to ask all others and print 
 
 _left_behind: list[bool] = []
 _running: weakref.WeakSet[Progress] = weakref.WeakSet()
+_traced: weakref.WeakSet[Off] = weakref.WeakSet()
 
 
 def drain_at_exit(progress: Progress) -> None:
@@ -31,6 +33,17 @@ def drain_at_exit(progress: Progress) -> None:
     What all ranks started is finished; what some rank never joins must not keep the job for ever.
     """
     _running.add(progress)
+
+
+def flush_at_exit(trace: Off) -> None:
+    """Let what is traced reach its file, however this rank ends; but for a signal that kills it."""
+    _traced.add(trace)
+
+
+@atexit.register
+def _flush() -> None:
+    for trace in list(_traced):
+        trace.flush()
 
 
 @atexit.register
@@ -47,6 +60,7 @@ def abort() -> None:
     """End all ranks of the job, after what was printed has been read."""
     from mpi4py import MPI
 
+    _flush()
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(_LAST_WORDS)

@@ -89,8 +89,9 @@ def _mean(values: Sequence[Tensor], like: Tensor, count: int, world: World) -> T
     total = torch.zeros(like.shape, dtype=torch.float64)
     for value in values:
         total += value.cpu()
-    with world.progress.waiting():
-        world.control.allreduce(total.view(-1).numpy(), "the mean of the models that are left")
+    what = "the mean of the models that are left"
+    with world.progress.waiting(what):
+        world.control.allreduce(total.view(-1).numpy(), what)
     return (total / count).to(like)
 
 

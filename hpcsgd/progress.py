@@ -62,7 +62,7 @@ class Work:
 
     def _finish(self, timeout: float | None) -> None:
         if not self._done.is_set():
-            with self._progress.waiting():
+            with self._progress.waiting(self.what):
                 self._progress.waiter.event(self._done, lambda: self.what, timeout)
 
     def _run(self) -> None:
@@ -139,9 +139,13 @@ class Progress:
         if not self._serving.acquire(blocking=False):
             return LISTENING  # the other thread has called them
         try:
-            return min([service() for service in self._services], default=_IDLE_LOOK_AROUND)
+            return min([self._call(service) for service in self._services], default=_IDLE_LOOK_AROUND)
         finally:
             self._serving.release()
+
+    def _call(self, service: Service) -> float:
+        with self.waiter.trace.span(getattr(service, "__qualname__", "service"), "service"):
+            return service()
 
     def submit(self, what: str, job: Callable[[], Any]) -> Work:
         """Queue a job; every rank must submit the same jobs in the same order."""
@@ -167,12 +171,16 @@ class Progress:
         The order is the same as with `submit`, and a small job is spared two changes of thread. A job may
         run another, which is then a part of it.
         """
-        if threading.current_thread() is self._thread:
+        if self.inside():
             return job()
         if self._unfinished:
             return self.submit(what, job).wait()
-        with self.waiting():
+        with self._counted():
             return self._execute(what, job)
+
+    def inside(self) -> bool:
+        """Whether the caller is the communication thread."""
+        return threading.current_thread() is self._thread
 
     def check(self) -> None:
         """Raise what a job or a service has failed with."""
@@ -189,13 +197,18 @@ class Progress:
         done, what, missing
             As of `Waiter.until`.
         """
-        with self.waiting():
+        with self.waiting(what):
             self.waiter.until(lambda: self._failed is not None or done(), what, missing)
         self.check()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside, the compute thread waits, which is counted."""
+    def waiting(self, what: str) -> Iterator[None]:
+        """Inside, the compute thread waits for something, which is counted."""
+        with self._counted(), self.waiter.trace.span(what, "wait"):
+            yield
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         started, self._awaited = time.perf_counter(), True
         try:
             yield
@@ -204,7 +217,7 @@ class Progress:
             self.wait_seconds += time.perf_counter() - started
 
     def _nobody_waits(self) -> bool:
-        return not self._awaited and threading.current_thread() is self._thread
+        return not self._awaited and self.inside()
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every job submitted so far is over; errors stay with their `Work`."""
@@ -279,7 +292,8 @@ class Progress:
             self.check()
         self.status.begin(what, started)
         try:
-            return job()
+            with self.waiter.trace.span(what, "communication"):
+                return job()
         except BaseException as error:
             self._failed = error
             raise

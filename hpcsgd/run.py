@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcsgd import batches, collectives, generators
+from hpcsgd import batches, collectives, generators, passes
 from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption
 from hpcsgd.fingerprint import describe, versions
@@ -199,8 +199,10 @@ class Run:
         """
         loaders = self._loaders(loader)
         if self.strategy.lockstep:
-            return batches.in_step(loaders, self._setting, self._uneven)
-        return self._endless.batches(loaders, steps)
+            found = batches.in_step(loaders, self._setting, self._uneven)
+        else:
+            found = self._endless.batches(loaders, steps)
+        return passes.traced(found, self.model, self.world.trace) if self.world.trace.on else found
 
     def _loaders(self, loader: Any) -> list[Iterable[Any]]:
         each = self._setting.peers.each
@@ -229,7 +231,7 @@ class Run:
 
     def step(self) -> None:
         """Take one step with the peer whose turn it is."""
-        setting = self._setting
+        setting, number = self._setting, self._setting.step
         self.strategy.step(self._update)
         if self.strategy.lockstep:
             self._turns.enter((setting.turn + 1) % setting.peers.each)
@@ -238,13 +240,15 @@ class Run:
         setting.taken = True
         setting.begin_step()
         self.world.status.step = setting.step
+        self.world.trace.end_step(number)
 
     def _count(self, steps: int) -> None:
         self._setting.step = self.world.status.step = steps
 
     def _update(self) -> None:
         if self._unscale():
-            self.optimizer.step()
+            with self.world.trace.span("update", "compute"):
+                self.optimizer.step()
 
     def _unscale(self) -> bool:
         # GradScaler leaves these two here for the time of the call.

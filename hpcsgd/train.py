@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpcsgd import compress, data, delays, folder, generators, models, specs
+from hpcsgd import compress, data, delays, folder, generators, models, specs, trace_file
 from hpcsgd.checkpoint import Checkpoints
 from hpcsgd.data.contract import Source
 from hpcsgd.errors import BadOption, RankFailed
@@ -37,8 +37,15 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _EVALUATION_BATCH = 256
 
 
-def train(settings: Settings) -> Path:
+def train(settings: Settings, trace: bool = False) -> Path:
     """Train as the settings say; collective.
+
+    Parameters
+    ----------
+    settings
+        What to do.
+    trace
+        Leave a timeline of both threads of every rank in the folder: `trace.json`.
 
     Returns
     -------
@@ -57,7 +64,7 @@ def train(settings: Settings) -> Path:
     while True:
         try:
             with world:
-                training = world.together(partial(Training, settings, world, kept, lost))
+                training = world.together(partial(Training, settings, world, kept, lost, trace))
                 return training.execute()
         except Exception as error:
             if not world.has_lost_ranks(error):
@@ -80,14 +87,22 @@ class Training:
         Where copies of the state go, and what to go on from, if any are there.
     lost
         Who has died before.
+    trace
+        Whether to trace it into its folder.
     """
 
     def __init__(
-        self, settings: Settings, world: World, kept: Kept | None = None, lost: RankFailed | None = None
+        self,
+        settings: Settings,
+        world: World,
+        kept: Kept | None = None,
+        lost: RankFailed | None = None,
+        trace: bool = False,
     ) -> None:
         self.world = world
         self.kept, self.lost = kept or Kept(), lost
         self.settings = settings
+        self.traced = trace
         self.data = data.load(settings.data)
         torch.manual_seed(settings.seed)
         self.model = models.build(settings.model or default_model(settings.data), self.data).to(world.device)
@@ -156,6 +171,8 @@ class Training:
         torch.set_num_threads(settings.threads or world.threads)
         before = self._resume(state, others) if state else world.together(self._begin)
         self.journal = world.together(self._open_journal)
+        if self.traced:
+            world.trace_into(self.folder)
         # From here on dropout and the like differ from peer to peer.
         if not state:
             for peer in self.run.each_peer():
@@ -374,10 +391,10 @@ class Training:
         if logging or self.step >= self.next_vote:
             self._exchange(logging)
         if ended or self.step % self.evaluate_every == 0:
-            with self.meter.paused():
+            with self.meter.paused(), self.world.trace.span("evaluation", "compute"):
                 self._evaluate()
         if ended or self.signal is not None or self.step % self.checkpoint_every == 0:
-            with self.meter.paused():
+            with self.meter.paused(), self.world.trace.span("checkpoint", "compute"):
                 meta = {"settings": asdict(self.settings), "ranks": self.world.size}
                 self.checkpoints.save(self.step, self._state(), meta)
         if not ended and self.step % self.keep_every == 0:
@@ -427,6 +444,10 @@ class Training:
             self.journal.say(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
         else:
             self.journal.say(f"done; hpcsgd report {self.folder}")
+        if self.world.trace.on:
+            self.journal.say(
+                f"timeline for https://ui.perfetto.dev: {self.world.trace_folder / trace_file.FILE}"
+            )
 
 
 def _strategy(settings: Settings) -> Strategy:

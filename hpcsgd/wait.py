@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hpcsgd.errors import BadOption, DeadlineExceeded, in_words
+from hpcsgd.tracing import Off
 
 DEFAULT_TIMEOUT = 300.0
 _SPINS = 50
@@ -80,6 +81,8 @@ class Waiter:
         self.serve: Callable[[], bool] = lambda: False
         #: Whether nobody waits for what this thread waits for: to look again takes time from who computes.
         self.patient: Callable[[], bool] = lambda: False
+        #: Of all that this rank does; waiting is what every part of it has at hand.
+        self.trace = Off()
 
     def until(
         self,
@@ -111,7 +114,7 @@ class Waiter:
                 break
         os.sched_yield()
         if not done():
-            with self._noted(what, started, missing):
+            with self._noted(what, started, missing), self.trace.span(what, "wait"):
                 self._sleep_until(done, started)
 
     def _sleep_until(self, done: Callable[[], bool], started: float) -> None:
@@ -123,6 +126,7 @@ class Waiter:
             if now - looked > _LOOK_AROUND_EVERY:
                 looked = now
                 self.look_around()
+                self.trace.flush()
                 if now - started > self.timeout:
                     raise self._late(now - started, self.timeout)
                 if now > warn_at:

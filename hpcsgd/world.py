@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from hpcsgd import ending, failures, launcher
+from hpcsgd import clocks, ending, failures, launcher, trace_file
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, RankFailed
 from hpcsgd.progress import Progress
 from hpcsgd.stalls import Lookout
 from hpcsgd.status import Status, card
+from hpcsgd.tracing import Off, Trace
 from hpcsgd.transport import Traffic, Transport
 from hpcsgd.wait import Waiter, timeout_from_environment
 from hpcsgd.window import Window, Windows
@@ -120,6 +121,40 @@ class World:
         if self.size > 1:
             ending.end_all_ranks_on_an_exception()
             self.progress.start()
+        if folder := os.environ.get("HPCSGD_TRACE"):
+            self.trace_into(Path(folder))
+
+    @property
+    def trace(self) -> Off:
+        """Where events go that are worth a place in a timeline."""
+        return self.waiter.trace
+
+    def trace_into(self, folder: Path) -> None:
+        """Trace all ranks, until the world is closed, into `trace.json` in a folder; collective.
+
+        `HPCSGD_TRACE=FOLDER` does so from the beginning, and then nothing else does.
+        """
+        if self.trace.on:
+            return
+        part, progress = trace_file.part_of(folder, self.rank), self.progress
+        self.together(lambda: trace_file.clear(folder) if self.rank == 0 else None)
+        file = self.together(lambda: part.open("wb", buffering=0))
+        about = {"rank": self.rank, "host": self.host, **clocks.compare(self.control)}
+        self.waiter.trace = Trace(file, about, self.traffic, self.status, progress.inside)
+        ending.flush_at_exit(self.waiter.trace)
+        self.trace_folder = folder
+
+    def _end_trace(self) -> None:
+        if not self.trace.on:
+            return
+        trace, self.waiter.trace = self.trace, Off()
+        trace.end(clocks.compare(self.control))
+        self.control.barrier("the end of the trace")
+        if self.rank == 0:
+            try:
+                trace_file.merge(self.trace_folder)
+            except (OSError, HpcsgdError) as error:  # a run does not end for its trace
+                warnings.warn(f"the parts of the trace stay apart: {error}", RuntimeWarning, stacklevel=2)
 
     def survivors(self) -> tuple[World, RankFailed]:
         """The ranks that are left when some have died, as a world, and the error; collective over them.
@@ -148,6 +183,7 @@ class World:
 
     def _abandon(self) -> None:
         self._closed = True
+        self.trace.flush()
         # Whoever waits in one of them for a rank that has left it waits no longer.
         for comm in self._communicators:
             comm.Revoke()
@@ -162,7 +198,7 @@ class World:
 
         part = copy.copy(self)
         part._communicators, part._whole = [], False
-        with self.progress.waiting():
+        with self.progress.waiting("the split of a world"):
             comm = part._keep(self.control.comm.Split(color, self.rank))
         part.rank, part.size = comm.rank, comm.size
         colors = self.gather(color, "the split of a world")
@@ -300,7 +336,7 @@ class World:
         """The picklable `value` of every rank, on every rank; only from the compute thread."""
         if self.size == 1:
             return [value]
-        with self.progress.waiting():
+        with self.progress.waiting(what):
             return self.control.gather_objects(value, what)
 
     def together(self, action: Callable[[], T]) -> T:
@@ -360,6 +396,8 @@ class World:
             self.progress.stop()
         else:
             self.progress.drain()
+        if self._whole:
+            self._end_trace()
         if not ending.is_complete():
             return  # see `ending.leave`
         if self._whole:
@@ -379,6 +417,8 @@ class World:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
+        else:
+            self.trace.flush()
 
 
 class NodeBarrier:

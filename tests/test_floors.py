@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 FLOORS = [
     {"errors", "specs", "topology", "delays", "kernels", "launcher", "processes", "stacks"},
     {"wait", "mail", "status", "standing", "stalls", "progress", "transport", "window", "ending", "failures"}
-    | {"world"}
-    | {"links", "ports", "connection"},
+    | {"world", "links", "ports", "connection", "tracing", "trace_file", "clocks"},
     {"tensors", "gradients", "parameters", "peers", "compress", "fingerprint", "codes", "sums"},
     {"collectives"},
     {"strategies", "server"},
-    {"batches", "turns", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings", "kept"}
+    {"batches", "turns", "passes", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
+    | {"kept"}
     | {"optim", "display", "board", "memory", "generators", "journal", "signals", "folder"},
     {"cli", "train", "survival", "serve", "service", "tune", "bench", "report", "doctor", "__main__"},
 ]

@@ -194,6 +194,17 @@ def push(**options: Any) -> None:
     measure(**options)
 
 
+@bench.command()
+@click.option("--model", default="2nn:width=1024", show_default=True, help="As for train.")
+@click.option("--batch", default=32, show_default=True, help="Samples per rank.")
+@click.option("--repeats", default=40, show_default=True, help="Blocks of steps; medians are shown.")
+def trace(**options: Any) -> None:
+    """Training steps with a trace, and without: what it costs."""
+    from hpcsgd.bench.trace import main as measure
+
+    measure(**options)
+
+
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(";") if part.strip()]
 

@@ -198,7 +198,8 @@ class Compressed:
             buffers = [b.views[0][:size] for b, (size, _) in zip(lane.buffers, codec.sums, strict=True)]
             left = len(codec.sums)
             try:
-                for message in codec.run(values, buffers, draw, scale, lane.residual):
+                work = codec.run(values, buffers, draw, scale, lane.residual)
+                for message in self._traced(work, left, lane.bucket):
                     if message is None:
                         yield None
                         continue
@@ -213,6 +214,18 @@ class Compressed:
                 torch.cuda.current_stream(values.device).synchronize()
 
         return steps()
+
+    def _traced(self, work: Iterator[Message | None], sums: int, bucket: Bucket) -> Iterator[Message | None]:
+        """The codec's work; once nothing is left to be summed, it decodes."""
+        decode, encode = (f"{what} of bucket {bucket.index}" for what in ("decode", "encode"))
+        while True:
+            try:
+                with self._world.trace.span(encode if sums else decode, "codec"):
+                    message = next(work)
+            except StopIteration:
+                return
+            sums -= message is not None and message.op == "sum"
+            yield message
 
     def _combine(self, flow: Flow, lane: Lane, message: Message) -> Steps:
         assert self._net is not None

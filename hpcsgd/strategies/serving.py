@@ -97,7 +97,7 @@ class Serving(Strategy):
 
     def _serve(self, done: Callable[[], bool]) -> None:
         world = self.setting.world
-        with world.progress.waiting():
+        with world.progress.waiting("requests of clients"):
             while not done():
                 self._hear(done)  # each request begins a new wait, with its own deadline
         world.progress.check()
@@ -111,7 +111,8 @@ class Serving(Strategy):
     def _look(self) -> bool:
         """Let all links move; never says that the wait is over."""
         started = time.perf_counter()
-        moved = self.server.pump(self.server.links)
+        with self.setting.world.waiter.trace.span("requests", "service"):
+            moved = self.server.pump(self.server.links)
         now = time.perf_counter()
         self._load.looked(moved, now - started if moved else 0.0)
         if now - self._watched > _WATCH_EVERY:
