@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hpcsgd import ending, launcher
+from hpcsgd import ending, launcher, signals
 from hpcsgd.bench.commands import bench, number
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.settings import Settings, click_options
@@ -56,8 +56,10 @@ def train(settings: Settings) -> None:
     """Train a model on all ranks of this job: mpiexec -n 4 hpcsgd train.
 
     A NAME may have options: --strategy local:period=16. The run's folder holds config.toml (complete: run
-    it again with --config), metrics.jsonl and checkpoints; go on after a stop with --resume FOLDER.
+    it again with --config), metrics.jsonl and checkpoints. SIGUSR1 and SIGTERM end it with a checkpoint and
+    status 0; go on with --resume FOLDER. The file `done` in the folder says that there is no more to do.
     """
+    signals.keep()
     from hpcsgd.train import train as execute
 
     execute(settings)
@@ -97,6 +99,7 @@ def serve(**options: Any) -> None:
     mpiexec -n 4 hpcsgd train --strategy ps:mode=MODE --connect FILE. Ends when all are done. Started again
     after a stop or a crash with the same options, it goes on where it was, and the groups with it.
     """
+    signals.keep()
     from hpcsgd.serve import serve as execute
     from hpcsgd.service import Options
 

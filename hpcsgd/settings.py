@@ -24,6 +24,8 @@ R = TypeVar("R")
 
 # Written by `to_toml` for the reader's information; a run is not set up from it.
 _WORLD = "world"
+#: Of `resume`: go on if there is something to go on with.
+AUTO = "auto"
 
 _DEFAULT_MODELS = {
     "digits": "2nn",
@@ -123,7 +125,9 @@ class Settings:
     out: str = option("runs", "Folder in which the run's folder is made.")
     name: str = option("", "Name of the run's folder; empty: time stamp and strategy.")
     resume: str = option(
-        "", "Folder of a run, or of one of its checkpoints, to go on with; empty: start a new one."
+        "",
+        "Folder of a run, or of one of its checkpoints, to go on with; auto: the run of --name if it has a "
+        "checkpoint; empty: start a new one.",
     )
     on_failure: str = option(
         "stop",
@@ -249,7 +253,7 @@ def click_options(function: Callable[..., R]) -> Callable[..., R]:
     def with_settings(*args: Any, config: str | None, **values: Any) -> R:
         given = {name: values.pop(name) for name in FIELDS}
         read = {name: _number(name, text) for name, text in given.items() if text is not None}
-        if not config and read.get("resume"):
+        if not config and read.get("resume", "") not in ("", AUTO):
             config = str(resumed(str(read["resume"]))[0] / "config.toml")
         settings = merge(from_toml(config) if config else {}, read)
         return function(*args, settings=settings, **values)
