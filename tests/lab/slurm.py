@@ -2,8 +2,9 @@
 
     python tests/lab/slurm.py -- sbatch --wait --wrap 'srun -N2 hostname'
 
-The nodes n1 and n2 are two slurmd on this machine. All of it lives in a temporary folder, listens on free ports, speaks
-through a munged of its own, and goes away when the program ends or is interrupted; several may run at once.
+The nodes n1 and n2 are two slurmd on this machine. All of it lives in a temporary folder, listens on free
+ports, speaks through a munged of its own, and goes away when the program ends or is interrupted; several may
+run at once.
 Needs root, and Debian's slurm-wlm and munge.
 """
 
@@ -147,7 +148,11 @@ class Slurm:
 
     def _states(self) -> list[str]:
         done = subprocess.run(
-            ["sinfo", "-h", "-N", "-o", "%T"], env=self.environment, capture_output=True, text=True, check=False
+            ["sinfo", "-h", "-N", "-o", "%T"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.stdout.split()
 
