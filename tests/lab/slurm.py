@@ -2,9 +2,9 @@
 
     python tests/lab/slurm.py -- sbatch --wait --wrap 'srun -N2 hostname'
 
-The nodes n1 and n2 are two slurmd on this machine. All of it lives in a temporary folder, listens on free
-ports, speaks through a munged of its own, and goes away when the program ends or is interrupted; several may
-run at once.
+The nodes n1 and n2 are two slurmd on this machine, with a host name and a /dev/shm of their own. All of it
+lives in a temporary folder, listens on free ports, speaks through a munged of its own, and goes away when the
+program ends or is interrupted; several may run at once.
 Needs root, and Debian's slurm-wlm and munge.
 """
 
@@ -25,11 +25,14 @@ from pathlib import Path
 
 _SECONDS_TO_START = 30.0
 _SECONDS_TO_END = 10.0
-_DAEMONS = ("munged", "slurmctld", "slurmd")
+_DAEMONS = ("unshare", "munged", "slurmctld", "slurmd")
 _CLIENTS = ("sbatch", "srun", "scontrol", "scancel", "squeue")
 _NODES = ("n1", "n2")
 
-# cred_expire: a requeued job waits as long before it starts again.
+# Arguments: a node and slurmd. With one /dev/shm MPI's ranks of two nodes would meet in it.
+_NODE = 'hostname "$0" && mount -t tmpfs tmpfs /dev/shm && exec "$1" -D -N "$0"'
+
+# cred_expire: a requeued job waits as long before it starts again; 5 is the least.
 _CONFIG = """
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -38,7 +41,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
@@ -125,7 +128,7 @@ class Slurm:
         (self.folder / "slurm.conf").write_text(text)
         self._daemon("slurmctld", "-D", "-i")
         for node in _NODES:
-            self._daemon("slurmd", "-D", "-N", node)
+            self._daemon("unshare", "--uts", "--ipc", "--mount", "sh", "-c", _NODE, node, _which("slurmd"))
         self._wait(lambda: self._states() == ["idle"] * len(_NODES), "the nodes to be idle")
 
     def _start_munge(self) -> None:
@@ -137,12 +140,13 @@ class Slurm:
         self._wait(sock.exists, "munged")
 
     def _daemon(self, name: str, *options: str) -> None:
-        path = shutil.which(name, path=_path())
-        assert path is not None
-        log = (self.folder / "output.txt").open("ab")
-        with log:
+        with (self.folder / "output.txt").open("ab") as log:
             daemon = subprocess.Popen(
-                [path, *options], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [_which(name), *options],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         self._running.append(daemon)
 
@@ -218,13 +222,13 @@ def obstacle() -> str:
     if os.geteuid() != 0:
         return "slurmd needs root to start jobs"
     for tool in (*_DAEMONS, *_CLIENTS):
-        if not shutil.which(tool, path=_path()):
+        if not _which(tool):
             return f"there is no {tool!r}: install slurm-wlm and munge"
     return ""
 
 
-def _path() -> str:
-    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+def _which(tool: str) -> str:
+    return shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or ""
 
 
 def _free_ports(count: int) -> list[int]:
