@@ -228,7 +228,7 @@ def _lines(job: Job) -> Iterator[str]:
     if job.array:
         yield f"#SBATCH --array=0-{job.array - 1}"
     yield f"#SBATCH --time={job.time}"
-    yield "# So many seconds before the time limit, or up to 60 more, the run is told to end with a checkpoint."
+    yield "# So many seconds before the time limit, or up to 60 more, it is told to end with a checkpoint."
     yield f"#SBATCH --signal=B:USR1@{job.warn}"
     if job.requeue:
         yield "# Also when a node fails, or when a job that is more urgent takes its nodes."

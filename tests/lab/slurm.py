@@ -29,8 +29,10 @@ _DAEMONS = ("unshare", "munged", "slurmctld", "slurmd")
 _CLIENTS = ("sbatch", "srun", "scontrol", "scancel", "squeue")
 _NODES = ("n1", "n2")
 
-# Arguments: a node and slurmd. With one /dev/shm MPI's ranks of two nodes would meet in it.
-_NODE = 'hostname "$0" && mount -t tmpfs tmpfs /dev/shm && exec "$1" -D -N "$0"'
+# Arguments: a node, slurmd, and a file of hosts. With one /dev/shm MPI's ranks of two nodes would meet in it.
+_NODE = """
+hostname "$0" && mount --bind "$2" /etc/hosts && mount -t tmpfs tmpfs /dev/shm && exec "$1" -D -N "$0"
+"""
 
 # cred_expire: a requeued job waits as long before it starts again; 5 is the least.
 _CONFIG = """
@@ -127,8 +129,11 @@ class Slurm:
         )
         (self.folder / "slurm.conf").write_text(text)
         self._daemon("slurmctld", "-D", "-i")
+        hosts = self.folder / "hosts"
+        hosts.write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(_NODES)}\n")
         for node in _NODES:
-            self._daemon("unshare", "--uts", "--ipc", "--mount", "sh", "-c", _NODE, node, _which("slurmd"))
+            within = ("--uts", "--ipc", "--mount", "sh", "-c", _NODE)
+            self._daemon("unshare", *within, node, _which("slurmd"), str(hosts))
         self._wait(lambda: self._states() == ["idle"] * len(_NODES), "the nodes to be idle")
 
     def _start_munge(self) -> None:

@@ -1,4 +1,4 @@
-"""The job scripts in a real Slurm of two nodes; they take minutes: run them in one process, without mpiexec."""
+"""The job scripts in a real Slurm of two nodes; in one process, without mpiexec, for they take minutes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ STEPS, RANKS = 80, 4
 #: What may differ between two records of the same step of the same training.
 TIMES = {"time", "samples_per_second", "compute_seconds", "wait_seconds", "communication_seconds"}
 
-WAITS = 90.0
+#: Seconds for what takes a few where nothing else runs.
+WAITS = 150.0
 
 
 class Cluster:
@@ -149,7 +150,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "done").exists() and (other / "done").exists()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_run_goes_on_when_it_is_told_to_stop_and_when_it_is_killed(
     cluster: Cluster, straight: Path
 ) -> None:
@@ -168,7 +169,7 @@ def test_a_run_goes_on_when_it_is_told_to_stop_and_when_it_is_killed(
     assert_same_run(straight, cluster.runs / f"hpcsgd-{job}")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_mpiexec_of_the_mpi_is_told_too(cluster: Cluster, straight: Path) -> None:
     words = "--delays constant:seconds=0.05"
     job = cluster.submit("requeue.sbatch", "--time=5 --", SAME, words, MPI_TYPE="mpiexec")
@@ -179,6 +180,7 @@ def test_the_mpiexec_of_the_mpi_is_told_too(cluster: Cluster, straight: Path) ->
     assert_same_run(straight, cluster.runs / f"hpcsgd-{job}")
 
 
+@pytest.mark.timeout(300)
 def test_what_cannot_get_further_is_not_requeued(cluster: Cluster) -> None:
     job = cluster.submit("requeue.sbatch", "--time=5 --", "--model nothing")
     facts = cluster.ended(job)
@@ -186,6 +188,7 @@ def test_what_cannot_get_further_is_not_requeued(cluster: Cluster) -> None:
     assert "unknown model 'nothing'" in cluster.said(job) and "not requeued" in cluster.said(job)
 
 
+@pytest.mark.timeout(300)
 def test_what_is_cancelled_is_not_requeued(cluster: Cluster) -> None:
     job = cluster.submit("requeue.sbatch", "--time=5 --", SAME, "--delays constant:seconds=1")
     cluster.reaches(job, 1)
@@ -195,7 +198,7 @@ def test_what_is_cancelled_is_not_requeued(cluster: Cluster) -> None:
     assert not (cluster.runs / f"hpcsgd-{job}" / "done").exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_sweep_is_collected_by_a_report(cluster: Cluster) -> None:
     sweep = cluster.folder / "sweep.toml"
     sweep.write_text("epochs = 2\n[[run]]\nseed = 3\n[[run]]\nlearning_rate = 0.02\n")
@@ -213,7 +216,7 @@ def test_a_sweep_is_collected_by_a_report(cluster: Cluster) -> None:
     assert (cluster.folder / "report" / "report.html").exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_server_and_groups_that_are_jobs_of_their_own(cluster: Cluster) -> None:
     file = cluster.folder / "servers"
     server = cluster.submit("ps_server.sbatch", "--time=5 --", f"--listen {file} --mode elastic --linger 1")
@@ -227,10 +230,10 @@ def test_a_server_and_groups_that_are_jobs_of_their_own(cluster: Cluster) -> Non
     assert not file.exists()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_run_of_several_time_slots_is_the_uninterrupted_one(
     cluster: Cluster, straight: Path, limited: str
 ) -> None:
-    facts = cluster.ended(limited, within=180)
+    facts = cluster.ended(limited, within=390)
     assert facts["JobState"] == "COMPLETED" and int(facts["Restarts"]) >= 1, cluster.said(limited)
     assert_same_run(straight, cluster.runs / f"hpcsgd-{limited}")
