@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ _DAEMONS = ("unshare", "munged", "slurmctld", "slurmd")
 _CLIENTS = ("sbatch", "srun", "scontrol", "scancel", "squeue")
 _NODES = ("n1", "n2")
 
+_WITHIN = ("unshare", "--uts", "--ipc", "--mount", "sh", "-c")
 # Arguments: a node, slurmd, and a file of hosts. With one /dev/shm MPI's ranks of two nodes would meet in it.
 _NODE = """
 hostname "$0" && mount --bind "$2" /etc/hosts && mount -t tmpfs tmpfs /dev/shm && exec "$1" -D -N "$0"
@@ -93,6 +95,7 @@ class Slurm:
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "PMI"))},
             "SLURM_CONF": str(self.folder / "slurm.conf"),
+            **_one_network(),
         }
         try:
             self._start()
@@ -132,8 +135,7 @@ class Slurm:
         hosts = self.folder / "hosts"
         hosts.write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(_NODES)}\n")
         for node in _NODES:
-            within = ("--uts", "--ipc", "--mount", "sh", "-c", _NODE)
-            self._daemon("unshare", *within, node, _which("slurmd"), str(hosts))
+            self._daemon(*_WITHIN, _NODE, node, _which("slurmd"), str(hosts))
         self._wait(lambda: self._states() == ["idle"] * len(_NODES), "the nodes to be idle")
 
     def _start_munge(self) -> None:
@@ -229,7 +231,8 @@ def obstacle() -> str:
     for tool in (*_DAEMONS, *_CLIENTS):
         if not _which(tool):
             return f"there is no {tool!r}: install slurm-wlm and munge"
-    return ""
+    tried = subprocess.run([*_WITHIN, "mount -t tmpfs tmpfs /dev/shm"], capture_output=True, check=False)
+    return "nodes need a /dev/shm of their own, and mount is not allowed" if tried.returncode else ""
 
 
 def _which(tool: str) -> str:
@@ -237,11 +240,22 @@ def _which(tool: str) -> str:
 
 
 def _free_ports(count: int) -> list[int]:
+    """Not of the range from which outgoing connections take theirs, at any moment."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
+        ports: list[int] = []
+        while len(ports) < count:
+            port = random.randrange(20000, 30000)
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("", port))
+                ports.append(port)
+        return ports
+
+
+def _one_network() -> dict[str, str]:
+    """For MPICH, whose start under srun hangs where networks of other labs come and go meanwhile."""
+    routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()]
+    names = [route[0] for route in routes if route[1] == "00000000"]
+    return {"UCX_NET_DEVICES": names[0]} if names else {}
 
 
 def _interrupt(*_: object) -> None:
