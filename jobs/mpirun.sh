@@ -6,7 +6,8 @@
 # on this host. All hosts must see the same working folder and Python environment, and the mpiexec that is found
 # (MPICH, Open MPI, Intel MPI) must be that of mpi4py.
 # RESTARTS=n: if a rank or a host fails, start again from the last checkpoint, n times at most, and never twice from
-# the same one. The file of hosts is read anew each time: replace there what is broken, by as many ranks.
+# the same one. The file of hosts is read anew each time: replace there what is broken, by as many ranks; with
+# --on-failure restart by any number, or take it out.
 set -euo pipefail
 
 start() {

@@ -105,10 +105,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def limited(cluster: Cluster) -> str:
     """A job that needs longer than its time limit; begun first, because it sleeps most of the time.
 
-    Slurm looks at time limits every 30 seconds, and warns up to 30 seconds early: here after 15 to 45.
+    Slurm looks at time limits every 30 seconds, and warns up to 30 seconds early: here after 29 to 59.
     """
-    options = "--time=1 --signal=B:USR1@15 --job-name=hpcsgd --"
-    return cluster.submit("requeue.sbatch", options, SAME, "--delays constant:seconds=0.7")
+    options = "--time=1 --signal=B:USR1@1 --job-name=hpcsgd --"
+    return cluster.submit("requeue.sbatch", options, SAME, "--delays constant:seconds=0.8")
 
 
 @pytest.fixture(scope="module")
