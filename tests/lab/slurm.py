@@ -95,7 +95,7 @@ class Slurm:
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "PMI"))},
             "SLURM_CONF": str(self.folder / "slurm.conf"),
-            **_one_network(),
+            **_short_addresses(),
         }
         try:
             self._start()
@@ -251,11 +251,14 @@ def _free_ports(count: int) -> list[int]:
         return ports
 
 
-def _one_network() -> dict[str, str]:
-    """For MPICH, whose start under srun hangs where networks of other labs come and go meanwhile."""
+def _short_addresses() -> dict[str, str]:
+    """For MPICH, which puts them into one line of PMI: Slurm breaks a line of more than 1,024 bytes in two.
+
+    It grows with the transports and the networks, and those of other labs come and go.
+    """
     routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()]
     names = [route[0] for route in routes if route[1] == "00000000"]
-    return {"UCX_NET_DEVICES": names[0]} if names else {}
+    return {"UCX_TLS": "tcp,self", **({"UCX_NET_DEVICES": names[0]} if names else {})}
 
 
 def _interrupt(*_: object) -> None:
