@@ -95,7 +95,7 @@ class Slurm:
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "PMI"))},
             "SLURM_CONF": str(self.folder / "slurm.conf"),
-            **_short_addresses(),
+            **_one_network(),
         }
         try:
             self._start()
@@ -251,14 +251,15 @@ def _free_ports(count: int) -> list[int]:
         return ports
 
 
-def _short_addresses() -> dict[str, str]:
-    """For MPICH, which puts them into one line of PMI: Slurm breaks a line of more than 1,024 bytes in two.
+def _one_network() -> dict[str, str]:
+    """For MPICH: short addresses, and the same on all ranks while networks of other labs come and go.
 
-    It grows with the transports and the networks, and those of other labs come and go.
+    It puts them into lines of PMI; Slurm breaks lines of more than 1,024 bytes in two, and UCX has such.
     """
     routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()]
-    names = [route[0] for route in routes if route[1] == "00000000"]
-    return {"UCX_TLS": "tcp,self", **({"UCX_NET_DEVICES": names[0]} if names else {})}
+    device = next((name for name, destination, *_ in routes if destination == "00000000"), "")
+    pinned = {"FI_TCP_IFACE": device, "FI_SOCKETS_IFACE": device, "UCX_NET_DEVICES": device}
+    return {"MPIR_CVAR_CH4_NETMOD": "ofi", **(pinned if device else {})}
 
 
 def _interrupt(*_: object) -> None:
