@@ -1,4 +1,4 @@
-"""The command line: `hpcsgd train`, `serve`, `tune`, `report`, `trace`, `topology`, `doctor` and `bench`."""
+"""The command line: `hpcsgd train`, `serve`, `sbatch`, `tune`, `report`, `trace`, `doctor` and others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from hpcsgd import ending, launcher
+from hpcsgd import ending, launcher, sbatch, signals
 from hpcsgd.bench.commands import bench, number
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.settings import Settings, click_options
@@ -58,8 +58,10 @@ def train(settings: Settings, trace: bool) -> None:
     """Train a model on all ranks of this job: mpiexec -n 4 hpcsgd train.
 
     A NAME may have options: --strategy local:period=16. The run's folder holds config.toml (complete: run
-    it again with --config), metrics.jsonl and checkpoints; go on after a stop with --resume FOLDER.
+    it again with --config), metrics.jsonl and checkpoints. SIGUSR1 and SIGTERM end it with a checkpoint and
+    status 0; go on with --resume FOLDER. The file `done` in the folder says that there is no more to do.
     """
+    signals.keep()
     from hpcsgd.train import train as execute
 
     execute(settings, trace)
@@ -99,10 +101,55 @@ def serve(**options: Any) -> None:
     mpiexec -n 4 hpcsgd train --strategy ps:mode=MODE --connect FILE. Ends when all are done. Started again
     after a stop or a crash with the same options, it goes on where it was, and the groups with it.
     """
+    signals.keep()
     from hpcsgd.serve import serve as execute
     from hpcsgd.service import Options
 
     execute(Options(**options))
+
+
+def _job_options(function: Callable[..., None]) -> Callable[..., None]:
+    texts = {
+        "nodes": "Number of nodes.",
+        "ranks_per_node": "Ranks on each.",
+        "cpus": "Cores of each rank.",
+        "gpus": "GPUs of each node.",
+        "time": "Time limit: minutes, hours:minutes:seconds, days-hours, ...",
+        "warn": "Seconds before it at which the run writes a checkpoint and ends.",
+        "mpi": "What starts the ranks: pmi2 or pmix, of srun, or mpiexec.",
+        "requeue": "Back into the queue until the run is done.",
+        "name": "Name of the job.",
+        "partition": "To be submitted to.",
+        "account": "To be charged.",
+    }
+    for name, text in reversed(texts.items()):
+        default = getattr(sbatch.Job, name)
+        flag, told = f"--{name.replace('_', '-')}", default not in ("", 0, False)
+        option = click.option(flag, default=default, help=text, is_flag=default is False, show_default=told)
+        function = option(function)
+    return function
+
+
+@cli.command("sbatch")
+@click.argument("kind", type=click.Choice(["train", "sweep"]))
+@click.argument("words", nargs=-1)
+@_job_options
+@click.option("-o", "--out", metavar="FILE", type=_PATH, help="Write it there; default: print it.")
+def job_script(kind: str, words: tuple[str, ...], out: Path | None, **options: Any) -> None:
+    """Write a job script for Slurm: hpcsgd sbatch train --nodes 4 -- --data text > job.sbatch.
+
+    WORDS are arguments of `hpcsgd train`; of a sweep the first is its TOML file, which has a table [[run]]
+    for each run. Without WORDS sbatch is given them: sbatch job.sbatch WORDS. So are the scripts in jobs/.
+    """
+    array = None if kind == "train" else sbatch.elements(words[0]) if words else 0
+    text = sbatch.script(sbatch.Job(**options, array=array, words=words))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text)
+    except OSError as error:
+        raise HpcsgdError(f"cannot write {out}", got=error, do="name another file") from error
 
 
 @cli.group()

@@ -9,7 +9,10 @@ from typing import Any
 
 from hpcsgd import specs
 from hpcsgd.errors import BadOption
-from hpcsgd.settings import Settings, resumed, to_toml
+from hpcsgd.settings import AUTO, Settings, resumed, to_toml
+
+#: Is in the folder of a run that has come to its end: there is nothing to go on with.
+DONE = "done"
 
 #: Settings whose change would make the checkpoint's state, or its position in the data, another's.
 _FIXED_FOR_A_RUN = (
@@ -19,8 +22,16 @@ _FIXED_FOR_A_RUN = (
 
 
 def path_of(settings: Settings) -> Path:
-    """Where the run goes: to the folder it resumes, or a new one by name, or by time and method."""
-    if settings.resume:
+    """Where the run goes: to the folder it resumes, or a new one by name, or by time and method.
+
+    Raises
+    ------
+    BadOption
+        A run shall go on if it has begun, and is not named.
+    """
+    if settings.resume == AUTO and not settings.name:
+        raise BadOption(f"--resume {AUTO} needs to know which run", do="give its --name", everywhere=True)
+    if settings.resume not in ("", AUTO):
         return resumed(settings.resume)[0]
     schemes = [settings.strategy, *([] if settings.compress == "none" else [settings.compress])]
     method = "-".join(specs.parse(scheme)[0] for scheme in schemes)
@@ -33,17 +44,26 @@ def make(folder: Path, settings: Settings, about: dict[str, object]) -> None:
     Raises
     ------
     BadOption
-        It exists.
+        It exists, and what is in it is not to be gone on with.
     """
     try:
-        folder.mkdir(parents=True)
+        # A run may have been killed before its first checkpoint.
+        folder.mkdir(parents=True, exist_ok=settings.resume == AUTO)
     except FileExistsError:
         raise BadOption(
             f"{folder} exists",
             do=f"choose another --name, or go on with it: --resume {folder}",
         ) from None
-    named = replace(settings, out=str(folder.parent), name=folder.name)
+    named = replace(settings, out=str(folder.parent), name=folder.name, resume="")
     (folder / "config.toml").write_text(to_toml(named, about))
+
+
+def mark(folder: Path, rank: int, *, done: bool) -> None:
+    """Rank 0 leaves the file `done` where the run has come to its end, and removes it while it goes on."""
+    if rank == 0 and done:
+        (folder / DONE).touch()
+    elif rank == 0:
+        (folder / DONE).unlink(missing_ok=True)
 
 
 def check_unchanged(settings: Settings, before: dict[str, Any]) -> None:

@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 import click
 import tomli_w
 
-from hpcsgd import specs
+from hpcsgd import specs, sweep
 from hpcsgd.errors import BadOption
 
 R = TypeVar("R")
 
 # Written by `to_toml` for the reader's information; a run is not set up from it.
 _WORLD = "world"
+#: Of `resume`: go on if there is something to go on with.
+AUTO = "auto"
 
 _DEFAULT_MODELS = {
     "digits": "2nn",
@@ -123,7 +125,9 @@ class Settings:
     out: str = option("runs", "Folder in which the run's folder is made.")
     name: str = option("", "Name of the run's folder; empty: time stamp and strategy.")
     resume: str = option(
-        "", "Folder of a run, or of one of its checkpoints, to go on with; empty: start a new one."
+        "",
+        "Folder of a run, or of one of its checkpoints, to go on with; auto: the run of --name if it has a "
+        "checkpoint; empty: start a new one.",
     )
     on_failure: str = option(
         "stop",
@@ -204,21 +208,39 @@ def merge(toml: Mapping[str, object], command_line: Mapping[str, object]) -> Set
     return validate(Settings(**values))
 
 
-def from_toml(path: str | Path) -> dict[str, object]:
+def from_toml(path: str | Path, element: int | None = None) -> dict[str, object]:
     """Read the settings that a TOML file gives, for `merge`; its ``[world]`` table is ignored.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    element
+        Which run of a sweep, see `sweep.choose`.
 
     Raises
     ------
     BadOption
-        The file cannot be read, is not TOML, or names a setting that does not exist.
+        The file cannot be read, is not TOML, or names a setting that does not exist; or the element is wrong.
     """
-    try:
-        table = tomllib.loads(Path(path).read_bytes().decode())
-    except (OSError, ValueError) as error:
-        raise BadOption(f"cannot read settings from {path}: {error}") from error
+    table = sweep.choose(read_toml(path), path, element)
     table.pop(_WORLD, None)
     _check_names(table, str(path))
     return {name: _unset(name, value) for name, value in table.items()}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read what a TOML file holds, as it is.
+
+    Raises
+    ------
+    BadOption
+        The file cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_bytes().decode())
+    except (OSError, ValueError) as error:
+        raise BadOption(f"cannot read settings from {path}: {error}") from error
 
 
 def to_toml(settings: Settings, extra: Mapping[str, object]) -> str:
@@ -238,7 +260,7 @@ def to_toml(settings: Settings, extra: Mapping[str, object]) -> str:
 
 
 def click_options(function: Callable[..., R]) -> Callable[..., R]:
-    """Give a click command one option per setting, and ``--config FILE``.
+    """Give a click command one option per setting, ``--config FILE`` and ``--element N``.
 
     The function gets the checked result as its argument ``settings``. The command line wins over
     the file; a run to go on with brings its own file. Texts that are no number reach `validate`, so
@@ -246,18 +268,22 @@ def click_options(function: Callable[..., R]) -> Callable[..., R]:
     """
 
     @functools.wraps(function)
-    def with_settings(*args: Any, config: str | None, **values: Any) -> R:
+    def with_settings(*args: Any, config: str | None, element: int | None, **values: Any) -> R:
         given = {name: values.pop(name) for name in FIELDS}
         read = {name: _number(name, text) for name, text in given.items() if text is not None}
-        if not config and read.get("resume"):
+        if not config and read.get("resume", "") not in ("", AUTO):
             config = str(resumed(str(read["resume"]))[0] / "config.toml")
-        settings = merge(from_toml(config) if config else {}, read)
+        if not config and element is not None:
+            raise BadOption("--element is of a sweep", do="name its file with --config")
+        settings = merge(from_toml(config, element) if config else {}, read)
         return function(*args, settings=settings, **values)
 
     for name in reversed(FIELDS):
         flag = "--" + name.replace("_", "-")
         metavar = _kind(name).__name__.upper().replace("STR", "TEXT")
         with_settings = click.option(flag, name, metavar=metavar, help=_help(name))(with_settings)
+    about = "Of a file with tables [[run]], a sweep: which of them, from 0; on top of what comes before them."
+    with_settings = click.option("--element", metavar="INT", type=int, help=about)(with_settings)
     about = "TOML file of settings, such as the config.toml of an earlier run."
     return click.option("--config", metavar="FILE", help=about)(with_settings)
 

@@ -6,6 +6,16 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_kept: list[int] = []
+
+
+def keep() -> None:
+    """From now on SIGUSR1 ends nothing, and is kept for the next `Signals.noted`.
+
+    A batch system may warn of the time limit while a job still starts.
+    """
+    signal.signal(signal.SIGUSR1, lambda number, _: _kept.append(number))
+
 
 class Signals:
     """Notes SIGTERM and SIGUSR1, and others that it is told, while it is in place.
@@ -33,6 +43,9 @@ class Signals:
             self.caught = number
 
         before = {s: signal.signal(s, note) for s in self._numbers}
+        if _kept:
+            self.caught = _kept[-1]
+            _kept.clear()
         try:
             yield
         finally:

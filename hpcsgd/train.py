@@ -26,7 +26,7 @@ from hpcsgd.metrics import Counters, Meter, Sums
 from hpcsgd.optim import OPTIMIZERS, course
 from hpcsgd.peers import Peers
 from hpcsgd.run import Run
-from hpcsgd.settings import Settings, default_model, resumed
+from hpcsgd.settings import AUTO, Settings, default_model, resumed
 from hpcsgd.signals import Signals
 from hpcsgd.strategies import STRATEGIES, Strategy
 from hpcsgd.survival import check_movable, check_survival, leave
@@ -203,6 +203,12 @@ class Training:
     def _in_steps(self, epochs: float) -> int:
         return max(1, round(epochs * self.steps_per_epoch)) if epochs else self.total + 1
 
+    def _resumes(self) -> bool:
+        """Whether there is something to go on with; rank 0 looks, for all must do the same."""
+        if self.settings.resume != AUTO:
+            return bool(self.settings.resume)
+        return bool(self.world.gather(self.checkpoints.steps())[0])
+
     def _begin(self) -> Counters:
         about: dict[str, object] = {"ranks": self.world.size, "nodes": self.world.nodes}
         if self.world.rank == 0:
@@ -214,10 +220,11 @@ class Training:
         kept = self.kept.common(self.world)
         if kept is not None:
             return self._moved(reform([kept], self.world, 1)), True
-        if not self.settings.resume:
+        if not self._resumes():
             return {}, False
+        step = None if self.settings.resume == AUTO else resumed(self.settings.resume)[1]
         others = self.settings.on_failure != "stop"
-        states, meta = self.checkpoints.load(resumed(self.settings.resume)[1], of_others=others)
+        states, meta = self.checkpoints.load(step, of_others=others)
         folder.check_unchanged(self.settings, meta["settings"])
         ranks = meta["ranks"]
         if ranks == self.world.size:
@@ -274,6 +281,7 @@ class Training:
 
     def _open_journal(self) -> Journal:
         length = (self.total, self.settings.epochs, self.steps_per_epoch)
+        folder.mark(self.folder, self.world.rank, done=False)
         mode = self.settings.progress
         journal = Journal(self.folder, self.world.rank, self.step, *length, mode, self.keep)
         if self.lost is not None:
@@ -443,6 +451,7 @@ class Training:
             name = signal.Signals(self.signal).name
             self.journal.say(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
         else:
+            folder.mark(self.folder, self.world.rank, done=True)
             self.journal.say(f"done; hpcsgd report {self.folder}")
         if self.world.trace.on:
             self.journal.say(

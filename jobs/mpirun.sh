@@ -1,16 +1,44 @@
 #!/usr/bin/env bash
-# Training on hosts without a batch system.
+# Training on hosts without a batch system. What follows are options of `hpcsgd train`.
 #   HOSTS=node1:4,node2:4 jobs/mpirun.sh --data text --strategy local:period=8
-# HOSTS lists the hosts and the ranks on each; without it, 4 ranks start on this one. All hosts must see
-# the same working folder and Python environment.
+#   HOSTS=hosts.txt RESTARTS=5 NAME=text jobs/mpirun.sh --data text
+# HOSTS lists the hosts and the ranks on each, or is a file with a line for each, node1:4; without it 4 ranks start
+# on this host. All hosts must see the same working folder and Python environment, and the mpiexec that is found
+# (MPICH, Open MPI, Intel MPI) must be that of mpi4py.
+# RESTARTS=n: if a rank or a host fails, start again from the last checkpoint, n times at most, and never twice from
+# the same one. The file of hosts is read anew each time: replace there what is broken, by as many ranks; with
+# --on-failure restart by any number, or take it out.
 set -euo pipefail
 
-hosts=${HOSTS:-localhost:4}
-ranks=$(tr ',' '\n' <<<"$hosts" | awk -F: '{ n += ($2 ? $2 : 1) } END { print n }')
+start() {
+    local hosts=${HOSTS:-localhost:4} ranks
+    [ ! -f "$hosts" ] || hosts=$(grep -o '^[^# ]*' "$hosts" | paste -sd,)
+    ranks=$(tr ',' '\n' <<<"$hosts" | awk -F: '{ n += ($2 ? $2 : 1) } END { print n }')
+    if mpiexec --version 2>&1 | grep -q 'Open MPI'; then
+        # Two threads a rank compute and communicate: do not bind a rank to one core.
+        mpiexec -n "$ranks" --host "$hosts" --bind-to none hpcsgd train "$@"
+    else
+        # MPICH and Intel MPI
+        mpiexec -n "$ranks" -hosts "$hosts" hpcsgd train "$@"
+    fi
+}
 
-if mpiexec --version 2>&1 | grep -q 'Open MPI'; then
-    # Two threads a rank compute and communicate: do not bind a rank to one core.
-    exec mpiexec -n "$ranks" --host "$hosts" --bind-to none hpcsgd train "$@"
-fi
-# MPICH and Intel MPI
-exec mpiexec -n "$ranks" -hosts "$hosts" hpcsgd train "$@"
+restarts=${RESTARTS:-0}
+runs=${RUNS:-runs}
+name=${NAME:-$(date +%Y%m%d-%H%M%S)}
+[ "$restarts" = 0 ] || set -- --out "$runs" --name "$name" --resume auto "$@"
+
+newest() {
+    set -- "$runs/$name"/checkpoints/step-*
+    echo "${!#}"
+}
+
+for ((left = restarts; ; left--)); do
+    before=$(newest)
+    status=0
+    start "$@" || status=$?
+    if [ "$status" = 0 ] || [ "$left" = 0 ] || [ "$(newest)" = "$before" ]; then
+        exit "$status"
+    fi
+    echo "mpirun.sh: status $status; again from $(newest), $((left - 1)) restarts left" >&2
+done

@@ -18,9 +18,9 @@ FLOORS = [
     {"collectives"},
     {"strategies", "server"},
     {"batches", "turns", "passes", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
-    | {"kept"}
-    | {"optim", "display", "board", "memory", "generators", "journal", "signals", "folder"},
-    {"cli", "train", "survival", "serve", "service", "tune", "bench", "report", "doctor", "__main__"},
+    | {"optim", "display", "board", "memory", "generators", "journal", "signals", "folder", "sweep", "kept"},
+    {"cli", "sbatch", "train", "survival", "serve", "service", "tune", "bench", "report", "doctor"}
+    | {"__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

@@ -66,10 +66,15 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
     for strategy, number in STRATEGIES.items():
         name = f"step-{strategy}"  # looks like a checkpoint and is a run
         words = f"{common} --strategy {strategy} --name"
+        # As a job that is requeued does it: each part by the same words.
+        auto = number == signal.SIGUSR1
+        begin, go_on = f"{words} {name}", f"--resume {tmp_path / name}"
+        if auto:
+            begin = go_on = f"{begin} --resume auto"
         commands += [
             f"{words} straight-{strategy} --model own:noisy",
-            f"{words} {name} --model own:noisy:stop={STOP_AT_PASS},rank=1,number={int(number)}",
-            f"--resume {tmp_path / name} --model own:noisy",
+            f"{begin} --model own:noisy:stop={STOP_AT_PASS},rank=1,number={int(number)}",
+            f"{go_on} --model own:noisy",
         ]
     said = trained(tmp_path, 2, *commands)
     for strategy, number in STRATEGIES.items():
@@ -78,6 +83,7 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
         assert "from step 4;" in said[2] and said[2].endswith(f"done; hpcsgd report {stopped}\n")
         said = said[3:]
         assert_same_run(straight, stopped, 2)
+        assert (straight / "done").exists() and (stopped / "done").exists()
         times = [record["time"] for record in records(stopped)]
         assert times == sorted(times)
         distances = [record["consensus_distance"] for record in records(straight, "test")]
@@ -132,6 +138,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
     assert job.returncode == 0 and not job.left and not job.files and not job.timed_out, job
     said = re.search(r"^SIGTERM: checkpoint of step (\d+) written; --resume (.*)$", job.stdout, re.M)
     assert said and job.stdout.count("SIGTERM") == 1 and said[2] == str(run), job
+    assert not (run / "done").exists()
     step = int(said[1])
     assert [record["step"] for record in records(run)] == list(range(1, step + 1))
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:08d}"]

@@ -1,0 +1,239 @@
+"""The job scripts in a real Slurm of two nodes; in one process, without mpiexec, for they take minutes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm
+from launch import CLI, UNCOMPILED
+from slurm import Slurm
+
+from hpcsgd import launcher
+
+JOBS = Path(slurm.__file__).parents[2] / "jobs"
+OBSTACLE = slurm.obstacle() or (
+    "they take minutes: python -m pytest tests/lab/test_slurm.py" if launcher.size()[1] > 1 else ""
+)
+pytestmark = [pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE or "none"), pytest.mark.together]
+
+#: Of every run: what it trains does not depend on how long its gradients take.
+SAME = "--data synthetic:samples=64 --batch 4 --epochs 20 --log-every 1 --evaluate-every 5 --threads 1"
+STEPS, RANKS = 80, 4
+#: What may differ between two records of the same step of the same training.
+TIMES = {"time", "samples_per_second", "compute_seconds", "wait_seconds", "communication_seconds"}
+
+#: Seconds for what takes a few where nothing else runs.
+WAITS = 150.0
+
+
+class Cluster:
+    """The lab, with a `hpcsgd` that starts sooner, and a working folder for its jobs."""
+
+    def __init__(self, lab: Slurm, folder: Path) -> None:
+        self.lab, self.folder, self.runs = lab, folder, folder / "runs"
+        command = folder / "bin" / "hpcsgd"
+        command.parent.mkdir()
+        command.write_text(f"#!{sys.executable}\n{UNCOMPILED}{CLI}main()\n")
+        command.chmod(0o755)
+        beside = Path(sys.executable).parent
+        path = os.pathsep.join([str(command.parent), str(beside), os.environ["PATH"]])
+        lab.environment |= {"PATH": path, "PYTHONPATH": str(JOBS.parent), "HPCSGD_TIMEOUT": "60"}
+
+    def command(self, script: str | Path, *words: str) -> list[str]:
+        """That of sbatch: options before "--", then what the script is given."""
+        options, _, given = " ".join(words).partition(" -- ")
+        files = ["--chdir", str(self.folder), "--output", f"{self.folder}/%j.txt"]
+        return ["sbatch", "--parsable", *files, *options.split(), str(JOBS / script), *given.split()]
+
+    def submit(self, script: str | Path, *words: str, **variables: str) -> str:
+        """The number of the job."""
+        before = dict(self.lab.environment)
+        self.lab.environment |= variables
+        try:
+            return self.lab.run(*self.command(script, *words)).strip()
+        finally:
+            self.lab.environment = before
+
+    def facts(self, job: str) -> dict[str, str]:
+        """What Slurm says of a job."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.lab.run("scontrol", "show", "job", job)))
+
+    def ended(self, job: str, *, within: float = WAITS) -> dict[str, str]:
+        """What Slurm says of a job that has ended."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        self.wait(lambda: self.facts(job)["JobState"] in over, job, within)
+        return self.facts(job)
+
+    def wait(self, ready: Callable[[], bool], job: str, within: float = WAITS) -> None:
+        give_up = time.monotonic() + within
+        while not ready():
+            assert time.monotonic() < give_up, f"{self.facts(job)}\n{self.said(job)}\n{self.lab.logs()}"
+            time.sleep(0.2)
+
+    def said(self, job: str) -> str:
+        """What a job printed, in all of its slots."""
+        path = self.folder / f"{job}.txt"
+        return path.read_text() if path.exists() else ""
+
+    def reaches(self, job: str, step: int) -> None:
+        """Wait until the run of a job has taken so many steps."""
+        metrics = self.runs / f"hpcsgd-{job}" / "metrics.jsonl"
+
+        def taken() -> bool:
+            text = metrics.read_text() if metrics.exists() else ""
+            return any(int(found) >= step for found in re.findall(r'"step": (\d+)', text))
+
+        self.wait(taken, job)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Slurm() as lab:
+        yield Cluster(lab, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster) -> str:
+    """A job that needs longer than its time limit; begun first, because it sleeps most of the time.
+
+    Slurm looks at time limits every 30 seconds, and warns up to 30 seconds early: here after 29 to 59.
+    """
+    options = "--time=1 --signal=B:USR1@1 --job-name=hpcsgd --"
+    return cluster.submit("requeue.sbatch", options, SAME, "--delays constant:seconds=0.8")
+
+
+@pytest.fixture(scope="module")
+def straight(cluster: Cluster, limited: str) -> Path:
+    """A run that nothing interrupts, by `sbatch --wait`."""
+    command = cluster.command("train.sbatch", "--wait --time=5 --", SAME, "--name straight")
+    done = subprocess.run(command, env=cluster.lab.environment, capture_output=True, text=True, check=False)
+    job = done.stdout.strip()
+    assert done.returncode == 0, done.stderr + cluster.said(job)
+    assert f"over {RANKS} ranks on 2 nodes" in cluster.said(job)
+    assert cluster.facts(job)["NumNodes"] == "2"
+    return cluster.runs / "straight"
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def tensors(run: Path, rank: int) -> dict[str, Any]:
+    import torch
+
+    folder = max((run / "checkpoints").glob("step-*"))
+    state = torch.load(folder / f"rank-{rank:04d}.pt", weights_only=True)["run"]
+    momenta = state["optimizer"]["state"].items()
+    return {**state["model"], **{f"momentum {n}": value["momentum_buffer"] for n, value in momenta}}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    import torch
+
+    assert without_times(one) == without_times(other)
+    taken = [record["step"] for record in without_times(one) if record["event"] == "train"]
+    assert taken == list(range(1, STEPS + 1))
+    for rank in range(RANKS):
+        mine, theirs = tensors(one, rank), tensors(other, rank)
+        assert mine.keys() == theirs.keys() and len(mine) > 4
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), f"rank {rank}"
+    assert (one / "done").exists() and (other / "done").exists()
+
+
+@pytest.mark.timeout(400)
+def test_a_run_goes_on_when_it_is_told_to_stop_and_when_it_is_killed(
+    cluster: Cluster, straight: Path
+) -> None:
+    """Once through the shell, once at the ranks, once by killing all ranks."""
+    words = "--delays constant:seconds=0.05 --checkpoint-every 1"
+    job = cluster.submit("requeue.sbatch", "--time=5 --job-name=hpcsgd --", SAME, words)
+    ways = ["--batch --signal=USR1", "--signal=USR1", "--signal=KILL"]
+    for slot, way in enumerate(ways):
+        cluster.reaches(job, 15 * (slot + 1) + 1)
+        target = f"{job}.0" if "KILL" in way else job
+        cluster.lab.run("scancel", *way.split(), target)
+        cluster.wait(lambda n=slot: int(cluster.facts(job)["Restarts"]) > n, job)
+    facts = cluster.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "3"), cluster.said(job)
+    assert cluster.said(job).count("SIGUSR1: checkpoint of step") == 2
+    assert_same_run(straight, cluster.runs / f"hpcsgd-{job}")
+
+
+@pytest.mark.timeout(300)
+def test_the_mpiexec_of_the_mpi_is_told_too(cluster: Cluster, straight: Path) -> None:
+    words = "--delays constant:seconds=0.05"
+    job = cluster.submit("requeue.sbatch", "--time=5 --", SAME, words, MPI_TYPE="mpiexec")
+    cluster.reaches(job, 10)
+    cluster.lab.run("scancel", "--batch", "--signal=USR1", job)
+    facts = cluster.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), cluster.said(job)
+    assert_same_run(straight, cluster.runs / f"hpcsgd-{job}")
+
+
+@pytest.mark.timeout(300)
+def test_what_cannot_get_further_is_not_requeued(cluster: Cluster) -> None:
+    job = cluster.submit("requeue.sbatch", "--time=5 --", "--model nothing")
+    facts = cluster.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"), cluster.said(job)
+    assert "model 'nothing'" in cluster.said(job) and "not requeued" in cluster.said(job)
+
+
+@pytest.mark.timeout(300)
+def test_what_is_cancelled_is_not_requeued(cluster: Cluster) -> None:
+    job = cluster.submit("requeue.sbatch", "--time=5 --", SAME, "--delays constant:seconds=1")
+    cluster.reaches(job, 1)
+    cluster.lab.run("scancel", job)
+    facts = cluster.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), cluster.said(job)
+    assert not (cluster.runs / f"hpcsgd-{job}" / "done").exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_sweep_is_collected_by_a_report(cluster: Cluster) -> None:
+    sweep = cluster.folder / "sweep.toml"
+    sweep.write_text("epochs = 2\n[[run]]\nseed = 3\n[[run]]\nlearning_rate = 0.02\n")
+    script = cluster.folder / "sweep.sbatch"
+    words = "--nodes 1 --ranks-per-node 1 --time 10 --name sweep -o"
+    hpcsgd = cluster.folder / "bin" / "hpcsgd"
+    cluster.lab.run(hpcsgd, "sbatch", "sweep", *words.split(), script, "--", sweep, "--threads", "1")
+    job = cluster.submit(script, "--export=ALL")
+    for element in "01":
+        assert cluster.ended(f"{job}_{element}")["JobState"] == "COMPLETED"
+    runs = sorted((cluster.runs / job).iterdir())
+    assert [run.name for run in runs] == ["0", "1"] and all((run / "done").exists() for run in runs)
+    table = cluster.lab.run(hpcsgd, "report", *runs, "--out", cluster.folder / "report")
+    assert "seed=3" in table and "learning_rate=0.02" in table, table
+    assert (cluster.folder / "report" / "report.html").exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_server_and_groups_that_are_jobs_of_their_own(cluster: Cluster) -> None:
+    file = cluster.folder / "servers"
+    server = cluster.submit("ps_server.sbatch", "--time=5 --", f"--listen {file} --mode elastic --linger 1")
+    words = f"--connect {file} --strategy ps:mode=elastic --epochs 3 --threads 1"
+    groups = cluster.submit("ps_group.sbatch", "--time=5 --array=0-1 --", words)
+    for element in "01":
+        assert cluster.ended(f"{groups}_{element}")["JobState"] == "COMPLETED"
+        run = cluster.runs / f"{groups}-group-{element}"
+        assert (run / "done").exists() and without_times(run)[-1]["accuracy"] > 0.5
+    assert cluster.ended(server)["JobState"] == "COMPLETED", cluster.said(server)
+    assert not file.exists()
+
+
+@pytest.mark.timeout(400)
+def test_a_run_of_several_time_slots_is_the_uninterrupted_one(
+    cluster: Cluster, straight: Path, limited: str
+) -> None:
+    facts = cluster.ended(limited, within=390)
+    assert facts["JobState"] == "COMPLETED" and int(facts["Restarts"]) >= 1, cluster.said(limited)
+    assert_same_run(straight, cluster.runs / f"hpcsgd-{limited}")
