@@ -220,7 +220,10 @@ def test_a_sweep_is_collected_by_a_report(cluster: Cluster) -> None:
 def test_a_server_and_groups_that_are_jobs_of_their_own(cluster: Cluster) -> None:
     file = cluster.folder / "servers"
     server = cluster.submit("ps_server.sbatch", "--time=5 --", f"--listen {file} --mode elastic --linger 1")
-    words = f"--connect {file} --strategy ps:mode=elastic --epochs 3 --threads 1"
+    # Long enough that the second comes before the first is done, and the server with it.
+    words = (
+        f"--connect {file} --strategy ps:mode=elastic --epochs 3 --threads 1 --delays constant:seconds=0.2"
+    )
     groups = cluster.submit("ps_group.sbatch", "--time=5 --array=0-1 --", words)
     for element in "01":
         assert cluster.ended(f"{groups}_{element}")["JobState"] == "COMPLETED"
