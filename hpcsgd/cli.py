@@ -87,6 +87,13 @@ _SECONDS = click.FloatRange(0, min_open=True)
 @click.option("--checkpoint", metavar="FOLDER", type=_PATH, help="What is kept; default: FILE.checkpoint.")
 @click.option("--checkpoint-every", default=60.0, show_default=True, type=_SECONDS, help="In seconds.")
 @click.option(
+    "--groups",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="End when so many have come and are done.",
+)
+@click.option(
     "--linger",
     default=60.0,
     show_default=True,

@@ -43,6 +43,8 @@ class Options(NamedTuple):
         The folder that holds what the servers know; None: beside `listen`.
     checkpoint_every
         Seconds between two checkpoints.
+    groups
+        How many must have come before the servers may end.
     linger
         Seconds for which groups are waited for that left without a goodbye, once all others are done.
     progress
@@ -56,6 +58,7 @@ class Options(NamedTuple):
     lease: float = 10.0
     checkpoint: Path | None = None
     checkpoint_every: float = 60.0
+    groups: int = 1
     linger: float = 60.0
     progress: str = "auto"
 
@@ -133,7 +136,14 @@ class Service:
             self._accept()
             self._follow()
         self._load.looked(found, time.perf_counter() - started)
-        self._came = self._came or any(not client.done for client in self.server.clients.values())
+        self._came = self._came or self._have_come()
+
+    def _have_come(self) -> bool:
+        """Whether so many groups were here as there shall be, of which one is not done."""
+        clients, first = self.server.clients.values(), min(self.server.shards, default=-1)
+        # The rank of a group that talks first has the first shard.
+        groups = sum(first in client.shards for client in clients)
+        return groups >= self._options.groups and not all(client.done for client in clients)
 
     def _accept(self) -> None:
         try:

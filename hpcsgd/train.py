@@ -33,6 +33,7 @@ from hpcsgd.survival import check_movable, check_survival, leave
 from hpcsgd.world import World
 
 _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop
+_MEET_EVERY = 30.0  # the same where ranks must come to rest for it
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _EVALUATION_BATCH = 256
 
@@ -198,7 +199,8 @@ class Training:
         self.checkpoint_every = self._in_steps(self.settings.checkpoint_every)
         shrink = self.settings.on_failure == "shrink"
         self.keep_every = self._in_steps(self.settings.keep_every if shrink else 0.0)
-        self.next_vote = 0
+        # Where nobody keeps step, what a step takes is not known before a first meeting.
+        self.next_vote = 0 if self.strategy.lockstep else self.settings.log_every
 
     def _in_steps(self, epochs: float) -> int:
         return max(1, round(epochs * self.steps_per_epoch)) if epochs else self.total + 1
@@ -322,7 +324,8 @@ class Training:
         """An epoch's; or as many steps as are left until the ranks must meet."""
         loaders = self.loaders if self.peers.each > 1 else self.loaders[0]
         meetings = (self.evaluate_every, self.checkpoint_every, self.keep_every, self.total)
-        return self.run.batches(loaders, steps=min(every - self.step % every for every in meetings))
+        steps = min(every - self.step % every for every in meetings)
+        return self.run.batches(loaders, steps=min(steps, max(1, self.next_vote - self.step)))
 
     def _one_batch(self, x: Tensor, y: Tensor) -> None:
         passes = self.settings.accumulate
@@ -422,7 +425,8 @@ class Training:
         caught, spent, sums, told = zip(*self.world.gather(mine, "the exchange of metrics"), strict=True)
         self.signal = next((number for number in caught if number is not None), None)
         longest = max(each.seconds for each in spent) / self.step
-        self.next_vote = self.step + max(1, round(_VOTE_EVERY / longest))
+        pause = _VOTE_EVERY if self.strategy.lockstep else _MEET_EVERY
+        self.next_vote = self.step + max(1, round(pause / longest))
         if logging:
             rate = self._learning_rate()
             self.journal.train(self.step, spent, sum(sums, Sums()), self.logged, rate, told)

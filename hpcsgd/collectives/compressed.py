@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from hpcsgd.collectives.lanes import Lane, make_lanes, place_of
 from hpcsgd.collectives.ring import Ring
 from hpcsgd.collectives.stage import DIRECT, computed, side_stream, staged
 from hpcsgd.compress import Compressor, Draw, Message
+from hpcsgd.compress.alone import rehearse
 from hpcsgd.compress.contract import finite
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.progress import Work
@@ -63,6 +65,8 @@ class Compressed:
         self._world = world = group.world
         self._group, self._algorithm, self._seed = group, algorithm, seed
         self._compressor, self._nonfinite, self._what = compressor, nonfinite, what
+        for dtype in dict.fromkeys(bucket.flat.dtype for bucket in group):
+            world.compile(partial(rehearse, compressor, dtype, world.size))
         self._staged = any(bucket.flat is not bucket.host for bucket in group)
         self._by_node = self._adds_inside_nodes()
         self._net: Transport | None = world.across if self._by_node else world.all

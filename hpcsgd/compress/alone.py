@@ -17,6 +17,8 @@ from torch import Tensor
 from hpcsgd.compress.contract import Codec, Compressor, Draw, Message, Stretch, finite
 from hpcsgd.errors import BadOption
 
+_FEW = 64
+
 
 class Coder:
     """Writes and reads the codes of one stretch.
@@ -165,6 +167,18 @@ class Told:
         difference = self._coder.zeros()
         self._coder.read(code, difference, draw)
         self.values += difference
+
+
+def rehearse(compressor: Compressor, dtype: torch.dtype, terms: int) -> None:
+    """Call the kernels of a scheme on a few zeros of host memory, so that they are compiled."""
+    if compressor.whole:
+        return
+    coder = Coder(compressor, Stretch(_FEW, 1, tensors=((0, (_FEW,)),)), dtype)
+    codec = coder.codec(terms)
+    buffers = [torch.zeros(numel, dtype=of) for numel, of in codec.sums]
+    for message in codec.run(coder.zeros(), buffers, Draw(0, 0, 0, 0), 1.0, coder.nothing_kept()):
+        if message is not None and message.gathered is not None:
+            message.gathered.copy_(message.data.expand_as(message.gathered))
 
 
 def check(compressor: Compressor) -> None:

@@ -27,14 +27,14 @@ def test_a_group_and_a_server_are_stopped_and_go_on(tmp_path: Path) -> None:
         server.send(signal.SIGTERM)
         assert server.end() == 0 and not (tmp_path / "servers").exists()
         assert "SIGTERM: state after" in server.text
-        with Job(tmp_path, "second", *serve) as second:
+        # The group that is resumed is another one.
+        with Job(tmp_path, "second", *serve, "--groups", 2) as second:
             group.wait_for("epoch 4.00/")
             group.send(signal.SIGUSR1)
             assert group.end() == 0 and "SIGUSR1: checkpoint" in group.text
-            assert second.end() == 0, second.text
-    resume = ("train", "--resume", tmp_path / "run", "--delays", "none")
-    with Job(tmp_path, "third", *serve) as third, Job(tmp_path, "resumed", *resume) as resumed:
-        assert (resumed.end(), third.end()) == (0, 0), (resumed.text, third.text)
+            resume = ("train", "--resume", tmp_path / "run", "--delays", "none")
+            with Job(tmp_path, "resumed", *resume) as resumed:
+                assert (resumed.end(), second.end()) == (0, 0), (resumed.text, second.text)
     steps = [record["step"] for record in records(tmp_path / "run", "test")]
     assert steps == sorted(set(steps)) and steps[-1] == 8 * 13
     kept = tmp_path / "servers.checkpoint" / "server-0" / "metrics.jsonl"

@@ -87,7 +87,7 @@ def attack(port: int) -> list[socket.socket]:
 def test_groups_that_stall_die_come_late_or_are_refused(tmp_path: Path) -> None:
     with ExitStack() as stack:
         start = stack.enter_context
-        server = start(serve(tmp_path, "sync", "--lease", 1, "--linger", 3, ranks=2))
+        server = start(serve(tmp_path, "sync", "--lease", 1, "--linger", 3, "--groups", 3, ranks=2))
         # Rare evaluations: who is stopped at one keeps nobody waiting.
         stalls = start(train(tmp_path, "stalls", "sync", 1, 9999, pause=0.02, evaluate_every=8))
         stalls.wait_for("epoch 8.00/")
