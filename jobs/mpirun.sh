@@ -6,13 +6,23 @@
 # on this host. All hosts must see the same working folder and Python environment, and the mpiexec that is found
 # (MPICH, Open MPI, Intel MPI) must be that of mpi4py.
 # RESTARTS=n: if a rank or a host fails, start again from the last checkpoint, n times at most, and never twice from
-# the same one. The file of hosts is read anew each time: replace there what is broken, by as many ranks; with
-# --on-failure restart by any number, or take it out.
+# the same one. The file of hosts is read anew each time: replace there what is broken, by as many ranks. With
+# --on-failure restart the run goes on with any number, on the hosts that still answer to ssh.
 set -euo pipefail
+
+# Those of a list of hosts that answer.
+answering() {
+    local host
+    tr ',' '\n' <<<"$1" | while read -r host; do
+        [ "${host%:*}" = localhost ] || ssh -n -o BatchMode=yes -o ConnectTimeout=10 "${host%:*}" true || continue
+        echo "$host"
+    done | paste -sd,
+}
 
 start() {
     local hosts=${HOSTS:-localhost:4} ranks
     [ ! -f "$hosts" ] || hosts=$(grep -o '^[^# ]*' "$hosts" | paste -sd,)
+    [ "$left" = "$restarts" ] || [[ " $* " != *" --on-failure restart "* ]] || hosts=$(answering "$hosts")
     ranks=$(tr ',' '\n' <<<"$hosts" | awk -F: '{ n += ($2 ? $2 : 1) } END { print n }')
     if mpiexec --version 2>&1 | grep -q 'Open MPI'; then
         # Two threads a rank compute and communicate: do not bind a rank to one core.

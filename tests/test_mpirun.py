@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -50,6 +51,21 @@ def test_open_mpi(folder: Path) -> None:
     (folder / "version").write_text("mpiexec (Open MPI) 5.0.8")
     _, calls = run(folder, HOSTS="a:2")
     assert calls == ["-n 2 --host a:2 --bind-to none hpcsgd train"]
+
+
+def test_ranks_start_again_on_the_hosts_that_answer(folder: Path) -> None:
+    (folder / "ssh").write_text("#!/bin/sh\n[ $# = 7 ] && [ $6 != b ]\n")
+    (folder / "ssh").chmod(0o755)
+    (folder / "failures").write_text("1")
+    words = "--out runs --name it --resume auto"
+    for more, hosts in (("--on-failure restart", "-n 5 -hosts a:4,c"), ("", "-n 7 -hosts a:4,b:2,c")):
+        (folder / "calls").unlink(missing_ok=True)
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        code, calls = run(folder, *more.split(), NAME="it", RESTARTS="1", HOSTS="a:4,b:2,c")
+        begin, again = (
+            f"{start} hpcsgd train {words} {more}".strip() for start in ("-n 7 -hosts a:4,b:2,c", hosts)
+        )
+        assert (code, calls) == (0, [begin, again])
 
 
 @pytest.mark.parametrize(

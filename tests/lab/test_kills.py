@@ -13,6 +13,7 @@ import pytest
 from background import Job
 from launch import is_open_mpi
 
+ULFM = ("--with-ft", "ulfm")
 #: In all, those of each strategy: all but one of its ranks.
 KILLS, RANKS = 54, 10
 STRATEGIES = ("allreduce", "local:period=4", "lasgd", "dsgd", "backup", "teleport:active=3")
@@ -23,6 +24,24 @@ pytestmark = [
     pytest.mark.skipif(not is_open_mpi(), reason="MPICH ends all ranks when one dies"),
     pytest.mark.timeout(240),
 ]
+
+
+@pytest.mark.parametrize("way", ["stop", "restart"])
+def test_the_others_end_and_one_of_them_says_why(way: str, tmp_path: Path) -> None:
+    """Also when it is rank 0 that has died; then any number of ranks goes on."""
+    words = ("train", *TRAIN, "--on-failure", way, "--out", tmp_path, "--name", "run")
+    with Job(tmp_path, "job", *words, "--epochs", 9999, ranks=3, options=ULFM) as job:
+        job.wait_for("epoch 2.00/", seconds=100)
+        job.kill(min(job.pids()))
+        job.end(20)
+        others = ", by any number of ranks" if way == "restart" else ""
+        assert job.text.count("rank 0: died") == 1 and "Traceback" not in job.text, job.text
+        assert f"--resume {tmp_path / 'run'}{others}\n" in job.text, job.text
+    words = ("train", "--resume", tmp_path / "run", "--epochs", 5)
+    with Job(tmp_path, "again", *words, ranks=2, options=ULFM) as again:
+        assert (again.end() == 0) == (way == "restart"), again.text
+        expected = "over 2 ranks" if way == "restart" else "start as many ranks as saved it: 3; or let other"
+        assert expected in again.text, again.text
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -38,8 +57,7 @@ def test_ranks_are_killed_until_one_is_left(strategy: str, tmp_path: Path) -> No
     seed = random.randrange(2**32)
     draw = random.Random(seed)
     words = ("train", "--strategy", strategy, *TRAIN, *SHRINK, "--epochs", 9999, "--name", "run")
-    ulfm = ("--with-ft", "ulfm")
-    with Job(tmp_path, "job", *words, "--out", tmp_path, ranks=RANKS, options=ulfm) as job:
+    with Job(tmp_path, "job", *words, "--out", tmp_path, ranks=RANKS, options=ULFM) as job:
         job.wait_for("epoch 1.00/", seconds=100)
         for _ in range(RANKS - 1):
             # Also while the others still leave the last one behind.

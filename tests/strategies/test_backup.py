@@ -17,6 +17,7 @@ from torch import nn
 
 from hpcsgd import BackupWorkers, BadOption, DeadlineExceeded, HpcsgdError, Run, World, delays, topology
 from hpcsgd.collectives.agreement import agreement
+from hpcsgd.errors import in_words
 from hpcsgd.topology.paths import connected
 
 FEATURES, LR, BATCHES = 4, 0.05, 7
@@ -244,8 +245,8 @@ def test_who_waits_too_long_says_so(world: Any, monkeypatch: pytest.MonkeyPatch,
         order = agreement(impatient, topology.build("ring", world.size).spanning(), 0)
         if world.rank == 0:
             impatient.waiter.timeout = 0.5
-            missing = ", ".join(map(str, range(1, world.size)))
-            with pytest.raises(DeadlineExceeded, match=f"for rank {missing} in" if shared else "close of an"):
+            missing = in_words(range(1, world.size))
+            with pytest.raises(DeadlineExceeded, match=f"for {missing} in" if shared else "close of an"):
                 order.join(5)
             impatient.waiter.timeout = 30
         world.gather(None)
