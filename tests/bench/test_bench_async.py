@@ -47,6 +47,7 @@ run("second")
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(170)
 def test_launches_with_two_labels_go_into_one_folder(tmp_path: Path) -> None:
     words = f"--methods {AR};{LASGD} --seeds 1 --base-ms {1e3 * BASE} --model logistic --epochs 0.4"

@@ -27,6 +27,7 @@ FAST, FAST_SLOW = Setting("digits", "fast", 0), Setting("digits", "fast", 2)
 LINK, LINK_SLOW = Setting("digits", "100mbit", 0), Setting("digits", "100mbit", 2)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_methods_with_and_without_a_server_in_one_launch(tmp_path: Path) -> None:
     """On three ranks two are workers, of which the first two, that is all, are slow."""

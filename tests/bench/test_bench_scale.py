@@ -44,6 +44,7 @@ if launcher.rank() == 0:
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(170)
 def test_a_study_of_real_runs(tmp_path: Path) -> None:
     words = f"--methods {RING};{TELEPORT} --nodes 4,8 --active 4=1,8=2 --seeds 1 --steps {STEPS} --batch 4"

@@ -48,6 +48,7 @@ main()
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(170)
 def test_a_study_of_real_runs(tmp_path: Path) -> None:
     printed = printed_by(TWICE, tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from launch import launch
 from test_faults import BEGIN, IMPORTED, SECONDS, check_end
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [pytest.mark.timeout(150), pytest.mark.long]
 SCRIPT = BEGIN + (
     "import ctypes, signal, subprocess\n"
     "from hpcsgd import Teleportation\n"

@@ -74,6 +74,7 @@ def assert_schema(run: Path) -> None:
     assert [r["samples_per_second"] > 0 for r in records(run, "train")]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(170)
 def test_the_records_of_runs(tmp_path: Path) -> None:
     first, again, local, alone = (tmp_path / name for name in ("first", "again", "local", "alone"))

@@ -51,6 +51,7 @@ def test_the_smallest_last_loss_is_chosen_and_no_loss_is_none() -> None:
     assert choose([at(1, 9, float("nan")), at(4, 9, 7.0)]) == 4
 
 
+@pytest.mark.long
 @pytest.mark.timeout(170)
 def test_search_and_go_on(tmp_path: Path) -> None:
     given = f"tune teleportation --out {tmp_path} --name it --virtual-nodes 4 --epochs 0.2 --batch 16"
