@@ -159,8 +159,7 @@ class World:
     def survivors(self) -> tuple[World, RankFailed]:
         """The ranks that are left when some have died, as a world, and the error; collective over them.
 
-        This world, and all that was made with it, is of no use afterwards, and cannot be closed: what
-        the ranks shared in it stays in memory to the end of the job.
+        This world, and all that was made with it, is of no use afterwards, and cannot be closed.
         """
         self._abandon()
         ending.leave_behind()
