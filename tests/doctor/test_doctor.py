@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launch import CLI, UNCOMPILED, has_private_shm, is_open_mpi, launch
 
-pytestmark = [pytest.mark.together, pytest.mark.timeout(110)]
+pytestmark = [pytest.mark.together, pytest.mark.long, pytest.mark.timeout(110)]
 
 DOCTOR = CLI + "\nsys.argv = ['hpcsgd', 'doctor', '--out', sys.argv[1]]\nmain()"
 

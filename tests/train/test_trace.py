@@ -200,6 +200,7 @@ main()
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(60)
 def test_what_a_killed_rank_has_written_is_merged(tmp_path: Path) -> None:
     options = ("train", "--trace", "--model", "deadly:deadly", "--out", str(tmp_path), "--name", "run")
