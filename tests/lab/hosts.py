@@ -120,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(problem)
     if not 1 <= options.hosts <= 253 or options.ppn < 1 or options.extra < 0:
         parser.error("--hosts is 1 to 253, --ppn at least 1, --extra at least 0")
+    # A shell that starts this in the background has it ignore SIGINT.
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     try:

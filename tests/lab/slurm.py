@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     problem = obstacle()
     if problem:
         parser.error(problem)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         with Slurm(options.cpus) as slurm:
