@@ -81,7 +81,8 @@ def _look(path: Path) -> Facts:
             if len(content) != _BYTES or content != content[:1] * _BYTES:
                 torn += 1
             elif content[0] == _VERSIONS - 1:
-                return {"seen": time.monotonic() - started - _VERSIONS * _PAUSE, "torn": torn}
+                writing = (_VERSIONS - 1) * _PAUSE
+                return {"seen": max(0.0, time.monotonic() - started - writing), "torn": torn}
         time.sleep(_PAUSE)
     return {"seen": _PATIENCE if there else -1.0, "torn": torn}
 

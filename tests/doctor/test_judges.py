@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hpcsgd import doctor
-from hpcsgd.doctor import cores, links, memory, page
+from hpcsgd.doctor import cores, links, memory, page, storage
 from hpcsgd.doctor.contract import Facts, Finding, name_of
 
 GB = 10**9
@@ -337,3 +337,10 @@ def test_the_page_is_narrow_short_and_has_errors_first() -> None:
     text = "\n".join(lines)
     assert text.index("broken") < text.index("mend it") < text.index("tardy")
     assert "nothing wrong" in list(page.lines("doctor", {}, []))[-1]
+
+
+def test_a_file_that_is_there_at_once_is_seen_after_no_time(tmp_path: Path) -> None:
+    """Not a moment before that: this would be the word for a folder that is not shared."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes([storage._VERSIONS - 1]) * storage._BYTES)
+    assert storage._look(path) == {"seen": 0.0, "torn": 0}
