@@ -60,3 +60,11 @@ def test_files_and_models_of_the_users_own(tmp_path: Path) -> None:
         found = records(tmp_path / str(name))
         assert {record["event"] for record in found} == {"train", "test"}
         assert all(np.isfinite(record["loss"]) and 0 <= record["accuracy"] <= 1 for record in found)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(170)
+def test_the_defaults_learn_digits(tmp_path: Path) -> None:
+    trained(tmp_path, 4, "--name run")
+    last = records(tmp_path / "run", "test")[-1]
+    assert last["epoch"] == 20 and last["accuracy"] >= 0.95, last
