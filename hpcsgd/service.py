@@ -79,7 +79,7 @@ class Service:
     """
 
     def __init__(self, options: Options, world: World, folder: Path, secret: str, board: Board) -> None:
-        from hpcsgd.kernels import centre
+        from hpcsgd.kernels.sums import centre
 
         self._options, self._world, self._board = options, world, board
         policy = Policy(options.mode, options.alpha, options.max_staleness, options.lease, secret)

@@ -246,7 +246,8 @@ class World:
         self._turn = 0
         if self.local_size == 1:
             return
-        from hpcsgd.kernels import barrier, reduce
+        from hpcsgd.kernels.sums import reduce
+        from hpcsgd.kernels.sync import barrier
 
         window = self.window(barrier.flags_size(self.local_size))
         if window is not None:
@@ -312,7 +313,7 @@ class World:
 
     def node_barrier(self, what: str) -> None:
         """Wait for all ranks of the node, by flags in shared memory."""
-        from hpcsgd.kernels import barrier
+        from hpcsgd.kernels.sync import barrier
 
         flags = self.flags
         assert flags is not None, "only where the node has shared memory"
@@ -325,7 +326,7 @@ class World:
 
     def missing_on_node(self, target: int) -> list[int]:
         """The ranks (of the job) that have not arrived at a barrier generation."""
-        from hpcsgd.kernels import barrier
+        from hpcsgd.kernels.sync import barrier
 
         assert self.flags is not None
         absent = barrier.missing(self.flags, self.local_size, target)
@@ -430,7 +431,7 @@ class NodeBarrier:
     """
 
     def __init__(self, world: World) -> None:
-        from hpcsgd.kernels import barrier
+        from hpcsgd.kernels.sync import barrier
 
         self._kernels, self._ranks, self._me = barrier, world.local_size, world.local_rank
         window = world.window(barrier.flags_size(self._ranks))

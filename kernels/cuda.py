@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.kernels import spec
+from hpcsgd.kernels.codec import spec
 
 #: Not one bit may differ from the host's: no fused multiply-add.
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -32,7 +32,9 @@ def source(file: str) -> str:
     """The text of `file`.cu as it is compiled: after the constants of `spec` and `numbers.h`."""
     folder = resources.files(__package__)
     return (
-        spec.header() + folder.joinpath("numbers.h").read_text() + folder.joinpath(f"{file}.cu").read_text()
+        spec.header()
+        + folder.joinpath("codec/numbers.h").read_text()
+        + folder.joinpath(f"{file}.cu").read_text()
     )
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     | {"__main__"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
-MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
+MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")})
 #: The benchmark measures MPI itself beside ours; the doctor looks at an MPI on which no World opens.
 MAY_USE_MPI = FLOORS[1] | {"bench", "doctor"}
 

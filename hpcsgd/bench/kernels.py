@@ -86,7 +86,7 @@ class _Memory:
     """What the kernels work on; the words are those of one rank, or of `terms` equal ones."""
 
     def __init__(self, world: World, elements: int) -> None:
-        from hpcsgd.kernels.spec import Layout, lanes
+        from hpcsgd.kernels.codec.spec import Layout, lanes
 
         def zeros(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(numel, dtype=dtype, device=world.device)
@@ -106,8 +106,8 @@ class _Memory:
 
 
 def _kernels(world: World, elements: int) -> list[Kernel]:
-    from hpcsgd.kernels import delta
-    from hpcsgd.kernels.spec import key
+    from hpcsgd.kernels.codec.spec import key
+    from hpcsgd.kernels.sums import delta
 
     m = _Memory(world, elements)
     on, drawn, word = ops(m.x), key(0), m.lanes.bits_per_element / 8

@@ -42,7 +42,7 @@ class Agreement(Protocol):
 
 def agreement(world: World, edges: Edges, backups: int | None) -> Agreement:
     """The agreement of all ranks, one peer each; collective."""
-    from hpcsgd.kernels import counter
+    from hpcsgd.kernels.sync import counter
 
     head = counter.LOCK_WORDS + counter.COUNT_WORDS
     size = head + words(world.size, edges)
@@ -64,13 +64,13 @@ class InMemory:
     world
         The ranks.
     words
-        A lock, then a count, see `hpcsgd.kernels.counter`; shared, zero at first.
+        A lock, then a count, see `hpcsgd.kernels.sync.counter`; shared, zero at first.
     rounds
         In shared memory.
     """
 
     def __init__(self, world: World, words: np.ndarray, rounds: Rounds) -> None:
-        from hpcsgd.kernels import counter
+        from hpcsgd.kernels.sync import counter
 
         self._world, self._words, self._rounds, self._kernel = world, words, rounds, counter
         self._closed = counter.LOCK_WORDS

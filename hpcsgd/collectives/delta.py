@@ -45,7 +45,7 @@ class Delta:
         *,
         changes: bool,
     ) -> None:
-        from hpcsgd.kernels import delta as kernels
+        from hpcsgd.kernels.sums import delta as kernels
 
         self._model, self._average, self._sums = model, average, sums
         self._kind: _Kind = _Overwrite() if merge == "overwrite" else _Shift(kernels)

@@ -47,7 +47,7 @@ class Exchange:
     """
 
     def __init__(self, peers: Peers, groups: Sequence[TensorGroup], channel: int = 0) -> None:
-        from hpcsgd.kernels import slots
+        from hpcsgd.kernels.sync import slots
 
         self.peers, self._groups, self._kernel = peers, groups, slots
         self.world = world = peers.world
@@ -283,7 +283,7 @@ def combine(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
 
 @functools.cache
 def _mix_kernel() -> Any:
-    from hpcsgd.kernels import mix
+    from hpcsgd.kernels.sums import mix
 
     return mix.mix
 

@@ -120,7 +120,7 @@ def _reduce_half(bucket: Bucket, part: slice, scale: float, targets: list[torch.
 @functools.cache
 def _kernel() -> Any:
     # Imported late, for numba's sake, and once, for this is on the path of a few microseconds.
-    from hpcsgd.kernels import reduce as kernel
+    from hpcsgd.kernels.sums import reduce as kernel
 
     return kernel
 

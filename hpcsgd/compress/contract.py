@@ -113,7 +113,8 @@ class Codec:
     ) -> Iterator[Message | None]:
         """Replace `values` by `scale` times the sum over all terms of what their codes say.
 
-        The first message is the "max" of norms (uint16, see `hpcsgd.kernels.spec`); who drives the codec
+        The first message is the "max" of norms (uint16, see `hpcsgd.kernels.codec.spec`); who drives the
+        codec
         stops it there where one of them is not finite. Up to that message neither `values` nor `residual`
         is changed. None is a pause.
 
@@ -178,7 +179,7 @@ class Largest:
     """The largest magnitude of a stretch as one norm: the first message of schemes without scales."""
 
     def __init__(self, stretch: Stretch) -> None:
-        from hpcsgd.kernels.spec import Layout
+        from hpcsgd.kernels.codec.spec import Layout
 
         self._layout = Layout.of(stretch.numel, 1, 4096)
         self._rows = torch.zeros(max(1, self._layout.rows), dtype=torch.uint16, device=stretch.device)
@@ -206,7 +207,7 @@ def dry_run(compressor: Compressor, stretch: Stretch, dtype: torch.dtype) -> Non
 
 def finite(norms: Tensor) -> bool:
     """Whether all norms (uint16) are those of finite numbers."""
-    from hpcsgd.kernels.spec import NOT_FINITE
+    from hpcsgd.kernels.codec.spec import NOT_FINITE
 
     return not norms.numel() or int(norms.view(torch.int16).max()) < NOT_FINITE
 
@@ -218,7 +219,7 @@ def pieces(numel: int) -> Iterator[slice]:
 
 def ops(tensor: Tensor) -> Any:
     """The kernels for the memory that a tensor is in."""
-    from hpcsgd.kernels import choose
+    from hpcsgd.kernels.codec import choose
 
     return choose.ops(tensor.device)
 
@@ -251,6 +252,6 @@ def check_count(k: int | None, ratio: float) -> None:
 
 
 def _key(*parts: int) -> tuple[int, int]:
-    from hpcsgd.kernels import spec
+    from hpcsgd.kernels.codec import spec
 
     return spec.key(*parts)

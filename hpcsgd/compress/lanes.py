@@ -1,7 +1,8 @@
 """Codes with shared scales, packed in lanes that an all-reduce can add: the MaxNorm schemes' codec.
 
 Vineeth S., arXiv 2109.12497: all ranks share the norm W (a MAX all-reduce), code = W's share rounded at
-random, codes are summed. Ours: real bits (see `hpcsgd.kernels.spec`), one norm a bucket, tensor or block.
+random, codes are summed. Ours: real bits (see `hpcsgd.kernels.codec.spec`), one norm a bucket, tensor or
+block.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hpcsgd.compress.contract import Codec, Draw, Message, Stretch, finite, ops
 from hpcsgd.errors import BadOption
 
 if TYPE_CHECKING:
-    from hpcsgd.kernels.spec import Layout
+    from hpcsgd.kernels.codec.spec import Layout
 
 ScaleOf = Literal["block", "tensor", "bucket"]
 Norm = Literal["max", "euclidean"]
@@ -76,7 +77,7 @@ class LaneCodec(Codec):
     """
 
     def __init__(self, stretch: Stretch, levels: tuple[int, ...], scaling: Scaling) -> None:
-        from hpcsgd.kernels import spec
+        from hpcsgd.kernels.codec import spec
 
         try:
             self._lanes = spec.lanes(levels[0], stretch.terms)
@@ -189,7 +190,7 @@ def _extents(stretch: Stretch, scale: ScaleOf) -> list[tuple[int, int]]:
 
 def _whole_norm(rows: Tensor, norm: Norm) -> int:
     """The norm (as uint16) of what these rows (norms, uint16) make up; never below theirs."""
-    from hpcsgd.kernels.spec import LARGEST_NORM
+    from hpcsgd.kernels.codec.spec import LARGEST_NORM
 
     largest = int(rows.view(torch.int16).max()) if rows.numel() else 0
     if norm == "max" or not finite(rows):

@@ -44,7 +44,7 @@ def _cupy() -> str:
 
 def _compile(device: torch.device) -> str:
     """Compile a kernel, run it, and compare it with its twin on the host; "" or the problem."""
-    from hpcsgd.kernels.choose import ops
+    from hpcsgd.kernels.codec.choose import ops
 
     values = torch.arange(_ELEMENTS, dtype=torch.float32)
     drawn = []

@@ -13,8 +13,8 @@ from hpcsgd.doctor.job import Job
 
 def gather(_: Job) -> Facts:
     started = time.monotonic()
-    from hpcsgd.kernels import counter
     from hpcsgd.kernels.jit import cache_of
+    from hpcsgd.kernels.sync import counter
 
     words = np.zeros(counter.COUNT_WORDS, np.int32)
     counter.advance(words, 0, 3)

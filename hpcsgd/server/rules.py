@@ -239,6 +239,6 @@ def _addresses(pushes: Sequence[Tensor]) -> np.ndarray:
 
 @functools.cache
 def _kernels() -> Any:
-    from hpcsgd.kernels import centre
+    from hpcsgd.kernels.sums import centre
 
     return centre

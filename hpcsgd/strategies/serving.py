@@ -76,7 +76,7 @@ class Serving(Strategy):
 
     def attach(self, setting: Setting) -> None:
         super().attach(setting)
-        from hpcsgd.kernels import centre
+        from hpcsgd.kernels.sums import centre
 
         centre.warm_up()
         for rank in self._talkers:

@@ -21,7 +21,8 @@ from hpcsgd.bench.problem import Problem
 from hpcsgd.cli import cli
 from hpcsgd.compress import build
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.kernels import delta, host
+from hpcsgd.kernels.codec import host
+from hpcsgd.kernels.sums import delta
 
 pytestmark = pytest.mark.mpi
 

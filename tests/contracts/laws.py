@@ -9,7 +9,7 @@ from lockstep import Lockstep
 from torch import Tensor
 
 from hpcsgd.compress import Stretch, build
-from hpcsgd.kernels import host
+from hpcsgd.kernels.codec import host
 
 EPS = 2.0**-23
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpcsgd.compress import COMPRESSORS, WRAPPERS, Draw, Stretch, build, contract
 from hpcsgd.errors import BadOption
-from hpcsgd.kernels import host
+from hpcsgd.kernels.codec import host
 
 each_row = pytest.mark.parametrize("row", c.ROWS, ids=str)
 each_family = pytest.mark.parametrize("family", c.FAMILIES)

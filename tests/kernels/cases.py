@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.kernels import host, spec
+from hpcsgd.kernels.codec import host, spec
 
 LENGTHS = (1, 2, 3, 31, 32, 33, 100, 511, 512, 513, 1037, 4099)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

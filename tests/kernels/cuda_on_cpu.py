@@ -13,10 +13,10 @@ from hpcsgd.kernels import cuda
 
 HEADER = Path(__file__).with_suffix(".h")
 FILES = {
-    "quantise": ("norms_{x}", "choose_scales_{x}", "encode_{x}_{w}", "decode_{x}_{w}"),
-    "rotate": ("rotate_{x}", "unrotate_{x}"),
-    "sample": ("pick_{x}", "place_{x}"),
-    "delta": ("snapshot_{y}", "advance_{y}", "merge_{y}"),
+    "codec/quantise": ("norms_{x}", "choose_scales_{x}", "encode_{x}_{w}", "decode_{x}_{w}"),
+    "codec/rotate": ("rotate_{x}", "unrotate_{x}"),
+    "codec/sample": ("pick_{x}", "place_{x}"),
+    "sums/delta": ("snapshot_{y}", "advance_{y}", "merge_{y}"),
 }
 FLAGS = ("-shared", "-fPIC", "-O1", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 
@@ -51,7 +51,8 @@ def _compile(file: str, folder: Path) -> ctypes.CDLL:
         for y in (x, "float64")
         for w in ("int32", "int64")
     }
-    code, library = folder / f"{file}.cpp", folder / f"{file}.so"
+    code = folder / f"{Path(file).name}.cpp"
+    library = code.with_suffix(".so")
     launchers = "".join(f"LAUNCHER({name})\n" for name in sorted(names))
     code.write_text(HEADER.read_text() + cuda.source(file) + launchers)
     subprocess.run(["g++", *FLAGS, "-o", library, code], check=True)

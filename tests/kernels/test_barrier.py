@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from hpcsgd.kernels import barrier
+from hpcsgd.kernels.sync import barrier
 
 _GENERATION = barrier.STRIDE
 

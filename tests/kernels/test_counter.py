@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from hpcsgd.kernels import counter
+from hpcsgd.kernels.sync import counter
 
 SLICE = 50_000
 

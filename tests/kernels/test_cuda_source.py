@@ -17,7 +17,9 @@ from cases import DTYPES, LENGTHS, Coded, code, coded, finish, numbers, remainde
 from torch import Tensor
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.kernels import cuda, delta, device, host, spec
+from hpcsgd.kernels import cuda
+from hpcsgd.kernels.codec import device, host, spec
+from hpcsgd.kernels.sums import delta
 
 pytestmark = pytest.mark.together
 KEY = spec.key(3, 1)
@@ -40,7 +42,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(params=["g++", "gpu"])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """The device whose tensors `hpcsgd.kernels.device` works on."""
+    """The device whose tensors `hpcsgd.kernels.codec.device` works on."""
     if request.param == "gpu":
         if not _has_gpu():
             pytest.skip("no GPU with CuPy here")
@@ -201,10 +203,10 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: the sources are compiled by g++ only")
-@pytest.mark.parametrize("file", ["quantise", "rotate", "sample", "delta"])
+@pytest.mark.parametrize("file", ["codec/quantise", "codec/rotate", "codec/sample", "sums/delta"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nvcc_takes_the_sources(tmp_path: Path, file: str, architecture: str) -> None:
-    code = tmp_path / f"{file}.cu"
+    code = tmp_path / f"{Path(file).name}.cu"
     code.write_text(cuda.source(file))
     # A quarter of the time of full optimisation, whose own warnings (spilled registers) it cannot give.
     quickly = ("-Xcicc", "-O1", "-Xptxas", "-O0")

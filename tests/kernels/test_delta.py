@@ -11,8 +11,8 @@ import torch
 from cases import DTYPES, LENGTHS, numbers
 from torch import Tensor
 
-from hpcsgd.kernels import delta
 from hpcsgd.kernels.pieces import PIECE
+from hpcsgd.kernels.sums import delta
 
 EDGES = (*LENGTHS, delta._CHUNK, delta._CHUNK + 1, PIECE + delta._CHUNK + 3)
 GUARD = 3.5

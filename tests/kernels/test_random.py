@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpcsgd.kernels import spec
+from hpcsgd.kernels.codec import spec
+from hpcsgd.kernels.codec.numbers import hashed, random
 from hpcsgd.kernels.jit import jit
-from hpcsgd.kernels.numbers import hashed, random
 
 SIZE = 1 << 20
 

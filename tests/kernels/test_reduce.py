@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcsgd.kernels import barrier, reduce
+from hpcsgd.kernels.sums import reduce
+from hpcsgd.kernels.sync import barrier
 
 DTYPES = (np.float32, np.float64)
 EDGES = st.sampled_from([0, 1, 15, 16, 1023, 1024, 1025, 2048, 2049]) | st.integers(0, 5000)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpcsgd.kernels import host, spec
+from hpcsgd.kernels.codec import host, spec
 
 KEY = spec.key(11)
 EDGES = (0, *LENGTHS, 16383, 16384, 16385, 40001, 3 * 16384 + 31)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpcsgd.kernels import host, sample, spec
+from hpcsgd.kernels.codec import host, sample, spec
 
 
 def picked(x: Tensor, count: int, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpcsgd.kernels.jit import jit
-from hpcsgd.kernels.mix import carray, pointer
+from hpcsgd.kernels.sums.mix import carray, pointer
 
 _BLOCK = 2048  # elements that are worked on at a time, in the first-level cache
 

@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba import extending, types
 
-from hpcsgd.kernels.spec import ROTATION_COLUMNS
+from hpcsgd.kernels.codec.spec import ROTATION_COLUMNS
 
 intrinsic: Any = extending.intrinsic
 

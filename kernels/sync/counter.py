@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcsgd.kernels import atomics
 from hpcsgd.kernels.jit import jit
+from hpcsgd.kernels.sync import atomics
 
 STRIDE = 32
 COUNT_WORDS = 2 * STRIDE

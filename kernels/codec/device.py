@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.kernels import cuda, spec
-from hpcsgd.kernels.host import Key
-from hpcsgd.kernels.spec import Lanes, Layout
+from hpcsgd.kernels import cuda
+from hpcsgd.kernels.codec import spec
+from hpcsgd.kernels.codec.host import Key
+from hpcsgd.kernels.codec.spec import Lanes, Layout
 
 _QUAD, _WARP, _MASK_ROWS = 4, 32, 32
 _COLUMNS, _ROWS = spec.ROTATION_COLUMNS, spec.ROTATION_ROWS
@@ -28,7 +29,7 @@ def norms(x: Tensor, residual: Tensor | None, layout: Layout, euclidean: bool, o
     """The norm of each row of x + residual: `out` (rows,)."""
     x = _readable(x)
     fixed = *_extent(layout, layout.rows), _aligned(layout, x, residual), np.int32(euclidean)
-    cuda.spread("quantise", f"norms_{cuda.name(x)}", x, layout.rows * _WARP, x, residual, *fixed, out)
+    cuda.spread("codec/quantise", f"norms_{cuda.name(x)}", x, layout.rows * _WARP, x, residual, *fixed, out)
     yield
 
 
@@ -39,7 +40,9 @@ def choose_scales(
     x = _readable(x)
     fixed = *_extent(layout, layout.rows), _aligned(layout, x, residual, masks), levels, np.int32(len(levels))
     threads = masks.numel() // _QUAD
-    cuda.spread("quantise", f"choose_scales_{cuda.name(x)}", x, threads, x, residual, norms, *fixed, masks)
+    cuda.spread(
+        "codec/quantise", f"choose_scales_{cuda.name(x)}", x, threads, x, residual, norms, *fixed, masks
+    )
     yield
 
 
@@ -59,7 +62,9 @@ def encode(
     x = _readable(x)
     coding = _coding(layout, lanes, levels, masks, x, residual, words)
     kernel, threads = f"encode_{cuda.name(x)}_{cuda.name(words)}", layout.words // _QUAD
-    cuda.spread("quantise", kernel, x, threads, x, residual, norms, *coding, *_counter(key, offset), words)
+    cuda.spread(
+        "codec/quantise", kernel, x, threads, x, residual, norms, *coding, *_counter(key, offset), words
+    )
     yield
 
 
@@ -79,13 +84,13 @@ def decode(
     coding = _coding(layout, lanes, levels, masks, words, result)
     kernel, threads = f"decode_{cuda.name(result)}_{cuda.name(words)}", layout.words // _QUAD
     sums = np.int32(terms), np.float32(factor)
-    cuda.spread("quantise", kernel, words, threads, words, norms, *coding, *sums, result)
+    cuda.spread("codec/quantise", kernel, words, threads, words, norms, *coding, *sums, result)
     _deliver(result, out)
     yield
 
 
 def rotate(x: Tensor, key: Key, offset: int, out: Tensor) -> Iterator[None]:
-    """Rotate `x` into `out` (float32), which may be `x`; see `hpcsgd.kernels.rotate`."""
+    """Rotate `x` into `out` (float32), which may be `x`; see `hpcsgd.kernels.codec.rotate`."""
     x = _readable(x)
     _rotate(f"rotate_{cuda.name(x)}", x, key, offset, out)
     yield
@@ -103,7 +108,7 @@ def pick(x: Tensor, key: Key, out: Tensor) -> Iterator[None]:
     """Draw as many elements of `x` as `out` (float32) has; each stretch of `x` gives one."""
     x = _readable(x)
     sizes = np.int64(x.numel()), np.int64(out.numel())
-    cuda.spread("sample", f"pick_{cuda.name(x)}", x, out.numel(), x, *sizes, *_words_of(key), out)
+    cuda.spread("codec/sample", f"pick_{cuda.name(x)}", x, out.numel(), x, *sizes, *_words_of(key), out)
     yield
 
 
@@ -117,7 +122,7 @@ def place(values: Tensor, key: Key, by_length: bool, clear: bool, out: Tensor) -
         result.zero_()
     sizes = np.int64(out.numel()), np.int64(values.numel())
     fixed = *sizes, *_words_of(key), np.int32(by_length)
-    cuda.spread("sample", f"place_{cuda.name(result)}", values, values.numel(), values, *fixed, result)
+    cuda.spread("codec/sample", f"place_{cuda.name(result)}", values, values.numel(), values, *fixed, result)
     _deliver(result, out)
     yield
 
@@ -128,7 +133,7 @@ def _rotate(kernel: str, x: Tensor, key: Key, offset: int, out: Tensor) -> None:
     blocks = whole + (rest // (2 * _COLUMNS)).bit_count() + (rest % (2 * _COLUMNS) > 0)
     if blocks:
         arguments = cuda.values(x, np.int64(x.numel()), *_counter(key, offset), out)
-        cuda.launch("rotate", kernel, x.device, blocks, _ROTATION_THREADS, _ROTATION_MEMORY, arguments)
+        cuda.launch("codec/rotate", kernel, x.device, blocks, _ROTATION_THREADS, _ROTATION_MEMORY, arguments)
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 def ops(device: torch.device) -> Any:
     """The module of kernels for tensors on `device`: `host`, or `device` with the same functions."""
     if device.type == "cpu":
-        from hpcsgd.kernels import host
+        from hpcsgd.kernels.codec import host
 
         return host
-    from hpcsgd.kernels import device as on_device
+    from hpcsgd.kernels.codec import device as on_device
 
     return on_device

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcsgd.kernels import atomics
 from hpcsgd.kernels.jit import jit
+from hpcsgd.kernels.sync import atomics
 
 STRIDE = 32
 _YIELDS = 20

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcsgd.kernels import spec
+from hpcsgd.kernels.codec import spec
+from hpcsgd.kernels.codec.numbers import as_word, at, bits_of, inverse, random, scales
 from hpcsgd.kernels.jit import jit
-from hpcsgd.kernels.numbers import as_word, at, bits_of, inverse, random, scales
 
 _SIGN_OFF = np.uint32(0x7FFFFFFF)
 _INFINITY = np.uint32(0x7F800000)

@@ -14,10 +14,10 @@ import math
 
 import numpy as np
 
-from hpcsgd.kernels import spec
-from hpcsgd.kernels.butterfly import LARGEST, transform
+from hpcsgd.kernels.codec import spec
+from hpcsgd.kernels.codec.butterfly import LARGEST, transform
+from hpcsgd.kernels.codec.numbers import bits_of, hashed, number_of
 from hpcsgd.kernels.jit import jit
-from hpcsgd.kernels.numbers import bits_of, hashed, number_of
 
 _COLUMNS, _ROWS = spec.ROTATION_COLUMNS, spec.ROTATION_ROWS
 _BLOCK = LARGEST * _COLUMNS

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcsgd.kernels import barrier
 from hpcsgd.kernels.jit import jit
+from hpcsgd.kernels.sync import barrier
 
 _BLOCK = 512  # elements: 2 KiB of float32, a fraction of any first-level cache
 

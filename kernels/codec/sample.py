@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from hpcsgd.kernels.codec.numbers import hashed
 from hpcsgd.kernels.jit import jit
-from hpcsgd.kernels.numbers import hashed
 
 
 @jit

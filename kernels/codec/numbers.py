@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import extending, types
 
-from hpcsgd.kernels import spec
+from hpcsgd.kernels.codec import spec
 from hpcsgd.kernels.jit import jit
 
 intrinsic: Any = extending.intrinsic

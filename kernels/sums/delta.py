@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from hpcsgd.kernels import cuda
+from hpcsgd.kernels.codec.spec import SQUARE_SUMS
 from hpcsgd.kernels.jit import jit
 from hpcsgd.kernels.pieces import PIECE, in_pieces
-from hpcsgd.kernels.spec import SQUARE_SUMS
 
 _ACCESS, _WARP = 16, 32
 #: Elements of half precision at a time: in the cache, and just too few for torch to start threads of its own.
@@ -156,4 +156,4 @@ def _launch(kernel: str, *arguments: Tensor | np.float64) -> None:
     first = tensors[0]
     aligned = all(tensor.data_ptr() % _ACCESS == 0 for tensor in tensors)
     fixed = np.int64(first.numel()), np.int32(aligned)
-    cuda.spread("delta", f"{kernel}_{cuda.name(first)}", first, _shares(first), *fixed, *arguments)
+    cuda.spread("sums/delta", f"{kernel}_{cuda.name(first)}", first, _shares(first), *fixed, *arguments)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcsgd.kernels import atomics
 from hpcsgd.kernels.jit import jit
+from hpcsgd.kernels.sync import atomics
 
 SLOTS = 2
 STRIDE = 32

@@ -8,8 +8,8 @@ import numba
 import numpy as np
 from numba import types
 
-from hpcsgd.kernels.atomics import intrinsic
 from hpcsgd.kernels.jit import jit
+from hpcsgd.kernels.sync.atomics import intrinsic
 
 carray: Any = numba.carray  # type: ignore[attr-defined]
 

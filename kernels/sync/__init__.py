@@ -1,0 +1,1 @@
+"""Synchronisation in shared memory: barrier, ticket lock, versioned slots."""
