@@ -207,7 +207,7 @@ def trace(folder: Path, png: Path | None, steps: str | None) -> None:
     Where a rank was killed, trace.json is made now, of what each rank has written until then. Open it in
     https://ui.perfetto.dev or chrome://tracing.
     """
-    from hpcsgd import trace_file
+    from hpcsgd.diagnostics import trace_file
     from hpcsgd.report import render
     from hpcsgd.report.timeline import timeline
 

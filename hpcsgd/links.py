@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hpcsgd.transport import Traffic, Transport
+from hpcsgd.diagnostics.traffic import Traffic
+from hpcsgd.transport import Transport
 
 _MAGIC = b"hps1"
 _FORMAT = struct.Struct("<4sBBHIIqqdqqq")

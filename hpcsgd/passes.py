@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcsgd.tracing import Off
+from hpcsgd.diagnostics.tracing import Off
 
 
 def traced(batches: Iterator[Any], model: nn.Module, trace: Off) -> Iterator[Any]:

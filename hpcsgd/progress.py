@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hpcsgd.diagnostics.status import Status
 from hpcsgd.errors import HpcsgdError, RankFailed
-from hpcsgd.status import Status
 from hpcsgd.wait import Waiter
 
 _IDLE_LOOK_AROUND = 0.25  # seconds

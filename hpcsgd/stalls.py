@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hpcsgd import processes
+from hpcsgd.diagnostics import processes
+from hpcsgd.diagnostics.stacks import short
+from hpcsgd.diagnostics.status import Card, Neighbour, Status
 from hpcsgd.errors import in_words
 from hpcsgd.mail import Mail
-from hpcsgd.stacks import short
 from hpcsgd.standing import Standing, blamed, progress_of, stand_still, waits
-from hpcsgd.status import Card, Neighbour, Status
 from hpcsgd.wait import Waiter
 
 _STALL = 0.9  # of what a rank has waited: others tell of another stall only after so long

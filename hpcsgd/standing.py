@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from hpcsgd.diagnostics.status import Moved
 from hpcsgd.errors import in_words
-from hpcsgd.status import Moved
 from hpcsgd.wait import Waiting
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpcsgd import compress, data, delays, folder, generators, models, specs, trace_file
+from hpcsgd import compress, data, delays, folder, generators, models, specs
 from hpcsgd.checkpoint import Checkpoints
 from hpcsgd.data.contract import Source
+from hpcsgd.diagnostics import trace_file
 from hpcsgd.errors import BadOption, RankFailed
 from hpcsgd.journal import Journal
 from hpcsgd.kept import Kept, moved, reform

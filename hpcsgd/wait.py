@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from hpcsgd.diagnostics.tracing import Off
 from hpcsgd.errors import BadOption, DeadlineExceeded, in_words
-from hpcsgd.tracing import Off
 
 DEFAULT_TIMEOUT = 300.0
 _SPINS = 50

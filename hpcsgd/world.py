@@ -15,13 +15,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from hpcsgd import clocks, ending, failures, launcher, trace_file
+from hpcsgd import clocks, ending, failures, launcher
+from hpcsgd.diagnostics import trace_file
+from hpcsgd.diagnostics.status import Status, card
+from hpcsgd.diagnostics.tracing import Off, Trace
+from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, RankFailed
 from hpcsgd.progress import Progress
 from hpcsgd.stalls import Lookout
-from hpcsgd.status import Status, card
-from hpcsgd.tracing import Off, Trace
-from hpcsgd.transport import Traffic, Transport
+from hpcsgd.transport import Transport
 from hpcsgd.wait import Waiter, timeout_from_environment
 from hpcsgd.window import Window, Windows
 

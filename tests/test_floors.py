@@ -11,9 +11,20 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
-    {"errors", "specs", "topology", "delays", "kernels", "launcher", "processes", "stacks"},
-    {"wait", "mail", "status", "standing", "stalls", "progress", "transport", "window", "ending", "failures"}
-    | {"world", "links", "ports", "connection", "tracing", "trace_file", "clocks"},
+    {"errors", "specs", "topology", "delays", "kernels", "launcher"},
+    {
+        "diagnostics",
+        "wait",
+        "mail",
+        "standing",
+        "stalls",
+        "progress",
+        "transport",
+        "window",
+        "ending",
+        "failures",
+    }
+    | {"world", "links", "ports", "connection", "clocks"},
     {"tensors", "gradients", "parameters", "peers", "compress", "fingerprint", "codes", "sums"},
     {"collectives"},
     {"strategies", "server"},

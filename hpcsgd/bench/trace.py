@@ -15,9 +15,9 @@ from hpcsgd.bench import output
 from hpcsgd.bench.timing import Contender, check_positive, interleave
 from hpcsgd.bench.trainers import Trainer, draw, sgd
 from hpcsgd.data import load
+from hpcsgd.diagnostics.tracing import Off, Trace
 from hpcsgd.models import build
 from hpcsgd.run import Run
-from hpcsgd.tracing import Off, Trace
 from hpcsgd.world import World
 
 _OFF, _ON = "off", "on"

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from hpcsgd import launcher
+from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import DeadlineExceeded
-from hpcsgd.transport import Traffic, Transport
+from hpcsgd.transport import Transport
 from hpcsgd.wait import Waiter
 
 DEADLINE = 10.0  # seconds that a check waits for other ranks

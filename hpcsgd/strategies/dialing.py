@@ -9,9 +9,10 @@ from pathlib import Path
 
 from hpcsgd import ports
 from hpcsgd.connection import Dial
+from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.links import Link, MPILink, Party
-from hpcsgd.transport import Traffic, Transport
+from hpcsgd.transport import Transport
 from hpcsgd.world import World
 
 _LOOK_EVERY = 0.2  # seconds

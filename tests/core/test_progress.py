@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from hpcsgd import BadOption, DeadlineExceeded
+from hpcsgd.diagnostics.status import Status
 from hpcsgd.progress import LISTENING, Progress
-from hpcsgd.status import Status
 from hpcsgd.wait import Waiter, timeout_from_environment
 
 

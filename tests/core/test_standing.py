@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from hpcsgd.diagnostics.status import Moved
 from hpcsgd.errors import in_words
 from hpcsgd.standing import Standing, blamed, progress_of, stand_still, waits
-from hpcsgd.status import Moved
 from hpcsgd.wait import Waiting
 
 

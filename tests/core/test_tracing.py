@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import hpcsgd
-from hpcsgd import HpcsgdError, World, trace_file, tracing
-from hpcsgd.status import Status
-from hpcsgd.tracing import Off, Trace
-from hpcsgd.transport import Traffic
+from hpcsgd import HpcsgdError, World
+from hpcsgd.diagnostics import trace_file, tracing
+from hpcsgd.diagnostics.status import Status
+from hpcsgd.diagnostics.tracing import Off, Trace
+from hpcsgd.diagnostics.traffic import Traffic
 
 ABOUT = {"rank": 0, "host": "here", "at": 0.0, "offset": 0.0, "error": 0.0}
 

@@ -70,7 +70,7 @@ def test_native_code_that_never_gives_the_lock_back() -> None:
 #: As if every rank were on a machine of its own.
 APART = """
 import dataclasses, hpcsgd.stalls, hpcsgd.world
-from hpcsgd.status import Neighbour, card
+from hpcsgd.diagnostics.status import Neighbour, card
 def own(card):
     if card.pid != os.getpid(): raise ProcessLookupError
     return Neighbour(card)

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsgd import ports
+from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.links import HEAD_BYTES, Head, Kind, Link, Lost, Malformed
 from hpcsgd.ports import Meeting, SocketLink
-from hpcsgd.transport import Traffic
 
 
 class Ear:

@@ -12,8 +12,9 @@ import pytest
 from launch import CLI, launch
 from train_jobs import records, trained
 
-from hpcsgd import BadOption, HpcsgdError, trace_file
+from hpcsgd import BadOption, HpcsgdError
 from hpcsgd.cli import cli
+from hpcsgd.diagnostics import trace_file
 
 Event = dict[str, Any]
 Trace = dict[str, Any]

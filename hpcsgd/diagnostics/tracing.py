@@ -9,12 +9,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
-from hpcsgd.status import Status
-
-if TYPE_CHECKING:
-    from hpcsgd.transport import Traffic
+from hpcsgd.diagnostics.status import Status
+from hpcsgd.diagnostics.traffic import Traffic
 
 Kind = Literal["step", "compute", "wait", "communication", "service", "codec"]
 
@@ -57,7 +55,7 @@ class Off:
 
 
 class Trace(Off):
-    """Writes one rank's events into its part of a trace, see `hpcsgd.trace_file`.
+    """Writes one rank's events into its part of a trace, see `hpcsgd.diagnostics.trace_file`.
 
     Bytes go to the innermost span of communication that is open in the thread that begins or ends one, else
     to that of the other thread. So each byte counts once; whose it is can be wrong only for bytes that

@@ -14,7 +14,7 @@ import uuid
 from dataclasses import dataclass
 from functools import cache, partial
 
-from hpcsgd import processes
+from hpcsgd.diagnostics import processes
 
 #: When it last moved (the clock of the machine), whether the operation goes on, its name, the step.
 _RECORD = struct.Struct("=dq256sq")

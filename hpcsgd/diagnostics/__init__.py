@@ -1,0 +1,1 @@
+"""Traffic counters, activity records, traces, process states and stack dumps; no MPI."""
