@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TopK,
     )
     from hpcsgd.errors import BadOption, DeadlineExceeded, Disagreement, HpcsgdError
+    from hpcsgd.mpi.world import World
     from hpcsgd.run import Run
     from hpcsgd.strategies import (
         ADPSGD,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
         Teleportation,
     )
     from hpcsgd.tensors import TensorGroup
-    from hpcsgd.world import World
 
 __all__ = [
     "ADPSGD",
@@ -103,7 +103,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "Teleportation",
     ),
     "tensors": ("TensorGroup",),
-    "world": ("World",),
+    "mpi.world": ("World",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
-from hpcsgd import ending, launcher, sbatch, signals
+from hpcsgd import sbatch, signals
 from hpcsgd.bench.commands import bench, number
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.mpi import ending, launcher
 from hpcsgd.settings import Settings, click_options
 
 _PATH = click.Path(path_type=Path)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.world import World
+from hpcsgd.mpi.world import World
 
 State = Mapping[str, Any]
 

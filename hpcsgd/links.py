@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
-from hpcsgd.transport import Transport
+from hpcsgd.mpi.transport import Transport
 
 _MAGIC = b"hps1"
 _FORMAT = struct.Struct("<4sBBHIIqqdqqq")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.world import World
+from hpcsgd.mpi.world import World
 
 FILE = "metrics.jsonl"
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hpcsgd.gradients import Named
+from hpcsgd.mpi.world import World
 from hpcsgd.tensors import DEFAULT_BUCKET_MIB, TensorGroup
-from hpcsgd.world import World
 
 
 class Parameters:

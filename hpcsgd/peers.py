@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpcsgd.errors import BadOption
-from hpcsgd.world import World
+from hpcsgd.mpi.world import World
 
 
 class Peers:

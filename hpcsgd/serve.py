@@ -15,8 +15,8 @@ import torch
 from hpcsgd import ports
 from hpcsgd.board import Board
 from hpcsgd.errors import BadOption
+from hpcsgd.mpi.world import World
 from hpcsgd.service import Options, Service
-from hpcsgd.world import World
 
 _log = logging.getLogger("hpcsgd.server")
 

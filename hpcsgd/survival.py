@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from hpcsgd import ending, failures, specs
+from hpcsgd import specs
 from hpcsgd.errors import BadOption, RankFailed
+from hpcsgd.mpi import ending, failures
+from hpcsgd.mpi.world import World
 from hpcsgd.settings import Settings
-from hpcsgd.world import World
 
 
 def check_survival(settings: Settings, world: World) -> None:

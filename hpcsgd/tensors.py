@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption
-from hpcsgd.window import Window
-from hpcsgd.world import World
+from hpcsgd.mpi.window import Window
+from hpcsgd.mpi.world import World
 
 #: What can be averaged; a group of anything else can only be broadcast and gathered.
 SUMMABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -24,6 +24,7 @@ from hpcsgd.errors import BadOption, RankFailed
 from hpcsgd.journal import Journal
 from hpcsgd.kept import Kept, moved, reform
 from hpcsgd.metrics import Counters, Meter, Sums
+from hpcsgd.mpi.world import World
 from hpcsgd.optim import OPTIMIZERS, course
 from hpcsgd.peers import Peers
 from hpcsgd.run import Run
@@ -31,7 +32,6 @@ from hpcsgd.settings import AUTO, Settings, default_model, resumed
 from hpcsgd.signals import Signals
 from hpcsgd.strategies import STRATEGIES, Strategy
 from hpcsgd.survival import check_movable, check_survival, leave
-from hpcsgd.world import World
 
 _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop
 _MEET_EVERY = 30.0  # the same where ranks must come to rest for it

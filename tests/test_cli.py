@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hpcsgd import cli, launcher
+from hpcsgd import cli
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.mpi import launcher
 from hpcsgd.settings import FIELDS
 
 # A machine without MPI; torch is hidden too until it may be imported.

@@ -11,20 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
-    {"errors", "specs", "topology", "delays", "kernels", "launcher"},
-    {
-        "diagnostics",
-        "wait",
-        "mail",
-        "standing",
-        "stalls",
-        "progress",
-        "transport",
-        "window",
-        "ending",
-        "failures",
-    }
-    | {"world", "links", "ports", "connection", "clocks"},
+    {"errors", "specs", "topology", "delays", "kernels"},
+    {"diagnostics", "mpi", "links", "ports", "connection"},
     {"tensors", "gradients", "parameters", "peers", "compress", "fingerprint", "codes", "sums"},
     {"collectives"},
     {"strategies", "server"},

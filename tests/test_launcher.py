@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpcsgd import launcher
+from hpcsgd.mpi import launcher
 
 VARIABLES = [
     "OMPI_COMM_WORLD_RANK",

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcsgd import cli, launcher, sbatch
+from hpcsgd import cli, sbatch
 from hpcsgd.errors import BadOption
+from hpcsgd.mpi import launcher
 from hpcsgd.sbatch import Job
 
 JOBS = Path(__file__).parents[1] / "jobs"

@@ -12,7 +12,7 @@ import torch
 from hpcsgd.bench import output, peers
 from hpcsgd.bench.methods import COPIED, COPY, GLOO, MPI, OURS, Buffers, check, methods
 from hpcsgd.bench.timing import Contender, check_positive, interleave
-from hpcsgd.world import World
+from hpcsgd.mpi.world import World
 
 SIZES = (4 * 2**10, 256 * 2**10, 4 * 2**20, 64 * 2**20)
 #: Calls that are timed as one: one call of a small buffer ends before the ranks have all begun it.

@@ -20,8 +20,8 @@ from hpcsgd.bench.results import ALLREDUCE, Result, report, rows
 from hpcsgd.bench.timing import Contender, check_positive, interleave, together
 from hpcsgd.compress import Compressor, build
 from hpcsgd.errors import BadOption, unknown
+from hpcsgd.mpi.world import World
 from hpcsgd.tensors import DEFAULT_BUCKET_MIB
-from hpcsgd.world import World
 
 SCHEMES = (
     "fp16",

@@ -16,7 +16,7 @@ from hpcsgd.bench.timing import Contender, interleave, together
 from hpcsgd.compress.contract import levels_of, ops
 from hpcsgd.compress.lanes import BLOCK
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.world import World
+from hpcsgd.mpi.world import World
 
 ELEMENTS = 2**24
 _BITS = 4

@@ -17,8 +17,8 @@ from hpcsgd.bench.study import carry_out, check_each_once, find
 from hpcsgd.bench.timing import check_positive
 from hpcsgd.bench.workloads import FAST, Setting, Workload, planned
 from hpcsgd.errors import BadOption, unknown
+from hpcsgd.mpi.world import World
 from hpcsgd.strategies import STRATEGIES
-from hpcsgd.world import World
 
 
 def measure(

@@ -15,8 +15,8 @@ from hpcsgd import collectives
 from hpcsgd.bench import peers
 from hpcsgd.bench.timing import barrier
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.mpi.world import World
 from hpcsgd.tensors import TensorGroup
-from hpcsgd.world import World
 
 OURS, COPIED, MPI, GLOO, COPY = "hpcsgd", "hpcsgd with copy", "MPI", "gloo", "memory copy"
 

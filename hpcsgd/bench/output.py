@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.world import World
+from hpcsgd.mpi.world import World
 
 Row = dict[str, object]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from hpcsgd import specs
+from hpcsgd.mpi.world import World
 from hpcsgd.strategies import STRATEGIES
-from hpcsgd.world import World
 
 
 def ranks_of(methods: Sequence[str], ranks: int) -> dict[str, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.world import World
+from hpcsgd.mpi.world import World
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915

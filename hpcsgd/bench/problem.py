@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.mpi.world import World
 from hpcsgd.tensors import Bucket, TensorGroup
-from hpcsgd.world import World
 
 
 class Problem:

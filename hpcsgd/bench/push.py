@@ -15,11 +15,11 @@ from hpcsgd.collectives.store import Store
 from hpcsgd.connection import Dial
 from hpcsgd.errors import BadOption
 from hpcsgd.links import MPILink
+from hpcsgd.mpi.world import World
 from hpcsgd.server import Policy, Server
 from hpcsgd.service import Options, Service
 from hpcsgd.strategies.dialing import FileDial, RankDial
 from hpcsgd.tensors import TensorGroup
-from hpcsgd.world import World
 
 _POLICY = Policy("elastic", alpha=0.5)
 _TENSOR = 256 * 1024  # elements

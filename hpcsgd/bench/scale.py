@@ -16,9 +16,9 @@ from hpcsgd.data import load
 from hpcsgd.data.contract import Source
 from hpcsgd.data.partition import partition
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.mpi.world import World
 from hpcsgd.settings import Settings, validate
 from hpcsgd.strategies import STRATEGIES
-from hpcsgd.world import World
 
 T = TypeVar("T")
 

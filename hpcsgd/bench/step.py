@@ -17,9 +17,9 @@ from hpcsgd.bench.timing import Contender, check_positive, interleave
 from hpcsgd.bench.trainers import Trainer, check_same, difference, draw, sgd, trainer
 from hpcsgd.data import load
 from hpcsgd.models import build
+from hpcsgd.mpi.world import World
 from hpcsgd.run import Run
 from hpcsgd.strategies import AllReduce
-from hpcsgd.world import World
 
 MODELS = ("resnet18", "gpt")
 OURS, DDP, ALONE = "hpcsgd", "DDP-gloo", "no communication"

@@ -12,9 +12,9 @@ from hpcsgd.bench import output
 from hpcsgd.bench.straggler_results import Study, Trial
 from hpcsgd.bench.study import carry_out, check_each_once, with_option
 from hpcsgd.bench.timing import check_positive
+from hpcsgd.mpi.world import World
 from hpcsgd.settings import Settings, validate
 from hpcsgd.strategies import STRATEGIES
-from hpcsgd.world import World
 
 METHODS = ("allreduce", "backup:backups=0", "backup:backups=1", "backup", "dsgd", "adpsgd")
 

@@ -15,10 +15,10 @@ from hpcsgd import specs
 from hpcsgd.bench.parts import parts_of, ranks_of
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.metrics import FILE
+from hpcsgd.mpi.world import World
 from hpcsgd.report import RunRecord, load
 from hpcsgd.settings import Settings, to_toml
 from hpcsgd.train import Training
-from hpcsgd.world import World
 
 _ROUNDING = 1e-6  # of epochs in the records
 _ONE_STEP = 1e-9  # of an epoch

@@ -17,8 +17,8 @@ from hpcsgd.bench.trainers import Trainer, draw, sgd
 from hpcsgd.data import load
 from hpcsgd.diagnostics.tracing import Off, Trace
 from hpcsgd.models import build
+from hpcsgd.mpi.world import World
 from hpcsgd.run import Run
-from hpcsgd.world import World
 
 _OFF, _ON = "off", "on"
 _CALLS = 10_000

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpcsgd.data import Data
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.world import World
+from hpcsgd.mpi.world import World
 
 Batch = tuple[Tensor, Tensor]
 

@@ -12,7 +12,7 @@ from typing import Any
 from hpcsgd.collectives import library, node, ring, two_level
 from hpcsgd.collectives.stage import DIRECT, staged
 from hpcsgd.errors import BadOption, unknown
-from hpcsgd.progress import Work
+from hpcsgd.mpi.progress import Work
 from hpcsgd.tensors import SUMMABLE, Bucket, TensorGroup
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcsgd.collectives.rounds import Rounds, words
-from hpcsgd.progress import LISTENING
-from hpcsgd.world import SLICE_OF_WAIT, World
+from hpcsgd.mpi.progress import LISTENING
+from hpcsgd.mpi.world import SLICE_OF_WAIT, World
 
 Edges = Sequence[tuple[int, int]]
 _TWIN = 9  # of the world's communicators, for these messages alone

@@ -14,7 +14,7 @@ from hpcsgd.collectives.beats import Beats
 from hpcsgd.collectives.delta import Delta
 from hpcsgd.collectives.stage import beside_compute, computed, side_stream
 from hpcsgd.collectives.tally import Tally
-from hpcsgd.world import World
+from hpcsgd.mpi.world import World
 
 #: What ranks tell each other in a beat.
 RECORD = np.dtype(

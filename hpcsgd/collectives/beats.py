@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.progress import LISTENING
-from hpcsgd.world import World
+from hpcsgd.mpi.progress import LISTENING
+from hpcsgd.mpi.world import World
 
 _ASLEEP = 60.0  # seconds; whoever wakes it has it called
 

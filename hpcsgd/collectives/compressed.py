@@ -26,10 +26,10 @@ from hpcsgd.compress import Compressor, Draw, Message
 from hpcsgd.compress.alone import rehearse
 from hpcsgd.compress.contract import finite
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.progress import Work
+from hpcsgd.mpi.progress import Work
+from hpcsgd.mpi.transport import Transport
+from hpcsgd.mpi.world import World
 from hpcsgd.tensors import Bucket, TensorGroup
-from hpcsgd.transport import Transport
-from hpcsgd.world import World
 
 _TAGS = 2**14  # MPI promises tags up to 2**15 - 1
 _OPERATIONS = {"max": "MAX", "and": "BAND"}

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from hpcsgd.collectives.stage import from_host, to_host
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.mpi.progress import LISTENING
+from hpcsgd.mpi.world import SLICE_OF_WAIT
 from hpcsgd.peers import Peers
-from hpcsgd.progress import LISTENING
 from hpcsgd.tensors import TensorGroup
-from hpcsgd.world import SLICE_OF_WAIT
 
 #: What a peer averages: (peer, weight), in the order in which they are added up.
 Terms = Sequence[tuple[int, float]]

@@ -19,9 +19,9 @@ import torch
 from hpcsgd.collectives.neighbour import parts_of, pieces
 from hpcsgd.collectives.stage import to_host
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.progress import LISTENING
+from hpcsgd.mpi.progress import LISTENING
+from hpcsgd.mpi.world import World
 from hpcsgd.tensors import TensorGroup
-from hpcsgd.world import World
 
 _TWIN = 8
 _WORD, _MODEL = 0, 1  # tags: step counts and what follows them; a model

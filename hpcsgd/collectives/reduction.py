@@ -7,7 +7,7 @@ from typing import Any
 from hpcsgd.collectives import iallreduce
 from hpcsgd.collectives.compressed import Compressed
 from hpcsgd.compress import Compressor
-from hpcsgd.progress import Work
+from hpcsgd.mpi.progress import Work
 from hpcsgd.tensors import Bucket, TensorGroup
 
 

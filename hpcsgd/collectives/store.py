@@ -20,9 +20,9 @@ from hpcsgd.compress import spec_of
 from hpcsgd.connection import Connection, Dial, Request
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.links import Head, Kind, State
-from hpcsgd.progress import Work
+from hpcsgd.mpi.progress import Work
+from hpcsgd.mpi.world import World
 from hpcsgd.tensors import Bucket, TensorGroup
-from hpcsgd.world import World
 
 Options = Sequence[Mapping[str, Any]]
 

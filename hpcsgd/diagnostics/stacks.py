@@ -7,8 +7,8 @@ import re
 _HEAD = re.compile(r"(Current thread|Thread) 0x\w+")
 _FRAME = re.compile(r'  File ".*", line \d+ in ')
 _BEGINNING = re.compile(r'/threading.py", line \d+ in (_bootstrap|_bootstrap_inner|run)$')
-_COMMUNICATES = re.compile(r'hpcsgd/progress.py", line \d+ in _loop$')
-_IDLE = re.compile(r'hpcsgd/progress.py", line \d+ in _next$')
+_COMMUNICATES = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _loop$')
+_IDLE = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _next$')
 _STANDARD = re.compile(r"/lib/python3[^/]*/(?!site-packages/)")
 _MOST = {"main": 16, "communication": 4}
 _OTHERS = 3  # frames of any other thread

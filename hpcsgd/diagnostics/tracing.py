@@ -66,7 +66,7 @@ class Trace(Off):
     file
         Its part, not buffered.
     about
-        The rank, its host, and its clock, see `hpcsgd.clocks`.
+        The rank, its host, and its clock, see `hpcsgd.mpi.clocks`.
     traffic, status
         This rank's bytes, and its step.
     in_communication

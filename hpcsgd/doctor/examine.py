@@ -12,10 +12,10 @@ from pathlib import Path
 
 import click
 
-from hpcsgd import ending, launcher
 from hpcsgd.doctor import page
 from hpcsgd.doctor.contract import Check, Facts, Finding, group, name_of
 from hpcsgd.doctor.job import Job
+from hpcsgd.mpi import ending, launcher
 
 PATIENCE = 30.0  # seconds that rank 0 waits for the facts of all ranks; its own may take twice as long
 _FAILED = "failed"

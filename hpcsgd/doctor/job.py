@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd import launcher
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import DeadlineExceeded
-from hpcsgd.transport import Transport
-from hpcsgd.wait import Waiter
+from hpcsgd.mpi import launcher
+from hpcsgd.mpi.transport import Transport
+from hpcsgd.mpi.wait import Waiter
 
 DEADLINE = 10.0  # seconds that a check waits for other ranks
 _TESTS_BEFORE_A_YIELD = 1000

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcsgd import launcher
 from hpcsgd.doctor.contract import Check, Facts, Finding, Ranks, group, shown
 from hpcsgd.doctor.job import Job
+from hpcsgd.mpi import launcher
 
 #: Whose variable it is.
 _WHOSE = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from hpcsgd.doctor.contract import Check, Facts, Finding, Ranks, group, nodes_of, shown
 from hpcsgd.doctor.job import Job
-from hpcsgd.window import Windows
+from hpcsgd.mpi.window import Windows
 
 _TRIED = 2**20  # bytes a rank
 _MODEL = 100 * 10**6

@@ -12,9 +12,9 @@ from hpcsgd.codes import Extents, ServerCodes, coder_of
 from hpcsgd.compress import Compressor, Stretch, build
 from hpcsgd.compress.alone import Coder
 from hpcsgd.links import Malformed
+from hpcsgd.mpi.world import first_difference
 from hpcsgd.server.rules import OPTIMIZERS, Descent, Elastic, Options, Rule
 from hpcsgd.server.shard import Shard
-from hpcsgd.world import first_difference
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _LARGEST = 2**40  # elements of a shard

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpcsgd.errors import BadOption
+from hpcsgd.mpi.world import World
 from hpcsgd.peers import Peers
 from hpcsgd.tensors import Bucket
-from hpcsgd.world import World
 
 if TYPE_CHECKING:
     from hpcsgd.compress import Compressor

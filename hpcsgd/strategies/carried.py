@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.mpi.world import World
 from hpcsgd.tensors import TensorGroup
-from hpcsgd.world import World
 
 _NUMBERS = "numbers"
 

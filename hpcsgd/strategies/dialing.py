@@ -12,8 +12,8 @@ from hpcsgd.connection import Dial
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.links import Link, MPILink, Party
-from hpcsgd.transport import Transport
-from hpcsgd.world import World
+from hpcsgd.mpi.transport import Transport
+from hpcsgd.mpi.world import World
 
 _LOOK_EVERY = 0.2  # seconds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hpcsgd.progress import Work
+from hpcsgd.mpi.progress import Work
 from hpcsgd.strategies.gossip import Gossip
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from hpcsgd.collectives.neighbour import Exchange
 from hpcsgd.collectives.stage import after_compute
 from hpcsgd.errors import BadOption
+from hpcsgd.mpi.progress import Work
 from hpcsgd.parameters import Parameters
-from hpcsgd.progress import Work
 from hpcsgd.strategies.base import Setting
 from hpcsgd.tensors import Bucket, TensorGroup
 from hpcsgd.topology import Topology

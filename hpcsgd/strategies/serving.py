@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from hpcsgd.links import MPILink
+from hpcsgd.mpi.transport import Transport
 from hpcsgd.server import Policy, Server
 from hpcsgd.server.load import Load
 from hpcsgd.strategies.base import Setting, Strategy
-from hpcsgd.transport import Transport
 
 _WATCH_EVERY = 0.2  # seconds
 

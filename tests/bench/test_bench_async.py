@@ -33,7 +33,7 @@ LINK, LINK_SLOW = Setting("digits", "100mbit", 0), Setting("digits", "100mbit", 
 # Two labels in one folder; where the first of them would train anything again, it is interrupted by an error.
 LABELS = """
 import contextlib
-from hpcsgd import launcher
+from hpcsgd.mpi import launcher
 
 def run(label):
     if launcher.rank() == 0:

@@ -22,7 +22,7 @@ RING, TELEPORT, STEPS = "dsgd:topology=ring", "teleport:topology=ring", 7
 # Stopped by an error in a run, the same command goes on from there.
 STOPPED = """
 import contextlib, hpcsgd.bench.study as study
-from hpcsgd import launcher
+from hpcsgd.mpi import launcher
 
 trained, broken = [], True
 class Noted(study.Training):

@@ -12,8 +12,8 @@ import pytest
 
 from hpcsgd import BadOption, DeadlineExceeded
 from hpcsgd.diagnostics.status import Status
-from hpcsgd.progress import LISTENING, Progress
-from hpcsgd.wait import Waiter, timeout_from_environment
+from hpcsgd.mpi.progress import LISTENING, Progress
+from hpcsgd.mpi.wait import Waiter, timeout_from_environment
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 
 from hpcsgd.diagnostics.status import Moved
 from hpcsgd.errors import in_words
-from hpcsgd.standing import Standing, blamed, progress_of, stand_still, waits
-from hpcsgd.wait import Waiting
+from hpcsgd.mpi.standing import Standing, blamed, progress_of, stand_still, waits
+from hpcsgd.mpi.wait import Waiting
 
 
 def rank(*waiting: Waiting, ago: float = 100.0, step: int = 7) -> Standing:

@@ -17,7 +17,7 @@ import slurm
 from launch import CLI, UNCOMPILED
 from slurm import Slurm
 
-from hpcsgd import launcher
+from hpcsgd.mpi import launcher
 
 JOBS = Path(slurm.__file__).parents[2] / "jobs"
 OBSTACLE = slurm.obstacle() or (

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hpcsgd import Run, Strategy
-from hpcsgd.progress import LISTENING
+from hpcsgd.mpi.progress import LISTENING
 
 FEATURES = 4
 

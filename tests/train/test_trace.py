@@ -32,8 +32,8 @@ UNTRACED = "untraced"
 #: Clocks that are hours apart and go wrong; and what was moved while the trace was on.
 PRELUDE = """
 import json, time
-from hpcsgd import launcher
-from hpcsgd.world import World
+from hpcsgd.mpi import launcher
+from hpcsgd.mpi.world import World
 
 RIGHT, RANK = time.perf_counter, launcher.rank()
 time.perf_counter = lambda: 5000.0 * RANK + RIGHT() * (1 + 1e-4 * RANK)

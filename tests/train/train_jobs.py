@@ -13,7 +13,7 @@ from launch import CLI, launch
 _COMMANDS = """
 import contextlib, io, json, os, random, traceback
 import numpy, torch
-from hpcsgd import launcher
+from hpcsgd.mpi import launcher
 
 folder, rank = sys.argv[1], launcher.rank()
 commands = json.loads(sys.argv[2])
@@ -42,7 +42,7 @@ import os, random
 import numpy as np
 from torch import nn
 import hpcsgd.train
-from hpcsgd import launcher
+from hpcsgd.mpi import launcher
 
 hpcsgd.train._VOTE_EVERY = 0.0  # the ranks ask each other after every step
 

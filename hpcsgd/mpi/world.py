@@ -15,17 +15,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from hpcsgd import clocks, ending, failures, launcher
 from hpcsgd.diagnostics import trace_file
 from hpcsgd.diagnostics.status import Status, card
 from hpcsgd.diagnostics.tracing import Off, Trace
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, RankFailed
-from hpcsgd.progress import Progress
-from hpcsgd.stalls import Lookout
-from hpcsgd.transport import Transport
-from hpcsgd.wait import Waiter, timeout_from_environment
-from hpcsgd.window import Window, Windows
+from hpcsgd.mpi import clocks, ending, failures, launcher
+from hpcsgd.mpi.progress import Progress
+from hpcsgd.mpi.stalls import Lookout
+from hpcsgd.mpi.transport import Transport
+from hpcsgd.mpi.wait import Waiter, timeout_from_environment
+from hpcsgd.mpi.window import Window, Windows
 
 _SPINS_WITH_A_CORE_EACH = 20_000
 _SPINS_ON_SHARED_CORES = 200

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
-from hpcsgd.wait import Waiter
+from hpcsgd.mpi.wait import Waiter
 
 Buffer = Any  # a NumPy array, or a device tensor where MPI is CUDA-aware
 

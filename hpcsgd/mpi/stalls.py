@@ -15,9 +15,9 @@ from hpcsgd.diagnostics import processes
 from hpcsgd.diagnostics.stacks import short
 from hpcsgd.diagnostics.status import Card, Neighbour, Status
 from hpcsgd.errors import in_words
-from hpcsgd.mail import Mail
-from hpcsgd.standing import Standing, blamed, progress_of, stand_still, waits
-from hpcsgd.wait import Waiter
+from hpcsgd.mpi.mail import Mail
+from hpcsgd.mpi.standing import Standing, blamed, progress_of, stand_still, waits
+from hpcsgd.mpi.wait import Waiter
 
 _STALL = 0.9  # of what a rank has waited: others tell of another stall only after so long
 _AT_ONCE = 4  # ranks that are asked at first whether they are awake; then as many times more

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from hpcsgd.transport import Transport
+from hpcsgd.mpi.transport import Transport
 
 T = TypeVar("T")
 _PAGE = 4096

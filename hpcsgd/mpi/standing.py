@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hpcsgd.diagnostics.status import Moved
 from hpcsgd.errors import in_words
-from hpcsgd.wait import Waiting
+from hpcsgd.mpi.wait import Waiting
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from hpcsgd.diagnostics.status import Status
 from hpcsgd.errors import HpcsgdError, RankFailed
-from hpcsgd.wait import Waiter
+from hpcsgd.mpi.wait import Waiter
 
 _IDLE_LOOK_AROUND = 0.25  # seconds
 _BUSY_LOOK_AROUND = 2.0  # seconds after which even a thread that is never idle looks around

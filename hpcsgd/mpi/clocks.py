@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from hpcsgd.transport import Transport
+from hpcsgd.mpi.transport import Transport
 
 _TRIPS = 100
 _WHAT = "the comparison of clocks"

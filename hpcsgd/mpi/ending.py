@@ -12,9 +12,9 @@ import weakref
 from types import TracebackType
 from typing import NoReturn
 
-from hpcsgd import failures, launcher
 from hpcsgd.diagnostics.tracing import Off
-from hpcsgd.progress import Progress
+from hpcsgd.mpi import failures, launcher
+from hpcsgd.mpi.progress import Progress
 
 _DRAIN_AT_EXIT = 30.0  # seconds
 _LAST_WORDS = 0.2  # seconds for the launcher to read what was printed, before Abort kills it too
