@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         Strategy,
         Teleportation,
     )
-    from hpcsgd.tensors import TensorGroup
+    from hpcsgd.tensors.tensors import TensorGroup
 
 __all__ = [
     "ADPSGD",
@@ -102,7 +102,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "Strategy",
         "Teleportation",
     ),
-    "tensors": ("TensorGroup",),
+    "tensors.tensors": ("TensorGroup",),
     "mpi.world": ("World",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

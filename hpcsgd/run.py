@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from hpcsgd import batches, collectives, generators, passes
 from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption
-from hpcsgd.fingerprint import describe, versions
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Setting, Strategy
-from hpcsgd.tensors import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
+from hpcsgd.tensors.fingerprint import describe, versions
+from hpcsgd.tensors.tensors import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
 from hpcsgd.turns import Turns
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 FLOORS = [
     {"errors", "specs", "topology", "delays", "kernels"},
     {"diagnostics", "mpi", "links", "ports", "connection"},
-    {"tensors", "gradients", "parameters", "peers", "compress", "fingerprint", "codes", "sums"},
+    {"tensors", "peers", "compress", "codes", "sums"},
     {"collectives"},
     {"strategies", "server"},
     {"batches", "turns", "passes", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}

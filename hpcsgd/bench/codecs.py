@@ -11,7 +11,7 @@ import torch
 from hpcsgd.bench.problem import Problem, places
 from hpcsgd.bench.timing import Contender, together
 from hpcsgd.compress import Codec, Compressor, Draw, Message, Stretch
-from hpcsgd.tensors import Bucket
+from hpcsgd.tensors.tensors import Bucket
 
 #: The phases of a reduction, and the messages at which they end.
 PHASES: dict[str, tuple[str, ...]] = {"norms": ("max",), "encode": ("sum", "gather"), "decode": ()}

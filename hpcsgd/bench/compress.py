@@ -21,7 +21,7 @@ from hpcsgd.bench.timing import Contender, check_positive, interleave, together
 from hpcsgd.compress import Compressor, build
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors import DEFAULT_BUCKET_MIB
+from hpcsgd.tensors.tensors import DEFAULT_BUCKET_MIB
 
 SCHEMES = (
     "fp16",

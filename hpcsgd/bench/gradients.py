@@ -14,7 +14,7 @@ from hpcsgd import collectives
 from hpcsgd.data import load
 from hpcsgd.models import MODELS
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
 
 STEPS, BATCH = 12, 16
 _SHAPE, _CLASSES, _SEED = (3, 32, 32), 10, 0

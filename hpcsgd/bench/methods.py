@@ -16,7 +16,7 @@ from hpcsgd.bench import peers
 from hpcsgd.bench.timing import barrier
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
 
 OURS, COPIED, MPI, GLOO, COPY = "hpcsgd", "hpcsgd with copy", "MPI", "gloo", "memory copy"
 

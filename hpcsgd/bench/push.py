@@ -19,7 +19,7 @@ from hpcsgd.mpi.world import World
 from hpcsgd.server import Policy, Server
 from hpcsgd.service import Options, Service
 from hpcsgd.strategies.dialing import FileDial, RankDial
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
 
 _POLICY = Policy("elastic", alpha=0.5)
 _TENSOR = 256 * 1024  # elements

@@ -13,7 +13,7 @@ from hpcsgd.collectives import library, node, ring, two_level
 from hpcsgd.collectives.stage import DIRECT, staged
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.mpi.progress import Work
-from hpcsgd.tensors import SUMMABLE, Bucket, TensorGroup
+from hpcsgd.tensors.tensors import SUMMABLE, Bucket, TensorGroup
 
 __all__ = [
     "ALGORITHMS",

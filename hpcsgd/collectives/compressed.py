@@ -29,7 +29,7 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import Work
 from hpcsgd.mpi.transport import Transport
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors import Bucket, TensorGroup
+from hpcsgd.tensors.tensors import Bucket, TensorGroup
 
 _TAGS = 2**14  # MPI promises tags up to 2**15 - 1
 _OPERATIONS = {"max": "MAX", "and": "BAND"}

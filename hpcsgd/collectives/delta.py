@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpcsgd.collectives.compressed import Compressed
 from hpcsgd.collectives.reduction import Plain
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
 
 Merge = Literal["damped", "delta", "overwrite"]
 

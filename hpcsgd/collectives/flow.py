@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from hpcsgd.mpi.wait import Waiter
-from hpcsgd.tensors import Bucket
+from hpcsgd.tensors.tensors import Bucket
 
 #: A flow yields None after a piece of work, or what must become true before it can go on.
 Steps = Iterator[Callable[[], bool] | None]

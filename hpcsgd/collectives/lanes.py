@@ -11,7 +11,7 @@ from hpcsgd.compress import Codec, Compressor, Stretch
 from hpcsgd.compress.contract import dry_run
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.transport import Transport
-from hpcsgd.tensors import Bucket, TensorGroup
+from hpcsgd.tensors.tensors import Bucket, TensorGroup
 
 _ONE_EACH = 1e-9  # MiB: every buffer is a bucket of its own
 

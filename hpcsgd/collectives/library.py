@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hpcsgd.tensors import Bucket
+from hpcsgd.tensors.tensors import Bucket
 
 
 def allreduce(bucket: Bucket, what: str, scale: float) -> None:

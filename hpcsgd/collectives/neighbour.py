@@ -20,12 +20,12 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import LISTENING
 from hpcsgd.mpi.world import SLICE_OF_WAIT
 from hpcsgd.peers import Peers
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
+from hpcsgd.tensors.weighted_sum import combine
 
 #: What a peer averages: (peer, weight), in the order in which they are added up.
 Terms = Sequence[tuple[int, float]]
 
-_CHUNK = 64 * 1024  # elements that are added up at a time, in the second-level cache
 _MESSAGE_BYTES = 2**30
 _LOOK_AT_MESSAGES = 200  # microseconds
 _EXCHANGES = 16  # whose messages are told apart in one world
@@ -256,36 +256,6 @@ def parts_of(group: TensorGroup, memory: Tensor) -> list[Tensor]:
         parts.append(memory[first : first + bucket.nbytes].view(bucket.flat.dtype))
         first += bucket.nbytes
     return parts
-
-
-def combine(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
-    """out <- the weighted sum of 1-D tensors, of which it may itself be one.
-
-    Added up in the order given, half precisions in float32, each element for itself: the same bits
-    wherever the tensors lie.
-    """
-    if out.device.type == "cpu" and out.element_size() >= 4:
-        _mix_kernel()(
-            out.numpy(),
-            np.array([tensor.data_ptr() for tensor, _ in terms], np.int64),
-            np.array([weight for _, weight in terms], out.numpy().dtype),
-        )
-        return
-    wide = out.dtype if out.element_size() >= 4 else torch.float32
-    total = torch.empty(min(_CHUNK, out.numel()), dtype=wide, device=out.device)
-    for start in range(0, out.numel(), _CHUNK):
-        stop = min(start + _CHUNK, out.numel())
-        piece = total[: stop - start].zero_()
-        for tensor, weight in terms:
-            piece.add_(tensor[start:stop], alpha=weight)
-        out[start:stop] = piece
-
-
-@functools.cache
-def _mix_kernel() -> Any:
-    from hpcsgd.kernels.sums import mix
-
-    return mix.mix
 
 
 @functools.cache

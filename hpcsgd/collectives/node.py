@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hpcsgd.mpi.world import SLICE_OF_WAIT
-from hpcsgd.tensors import Bucket
+from hpcsgd.tensors.tensors import Bucket
 
 _CHUNK = 64 * 1024  # elements of half precision that are summed at a time, in the second-level cache
 

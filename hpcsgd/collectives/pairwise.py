@@ -21,7 +21,7 @@ from hpcsgd.collectives.stage import to_host
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import LISTENING
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
 
 _TWIN = 8
 _WORD, _MODEL = 0, 1  # tags: step counts and what follows them; a model

@@ -8,7 +8,7 @@ from hpcsgd.collectives import iallreduce
 from hpcsgd.collectives.compressed import Compressed
 from hpcsgd.compress import Compressor
 from hpcsgd.mpi.progress import Work
-from hpcsgd.tensors import Bucket, TensorGroup
+from hpcsgd.tensors.tensors import Bucket, TensorGroup
 
 
 class Plain:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hpcsgd.mpi.transport import Transport
-from hpcsgd.tensors import Bucket, cut
+from hpcsgd.tensors.tensors import Bucket, cut
 
 _SEGMENT_BYTES = 256 * 1024
 _IN_FLIGHT = 4  # receives posted ahead

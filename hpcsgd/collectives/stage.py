@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.tensors import Bucket, TensorGroup
+from hpcsgd.tensors.tensors import Bucket, TensorGroup
 
 Job = Callable[..., None]
 

@@ -22,7 +22,7 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.links import Head, Kind, State
 from hpcsgd.mpi.progress import Work
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors import Bucket, TensorGroup
+from hpcsgd.tensors.tensors import Bucket, TensorGroup
 
 Options = Sequence[Mapping[str, Any]]
 

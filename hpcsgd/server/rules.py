@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.collectives.neighbour import combine
 from hpcsgd.errors import BadOption
+from hpcsgd.tensors.weighted_sum import combine
 
 #: Their updates treat each element alike, so a shard may cut a model anywhere.
 OPTIMIZERS = (

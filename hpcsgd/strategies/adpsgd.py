@@ -10,10 +10,10 @@ import torch
 
 from hpcsgd.collectives.pairwise import Pairwise
 from hpcsgd.errors import BadOption, unknown
-from hpcsgd.parameters import Parameters
 from hpcsgd.strategies.base import Setting
 from hpcsgd.strategies.models import OwnModels
 from hpcsgd.strategies.pairs import Drawn, Pairs
+from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.topology import build
 
 

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from hpcsgd.collectives.reduction import reduction
-from hpcsgd.gradients import Gradients
 from hpcsgd.strategies.base import Setting, Strategy
-from hpcsgd.tensors import Bucket
+from hpcsgd.tensors.gradients import Gradients
+from hpcsgd.tensors.tensors import Bucket
 
 
 class AllReduce(Strategy):

@@ -11,11 +11,11 @@ import torch
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.peers import Peers
-from hpcsgd.tensors import Bucket
+from hpcsgd.tensors.tensors import Bucket
 
 if TYPE_CHECKING:
     from hpcsgd.compress import Compressor
-    from hpcsgd.gradients import Named
+    from hpcsgd.tensors.gradients import Named
 
 
 class Setting:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
 
 _NUMBERS = "numbers"
 

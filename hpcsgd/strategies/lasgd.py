@@ -15,7 +15,7 @@ from hpcsgd.errors import BadOption, unknown
 from hpcsgd.strategies.base import Setting
 from hpcsgd.strategies.models import OwnModels
 from hpcsgd.strategies.pace import Adaptive, Fixed, Trigger, damping, wanted
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
 
 
 class LASGD(OwnModels):

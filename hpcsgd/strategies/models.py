@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from hpcsgd.collectives import allreduce
-from hpcsgd.collectives.neighbour import combine
-from hpcsgd.parameters import Parameters
 from hpcsgd.strategies.base import Setting, Strategy
+from hpcsgd.tensors.parameters import Parameters
+from hpcsgd.tensors.weighted_sum import combine
 
 
 class OwnModels(Strategy):

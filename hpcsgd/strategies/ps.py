@@ -23,7 +23,7 @@ from hpcsgd.strategies.base import Setting, Strategy
 from hpcsgd.strategies.dialing import RankDial, dials, group_name
 from hpcsgd.strategies.serving import Serving
 from hpcsgd.strategies.working import Descending, Drawn, Place, Worker
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
 
 _MODES = ("sync", "async", "elastic")
 

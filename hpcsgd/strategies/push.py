@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hpcsgd.collectives.neighbour import combine
 from hpcsgd.strategies.base import Setting
 from hpcsgd.strategies.gossip import Gossip
 from hpcsgd.strategies.weights import Weights
+from hpcsgd.tensors.weighted_sum import combine
 
 
 class SGP(Gossip):

@@ -15,13 +15,13 @@ from hpcsgd.collectives import broadcast
 from hpcsgd.collectives.compressed import not_finite
 from hpcsgd.collectives.store import Store
 from hpcsgd.connection import Dial
-from hpcsgd.fingerprint import describe, versions
-from hpcsgd.parameters import Parameters
 from hpcsgd.server.rules import describe as optimizer_of
 from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.base import Setting
 from hpcsgd.strategies.serving import figures_of
-from hpcsgd.tensors import Bucket, TensorGroup
+from hpcsgd.tensors.fingerprint import describe, versions
+from hpcsgd.tensors.parameters import Parameters
+from hpcsgd.tensors.tensors import Bucket, TensorGroup
 
 
 class Place(NamedTuple):

@@ -13,8 +13,8 @@ from launch import launch
 
 from hpcsgd import HpcsgdError, TensorGroup, topology
 from hpcsgd.collectives.neighbour import Exchange as Exchange_
-from hpcsgd.collectives.neighbour import combine
 from hpcsgd.peers import Peers
+from hpcsgd.tensors.weighted_sum import combine
 
 LAYOUTS = [(0, True), (2, True), (0, False)]
 SHAPES = [(3, 5), (1,), (70_000,), (17,)]

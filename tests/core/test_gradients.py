@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpcsgd import AllReduce, HpcsgdError, Run
-from hpcsgd.gradients import Gradients
+from hpcsgd.tensors.gradients import Gradients
 
 
 class Layers(nn.Module):

@@ -15,7 +15,7 @@ from hpcsgd.compress import Compressor, Stretch, build
 from hpcsgd.compress.alone import FACTOR_BYTES, Coder
 from hpcsgd.strategies.serving import Serving
 from hpcsgd.sums import ServerSum
-from hpcsgd.tensors import TensorGroup
+from hpcsgd.tensors.tensors import TensorGroup
 
 pytestmark = pytest.mark.mpi(min_size=2)
 SPECS = ["ef+hadamard+maxnorm:bits=3,block=64", "ef+randk:ratio=0.3"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpcsgd.gradients import Named
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors import DEFAULT_BUCKET_MIB, TensorGroup
+from hpcsgd.tensors.gradients import Named
+from hpcsgd.tensors.tensors import DEFAULT_BUCKET_MIB, TensorGroup
 
 
 class Parameters:
