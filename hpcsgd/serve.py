@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from hpcsgd import ports
 from hpcsgd.board import Board
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
+from hpcsgd.server import ports
 from hpcsgd.service import Options, Service
 
 _log = logging.getLogger("hpcsgd.server")

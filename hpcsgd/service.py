@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcsgd import ports
 from hpcsgd.board import Board, row
 from hpcsgd.memory import Memory
 from hpcsgd.metrics import FILE
 from hpcsgd.mpi.transport import Transport
 from hpcsgd.mpi.world import World
-from hpcsgd.ports import SocketLink
-from hpcsgd.server import Policy, Server
+from hpcsgd.server import Policy, Server, ports
 from hpcsgd.server.load import Load
+from hpcsgd.server.metrics import figures_of
+from hpcsgd.server.ports import SocketLink
 from hpcsgd.signals import Signals
-from hpcsgd.strategies.serving import figures_of
 
 _log = logging.getLogger("hpcsgd.server")
 _TICK = 0.2  # seconds between two looks at what does not come over a link

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from hpcsgd import compress, data, delays, folder, generators, models, specs
 from hpcsgd.checkpoint import Checkpoints
+from hpcsgd.collectives.peers import Peers
 from hpcsgd.data.contract import Source
 from hpcsgd.diagnostics import trace_file
 from hpcsgd.errors import BadOption, RankFailed
@@ -26,7 +27,6 @@ from hpcsgd.kept import Kept, moved, reform
 from hpcsgd.metrics import Counters, Meter, Sums
 from hpcsgd.mpi.world import World
 from hpcsgd.optim import OPTIMIZERS, course
-from hpcsgd.peers import Peers
 from hpcsgd.run import Run
 from hpcsgd.settings import AUTO, Settings, default_model, resumed
 from hpcsgd.signals import Signals

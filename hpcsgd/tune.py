@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hpcsgd import specs
+from hpcsgd.collectives.peers import Peers
 from hpcsgd.data import evaluation_shard
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
-from hpcsgd.peers import Peers
 from hpcsgd.settings import Settings
 from hpcsgd.strategies import Teleportation
 from hpcsgd.train import Training, train

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
     {"errors", "specs", "topology", "delays", "kernels"},
-    {"diagnostics", "mpi", "links", "ports", "connection"},
-    {"tensors", "peers", "compress", "codes", "sums"},
+    {"diagnostics", "mpi"},
+    {"tensors", "compress"},
     {"collectives"},
     {"strategies", "server"},
     {"batches", "turns", "passes", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}

@@ -11,12 +11,12 @@ import torch
 
 from hpcsgd.bench import output
 from hpcsgd.bench.timing import check_positive
-from hpcsgd.collectives.store import Store
-from hpcsgd.connection import Dial
 from hpcsgd.errors import BadOption
-from hpcsgd.links import MPILink
 from hpcsgd.mpi.world import World
 from hpcsgd.server import Policy, Server
+from hpcsgd.server.connection import Dial
+from hpcsgd.server.mpi_link import MPILink
+from hpcsgd.server.store import Store
 from hpcsgd.service import Options, Service
 from hpcsgd.strategies.dialing import FileDial, RankDial
 from hpcsgd.tensors.tensors import TensorGroup
@@ -91,7 +91,7 @@ def _over_tcp(world: World, mib: float, repeats: int, listen: Path) -> dict[str,
         seconds = _ask(part, FileDial(listen, 0, world.traffic), mib, repeats)
     else:
         from hpcsgd.board import Board
-        from hpcsgd.ports import new_secret
+        from hpcsgd.server.ports import new_secret
 
         options = Options(listen, _POLICY.mode, _POLICY.alpha, progress="off")
         folder = listen.with_name(f"{listen.name}.checkpoint")

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpcsgd.collectives.peers import Peers
 from hpcsgd.collectives.stage import from_host, to_host
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import LISTENING
 from hpcsgd.mpi.world import SLICE_OF_WAIT
-from hpcsgd.peers import Peers
 from hpcsgd.tensors.tensors import TensorGroup
 from hpcsgd.tensors.weighted_sum import combine
 

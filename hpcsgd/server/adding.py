@@ -1,4 +1,5 @@
-"""Pushes that are summed as words, see `hpcsgd.sums`: who says which part, and what becomes of the sum."""
+"""Pushes that are summed as words, see `hpcsgd.server.sums`: who says which part, and what becomes of the
+sum."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from hpcsgd.links import Head, Kind, State
+from hpcsgd.server.links import Head, Kind, State
 from hpcsgd.server.shard import Push, Shard
-from hpcsgd.sums import ServerSum
+from hpcsgd.server.sums import ServerSum
 
 
 def sum_of(shard: Shard) -> ServerSum | None:

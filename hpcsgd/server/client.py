@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hpcsgd.links import Head, Link, Malformed
+from hpcsgd.server.links import Head, Link, Malformed
 from hpcsgd.server.rules import Options
 from hpcsgd.server.shard import Shard
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hpcsgd.codes import Extents, ServerCodes, coder_of
 from hpcsgd.compress import Compressor, Stretch, build
 from hpcsgd.compress.alone import Coder
-from hpcsgd.links import Malformed
 from hpcsgd.mpi.world import first_difference
+from hpcsgd.server.codes import Extents, ServerCodes, coder_of
+from hpcsgd.server.links import Malformed
 from hpcsgd.server.rules import OPTIMIZERS, Descent, Elastic, Options, Rule
 from hpcsgd.server.shard import Shard
 

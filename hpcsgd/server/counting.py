@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from hpcsgd.links import Head, Kind, State
 from hpcsgd.server import adding
 from hpcsgd.server.client import Client
+from hpcsgd.server.links import Head, Kind, State
 from hpcsgd.server.rules import Terms
 from hpcsgd.server.shard import Push, Shard
 

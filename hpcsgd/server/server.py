@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcsgd import ports
-from hpcsgd.links import NOTES, Head, Kind, Link, Lost, Malformed, State, read_note
 from hpcsgd.server import contract as agreed
-from hpcsgd.server import leave
+from hpcsgd.server import leave, ports
 from hpcsgd.server.client import Client
 from hpcsgd.server.counting import Counting, Record
+from hpcsgd.server.links import NOTES, Head, Kind, Link, Lost, Malformed, State, read_note
 from hpcsgd.server.rules import Options, Terms
 from hpcsgd.server.shard import FIRST, Push, Shard
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.codes import ServerCodes
+from hpcsgd.server.codes import ServerCodes
 from hpcsgd.server.rules import Rule, Terms
 
 #: The number of the push that brings the first values.

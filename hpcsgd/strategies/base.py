@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hpcsgd.collectives.peers import Peers
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
-from hpcsgd.peers import Peers
 from hpcsgd.tensors.tensors import Bucket
 
 if TYPE_CHECKING:

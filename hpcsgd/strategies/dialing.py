@@ -7,13 +7,14 @@ import secrets
 import time
 from pathlib import Path
 
-from hpcsgd import ports
-from hpcsgd.connection import Dial
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.links import Link, MPILink, Party
 from hpcsgd.mpi.transport import Transport
 from hpcsgd.mpi.world import World
+from hpcsgd.server import ports
+from hpcsgd.server.connection import Dial
+from hpcsgd.server.links import Link, Party
+from hpcsgd.server.mpi_link import MPILink
 
 _LOOK_EVERY = 0.2  # seconds
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 
 from hpcsgd.collectives import broadcast
+from hpcsgd.collectives.peers import Peers
 from hpcsgd.compress import spec_of
 from hpcsgd.compress.alone import check
 from hpcsgd.errors import BadOption, unknown
-from hpcsgd.peers import Peers
 from hpcsgd.server import Policy
 from hpcsgd.server.rules import describe
 from hpcsgd.strategies.allreduce import AllReduce
@@ -42,7 +42,7 @@ class ParameterServer(Strategy):
     divided by their number. When the run is closed all models are that of the servers.
 
     `Run(compress=...)` compresses the all-reduce inside groups of several ranks, and what groups and servers
-    send to each other, see `hpcsgd.codes`; for the latter every scheme but PowerSGD.
+    send to each other, see `hpcsgd.server.codes`; for the latter every scheme but PowerSGD.
 
     Parameters
     ----------

@@ -9,8 +9,8 @@ import numpy as np
 
 from hpcsgd.collectives.moves import Move
 from hpcsgd.collectives.neighbour import Exchange
+from hpcsgd.collectives.peers import Peers
 from hpcsgd.errors import BadOption
-from hpcsgd.peers import Peers
 from hpcsgd.topology import build
 
 _DEFAULT = 4

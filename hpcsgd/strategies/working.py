@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hpcsgd.codes import Coding
 from hpcsgd.collectives import broadcast
 from hpcsgd.collectives.compressed import not_finite
-from hpcsgd.collectives.store import Store
-from hpcsgd.connection import Dial
+from hpcsgd.server.codes import Coding
+from hpcsgd.server.connection import Dial
+from hpcsgd.server.metrics import figures_of
 from hpcsgd.server.rules import describe as optimizer_of
+from hpcsgd.server.store import Store
 from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.base import Setting
-from hpcsgd.strategies.serving import figures_of
 from hpcsgd.tensors.fingerprint import describe, versions
 from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.tensors.tensors import Bucket, TensorGroup

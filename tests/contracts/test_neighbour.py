@@ -13,7 +13,7 @@ from launch import launch
 
 from hpcsgd import HpcsgdError, TensorGroup, topology
 from hpcsgd.collectives.neighbour import Exchange as Exchange_
-from hpcsgd.peers import Peers
+from hpcsgd.collectives.peers import Peers
 from hpcsgd.tensors.weighted_sum import combine
 
 LAYOUTS = [(0, True), (2, True), (0, False)]
@@ -181,7 +181,7 @@ import torch
 from hpcsgd import World, TensorGroup
 from hpcsgd.collectives.neighbour import Exchange
 from hpcsgd.errors import DeadlineExceeded
-from hpcsgd.peers import Peers
+from hpcsgd.collectives.peers import Peers
 
 for shared in "10":
     os.environ["HPCSGD_SHARED_MEMORY"] = shared

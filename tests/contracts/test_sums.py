@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpcsgd.compress import Draw, Stretch, build
 from hpcsgd.compress.alone import Coder
-from hpcsgd.sums import ClientSum, ServerSum
+from hpcsgd.server.sums import ClientSum, ServerSum
 
 ROWS = [row for row in [*c.ROWS, c.with_feedback(c.randk())] if row.name != "powersgd"]
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)

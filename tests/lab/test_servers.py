@@ -13,8 +13,8 @@ import pytest
 import torch
 from background import Job
 
-from hpcsgd.links import Head, Kind
-from hpcsgd.ports import Meeting
+from hpcsgd.server.links import Head, Kind
+from hpcsgd.server.ports import Meeting
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.together]
 #: 13 batches an epoch.

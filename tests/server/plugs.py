@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from talkers import contract_of
 
-from hpcsgd.connection import Connection, Request
-from hpcsgd.links import Head, Kind, Link, Party
-from hpcsgd.ports import SocketLink
 from hpcsgd.server import Server
+from hpcsgd.server.connection import Connection, Request
+from hpcsgd.server.links import Head, Kind, Link, Party
+from hpcsgd.server.ports import SocketLink
 
 SIZE = 50  # of the first shard
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd import ports
-from hpcsgd.links import Head, Kind, Link, Lost, Party, State, read_note
-from hpcsgd.server import Policy, Server
+from hpcsgd.server import Policy, Server, ports
+from hpcsgd.server.links import Head, Kind, Link, Lost, Party, State, read_note
 
 ONES = np.ones(4, np.float32)
 

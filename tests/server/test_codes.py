@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from talkers import Talker, contract_of
 
-from hpcsgd.codes import ClientCodes, Coding, coder_of
 from hpcsgd.compress import build
 from hpcsgd.compress.alone import bytes_of
-from hpcsgd.connection import Request
-from hpcsgd.links import Head, Kind, State
 from hpcsgd.server import Policy, Server, keeping
-from hpcsgd.sums import ServerSum
+from hpcsgd.server.codes import ClientCodes, Coding, coder_of
+from hpcsgd.server.connection import Request
+from hpcsgd.server.links import Head, Kind, State
+from hpcsgd.server.sums import ServerSum
 
 SIZE = 400
 SPECS = [

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from plugs import SIZE, Plugs, ask, connect, run, values
 from talkers import contract_of
 
-from hpcsgd import connection, ports
-from hpcsgd.connection import Request
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.links import HEAD_BYTES, Head, Kind, Link, Party, State
-from hpcsgd.server import Policy, Server
+from hpcsgd.server import Policy, Server, connection, ports
+from hpcsgd.server.connection import Request
+from hpcsgd.server.links import HEAD_BYTES, Head, Kind, Link, Party, State
 
 
 @pytest.fixture(autouse=True, scope="module")

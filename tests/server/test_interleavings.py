@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from talkers import centre, drawn, group
 
-from hpcsgd.links import Head, Kind, State
 from hpcsgd.server import Policy, Server
+from hpcsgd.server.links import Head, Kind, State
 
 
 class Story:

@@ -12,8 +12,8 @@ import torch
 from talkers import Talker, contract_of
 
 from hpcsgd import HpcsgdError
-from hpcsgd.links import Head, Kind
 from hpcsgd.server import Policy, Server, keeping
+from hpcsgd.server.links import Head, Kind
 
 SIZES = [5, 3]
 OPTIONS = {"SGD": [{"lr": 0.1, "momentum": 0.9}], "Adam": [{"lr": 0.1, "betas": [0.9, 0.99]}]}

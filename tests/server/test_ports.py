@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcsgd import ports
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.links import HEAD_BYTES, Head, Kind, Link, Lost, Malformed
-from hpcsgd.ports import Meeting, SocketLink
+from hpcsgd.server import ports
+from hpcsgd.server.links import HEAD_BYTES, Head, Kind, Link, Lost, Malformed
+from hpcsgd.server.ports import Meeting, SocketLink
 
 
 class Ear:

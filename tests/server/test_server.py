@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from talkers import ONES, Talker, Wire, as_bytes, contract_of, goes_on, pair, talker
 
-from hpcsgd.links import HEAD_BYTES, NOTES, Head, Kind, State
 from hpcsgd.server import Policy, Server
+from hpcsgd.server.links import HEAD_BYTES, NOTES, Head, Kind, State
 
 
 def raw(head: Head, body: np.ndarray | None = None) -> Callable[[Talker], None]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hpcsgd import HpcsgdError
-from hpcsgd.ports import Meeting
+from hpcsgd.server.ports import Meeting
 from hpcsgd.strategies.dialing import dials, group_name
 
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hpcsgd import ports
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.links import NOTES, Head, Kind, Link, Lost, Malformed, Party, as_note, read_note
 from hpcsgd.mpi.progress import LISTENING
+from hpcsgd.server import ports
+from hpcsgd.server.links import NOTES, Head, Kind, Link, Lost, Malformed, Party, as_note, read_note
 
 _AGAIN = 0.3  # seconds between two attempts to reach a server
 _BEATS = 4  # in a lease

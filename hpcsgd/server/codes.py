@@ -6,7 +6,7 @@ takes gradients, as far as it has told them to the client; or the model of a cli
 server's, as far as the client has told it. What draws these two together is coded too, and both go as far
 as the code says: the sum of all models and the server's values stays what it is.
 
-Gradients that a server adds up anyway (mode "sync") are not decoded one by one: see `hpcsgd.sums`.
+Gradients that a server adds up anyway (mode "sync") are not decoded one by one: see `hpcsgd.server.sums`.
 
 Codes are smaller than values, so their size tells which of both a message brings.
 """
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from hpcsgd.compress import Compressor, Draw, Stretch
 from hpcsgd.compress.alone import FACTOR_BYTES, Coder, Told, bytes_of
-from hpcsgd.connection import Request
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.links import Head, State
-from hpcsgd.sums import ClientSum, ServerSum
+from hpcsgd.server.connection import Request
+from hpcsgd.server.links import Head, State
+from hpcsgd.server.sums import ClientSum, ServerSum
 
 _PUSHES, _ANSWERS = 0, 1  # seeds of what both sides draw alike
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.links import HEAD_BYTES, Head, Link, Lost, Party
+from hpcsgd.server.links import HEAD_BYTES, Head, Link, Lost, Party
 
 _SIOCGIFADDR = 0x8915
 _AT_ONCE = 8 * 2**20  # bytes of one link, before others have their turn

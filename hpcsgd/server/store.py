@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcsgd.codes import ClientCodes, Coding, coder_of
 from hpcsgd.collectives import ibroadcast
 from hpcsgd.collectives.stage import after_compute
 from hpcsgd.compress import spec_of
-from hpcsgd.connection import Connection, Dial, Request
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.links import Head, Kind, State
 from hpcsgd.mpi.progress import Work
 from hpcsgd.mpi.world import World
+from hpcsgd.server.codes import ClientCodes, Coding, coder_of
+from hpcsgd.server.connection import Connection, Dial, Request
+from hpcsgd.server.links import Head, Kind, State
 from hpcsgd.tensors.tensors import Bucket, TensorGroup
 
 Options = Sequence[Mapping[str, Any]]
