@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.strategies.base import Setting, Strategy
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import Setting
 from hpcsgd.turns import Turns
 
 Batch = TypeVar("Batch")

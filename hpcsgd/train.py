@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpcsgd import compress, data, delays, folder, generators, models, specs
+from hpcsgd import compress, data, folder, generators, models, specs
 from hpcsgd.checkpoint import Checkpoints
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.data.contract import Source
@@ -30,7 +30,7 @@ from hpcsgd.optim import OPTIMIZERS, course
 from hpcsgd.run import Run
 from hpcsgd.settings import AUTO, Settings, default_model, resumed
 from hpcsgd.signals import Signals
-from hpcsgd.strategies import STRATEGIES, Strategy
+from hpcsgd.strategies import STRATEGIES, Strategy, delays
 from hpcsgd.survival import check_movable, check_survival, leave
 
 _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop

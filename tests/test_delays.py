@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from hpcsgd import BadOption, delays
+from hpcsgd import BadOption
+from hpcsgd.strategies import delays
 
 SPECS = ["none", "constant:seconds=2", "slow:peer=1+factor=3", "exponential:seed=4", "pareto:shape=3,base=1"]
 

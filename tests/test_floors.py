@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: From the ground up. Modules of one floor may import each other.
 FLOORS = [
-    {"errors", "specs", "topology", "delays", "kernels"},
+    {"errors", "specs", "topology", "kernels"},
     {"diagnostics", "mpi"},
     {"tensors", "compress"},
     {"collectives"},

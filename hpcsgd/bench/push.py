@@ -18,7 +18,7 @@ from hpcsgd.server.connection import Dial
 from hpcsgd.server.mpi_link import MPILink
 from hpcsgd.server.store import Store
 from hpcsgd.service import Options, Service
-from hpcsgd.strategies.dialing import FileDial, RankDial
+from hpcsgd.strategies.parameter_server.dialing import FileDial, RankDial
 from hpcsgd.tensors.tensors import TensorGroup
 
 _POLICY = Policy("elastic", alpha=0.5)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hpcsgd import delays as delay_specs
 from hpcsgd import specs
 from hpcsgd.bench import output
 from hpcsgd.bench.straggler_results import Study, Trial
@@ -15,6 +14,7 @@ from hpcsgd.bench.timing import check_positive
 from hpcsgd.mpi.world import World
 from hpcsgd.settings import Settings, validate
 from hpcsgd.strategies import STRATEGIES
+from hpcsgd.strategies import delays as delay_specs
 
 METHODS = ("allreduce", "backup:backups=0", "backup:backups=1", "backup", "dsgd", "adpsgd")
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hpcsgd.strategies.adpsgd import ADPSGD
+from hpcsgd.strategies.adpsgd.adpsgd import ADPSGD
 from hpcsgd.strategies.allreduce import AllReduce
-from hpcsgd.strategies.backup import BackupWorkers
-from hpcsgd.strategies.base import Setting, Strategy
+from hpcsgd.strategies.backup_workers.backup import BackupWorkers
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import Setting
 from hpcsgd.strategies.dsgd import DSGD
-from hpcsgd.strategies.lasgd import LASGD
+from hpcsgd.strategies.lasgd.lasgd import LASGD
 from hpcsgd.strategies.local import LocalSGD
-from hpcsgd.strategies.ps import ParameterServer
+from hpcsgd.strategies.parameter_server.ps import ParameterServer
 from hpcsgd.strategies.push import SGP
-from hpcsgd.strategies.teleport import Teleportation
+from hpcsgd.strategies.teleportation.teleport import Teleportation
 
 __all__ = [
     "ADPSGD",

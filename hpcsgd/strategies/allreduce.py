@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from hpcsgd.collectives.reduction import reduction
-from hpcsgd.strategies.base import Setting, Strategy
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import Setting
 from hpcsgd.tensors.gradients import Gradients
 from hpcsgd.tensors.tensors import Bucket
 

@@ -10,7 +10,7 @@ import torch
 from hpcsgd.collectives.neighbour import Exchange
 from hpcsgd.collectives.stage import after_compute
 from hpcsgd.mpi.progress import Work
-from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.context import Setting
 from hpcsgd.strategies.models import OwnModels
 from hpcsgd.topology import build
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpcsgd.collectives.reduction import reduction
 from hpcsgd.errors import BadOption
-from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.context import Setting
 from hpcsgd.strategies.models import OwnModels
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from hpcsgd.collectives import allreduce
-from hpcsgd.strategies.base import Setting, Strategy
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import Setting
 from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.tensors.weighted_sum import combine
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.context import Setting
 from hpcsgd.strategies.gossip import Gossip
 from hpcsgd.strategies.weights import Weights
 from hpcsgd.tensors.weighted_sum import combine

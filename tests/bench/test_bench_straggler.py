@@ -18,10 +18,10 @@ from launch import CLI, launch
 from hpcsgd.bench import straggler, study
 from hpcsgd.bench.straggler_results import Study, Trial
 from hpcsgd.bench.study import Finished, with_option
-from hpcsgd.delays import DELAYS
 from hpcsgd.errors import BadOption
 from hpcsgd.settings import Settings, to_toml
 from hpcsgd.strategies import STRATEGIES
+from hpcsgd.strategies.delays import DELAYS
 
 FULL, DYNAMIC = "backup:backups=0", "backup"
 SLOW, EQUAL = "slow:seconds=0.02", "constant:seconds=0.001"

@@ -25,11 +25,11 @@ from hpcsgd import (
     Strategy,
     Teleportation,
     World,
-    delays,
     topology,
 )
-from hpcsgd.strategies.pairs import Pairs
-from hpcsgd.strategies.tokens import draw
+from hpcsgd.strategies import delays
+from hpcsgd.strategies.adpsgd.pairs import Pairs
+from hpcsgd.strategies.teleportation.tokens import draw
 
 Array = np.ndarray
 LR = 0.05

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpcsgd import Run, Teleportation, World, topology
-from hpcsgd.strategies.tokens import draw
+from hpcsgd.strategies.teleportation.tokens import draw
 
 LR, MOMENTUM, FEATURES, BATCH = 0.05, 0.9, 3, 4
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -22,8 +22,8 @@ from free_runs import (
 from torch import nn
 
 from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, topology
-from hpcsgd.collectives.pairwise import Pairwise
-from hpcsgd.strategies.pairs import Pairs
+from hpcsgd.strategies.adpsgd.pairs import Pairs
+from hpcsgd.strategies.adpsgd.pairwise import Pairwise
 
 
 def job_of(world: Any, **options: Any) -> Job:

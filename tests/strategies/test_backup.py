@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import BackupWorkers, BadOption, DeadlineExceeded, HpcsgdError, Run, World, delays, topology
-from hpcsgd.collectives.agreement import agreement
+from hpcsgd import BackupWorkers, BadOption, DeadlineExceeded, HpcsgdError, Run, World, topology
 from hpcsgd.errors import in_words
+from hpcsgd.strategies import delays
+from hpcsgd.strategies.backup_workers.agreement import agreement
 from hpcsgd.topology.paths import connected
 
 FEATURES, LR, BATCHES = 4, 0.05, 7

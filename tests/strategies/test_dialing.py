@@ -10,7 +10,7 @@ import pytest
 
 from hpcsgd import HpcsgdError
 from hpcsgd.server.ports import Meeting
-from hpcsgd.strategies.dialing import dials, group_name
+from hpcsgd.strategies.parameter_server.dialing import dials, group_name
 
 
 @pytest.mark.mpi

@@ -15,8 +15,8 @@ from free_runs import Job, check_averages_within_a_loop, loader, slow_service, t
 
 from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm
 from hpcsgd.collectives import allreduce
-from hpcsgd.collectives.averaging import Averaging
-from hpcsgd.collectives.tally import Totals
+from hpcsgd.strategies.lasgd.averaging import Averaging
+from hpcsgd.strategies.lasgd.tally import Totals
 
 each_layout = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
 

@@ -14,7 +14,7 @@ from hpcsgd import AllReduce, BadOption, HpcsgdError, ParameterServer, Run
 from hpcsgd.compress import Compressor, Stretch, build
 from hpcsgd.compress.alone import FACTOR_BYTES, Coder
 from hpcsgd.server.sums import ServerSum
-from hpcsgd.strategies.serving import Serving
+from hpcsgd.strategies.parameter_server.serving import Serving
 from hpcsgd.tensors.tensors import TensorGroup
 
 pytestmark = pytest.mark.mpi(min_size=2)

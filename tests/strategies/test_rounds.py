@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcsgd import BadOption, delays, topology
-from hpcsgd.collectives.rounds import Rounds, fixed_backups
-from hpcsgd.collectives.virtual_time import VirtualTime
+from hpcsgd import BadOption, topology
+from hpcsgd.strategies import delays
+from hpcsgd.strategies.backup_workers.rounds import Rounds, fixed_backups
+from hpcsgd.strategies.backup_workers.virtual_time import VirtualTime
 from hpcsgd.topology.paths import adjacency, connected
 from hpcsgd.topology.weights import metropolis, metropolis_among
 

@@ -30,7 +30,7 @@ from teleport_runs import (
 from torch import nn
 
 from hpcsgd import FP16, AllReduce, BadOption, HpcsgdError, Run, Teleportation, World, topology
-from hpcsgd.strategies.tokens import draw
+from hpcsgd.strategies.teleportation.tokens import draw
 
 PAUSE = 1.8  # seconds
 LAYOUTS = [(0, True), (2, True), (0, False)]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from train_jobs import records, trained
 
-from hpcsgd import BadOption, World, delays
+from hpcsgd import BadOption, World
 from hpcsgd.settings import Settings
+from hpcsgd.strategies import delays
 from hpcsgd.train import Training
 
 COMMON = "--data synthetic:samples=64 --batch 8 --accumulate 2 --log-every 1 --evaluate-every 0"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from train_jobs import records, run_commands
 
-from hpcsgd.strategies.tokens import Tokens
+from hpcsgd.strategies.teleportation.tokens import Tokens
 from hpcsgd.tune import Point, choose, powers
 
 

@@ -18,7 +18,7 @@ from hpcsgd.server.metrics import figures_of
 from hpcsgd.server.rules import describe as optimizer_of
 from hpcsgd.server.store import Store
 from hpcsgd.strategies.allreduce import AllReduce
-from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.context import Setting
 from hpcsgd.tensors.fingerprint import describe, versions
 from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.tensors.tensors import Bucket, TensorGroup

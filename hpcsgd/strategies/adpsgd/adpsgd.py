@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from hpcsgd.collectives.pairwise import Pairwise
 from hpcsgd.errors import BadOption, unknown
-from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.adpsgd.pairs import Drawn, Pairs
+from hpcsgd.strategies.adpsgd.pairwise import Pairwise
+from hpcsgd.strategies.context import Setting
 from hpcsgd.strategies.models import OwnModels
-from hpcsgd.strategies.pairs import Drawn, Pairs
 from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.topology import build
 

@@ -8,10 +8,10 @@ from typing import Any
 from hpcsgd.collectives.neighbour import Exchange
 from hpcsgd.collectives.stage import after_compute
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.strategies.base import Setting
-from hpcsgd.strategies.carried import CarriedState
+from hpcsgd.strategies.context import Setting
 from hpcsgd.strategies.models import OwnModels
-from hpcsgd.strategies.tokens import Tokens
+from hpcsgd.strategies.teleportation.carried import CarriedState
+from hpcsgd.strategies.teleportation.tokens import Tokens
 
 
 class Teleportation(OwnModels):

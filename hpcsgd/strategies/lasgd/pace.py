@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from hpcsgd.collectives.averaging import Records, fastest_step
+from hpcsgd.strategies.lasgd.averaging import Records, fastest_step
 
 _SHARE = 0.03  # of the training's time that averages may take from it
 _DRIFT = 0.02  # of the model's norm

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hpcsgd.collectives.rounds import Rounds, words
 from hpcsgd.mpi.progress import LISTENING
 from hpcsgd.mpi.world import SLICE_OF_WAIT, World
+from hpcsgd.strategies.backup_workers.rounds import Rounds, words
 
 Edges = Sequence[tuple[int, int]]
 _TWIN = 9  # of the world's communicators, for these messages alone

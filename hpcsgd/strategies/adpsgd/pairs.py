@@ -12,7 +12,7 @@ from hpcsgd.collectives.neighbour import Exchange
 from hpcsgd.collectives.stage import after_compute
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.progress import Work
-from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.context import Setting
 from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.tensors.tensors import Bucket, TensorGroup
 from hpcsgd.topology import Topology

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.collectives.rounds import Rounds
-from hpcsgd.delays import Delays
+from hpcsgd.strategies.backup_workers.rounds import Rounds
+from hpcsgd.strategies.delays import Delays
 
 
 class VirtualTime:

@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from hpcsgd.collectives import allreduce
-from hpcsgd.collectives.averaging import NO_GOAL, Averaging, Records
-from hpcsgd.collectives.delta import Delta, Merge
 from hpcsgd.collectives.reduction import reduction
 from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption, unknown
-from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies.context import Setting
+from hpcsgd.strategies.lasgd.averaging import NO_GOAL, Averaging, Records
+from hpcsgd.strategies.lasgd.delta import Delta, Merge
+from hpcsgd.strategies.lasgd.pace import Adaptive, Fixed, Trigger, damping, wanted
 from hpcsgd.strategies.models import OwnModels
-from hpcsgd.strategies.pace import Adaptive, Fixed, Trigger, damping, wanted
 from hpcsgd.tensors.tensors import TensorGroup
 
 
@@ -35,7 +35,7 @@ class LASGD(OwnModels):
     ----------
     period
         Steps that a rank takes between two snapshots before it wants another, or "auto", see
-        `hpcsgd.strategies.pace`. Default "auto".
+        `hpcsgd.strategies.lasgd.pace`. Default "auto".
     max_lag
         The most steps between two merges, and between a snapshot and its merge; at least `period`. A rank
         then waits for the round: the only wait there is. None (default): any number. With trigger "all" and

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from hpcsgd import delays as delay_specs
-from hpcsgd.collectives.agreement import WHAT, Agreement, agreement
 from hpcsgd.collectives.neighbour import Exchange
-from hpcsgd.collectives.rounds import Rounds, fixed_backups
 from hpcsgd.collectives.stage import after_compute, wait_for_compute
-from hpcsgd.collectives.virtual_time import VirtualTime
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.strategies.base import Setting
+from hpcsgd.strategies import delays as delay_specs
+from hpcsgd.strategies.backup_workers.agreement import WHAT, Agreement, agreement
+from hpcsgd.strategies.backup_workers.rounds import Rounds, fixed_backups
+from hpcsgd.strategies.backup_workers.virtual_time import VirtualTime
+from hpcsgd.strategies.context import Setting
 from hpcsgd.strategies.models import OwnModels
 from hpcsgd.topology import build
 from hpcsgd.topology.paths import adjacency
@@ -42,8 +42,8 @@ class BackupWorkers(OwnModels):
         "dynamic" (default), or for how many peers no iteration waits: 0 is cb-Full, of n at most n - 2.
     delays
         Other than "none": time is virtual. Gradients take as long as these delays say, as
-        NAME or NAME:key=value+key=value of `hpcsgd.delays`, and who takes part follows from that alone,
-        however fast what computes. With virtual nodes time is always virtual; "none": all take part.
+        NAME or NAME:key=value+key=value of `hpcsgd.strategies.delays`, and who takes part follows from that
+        alone, however fast what computes. With virtual nodes time is always virtual; "none": all take part.
 
     Attributes
     ----------

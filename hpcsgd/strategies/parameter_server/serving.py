@@ -14,7 +14,8 @@ from hpcsgd.server import Policy, Server
 from hpcsgd.server.load import Load
 from hpcsgd.server.metrics import figures_of
 from hpcsgd.server.mpi_link import MPILink
-from hpcsgd.strategies.base import Setting, Strategy
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import Setting
 
 _WATCH_EVERY = 0.2  # seconds
 

@@ -19,10 +19,11 @@ from hpcsgd.errors import BadOption, unknown
 from hpcsgd.server import Policy
 from hpcsgd.server.rules import describe
 from hpcsgd.strategies.allreduce import AllReduce
-from hpcsgd.strategies.base import Setting, Strategy
-from hpcsgd.strategies.dialing import RankDial, dials, group_name
-from hpcsgd.strategies.serving import Serving
-from hpcsgd.strategies.working import Descending, Drawn, Place, Worker
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import Setting
+from hpcsgd.strategies.parameter_server.dialing import RankDial, dials, group_name
+from hpcsgd.strategies.parameter_server.serving import Serving
+from hpcsgd.strategies.parameter_server.working import Descending, Drawn, Place, Worker
 from hpcsgd.tensors.tensors import TensorGroup
 
 _MODES = ("sync", "async", "elastic")

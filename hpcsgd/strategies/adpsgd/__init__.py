@@ -1,0 +1,1 @@
+"""AD-PSGD (arXiv 1710.06952): asynchronous pairwise averaging."""

@@ -1,0 +1,1 @@
+"""Dynamic backup workers, cb-DyBW (arXiv 2102.06280)."""
