@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     )
     from hpcsgd.errors import BadOption, DeadlineExceeded, Disagreement, HpcsgdError
     from hpcsgd.mpi.world import World
-    from hpcsgd.run import Run
     from hpcsgd.strategies import (
         ADPSGD,
         DSGD,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
         Teleportation,
     )
     from hpcsgd.tensors.tensors import TensorGroup
+    from hpcsgd.training.run import Run
 
 __all__ = [
     "ADPSGD",
@@ -89,7 +89,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TopK",
     ),
     "errors": ("BadOption", "DeadlineExceeded", "Disagreement", "HpcsgdError"),
-    "run": ("Run",),
+    "training.run": ("Run",),
     "strategies": (
         "ADPSGD",
         "AllReduce",

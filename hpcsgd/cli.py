@@ -29,9 +29,10 @@ class _WithRegistries(click.Command):
     """A command whose help lists what the spec options can name."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from hpcsgd import compress, data, models, specs, strategies
+        from hpcsgd import compress, specs, strategies
         from hpcsgd.optim import OPTIMIZERS
         from hpcsgd.strategies import delays
+        from hpcsgd.training import data, models
 
         given = ("params", "lr", "shape", "classes")
         rare = ("foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay")

@@ -9,11 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hpcsgd.checkpoint import Checkpoints
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.server import Server, keeping
 from hpcsgd.server.rules import Terms
 from hpcsgd.server.shard import Push, Shard
+from hpcsgd.training.checkpoint.checkpoint import Checkpoints
 
 _log = logging.getLogger("hpcsgd.server")
 # A log is too long beyond both of these.

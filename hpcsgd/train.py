@@ -16,22 +16,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpcsgd import compress, data, folder, generators, models, specs
-from hpcsgd.checkpoint import Checkpoints
+from hpcsgd import compress, folder, specs
 from hpcsgd.collectives.peers import Peers
-from hpcsgd.data.contract import Source
 from hpcsgd.diagnostics import trace_file
 from hpcsgd.errors import BadOption, RankFailed
 from hpcsgd.journal import Journal
-from hpcsgd.kept import Kept, moved, reform
 from hpcsgd.metrics import Counters, Meter, Sums
 from hpcsgd.mpi.world import World
 from hpcsgd.optim import OPTIMIZERS, course
-from hpcsgd.run import Run
 from hpcsgd.settings import AUTO, Settings, default_model, resumed
 from hpcsgd.signals import Signals
 from hpcsgd.strategies import STRATEGIES, Strategy, delays
 from hpcsgd.survival import check_movable, check_survival, leave
+from hpcsgd.training import data, generators, models
+from hpcsgd.training.checkpoint.checkpoint import Checkpoints
+from hpcsgd.training.checkpoint.kept import Kept, moved, reform
+from hpcsgd.training.data.contract import Source
+from hpcsgd.training.run import Run
 
 _VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop
 _MEET_EVERY = 30.0  # the same where ranks must come to rest for it

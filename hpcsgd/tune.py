@@ -13,12 +13,12 @@ from rich.table import Table
 
 from hpcsgd import specs
 from hpcsgd.collectives.peers import Peers
-from hpcsgd.data import evaluation_shard
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.settings import Settings
 from hpcsgd.strategies import Teleportation
 from hpcsgd.train import Training, train
+from hpcsgd.training.data import evaluation_shard
 
 _STRATEGY = "teleport"
 _TRAINING_SAMPLES = 4096  # on which the numbers are compared

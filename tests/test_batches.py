@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from hpcsgd.batches import in_step
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies import Setting
+from hpcsgd.training.batches import in_step
 
 
 def setting_among(others: list[tuple[int | None, bool]], rank: int = 0) -> Any:

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpcsgd import snapshot
-from hpcsgd.checkpoint import Checkpoints
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError
+from hpcsgd.training.checkpoint import snapshot
+from hpcsgd.training.checkpoint.checkpoint import Checkpoints
 
 RANKS = 3
 
@@ -283,7 +283,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import torch
-from hpcsgd import checkpoint
+from hpcsgd.training.checkpoint import checkpoint
 
 def hang(*_):
     print("writing", flush=True)

@@ -16,8 +16,8 @@ FLOORS = [
     {"tensors", "compress"},
     {"collectives"},
     {"strategies", "server"},
-    {"batches", "turns", "passes", "run", "checkpoint", "snapshot", "data", "models", "metrics", "settings"}
-    | {"optim", "display", "board", "memory", "generators", "journal", "signals", "folder", "sweep", "kept"},
+    {"training", "metrics", "settings", "optim", "display", "board", "memory", "journal", "signals", "folder"}
+    | {"sweep"},
     {"cli", "sbatch", "train", "survival", "serve", "service", "tune", "bench", "report", "doctor"}
     | {"__main__"},
 ]

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcsgd import collectives
-from hpcsgd.data import load
-from hpcsgd.models import MODELS
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.tensors import TensorGroup
+from hpcsgd.training.data import load
+from hpcsgd.training.models import MODELS
 
 STEPS, BATCH = 12, 16
 _SHAPE, _CLASSES, _SEED = (3, 32, 32), 10, 0

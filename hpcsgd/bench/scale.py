@@ -12,13 +12,13 @@ from hpcsgd.bench import output
 from hpcsgd.bench.scale_results import Study, Trial
 from hpcsgd.bench.study import carry_out, check_each_once, with_option
 from hpcsgd.bench.timing import check_positive
-from hpcsgd.data import load
-from hpcsgd.data.contract import Source
-from hpcsgd.data.partition import partition
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.mpi.world import World
 from hpcsgd.settings import Settings, validate
 from hpcsgd.strategies import STRATEGIES
+from hpcsgd.training.data import load
+from hpcsgd.training.data.contract import Source
+from hpcsgd.training.data.partition import partition
 
 T = TypeVar("T")
 

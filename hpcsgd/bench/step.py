@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcsgd.bench import output, peers
 from hpcsgd.bench.timing import Contender, check_positive, interleave
 from hpcsgd.bench.trainers import Trainer, check_same, difference, draw, sgd, trainer
-from hpcsgd.data import load
-from hpcsgd.models import build
 from hpcsgd.mpi.world import World
-from hpcsgd.run import Run
 from hpcsgd.strategies import AllReduce
+from hpcsgd.training.data import load
+from hpcsgd.training.models import build
+from hpcsgd.training.run import Run
 
 MODELS = ("resnet18", "gpt")
 OURS, DDP, ALONE = "hpcsgd", "DDP-gloo", "no communication"
@@ -43,7 +43,7 @@ def main(
     Parameters
     ----------
     models
-        Specs as of `hpcsgd.models.build`; "gpt" gets text, all others images of 3x32x32. Default
+        Specs as of `hpcsgd.training.models.build`; "gpt" gets text, all others images of 3x32x32. Default
         ResNet-18 and the small GPT.
     batch
         Samples per rank and step. Default 16.

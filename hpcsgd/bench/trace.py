@@ -14,11 +14,11 @@ import torch
 from hpcsgd.bench import output
 from hpcsgd.bench.timing import Contender, check_positive, interleave
 from hpcsgd.bench.trainers import Trainer, draw, sgd
-from hpcsgd.data import load
 from hpcsgd.diagnostics.tracing import Off, Trace
-from hpcsgd.models import build
 from hpcsgd.mpi.world import World
-from hpcsgd.run import Run
+from hpcsgd.training.data import load
+from hpcsgd.training.models import build
+from hpcsgd.training.run import Run
 
 _OFF, _ON = "off", "on"
 _CALLS = 10_000

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpcsgd.data import Data
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
+from hpcsgd.training.data import Data
 
 Batch = tuple[Tensor, Tensor]
 

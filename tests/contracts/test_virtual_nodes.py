@@ -11,8 +11,9 @@ import strategies as s
 import torch
 from torch import nn
 
-from hpcsgd import BadOption, Run, World, generators
+from hpcsgd import BadOption, Run, World
 from hpcsgd.strategies import STRATEGIES
+from hpcsgd.training import generators
 
 #: The methods that are not gossip.
 WITHOUT = ("allreduce", "local", "lasgd", "ps")

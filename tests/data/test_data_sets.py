@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpcsgd.data import DATASETS, Source, Tensors, load
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.training.data import DATASETS, Source, Tensors, load
 
 
 def everything(source: Source) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpcsgd.data import Data, Loader, load
-from hpcsgd.data.cifar import CIFAR10, CIFAR100, Layout, read
-from hpcsgd.data.imagenet import Images, crop_box
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.training.data import Data, Loader, load
+from hpcsgd.training.data.cifar import CIFAR10, CIFAR100, Layout, read
+from hpcsgd.training.data.imagenet import Images, crop_box
 
 RANDOM = np.random.default_rng(0)
 

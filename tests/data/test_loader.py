@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsgd.data import Loader, Tensors, load
-from hpcsgd.data.augment import crop_and_flip
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.training.data import Loader, Tensors, load
+from hpcsgd.training.data.augment import crop_and_flip
 
 IMAGES = Tensors(torch.arange(50 * 3 * 6 * 6, dtype=torch.float32).view(50, 3, 6, 6), torch.arange(50) % 5)
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcsgd.data import evaluation_shard, partition
 from hpcsgd.errors import BadOption
+from hpcsgd.training.data import evaluation_shard, partition
 
 LABELS = torch.arange(1000) % 10
 

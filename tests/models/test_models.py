@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hpcsgd.data import Data, Tensors
 from hpcsgd.errors import BadOption
-from hpcsgd.models import MODELS, build
+from hpcsgd.training.data import Data, Tensors
+from hpcsgd.training.models import MODELS, build
 
 NOTHING = Tensors(torch.zeros(0), torch.zeros(0))
 IMAGE_MODELS = ["lenet", "vgg11", "vgg16", "resnet18", "resnet20", "resnet50"]

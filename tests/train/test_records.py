@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 from train_jobs import TIMES, newest_state, records, trained, without_times
 
-from hpcsgd import data, models, report
+from hpcsgd import report
 from hpcsgd.cli import cli
 from hpcsgd.settings import FIELDS
+from hpcsgd.training import data, models
 
 DATA, RANKS, PERIOD = "synthetic:samples=404", 2, 4  # 101 test samples: one more on a rank
 COMMON = f"--data {DATA} --epochs 3 --log-every 1 --evaluate-every 0.5 --optimizer sgd --clip 5 --warmup 0.5"

@@ -14,7 +14,7 @@ import torch
 from launch import launch
 from train_jobs import CLI, NOISY, newest_state, records, trained, without_times
 
-from hpcsgd import data
+from hpcsgd.training import data
 
 SAMPLES, BATCH, ALPHA, SEED = 64, 4, 0.3, 7
 STOP_AT_PASS = 7  # the first of the two of step 4

@@ -13,7 +13,7 @@ RANDOM = np.random.default_rng(0)
 # The published files have 30 MB each; these have the same records, six of them.
 SMALL_CIFAR = """
 from dataclasses import replace
-from hpcsgd.data import cifar
+from hpcsgd.training.data import cifar
 cifar.CIFAR10 = replace(cifar.CIFAR10, records=dict.fromkeys(cifar.CIFAR10.records, 6))
 """
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hpcsgd.data.cifar import cifar10, cifar100
-from hpcsgd.data.contract import Augment, Data, Source
-from hpcsgd.data.digits import digits
-from hpcsgd.data.imagenet import imagenet
-from hpcsgd.data.loader import Loader
-from hpcsgd.data.mnist import fashion_mnist, mnist
-from hpcsgd.data.partition import evaluation_shard, partition
-from hpcsgd.data.synthetic import synthetic
-from hpcsgd.data.tensors import Tensors
-from hpcsgd.data.text import text
 from hpcsgd.specs import build
+from hpcsgd.training.data.cifar import cifar10, cifar100
+from hpcsgd.training.data.contract import Augment, Data, Source
+from hpcsgd.training.data.digits import digits
+from hpcsgd.training.data.imagenet import imagenet
+from hpcsgd.training.data.loader import Loader
+from hpcsgd.training.data.mnist import fashion_mnist, mnist
+from hpcsgd.training.data.partition import evaluation_shard, partition
+from hpcsgd.training.data.synthetic import synthetic
+from hpcsgd.training.data.tensors import Tensors
+from hpcsgd.training.data.text import text
 
 __all__ = [
     "DATASETS",

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.data.contract import Data
-from hpcsgd.data.files import corrupt, find
-from hpcsgd.data.tensors import Tensors
+from hpcsgd.training.data.contract import Data
+from hpcsgd.training.data.files import corrupt, find
+from hpcsgd.training.data.tensors import Tensors
 
 _NAMES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from hpcsgd.data.contract import Augment, Source
-from hpcsgd.data.partition import partition, shuffled, skewed
-from hpcsgd.data.streams import torch_stream
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.training.data.contract import Augment, Source
+from hpcsgd.training.data.partition import partition, shuffled, skewed
+from hpcsgd.training.data.streams import torch_stream
 
 
 class Loader:

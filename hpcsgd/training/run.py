@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcsgd import batches, collectives, generators, passes
+from hpcsgd import collectives
 from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Setting, Strategy
 from hpcsgd.tensors.fingerprint import describe, versions
 from hpcsgd.tensors.tensors import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
-from hpcsgd.turns import Turns
+from hpcsgd.training import batches, generators, passes
+from hpcsgd.training.turns import Turns
 
 
 class Run:

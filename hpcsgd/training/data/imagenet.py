@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.data.contract import Data
-from hpcsgd.data.streams import python_random_kept
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.training.data.contract import Data
+from hpcsgd.training.data.streams import python_random_kept
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from hpcsgd.data.contract import Data
-from hpcsgd.data.streams import torch_stream
-from hpcsgd.data.tensors import Tensors
 from hpcsgd.errors import BadOption
+from hpcsgd.training.data.contract import Data
+from hpcsgd.training.data.streams import torch_stream
+from hpcsgd.training.data.tensors import Tensors
 
 
 def synthetic(shape: tuple[int, ...] = (32,), classes: int = 10, samples: int = 4096, seed: int = 0) -> Data:

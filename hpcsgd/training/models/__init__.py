@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from hpcsgd import specs
-from hpcsgd.data import Data
 from hpcsgd.errors import BadOption
-from hpcsgd.models.dense import logistic, two_nn
-from hpcsgd.models.gpt import gpt
-from hpcsgd.models.lenet import lenet
-from hpcsgd.models.resnet import resnet18, resnet20, resnet50
-from hpcsgd.models.vgg import vgg11, vgg16
+from hpcsgd.training.data import Data
+from hpcsgd.training.models.dense import logistic, two_nn
+from hpcsgd.training.models.gpt import gpt
+from hpcsgd.training.models.lenet import lenet
+from hpcsgd.training.models.resnet import resnet18, resnet20, resnet50
+from hpcsgd.training.models.vgg import vgg11, vgg16
 
 __all__ = ["MODELS", "build"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcsgd import generators
 from hpcsgd.strategies import Setting, Strategy
+from hpcsgd.training import generators
 
 
 class Turns:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError
-from hpcsgd.snapshot import (
+from hpcsgd.training.checkpoint.snapshot import (
     FORMAT,
     Fault,
     read_manifest,

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpcsgd.data.streams import numpy_stream, torch_stream
 from hpcsgd.errors import BadOption
+from hpcsgd.training.data.streams import numpy_stream, torch_stream
 
 Indices = NDArray[np.int64]
 

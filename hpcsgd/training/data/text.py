@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.data.contract import Data
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.training.data.contract import Data
 
 _HELD_OUT = 0.1
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

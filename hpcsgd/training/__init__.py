@@ -1,0 +1,1 @@
+"""`Run`, its batches and virtual nodes; checkpoints, data sets and models."""
