@@ -32,7 +32,7 @@ sys.modules["torch._dynamo"] = types.SimpleNamespace(
 CLI = """
 import sys
 sys.modules["torch.utils.tensorboard"] = None
-from hpcsgd.cli import main
+from hpcsgd.commands.cli import main
 """
 
 

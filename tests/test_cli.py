@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from hpcsgd import cli
+from hpcsgd.commands import cli
+from hpcsgd.commands.train.settings import FIELDS
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import launcher
-from hpcsgd.settings import FIELDS
 
 # A machine without MPI; torch is hidden too until it may be imported.
 HELP = """
 import sys
 sys.modules["mpi4py"] = sys.modules["torch"] = None
-from hpcsgd.cli import main
+from hpcsgd.commands.cli import main
 
 def show(*words):
     sys.argv = ["hpcsgd", *words]

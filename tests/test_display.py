@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from launch import _environment
 
-from hpcsgd import display
-from hpcsgd.display import Display, waiting
+from hpcsgd.commands.train import display
+from hpcsgd.commands.train.display import Display, waiting
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
@@ -100,7 +100,7 @@ def model(shape: tuple[int, ...], classes: int, stop: int = 0) -> nn.Module:
 ON_A_TERMINAL = """
 import sys
 sys.modules["torch.utils.tensorboard"] = None  # importing it takes seconds
-from hpcsgd.cli import main
+from hpcsgd.commands.cli import main
 sys.path.insert(0, sys.argv[1])
 words = f"hpcsgd train --data synthetic:samples=64 --log-every 1 --out {sys.argv[1]} --model own:model"
 for stop, name, mode in ((0, "whole", "auto"), (4, "interrupted", "bar")):

@@ -1,91 +1,101 @@
-"""A module imports only from floors below its own; mpi4py and numba each have one floor."""
+"""The architecture is the list of folders below: a folder imports only from those before it, and nothing in
+circles."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hpcsgd"
-#: From the ground up. Modules of one floor may import each other.
-FLOORS = [
-    {"errors", "specs", "topology", "kernels"},
-    {"diagnostics", "mpi"},
-    {"tensors", "compress"},
-    {"collectives"},
-    {"strategies", "server"},
-    {"training", "metrics", "settings", "optim", "display", "board", "memory", "journal", "signals", "folder"}
-    | {"sweep"},
-    {"cli", "sbatch", "train", "survival", "serve", "service", "tune", "bench", "report", "doctor"}
-    | {"__main__"},
-]
-FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
-MODULES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")})
-#: The benchmark measures MPI itself beside ours; the doctor looks at an MPI on which no World opens.
-MAY_USE_MPI = FLOORS[1] | {"bench", "doctor"}
+#: A folder, or module, imports only from those before it.
+FLOORS = ["errors", "specs", "kernels", "diagnostics", "topology", "compress", "mpi"]
+FLOORS += ["tensors", "collectives", "server", "strategies", "training", "commands"]
+#: Where mpi4py may be imported: benchmarks measure MPI itself; the doctor examines an MPI on which no World
+#: opens.
+MAY_USE_MPI = ["mpi", "commands/bench", "commands/doctor"]
+
+FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")})
 
 
-def name_of(path: Path) -> str:
-    """The module or package below hpcsgd that the file belongs to; "" for hpcsgd itself."""
-    first = path.relative_to(PACKAGE).parts[0]
-    return "" if first == "__init__.py" else first.removesuffix(".py")
+def module_of(path: Path) -> str:
+    """The dotted name of a file's module."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def folder_of(module: str) -> str:
+    """The folder or module directly below hpcsgd; "" for hpcsgd itself."""
+    return [*module.split("."), ""][1]
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """Each module that a file imports, and whether the import runs when the file is imported."""
-    yield from _imports(ast.parse(path.read_text()), path, True)
+    yield from _imports(ast.parse(path.read_text()), True)
 
 
-def _imports(node: ast.AST, path: Path, at_once: bool) -> Iterator[tuple[str, bool]]:
+def _imports(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
             for other in child.orelse:
-                yield from _imports(other, path, at_once)
+                yield from _imports(other, at_import)
         elif isinstance(child, ast.Import):
-            yield from ((alias.name, at_once) for alias in child.names)
+            yield from ((alias.name, at_import) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
-            module = ".".join(filter(None, ["hpcsgd" * bool(child.level), child.module or ""]))
-            if module == "hpcsgd":
-                yield from ((f"hpcsgd.{alias.name}", at_once) for alias in child.names)
-            else:
-                yield module, at_once
+            assert child.module is not None and not child.level, "relative imports hide the architecture"
+            for alias in child.names:
+                inner = f"{child.module}.{alias.name}"
+                yield inner if inner in MODULES else child.module, at_import
         else:
             inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            yield from _imports(child, path, at_once and not inside)
+            yield from _imports(child, at_import and not inside)
 
 
-def show(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+IMPORTS = {module: list(imports(path)) for module, path in MODULES.items()}
 
 
-def test_there_are_modules_and_each_has_a_floor() -> None:
-    assert len(MODULES) > 20
-    assert {name_of(path) for path in MODULES} - {""} <= set(FLOOR_OF)
+def test_floors_are_what_ls_shows() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
+    entries = folders | {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert entries == set(FLOORS)
+    assert len(FLOORS) <= 13
 
 
-@pytest.mark.parametrize("path", MODULES, ids=show)
-def test_imports_come_from_the_same_floor_or_below(path: Path) -> None:
-    mine = name_of(path)
-    used = {m.split(".")[1] for m, _ in imports(path) if m.startswith("hpcsgd.")} - {mine}
-    if mine:
-        above = {name for name in used & set(FLOOR_OF) if FLOOR_OF[name] > FLOOR_OF[mine]}
-        assert not above, f"{mine} stands below {above}"
-        assert used <= set(FLOOR_OF), f"from hpcsgd itself, the roof: {used - set(FLOOR_OF)}"
+@pytest.mark.parametrize("floor", FLOORS)
+def test_folder_imports_only_from_those_before_it(floor: str) -> None:
+    above = {"", *FLOORS[FLOORS.index(floor) + 1 :]}
+    wrong = [
+        f"{module} imports {used}"
+        for module in MODULES
+        for used, _ in IMPORTS[module]
+        if folder_of(module) == floor and used.split(".")[0] == "hpcsgd" and folder_of(used) in above
+    ]
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", MODULES, ids=show)
-def test_mpi4py_is_imported_on_the_floor_of_the_world_and_only_when_used(path: Path) -> None:
-    found = [at_once for module, at_once in imports(path) if module.split(".")[0] == "mpi4py"]
-    assert not found or name_of(path) in MAY_USE_MPI
-    assert not any(found), "the import of mpi4py.MPI initialises MPI"
+def test_no_circle_inside_a_folder() -> None:
+    graph = {m: {used for used, _ in uses if used in MODULES and used != m} for m, uses in IMPORTS.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=show)
-def test_numba_is_imported_by_kernels_and_kernels_only_when_used(path: Path) -> None:
-    if name_of(path) == "kernels":
-        return
-    for module, at_once in imports(path):
-        assert module.split(".")[0] not in ("numba", "llvmlite")
-        assert not (at_once and module.startswith("hpcsgd.kernels")), "that imports numba"
+def test_mpi4py_is_imported_where_it_may_be_and_only_when_used() -> None:
+    for module, path in MODULES.items():
+        found = [at_import for used, at_import in IMPORTS[module] if used.split(".")[0] == "mpi4py"]
+        relative = path.relative_to(PACKAGE).as_posix()
+        assert not found or relative.startswith(tuple(f"{folder}/" for folder in MAY_USE_MPI)), module
+        assert not any(found), f"{module}: the import of mpi4py.MPI initialises MPI"
+
+
+def test_numba_is_imported_by_kernels_and_kernels_only_when_used() -> None:
+    for module in MODULES:
+        for used, at_import in IMPORTS[module] if folder_of(module) != "kernels" else ():
+            assert used.split(".")[0] not in ("numba", "llvmlite"), module
+            assert not (at_import and used.startswith("hpcsgd.kernels")), f"{module}: that imports numba"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hpcsgd import folder
+from hpcsgd.commands.train import folder
+from hpcsgd.commands.train.settings import Settings, from_toml, merge
 from hpcsgd.errors import BadOption
-from hpcsgd.settings import Settings, from_toml, merge
 
 
 def test_a_run_that_goes_on_by_itself_goes_to_the_folder_of_its_name(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hpcsgd.metrics import FILE, Counters, Meter, Recorder, Sums, spent
+from hpcsgd.commands.train.metrics import FILE, Counters, Meter, Recorder, Sums, spent
 
 
 @pytest.fixture(autouse=True)

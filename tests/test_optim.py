@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hpcsgd import specs
-from hpcsgd.optim import OPTIMIZERS, course
-from hpcsgd.settings import FIELDS, Settings
+from hpcsgd.commands.train.optim import OPTIMIZERS, course
+from hpcsgd.commands.train.settings import FIELDS, Settings
 
 SCHEDULES = FIELDS["schedule"].metadata["choices"]
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcsgd import cli, sbatch
+from hpcsgd.commands import cli, sbatch
+from hpcsgd.commands.sbatch import Job
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi import launcher
-from hpcsgd.sbatch import Job
 
 JOBS = Path(__file__).parents[1] / "jobs"
 STANDARD = [Job(), Job(requeue=True), Job(array=0)]

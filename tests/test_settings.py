@@ -16,9 +16,17 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from hpcsgd import settings as module
+from hpcsgd.commands.train import settings as module
+from hpcsgd.commands.train.settings import (
+    FIELDS,
+    Settings,
+    default_model,
+    from_toml,
+    merge,
+    to_toml,
+    validate,
+)
 from hpcsgd.errors import BadOption
-from hpcsgd.settings import FIELDS, Settings, default_model, from_toml, merge, to_toml, validate
 
 
 def values(field: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
@@ -177,7 +185,7 @@ import sys, types
 package = types.ModuleType("hpcsgd")
 package.__path__ = [sys.argv[1]]
 sys.modules["hpcsgd"] = package
-import hpcsgd.settings
+import hpcsgd.commands.train.settings
 sys.exit("torch" in sys.modules or "mpi4py" in sys.modules)
 """
 

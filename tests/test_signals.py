@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from hpcsgd import signals
-from hpcsgd.signals import Signals
+from hpcsgd.commands import signals
+from hpcsgd.commands.signals import Signals
 
 
 @pytest.fixture(autouse=True)

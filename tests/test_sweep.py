@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hpcsgd.commands.train.settings import from_toml, merge
 from hpcsgd.errors import BadOption
-from hpcsgd.settings import from_toml, merge
 
 SWEEP = 'epochs = 2\nseed = 5\n[[run]]\nseed = 1\n[[run]]\nstrategy = "local:period=4"\nclip = "none"\n'
 

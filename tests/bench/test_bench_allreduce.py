@@ -12,7 +12,8 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hpcsgd import World, collectives
-from hpcsgd.bench import allreduce, peers
+from hpcsgd.commands.bench import peers
+from hpcsgd.commands.bench.allreduce import allreduce
 from hpcsgd.errors import BadOption, HpcsgdError
 
 pytestmark = pytest.mark.mpi

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from launch import CLI, launch
 
-from hpcsgd.bench import asynchronous, study
-from hpcsgd.bench.asynchronous_results import Study
-from hpcsgd.bench.launches import complete
-from hpcsgd.bench.losses import Trial
-from hpcsgd.bench.study import Finished
-from hpcsgd.bench.workloads import WORKLOADS, Setting, planned
-from hpcsgd.cli import cli
+from hpcsgd.commands.bench.studies import asynchronous, study
+from hpcsgd.commands.bench.studies.asynchronous_results import Study
+from hpcsgd.commands.bench.studies.launches import complete
+from hpcsgd.commands.bench.studies.losses import Trial
+from hpcsgd.commands.bench.studies.study import Finished
+from hpcsgd.commands.bench.studies.workloads import WORKLOADS, Setting, planned
+from hpcsgd.commands.cli import cli
+from hpcsgd.commands.train.settings import Settings, to_toml
 from hpcsgd.errors import BadOption
-from hpcsgd.settings import Settings, to_toml
 
 AR, LASGD = "allreduce", "lasgd:period=auto"
 BASE = 0.005  # seconds

@@ -14,11 +14,12 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hpcsgd import World
-from hpcsgd.bench import compress, gradients, hooks, peers
-from hpcsgd.bench.codecs import PHASES
-from hpcsgd.bench.limits import limit
-from hpcsgd.bench.problem import Problem
-from hpcsgd.cli import cli
+from hpcsgd.commands.bench import peers
+from hpcsgd.commands.bench.compress import compress, gradients, hooks
+from hpcsgd.commands.bench.compress.codecs import PHASES
+from hpcsgd.commands.bench.compress.limits import limit
+from hpcsgd.commands.bench.compress.problem import Problem
+from hpcsgd.commands.cli import cli
 from hpcsgd.compress import build
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.kernels.codec import host

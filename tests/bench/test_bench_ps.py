@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from launch import CLI, launch
 
-from hpcsgd.bench import servers
-from hpcsgd.bench.losses import Trial
-from hpcsgd.bench.parts import ranks_of
-from hpcsgd.bench.servers_results import Study
-from hpcsgd.bench.study import Finished
-from hpcsgd.bench.workloads import WORKLOADS, Setting, planned
-from hpcsgd.cli import cli
+from hpcsgd.commands.bench.studies import servers
+from hpcsgd.commands.bench.studies.losses import Trial
+from hpcsgd.commands.bench.studies.parts import ranks_of
+from hpcsgd.commands.bench.studies.servers_results import Study
+from hpcsgd.commands.bench.studies.study import Finished
+from hpcsgd.commands.bench.studies.workloads import WORKLOADS, Setting, planned
+from hpcsgd.commands.cli import cli
 
 AR, SYNC, GROUPS = "allreduce", "ps:mode=sync", "ps:mode=elastic,groups=4"
 PURE = Study.baseline

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from hpcsgd.bench import step
+from hpcsgd.commands.bench import step
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies import AllReduce
 

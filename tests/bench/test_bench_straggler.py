@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from launch import CLI, launch
 
-from hpcsgd.bench import straggler, study
-from hpcsgd.bench.straggler_results import Study, Trial
-from hpcsgd.bench.study import Finished, with_option
+from hpcsgd.commands.bench.studies import straggler, study
+from hpcsgd.commands.bench.studies.straggler_results import Study, Trial
+from hpcsgd.commands.bench.studies.study import Finished, with_option
+from hpcsgd.commands.train.settings import Settings, to_toml
 from hpcsgd.errors import BadOption
-from hpcsgd.settings import Settings, to_toml
 from hpcsgd.strategies import STRATEGIES
 from hpcsgd.strategies.delays import DELAYS
 
@@ -40,7 +40,7 @@ def printed_by(script: str, out: Path, *words: str) -> str:
 
 # The second call is interrupted by an error where it would train anything.
 TWICE = """
-import contextlib, hpcsgd.bench.study as study
+import contextlib, hpcsgd.commands.bench.studies.study as study
 with contextlib.suppress(SystemExit):
     main()
 study.Training = None

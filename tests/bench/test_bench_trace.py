@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpcsgd.bench import trace
+from hpcsgd.commands.bench import trace
 
 
 @pytest.mark.mpi

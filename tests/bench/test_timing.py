@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpcsgd.bench.timing import Contender, check_positive, interleave
+from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
 from hpcsgd.errors import BadOption
 
 pytestmark = pytest.mark.mpi

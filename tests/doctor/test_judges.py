@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hpcsgd import doctor
-from hpcsgd.doctor import cores, links, memory, page, storage
-from hpcsgd.doctor.contract import Facts, Finding, name_of
+from hpcsgd.commands import doctor
+from hpcsgd.commands.doctor import cores, links, memory, page, storage
+from hpcsgd.commands.doctor.contract import Facts, Finding, name_of
 
 GB = 10**9
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from run_folders import test as tested
 from run_folders import train, write_run
 
+from hpcsgd.commands.report import grouped, load
 from hpcsgd.errors import BadOption
-from hpcsgd.report import grouped, load
 
 
 def printed(*arguments: object) -> str:

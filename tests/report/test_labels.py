@@ -7,8 +7,8 @@ from typing import Any
 
 from run_folders import usual, write_run
 
-from hpcsgd.report import load
-from hpcsgd.report.labels import LONGEST, labels
+from hpcsgd.commands.report import load
+from hpcsgd.commands.report.labels import LONGEST, labels
 
 
 def names(tmp_path: Path, *configs: dict[str, Any]) -> list[str]:

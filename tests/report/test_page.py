@@ -11,10 +11,10 @@ import pytest
 from run_folders import test as tested
 from run_folders import usual, write_run
 
-from hpcsgd.report import load
-from hpcsgd.report.page import page
-from hpcsgd.report.records import RunRecord
-from hpcsgd.report.summary import cells
+from hpcsgd.commands.report import load
+from hpcsgd.commands.report.page import page
+from hpcsgd.commands.report.records import RunRecord
+from hpcsgd.commands.report.summary import cells
 
 EVIL = "<script>alert('x')</script> & --> $x_1$ \"q\""
 

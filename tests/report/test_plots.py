@@ -10,9 +10,9 @@ import pytest
 from run_folders import test as tested
 from run_folders import train, usual, write_run
 
-from hpcsgd.report import load
-from hpcsgd.report.plots import charts, figures
-from hpcsgd.report.render import draw
+from hpcsgd.commands.report import load
+from hpcsgd.commands.report.plots import charts, figures
+from hpcsgd.commands.report.render import draw
 
 
 def test_curves_hold_the_records(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from run_folders import usual, write_run
 
+from hpcsgd.commands.report import write
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.report import write
 
 
 def test_files_are_written_and_named(tmp_path: Path) -> None:
@@ -36,7 +36,9 @@ def test_no_runs_and_no_place_are_errors(tmp_path: Path) -> None:
 
 
 def test_importing_needs_neither_mpi_nor_torch_nor_matplotlib() -> None:
-    look = "import sys, hpcsgd.report; print(*{'mpi4py.MPI', 'torch', 'matplotlib'} & {*sys.modules})"
+    look = (
+        "import sys, hpcsgd.commands.report; print(*{'mpi4py.MPI', 'torch', 'matplotlib'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

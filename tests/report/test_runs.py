@@ -11,9 +11,9 @@ import pytest
 from run_folders import test as tested
 from run_folders import train, usual, write_run
 
+from hpcsgd.commands.report import load
+from hpcsgd.commands.report.records import Columns
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.report import load
-from hpcsgd.report.records import Columns
 
 
 def rows_of(columns: Columns, event: str) -> list[dict[str, object]]:

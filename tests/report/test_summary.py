@@ -12,8 +12,8 @@ from rich.console import Console
 from run_folders import test as tested
 from run_folders import train, usual, write_run
 
-from hpcsgd.report import load, table
-from hpcsgd.report.summary import cells, common_target, summaries
+from hpcsgd.commands.report import load, table
+from hpcsgd.commands.report.summary import cells, common_target, summaries
 
 
 def test_numbers_equal_those_of_the_records(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from families import SPECS, made, over_sizes
 from launch import run_alone
 
-from hpcsgd.cli import cli
+from hpcsgd.commands.cli import cli
+from hpcsgd.commands.topology.show import steps_to_halve, traffic
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.topology import TOPOLOGIES
-from hpcsgd.topology.show import steps_to_halve, traffic
 
 
 def run(*words: str) -> str:
@@ -103,7 +103,7 @@ def test_drawings_are_written(words: list[str], tmp_path: Path) -> None:
 
 def test_a_drawing_has_a_panel_for_each_step_and_a_line_for_each_link() -> None:
     pytest.importorskip("matplotlib")
-    from hpcsgd.topology.draw import draw
+    from hpcsgd.commands.topology.draw import draw
 
     topology = made("one-peer-exponential", 8)
     axes = draw(topology, "title").axes
@@ -126,7 +126,7 @@ import os, sys
 os.chdir({folder!r})
 for name in ("mpi4py", "torch", "matplotlib"):
     sys.modules[name] = None
-from hpcsgd.cli import main
+from hpcsgd.commands.cli import main
 sys.argv = ["hpcsgd", "topology", *{words!r}]
 main()
 """

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 from train_jobs import TIMES, newest_state, records, trained, without_times
 
-from hpcsgd import report
-from hpcsgd.cli import cli
-from hpcsgd.settings import FIELDS
+from hpcsgd.commands import report
+from hpcsgd.commands.cli import cli
+from hpcsgd.commands.train.settings import FIELDS
 from hpcsgd.training import data, models
 
 DATA, RANKS, PERIOD = "synthetic:samples=404", 2, 4  # 101 test samples: one more on a rank

@@ -13,7 +13,7 @@ from launch import CLI, launch
 from train_jobs import records, trained
 
 from hpcsgd import BadOption, HpcsgdError
-from hpcsgd.cli import cli
+from hpcsgd.commands.cli import cli
 from hpcsgd.diagnostics import trace_file
 
 Event = dict[str, Any]

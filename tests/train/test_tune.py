@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from train_jobs import records, run_commands
 
+from hpcsgd.commands.tune import Point, choose, powers
 from hpcsgd.strategies.teleportation.tokens import Tokens
-from hpcsgd.tune import Point, choose, powers
 
 
 class FakePeers:

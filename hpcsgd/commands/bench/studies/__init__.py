@@ -1,0 +1,1 @@
+"""Studies: many training runs compared, `hpcsgd bench async`, `ps`, `straggler` and `scale`."""

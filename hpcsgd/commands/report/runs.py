@@ -1,0 +1,156 @@
+"""Run folders: read what a run has recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpcsgd.commands.report.records import Columns, Evaluation, RunRecord, Training
+from hpcsgd.errors import HpcsgdError
+
+_STEP = "step"
+_BYTES = ("bytes_sent", "bytes_shared", "bytes_saved")
+_SECONDS = ("compute_seconds", "wait_seconds", "communication_seconds")
+_FINITE = ("epoch", "time", *_SECONDS)
+_KINDS: dict[str, type[Columns]] = {"train": Training, "test": Evaluation}
+
+
+def load(path: Path | str) -> RunRecord:
+    """Read a run folder.
+
+    Parameters
+    ----------
+    path
+        A folder with `config.toml` and `metrics.jsonl`.
+
+    Raises
+    ------
+    HpcsgdError
+        The folder does not exist, is not a run folder, has no metrics yet, or a file in it is
+        corrupt; the message names file and line. A last line cut short by a killed run is no error
+        but a note.
+    """
+    folder = Path(path).resolve()
+    if not folder.exists():
+        raise HpcsgdError(f"no such folder: {path}", do="give the folder of a run")
+    settings, metrics = folder / "config.toml", folder / "metrics.jsonl"
+    for file in (settings, metrics):
+        if not file.is_file():
+            do = "give the folder that holds config.toml and metrics.jsonl"
+            raise HpcsgdError(f"not a run folder: {path} has no {file.name}", do=do)
+    text, config = _config(settings)
+    rows, notes = _rows(metrics)
+    ranks = _ranks(metrics, rows)
+    kept = {event: _latest(rows, event) for event in _KINDS}
+    replaced = len(rows) - sum(map(len, kept.values()))
+    if replaced:
+        notes.append(f"A resumed run wrote steps again: {replaced} of {len(rows)} records are left out.")
+    train = Training(**_columns(kept["train"], Training, ranks))
+    test = Evaluation(**_columns(kept["test"], Evaluation, ranks))
+    if bad := int(np.count_nonzero(~np.isfinite(test.loss))):
+        notes.append(f"The test loss is not finite in {bad} of {len(test)} evaluations.")
+    return RunRecord(folder, config, text, ranks, train, test, tuple(notes))
+
+
+def _config(file: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise HpcsgdError(f"{file} is not valid TOML", got=error, do="repair the file") from error
+
+
+@dataclass(frozen=True)
+class _Row:
+    line: int
+    event: str
+    values: dict[str, Any]
+
+
+def _rows(file: Path) -> tuple[list[_Row], list[str]]:
+    lines = [pair for pair in enumerate(file.read_bytes().split(b"\n"), 1) if pair[1].strip()]
+    rows: list[_Row] = []
+    notes: list[str] = []
+    for number, line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            if number != lines[-1][0]:
+                raise _corrupt(file, number, "a JSON object", error) from error
+            notes.append(f"Line {number} of {file.name}, the last, is cut short and left out.")
+            continue
+        if not isinstance(values, dict) or not isinstance(values.get("event"), str):
+            raise _corrupt(file, number, "a JSON object with the key 'event'", line[:60])
+        # Events of other kinds are for other readers.
+        if kind := _KINDS.get(values["event"]):
+            for field in fields(kind):
+                _check(file, number, field.name, values.get(field.name))
+            rows.append(_Row(number, values["event"], values))
+    if not rows:
+        do = "wait until the run has made its first record, or leave it out"
+        raise HpcsgdError(f"{file} holds no record yet", do=do)
+    return rows, notes
+
+
+def _check(file: Path, line: int, name: str, value: object) -> None:
+    integer, per_rank = name == _STEP or name in _BYTES, name in _BYTES + _SECONDS
+    finite = name in _FINITE
+    items = value if per_rank and isinstance(value, list) and value else [value]
+    if per_rank == isinstance(value, list) and all(_fits(item, integer, finite) for item in items):
+        return
+    number = "an integer" if integer else "a finite number" if finite else "a number"
+    raise _corrupt(file, line, f"{name!r}: {number}" + " for each rank" * per_rank, value)
+
+
+def _fits(item: object, integer: bool, finite: bool) -> bool:
+    if type(item) is int:
+        return abs(item) < 2**63
+    return type(item) is float and not integer and (math.isfinite(item) or not finite)
+
+
+def _corrupt(file: Path, line: int, expected: str, got: object) -> HpcsgdError:
+    do = "repair or remove that line"
+    return HpcsgdError(f"{file}, line {line} is corrupt", expected=expected, got=repr(got), do=do)
+
+
+def _ranks(file: Path, rows: list[_Row]) -> int:
+    ranks = len(rows[0].values["bytes_sent"])
+    for row in rows:
+        for name in _BYTES + _SECONDS:
+            if len(row.values.get(name, range(ranks))) != ranks:
+                raise _corrupt(
+                    file,
+                    row.line,
+                    f"{name!r}: one entry for each of {ranks} ranks",
+                    row.values[name],
+                )
+    return ranks
+
+
+def _latest(rows: list[_Row], event: str) -> list[_Row]:
+    # A run that is killed and resumed from its checkpoint records some steps again.
+    kept: list[_Row] = []
+    for row in rows:
+        step, again = row.values[_STEP], row.event == event
+        while kept and kept[-1].values[_STEP] >= step + (not again):
+            kept.pop()
+        if again:
+            kept.append(row)
+    return kept
+
+
+def _columns(rows: list[_Row], kind: type[Columns], ranks: int) -> dict[str, Any]:
+    return {field.name: _column(rows, field.name, ranks) for field in fields(kind)}
+
+
+def _column(rows: list[_Row], name: str, ranks: int) -> NDArray[Any]:
+    dtype = np.int64 if name == _STEP or name in _BYTES else np.float64
+    shape = (len(rows), ranks) if name in _BYTES + _SECONDS else (len(rows),)
+    return np.array([row.values[name] for row in rows], dtype=dtype).reshape(shape)

@@ -1,0 +1,1 @@
+"""`hpcsgd topology`."""

@@ -1,0 +1,151 @@
+"""`hpcsgd tune teleportation`: how many peers should be active, found by trying several numbers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hpcsgd import specs
+from hpcsgd.collectives.peers import Peers
+from hpcsgd.commands.train.settings import Settings
+from hpcsgd.commands.train.train import Training, train
+from hpcsgd.errors import BadOption
+from hpcsgd.mpi.world import World
+from hpcsgd.strategies import Teleportation
+from hpcsgd.training.data import evaluation_shard
+
+_STRATEGY = "teleport"
+_TRAINING_SAMPLES = 4096  # on which the numbers are compared
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation of one number of active peers; the loss is that of training samples."""
+
+    active: int
+    step: int
+    loss: float
+    test_loss: float
+    test_accuracy: float
+
+
+def tune(settings: Settings, search_epochs: float | None = None, go_on: bool = False) -> int:
+    """Try k = 1, 2, 4, ... active peers at once on disjoint groups of peers; collective.
+
+    All of them wander over all peers, so after as many iterations as one training takes each has been
+    tried in full. The best is the one whose consensus model has the smallest loss on training samples.
+
+    Parameters
+    ----------
+    settings
+        Of the training. Its strategy may be "teleport" with options; `active=1x2x4` gives the numbers.
+    search_epochs
+        Length of the search; default: that of the training.
+    go_on
+        Train with the best number afterwards.
+
+    Returns
+    -------
+    int
+        The best number.
+
+    Raises
+    ------
+    BadOption
+        For another strategy, or more active peers than there are.
+    """
+    options = _options(settings)
+    length = settings.epochs if search_epochs is None else search_epochs
+    with World(device=settings.device, timeout=settings.timeout) as world:
+        size = Peers(world, settings.virtual_nodes).size
+        numbers = options.pop("active", None) or "x".join(map(str, powers(size)))
+        named = replace(settings, strategy=_spec(options, numbers), epochs=length)
+        search = world.together(lambda: Search(named, world))
+        folder = search.execute()
+        best = choose(search.curve)
+        if world.rank == 0:
+            _show(search.curve, best, folder)
+    if go_on:
+        train(replace(settings, strategy=_spec(options, str(best)), name=_named(settings.name, best)))
+    return best
+
+
+def powers(size: int) -> list[int]:
+    """1, 2, 4, ... as long as their sum is at most `size`."""
+    found = [1]
+    while sum(found) + 2 * found[-1] <= size:
+        found.append(2 * found[-1])
+    return found
+
+
+def choose(curve: Sequence[Point]) -> int:
+    """The number whose last loss is the smallest; of equal ones the smaller, which sends less."""
+    last = max(point.step for point in curve)
+    ending = [point for point in curve if point.step == last]
+    return min(ending, key=lambda point: (point.loss != point.loss, point.loss, point.active)).active
+
+
+class Search(Training):
+    """A training whose tokens form groups of different sizes, each evaluated on its own."""
+
+    def __init__(self, settings: Settings, world: World) -> None:
+        super().__init__(settings, world)
+        self.curve: list[Point] = []
+        count = min(len(self.data.train), _TRAINING_SAMPLES)
+        spread = torch.linspace(0, len(self.data.train) - 1, count).long()
+        self._samples = spread[evaluation_shard(count, world.rank, world.size)]
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        strategy = cast(Teleportation, self.strategy)
+        counters = self.world.gather(self.meter.read())
+        for number, active in enumerate(strategy.tokens.sizes):
+            strategy.shown = number
+            own = self._measure(self.data.train, self._samples).mean_loss
+            test = self._measure(self.data.test, self.shard)
+            point = Point(active, self.step, own, test.mean_loss, test.accuracy)
+            self.curve.append(point)
+            self.journal.write("tune", self.step, counters, point.__dict__)
+
+
+def _options(settings: Settings) -> dict[str, str]:
+    name, options = specs.parse(settings.strategy)
+    if name not in (_STRATEGY, Settings().strategy):
+        raise BadOption(
+            f"strategy {name!r} has no number of active peers",
+            do=f"leave --strategy out, or use {_STRATEGY} with options",
+            everywhere=True,
+        )
+    if settings.resume:
+        raise BadOption("a search cannot be resumed", do="start it again", everywhere=True)
+    return options
+
+
+def _spec(options: dict[str, str], active: str) -> str:
+    pairs = {"active": active, **options}
+    return f"{_STRATEGY}:" + ",".join(f"{key}={value}" for key, value in pairs.items())
+
+
+def _named(name: str, active: int) -> str:
+    return f"{name}-active-{active}" if name else ""
+
+
+def _show(curve: Sequence[Point], best: int, folder: Path) -> None:
+    numbers = sorted({point.active for point in curve})
+    table = Table(title="active peers: loss on training samples (test accuracy)", title_justify="left")
+    table.add_column("step", justify="right")
+    for active in numbers:
+        table.add_column(f"{active}{' *' if active == best else ''}", justify="right")
+    for step in sorted({point.step for point in curve}):
+        row = {point.active: point for point in curve if point.step == step}
+        cells = [f"{row[n].loss:.4f} ({row[n].test_accuracy:.1%})" for n in numbers]
+        table.add_row(str(step), *cells)
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(table)
+    print(f"best: --strategy {_STRATEGY}:active={best}; {folder}", flush=True)
