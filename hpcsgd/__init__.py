@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         Strategy,
         Teleportation,
     )
-    from hpcsgd.tensors.tensors import TensorGroup
+    from hpcsgd.tensors.group import TensorGroup
     from hpcsgd.training.run import Run
 
 __all__ = [

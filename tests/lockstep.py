@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpcsgd.compress import Codec, Compressor, Draw, Message, Stretch
-from hpcsgd.compress.contract import finite
+from hpcsgd.compress.base import finite
 
 _OPERATIONS = {"max": np.maximum, "and": np.bitwise_and, "sum": np.add}
 

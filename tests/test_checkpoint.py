@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError
-from hpcsgd.training.checkpoint import snapshot
-from hpcsgd.training.checkpoint.checkpoint import Checkpoints
+from hpcsgd.training.checkpoint import files
+from hpcsgd.training.checkpoint.checkpoints import Checkpoints
 
 RANKS = 3
 
@@ -200,13 +200,13 @@ def test_a_file_that_would_run_code_is_the_same_error_everywhere(tmp_path: Path)
     """With digests that fit, so that only the loader stands against it."""
     save(tmp_path, 10, 20)
     folder = tmp_path / "step-00000020"
-    manifest = snapshot.read_manifest(folder)
+    manifest = files.read_manifest(folder)
     content = pickle.dumps({"weights": os.system}, protocol=2)
     (folder / "rank-0001.pt").write_bytes(content)
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     manifest["files"]["rank-0001.pt"] = entry
     (folder / "manifest.json").unlink()
-    snapshot.write_manifest(folder, manifest)
+    files.write_manifest(folder, manifest)
     message = the_error(on_ranks(tmp_path, lambda c, r: c.load()))
     assert "rank-0001.pt is refused" in message and "step-00000010" in message
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from launch import _environment
 
-from hpcsgd.commands.train import display
-from hpcsgd.commands.train.display import Display, waiting
+from hpcsgd.commands.train import console
+from hpcsgd.commands.train.console import Display, waiting
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
@@ -49,7 +49,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], mode: str, monkeypatch:
     shown.say("[digits] begins")
     for step in range(1, 9):
         shown.train(train_record(step))
-        clock[0] += 0.4 * display._LINE_EVERY
+        clock[0] += 0.4 * console._LINE_EVERY
     shown.test(TEST)
     shown.close()
     out, err = capsys.readouterr()

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hpcsgd"
 #: A folder, or module, imports only from those before it.
-FLOORS = ["errors", "specs", "kernels", "diagnostics", "topology", "compress", "mpi"]
+FLOORS = ["errors", "registry", "kernels", "diagnostics", "topology", "compress", "mpi"]
 FLOORS += ["tensors", "collectives", "server", "strategies", "training", "commands"]
 #: Where mpi4py may be imported: benchmarks measure MPI itself; the doctor examines an MPI on which no World
 #: opens.

@@ -7,35 +7,35 @@ from pathlib import Path
 
 import pytest
 
-from hpcsgd.commands.train import folder
+from hpcsgd.commands.train import run_folder
 from hpcsgd.commands.train.settings import Settings, from_toml, merge
 from hpcsgd.errors import BadOption
 
 
 def test_a_run_that_goes_on_by_itself_goes_to_the_folder_of_its_name(tmp_path: Path) -> None:
     settings = Settings(out=str(tmp_path), name="run", resume="auto")
-    assert folder.path_of(settings) == tmp_path / "run"
+    assert run_folder.path_of(settings) == tmp_path / "run"
     with pytest.raises(BadOption, match="--name"):
-        folder.path_of(replace(settings, name=""))
+        run_folder.path_of(replace(settings, name=""))
 
 
 def test_it_may_begin_again_where_it_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
     settings = Settings(out=str(tmp_path), name="run", epochs=3.0)
-    folder.make(tmp_path / "run", settings, {})
+    run_folder.make(tmp_path / "run", settings, {})
     with pytest.raises(BadOption, match="exists"):
-        folder.make(tmp_path / "run", settings, {})
-    folder.make(tmp_path / "run", replace(settings, resume="auto"), {})
+        run_folder.make(tmp_path / "run", settings, {})
+    run_folder.make(tmp_path / "run", replace(settings, resume="auto"), {})
     # Run again by its config.toml it is a new run, not this one.
     assert merge(from_toml(tmp_path / "run" / "config.toml"), {}) == settings
 
 
 def test_done_stands_there_only_while_there_is_no_more_to_do(tmp_path: Path) -> None:
-    folder.mark(tmp_path, 1, done=True)
+    run_folder.mark(tmp_path, 1, done=True)
     assert not list(tmp_path.iterdir())
-    folder.mark(tmp_path, 0, done=True)
+    run_folder.mark(tmp_path, 0, done=True)
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
-    folder.mark(tmp_path, 1, done=False)
+    run_folder.mark(tmp_path, 1, done=False)
     assert (tmp_path / "done").exists()
     for _ in range(2):
-        folder.mark(tmp_path, 0, done=False)
+        run_folder.mark(tmp_path, 0, done=False)
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcsgd.training.checkpoint.kept import Kept, moved, reform
+from hpcsgd.training.checkpoint.in_memory import Kept, moved, reform
 
 
 def state(rank: int, step: int, model_step: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from hpcsgd import specs
-from hpcsgd.commands.train.optim import OPTIMIZERS, course
+from hpcsgd import registry
+from hpcsgd.commands.train.optimizers import OPTIMIZERS, course
 from hpcsgd.commands.train.settings import FIELDS, Settings
 
 SCHEDULES = FIELDS["schedule"].metadata["choices"]
@@ -56,7 +56,7 @@ def test_constant_stays() -> None:
 )
 def test_optimizers_take_torchs_options(spec: str, kind: type, options: dict[str, object]) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(2))]
-    optimizer = specs.build(OPTIMIZERS, spec, "optimizer", params=parameters, lr=0.3)
+    optimizer = registry.build(OPTIMIZERS, spec, "optimizer", params=parameters, lr=0.3)
     assert type(optimizer) is kind
     (group,) = optimizer.param_groups
     assert group["lr"] == 0.3 and {key: group[key] for key in options} == options

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcsgd.training.checkpoint.snapshot import Fault, read_manifest, read_state, write_manifest, write_state
+from hpcsgd.training.checkpoint.files import Fault, read_manifest, read_state, write_manifest, write_state
 
 
 def same(a: Any, b: Any) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.errors import BadOption, HpcsgdError
 
 
@@ -65,9 +65,9 @@ ROWS: dict[str, Any] = {
 
 
 def test_parse_splits_at_the_first_colon_and_equals() -> None:
-    assert specs.parse("fashion-mnist") == ("fashion-mnist", {})
-    assert specs.parse("2nn: hidden = 64 , act=relu") == ("2nn", {"hidden": "64", "act": "relu"})
-    assert specs.parse("text:folder=c:/a=b/c:d,empty=") == (
+    assert registry.parse("fashion-mnist") == ("fashion-mnist", {})
+    assert registry.parse("2nn: hidden = 64 , act=relu") == ("2nn", {"hidden": "64", "act": "relu"})
+    assert registry.parse("text:folder=c:/a=b/c:d,empty=") == (
         "text",
         {"folder": "c:/a=b/c:d", "empty": ""},
     )
@@ -76,7 +76,7 @@ def test_parse_splits_at_the_first_colon_and_equals() -> None:
 @pytest.mark.parametrize("spec", ["", "  ", ":a=1", "n:", "n:a", "n:=1", "n:a=1,", "n:a=1,a=1"])
 def test_malformed_specs_are_refused(spec: str) -> None:
     with pytest.raises(BadOption, match=r"name|read option|twice"):
-        specs.parse(spec)
+        registry.parse(spec)
 
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9-]{0,8}", fullmatch=True)
@@ -87,7 +87,7 @@ VALUES = st.text(st.characters(codec="ascii", exclude_characters=","), max_size=
 @given(NAMES, st.dictionaries(NAMES, VALUES, max_size=4))
 def test_parse_reads_what_is_written(name: str, options: dict[str, str]) -> None:
     written = ",".join(f"{key}={value}" for key, value in options.items())
-    assert specs.parse(f"{name}:{written}" if options else name) == (name, options)
+    assert registry.parse(f"{name}:{written}" if options else name) == (name, options)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_parse_reads_what_is_written(name: str, options: dict[str, str]) -> None
     ],
 )
 def test_values_get_the_type_of_the_annotation(written: str, value: object) -> None:
-    built = specs.build(ROWS, f"everything:{written}", "row")
+    built = registry.build(ROWS, f"everything:{written}", "row")
     key = written.partition("=")[0]
     assert built == {**everything(), key: value}
     assert type(built[key]) is type(value)
@@ -133,7 +133,7 @@ def test_values_get_the_type_of_the_annotation(written: str, value: object) -> N
 )
 def test_values_of_the_wrong_type_are_refused_with_all_options(written: str) -> None:
     with pytest.raises(BadOption) as caught:
-        specs.build(ROWS, f"everything:{written}", "row")
+        registry.build(ROWS, f"everything:{written}", "row")
     message = str(caught.value)
     assert repr(written.partition("=")[2]) in message
     assert "count=int (default 3)" in message
@@ -145,50 +145,50 @@ def test_values_of_the_wrong_type_are_refused_with_all_options(written: str) -> 
 
 def test_unknown_names_and_options_are_answered_with_the_valid_ones() -> None:
     with pytest.raises(BadOption, match="unknown strategy 'locale'") as caught:
-        specs.build(ROWS, "locale:period=2", "strategy")
+        registry.build(ROWS, "locale:period=2", "strategy")
     assert all(name in str(caught.value) for name in ROWS)
     with pytest.raises(BadOption, match="strategy 'local-sgd' has no option 'periods'") as caught:
-        specs.build(ROWS, "local-sgd:periods=2", "strategy", world=None)
+        registry.build(ROWS, "local-sgd:periods=2", "strategy", world=None)
     assert "period=int (required), seed=int (default 0)" in str(caught.value)
     with pytest.raises(BadOption, match="valid options: none"):
-        specs.build(ROWS, "2nn:a=1", "model")
+        registry.build(ROWS, "2nn:a=1", "model")
 
 
 def test_missing_and_repeated_options_list_the_valid_ones() -> None:
     with pytest.raises(BadOption, match=r"needs option 'period'(.|\n)*period=int \(required\)"):
-        specs.build(ROWS, "local-sgd", "strategy", world=None)
+        registry.build(ROWS, "local-sgd", "strategy", world=None)
     with pytest.raises(BadOption, match=r"twice(.|\n)*period=int \(required\)"):
-        specs.build(ROWS, "local-sgd:period=1,period=1", "strategy", world=None)
+        registry.build(ROWS, "local-sgd:period=1,period=1", "strategy", world=None)
 
 
 def test_context_fills_parameters_and_is_not_the_users_to_set() -> None:
     world = object()
-    built = specs.build(ROWS, "local-sgd:period=4", "strategy", world=world, seed=9, other=1)
+    built = registry.build(ROWS, "local-sgd:period=4", "strategy", world=world, seed=9, other=1)
     assert built == Local(world, 4, 9)
-    assert specs.build(ROWS, "local-sgd:period=4,seed=3", "strategy", world=world).seed == 3
+    assert registry.build(ROWS, "local-sgd:period=4,seed=3", "strategy", world=world).seed == 3
     for option in ("seed=1", "world=1", "other=1"):
         with pytest.raises(BadOption, match="set elsewhere"):
-            specs.build(ROWS, f"local-sgd:period=4,{option}", "strategy", world=world, seed=9, other=1)
+            registry.build(ROWS, f"local-sgd:period=4,{option}", "strategy", world=world, seed=9, other=1)
     with pytest.raises(BadOption, match="no option 'world'"):
-        specs.build(ROWS, "local-sgd:period=4,world=1", "strategy")
+        registry.build(ROWS, "local-sgd:period=4,world=1", "strategy")
 
 
 def test_a_value_that_the_row_refuses_is_a_bad_option() -> None:
     with pytest.raises(BadOption, match=r"picky.*size must be positive"):
-        specs.build(ROWS, "picky:size=-1", "row")
+        registry.build(ROWS, "picky:size=-1", "row")
     with pytest.raises(HpcsgdError, match="size is too large") as caught:
-        specs.build(ROWS, "picky:size=10", "row")
+        registry.build(ROWS, "picky:size=10", "row")
     assert not isinstance(caught.value, BadOption)
 
 
 def test_described_options_build_the_defaults() -> None:
-    described = {name: (options, line) for name, options, line in specs.describe(ROWS)}
+    described = {name: (options, line) for name, options, line in registry.describe(ROWS)}
     options, line = described["everything"]
     assert line == "Give back every option."
-    assert specs.build(ROWS, f"everything:{options}", "row") == everything()
-    assert set(specs.parse(f"x:{options}")[1]) == set(inspect.signature(everything).parameters)
+    assert registry.build(ROWS, f"everything:{options}", "row") == everything()
+    assert set(registry.parse(f"x:{options}")[1]) == set(inspect.signature(everything).parameters)
     assert described["local-sgd"] == ("period=INT,seed=0", "Average every few steps.")
     assert described["2nn"][0] == ""
     assert described["frozen"][0].startswith("count=7,")
-    hidden = specs.describe(ROWS, hidden=("seed",))
+    hidden = registry.describe(ROWS, hidden=("seed",))
     assert ("local-sgd", "period=INT", "Average every few steps.") in hidden

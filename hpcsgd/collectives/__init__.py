@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hpcsgd.collectives import library, node, ring, two_level
-from hpcsgd.collectives.stage import DIRECT, staged
+from hpcsgd.collectives import mpi_library, node, ring, two_level
+from hpcsgd.collectives.staging import DIRECT, staged
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.mpi.progress import Work
-from hpcsgd.tensors.tensors import SUMMABLE, Bucket, TensorGroup
+from hpcsgd.tensors.group import SUMMABLE, Bucket, TensorGroup
 
 __all__ = [
     "ALGORITHMS",
@@ -32,7 +32,7 @@ Target = TensorGroup | Bucket
 Job = Callable[..., None]
 
 ALGORITHMS: dict[str, Callable[[Bucket, str, float], None]] = {
-    "library": library.allreduce,
+    "library": mpi_library.allreduce,
     "ring": ring.allreduce,
     "node": node.allreduce,
     "two-level": two_level.allreduce,
@@ -127,14 +127,14 @@ def _allreduce(bucket: Bucket, what: str, scale: float, name: str) -> None:
 
 
 def _allreduce_on_device(bucket: Bucket, what: str, scale: float, name: str) -> None:
-    library.allreduce_on_device(bucket, scale)
+    mpi_library.allreduce_on_device(bucket, scale)
 
 
 DIRECT[_allreduce] = _allreduce_on_device
 
 
 def _broadcast(bucket: Bucket, what: str, root: int) -> None:
-    _implementation(bucket, library).broadcast(bucket, what, root)
+    _implementation(bucket, mpi_library).broadcast(bucket, what, root)
 
 
 def _reduce_scatter(bucket: Bucket, what: str, scale: float) -> None:

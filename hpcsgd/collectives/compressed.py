@@ -17,19 +17,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hpcsgd.collectives import ALGORITHMS, check_algorithm, choose, library, node
-from hpcsgd.collectives.flow import Flow, Pipeline, Steps
-from hpcsgd.collectives.lanes import Lane, make_lanes, place_of
+from hpcsgd.collectives import ALGORITHMS, check_algorithm, choose, mpi_library, node
+from hpcsgd.collectives.bucket_shards import Lane, make_lanes, place_of
+from hpcsgd.collectives.pipeline import Flow, Pipeline, Steps
 from hpcsgd.collectives.ring import Ring
-from hpcsgd.collectives.stage import DIRECT, computed, side_stream, staged
+from hpcsgd.collectives.staging import DIRECT, computed, side_stream, staged
 from hpcsgd.compress import Compressor, Draw, Message
-from hpcsgd.compress.alone import rehearse
-from hpcsgd.compress.contract import finite
+from hpcsgd.compress.base import finite
+from hpcsgd.compress.point_to_point import rehearse
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.mpi.communicator import Transport
 from hpcsgd.mpi.progress import Work
-from hpcsgd.mpi.transport import Transport
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors.tensors import Bucket, TensorGroup
+from hpcsgd.tensors.group import Bucket, TensorGroup
 
 _TAGS = 2**14  # MPI promises tags up to 2**15 - 1
 _OPERATIONS = {"max": "MAX", "and": "BAND"}
@@ -48,7 +48,7 @@ class Compressed:
     Parameters
     ----------
     group, algorithm, compressor, seed, nonfinite, what
-        See `hpcsgd.collectives.reduction.reduction`.
+        See `hpcsgd.collectives.reducer.reduction`.
     """
 
     def __init__(
@@ -313,7 +313,7 @@ def _algorithm(bucket: Bucket, what: str, name: str) -> None:
 
 
 def _algorithm_on_device(bucket: Bucket, what: str, name: str) -> None:
-    library.allreduce_on_device(bucket, 1.0)
+    mpi_library.allreduce_on_device(bucket, 1.0)
 
 
 DIRECT[_algorithm] = _algorithm_on_device

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hpcsgd.mpi.world import SLICE_OF_WAIT
-from hpcsgd.tensors.tensors import Bucket
+from hpcsgd.tensors.group import Bucket
 
 _CHUNK = 64 * 1024  # elements of half precision that are summed at a time, in the second-level cache
 
@@ -120,7 +120,7 @@ def _reduce_half(bucket: Bucket, part: slice, scale: float, targets: list[torch.
 @functools.cache
 def _kernel() -> Any:
     # Imported late, for numba's sake, and once, for this is on the path of a few microseconds.
-    from hpcsgd.kernels.sums import reduce as kernel
+    from hpcsgd.kernels.sums import node_reduce as kernel
 
     return kernel
 

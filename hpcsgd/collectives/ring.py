@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.mpi.transport import Transport
-from hpcsgd.tensors.tensors import Bucket, cut
+from hpcsgd.mpi.communicator import Transport
+from hpcsgd.tensors.group import Bucket, cut
 
 _SEGMENT_BYTES = 256 * 1024
 _IN_FLIGHT = 4  # receives posted ahead

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from hpcsgd.collectives import node
 from hpcsgd.collectives.ring import Ring
-from hpcsgd.tensors.tensors import Bucket
+from hpcsgd.tensors.group import Bucket
 
 
 def allreduce(bucket: Bucket, what: str, scale: float) -> None:

@@ -14,7 +14,7 @@ from hpcsgd.commands import sbatch, signals
 from hpcsgd.commands.bench.commands import bench, number
 from hpcsgd.commands.train.settings import Settings, click_options
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.mpi import ending, launcher
+from hpcsgd.mpi import launcher, shutdown
 
 _PATH = click.Path(path_type=Path)
 
@@ -29,8 +29,8 @@ class _WithRegistries(click.Command):
     """A command whose help lists what the spec options can name."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from hpcsgd import compress, specs, strategies
-        from hpcsgd.commands.train.optim import OPTIMIZERS
+        from hpcsgd import compress, registry, strategies
+        from hpcsgd.commands.train.optimizers import OPTIMIZERS
         from hpcsgd.strategies import delays
         from hpcsgd.training import data, models
 
@@ -45,10 +45,10 @@ class _WithRegistries(click.Command):
             "Optimizers (--optimizer)": OPTIMIZERS,
             "Simulated delays (--delays)": delays.DELAYS,
         }
-        for title, registry in registries.items():
+        for title, known in registries.items():
             rows = [
                 (f"{name}:{options}" if options else name, summary)
-                for name, options, summary in specs.describe(registry, given + rare)
+                for name, options, summary in registry.describe(known, given + rare)
             ]
             with formatter.section(title):
                 formatter.write_dl(rows, col_max=40)
@@ -65,7 +65,7 @@ def train(settings: Settings, trace: bool) -> None:
     status 0; go on with --resume FOLDER. The file `done` in the folder says that there is no more to do.
     """
     signals.keep()
-    from hpcsgd.commands.train.train import train as execute
+    from hpcsgd.commands.train.trainer import train as execute
 
     execute(settings, trace)
 
@@ -112,7 +112,7 @@ def serve(**options: Any) -> None:
     after a stop or a crash with the same options, it goes on where it was, and the groups with it.
     """
     signals.keep()
-    from hpcsgd.commands.serve.serve import serve as execute
+    from hpcsgd.commands.serve.job import serve as execute
     from hpcsgd.commands.serve.service import Options
 
     execute(Options(**options))
@@ -210,7 +210,7 @@ def trace(folder: Path, png: Path | None, steps: str | None) -> None:
     Where a rank was killed, trace.json is made now, of what each rank has written until then. Open it in
     https://ui.perfetto.dev or chrome://tracing.
     """
-    from hpcsgd.commands.report import render
+    from hpcsgd.commands.report import figures
     from hpcsgd.commands.report.timeline import timeline
     from hpcsgd.diagnostics import trace_file
 
@@ -222,7 +222,7 @@ def trace(folder: Path, png: Path | None, steps: str | None) -> None:
     if png is not None:
         figure = timeline(file, *(map(int, found.groups()) if steps else ()))
         figure.set_label(png.stem)
-        click.echo(render.png(figure, png.parent))
+        click.echo(figures.png(figure, png.parent))
 
 
 @cli.command()
@@ -237,7 +237,7 @@ def topology(name: str | None, peers: int, parameters: str, png: Path | None) ->
     """
     from rich.console import Console
 
-    from hpcsgd.commands.topology import show
+    from hpcsgd.commands.topology import tables
     from hpcsgd.topology import build
 
     if png is not None and (name is None or png.suffix != ".png"):
@@ -247,19 +247,19 @@ def topology(name: str | None, peers: int, parameters: str, png: Path | None) ->
         raise click.BadParameter("at least 1", param_hint="--parameters")
     console = Console(width=None if sys.stdout.isatty() else 160)
     if name is None:
-        console.print(show.comparison(peers, count))
+        console.print(tables.comparison(peers, count))
         return
     built = build(name, peers)
-    console.print(show.details(built, name, count))
+    console.print(tables.details(built, name, count))
     if png is not None:
-        from hpcsgd.commands.report import render
-        from hpcsgd.commands.topology.draw import draw
+        from hpcsgd.commands.report import figures
+        from hpcsgd.commands.topology.drawing import draw
 
-        with render.style():
+        with figures.style():
             figure = draw(built, f"{name}, {peers} peers")
         figure.set_label(png.stem)
         try:
-            click.echo(render.png(figure, png.parent))
+            click.echo(figures.png(figure, png.parent))
         except OSError as error:
             raise HpcsgdError(f"cannot write {png}", got=error, do="name another file") from error
 
@@ -296,14 +296,14 @@ def main() -> None:
             raise  # the others may be inside a collective: what ends this rank must end them too
         _leave(2, lambda: click.echo(f"hpcsgd: {text}", err=True))
     else:
-        ending.leave(code if isinstance(code, int) else 0)
+        shutdown.leave(code if isinstance(code, int) else 0)
 
 
 def _leave(code: int, show: Callable[[], None]) -> None:
     """Exit; all ranks of a job are here for the same reason, and one of them is enough to say it."""
-    if ending.speaks():
+    if shutdown.speaks():
         show()
-    ending.leave(code)
+    shutdown.leave(code)
 
 
 def _mpi_is_up() -> bool:

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.commands.train.settings import Settings
-from hpcsgd.commands.train.train import Training, train
+from hpcsgd.commands.train.trainer import Training, train
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import Teleportation
@@ -115,7 +115,7 @@ class Search(Training):
 
 
 def _options(settings: Settings) -> dict[str, str]:
-    name, options = specs.parse(settings.strategy)
+    name, options = registry.parse(settings.strategy)
     if name not in (_STRATEGY, Settings().strategy):
         raise BadOption(
             f"strategy {name!r} has no number of active peers",

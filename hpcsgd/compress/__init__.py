@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from hpcsgd import specs
-from hpcsgd.compress.contract import Codec, Compressor, Draw, Message, Stretch
-from hpcsgd.compress.feedback import ErrorFeedback
+from hpcsgd import registry
+from hpcsgd.compress.base import Codec, Compressor, Draw, Message, Stretch
+from hpcsgd.compress.error_feedback import ErrorFeedback
 from hpcsgd.compress.float32 import Float32
 from hpcsgd.compress.hadamard import Hadamard
 from hpcsgd.compress.half import BF16, FP16
@@ -77,7 +77,7 @@ def build(spec: str) -> Compressor | None:
     if spec.strip() == "none":
         return None
     *wrappers, scheme = re.split(r"\+(?=[a-z])", spec)
-    compressor = specs.build(COMPRESSORS, scheme, "compression scheme")
+    compressor = registry.build(COMPRESSORS, scheme, "compression scheme")
     for name in reversed(wrappers):
         if name.strip() not in WRAPPERS:
             raise unknown("wrapper of a compression scheme", name, WRAPPERS)
@@ -93,15 +93,15 @@ def spec_of(compressor: Compressor) -> str:
     BadOption
         For one that is none of `COMPRESSORS` and `WRAPPERS`.
     """
-    kind, registry = type(compressor), {**COMPRESSORS, **WRAPPERS}
-    names = [name for name, row in registry.items() if row is kind]
+    kind, rows = type(compressor), {**COMPRESSORS, **WRAPPERS}
+    names = [name for name, row in rows.items() if row is kind]
     if not names:
         raise BadOption(
             f"{compressor} has no name",
             expected="a scheme of hpcsgd, which all programs that work together can make",
-            do="use one of: " + ", ".join(sorted(registry)),
+            do="use one of: " + ", ".join(sorted(rows)),
             everywhere=True,
         )
     if isinstance(compressor, ErrorFeedback | Hadamard):
         return f"{names[0]}+{spec_of(compressor.inner)}"
-    return specs.text(names[0], compressor.options())
+    return registry.text(names[0], compressor.options())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.contract import Codec, Compressor, Draw, Message, Stretch, ops
+from hpcsgd.compress.base import Codec, Compressor, Draw, Message, Stretch, ops
 from hpcsgd.errors import BadOption
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hpcsgd.compress.contract import Codec, Compressor, Stretch, levels_of
-from hpcsgd.compress.lanes import BLOCK, LaneCodec, Norm, ScaleOf, Scaling
+from hpcsgd.compress.base import Codec, Compressor, Stretch, levels_of
+from hpcsgd.compress.packed_quantizer import BLOCK, LaneCodec, Norm, ScaleOf, Scaling
 
 
 class QSGDMaxNorm(Compressor):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.contract import Codec, Compressor, Draw, Largest, Message, Stretch
+from hpcsgd.compress.base import Codec, Compressor, Draw, Largest, Message, Stretch
 from hpcsgd.errors import BadOption
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.contract import (
+from hpcsgd.compress.base import (
     Codec,
     Compressor,
     Draw,
@@ -20,9 +20,9 @@ from hpcsgd.compress.contract import (
     ops,
 )
 from hpcsgd.compress.float32 import Float32
-from hpcsgd.compress.lanes import BLOCK, Norm, ScaleOf
 from hpcsgd.compress.maxnorm import QSGDMaxNorm
 from hpcsgd.compress.multiscale import QSGDMaxNormMultiScale
+from hpcsgd.compress.packed_quantizer import BLOCK, Norm, ScaleOf
 
 
 class GlobalRandK(Compressor):

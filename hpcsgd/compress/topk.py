@@ -7,16 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.contract import (
-    Codec,
-    Compressor,
-    Draw,
-    Largest,
-    Message,
-    Stretch,
-    check_count,
-    count_of,
-)
+from hpcsgd.compress.base import Codec, Compressor, Draw, Largest, Message, Stretch, check_count, count_of
 
 
 class TopK(Compressor):

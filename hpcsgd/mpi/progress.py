@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hpcsgd.diagnostics.status import Status
+from hpcsgd.diagnostics.activity import Status
 from hpcsgd.errors import HpcsgdError, RankFailed
-from hpcsgd.mpi.wait import Waiter
+from hpcsgd.mpi.waiting import Waiter
 
 _IDLE_LOOK_AROUND = 0.25  # seconds
 _BUSY_LOOK_AROUND = 2.0  # seconds after which even a thread that is never idle looks around

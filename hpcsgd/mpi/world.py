@@ -16,16 +16,16 @@ import numpy as np
 import torch
 
 from hpcsgd.diagnostics import trace_file
-from hpcsgd.diagnostics.status import Status, card
-from hpcsgd.diagnostics.tracing import Off, Trace
+from hpcsgd.diagnostics.activity import Status, card
+from hpcsgd.diagnostics.trace import Off, Trace
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, RankFailed
-from hpcsgd.mpi import clocks, ending, failures, launcher
+from hpcsgd.mpi import clock_sync, launcher, shutdown, ulfm
+from hpcsgd.mpi.communicator import Transport
 from hpcsgd.mpi.progress import Progress
-from hpcsgd.mpi.stalls import Lookout
-from hpcsgd.mpi.transport import Transport
-from hpcsgd.mpi.wait import Waiter, timeout_from_environment
-from hpcsgd.mpi.window import Window, Windows
+from hpcsgd.mpi.shared_memory import Window, Windows
+from hpcsgd.mpi.stall_detector import Lookout
+from hpcsgd.mpi.waiting import Waiter, timeout_from_environment
 
 _SPINS_WITH_A_CORE_EACH = 20_000
 _SPINS_ON_SHARED_CORES = 200
@@ -90,7 +90,7 @@ class World:
         self.status = Status()
         self.traffic = Traffic()
         self.waiter = Waiter(self.rank, self.timeout)
-        self._watch = failures.Watch(private, hosts)
+        self._watch = ulfm.Watch(private, hosts)
         threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self.progress = Progress(self.waiter, self.status, threaded=threaded)
         self._lookout = Lookout(self._keep(private.Dup()), self.waiter, self.status)
@@ -119,9 +119,9 @@ class World:
         #: cannot reads it as host memory and crashes.
         self.cuda_aware = os.environ.get("HPCSGD_CUDA_AWARE", "0") == "1"
         self._whole = True
-        ending.drain_at_exit(self.progress)
+        shutdown.drain_at_exit(self.progress)
         if self.size > 1:
-            ending.end_all_ranks_on_an_exception()
+            shutdown.end_all_ranks_on_an_exception()
             self.progress.start()
         if folder := os.environ.get("HPCSGD_TRACE"):
             self.trace_into(Path(folder))
@@ -141,16 +141,16 @@ class World:
         part, progress = trace_file.part_of(folder, self.rank), self.progress
         self.together(lambda: trace_file.clear(folder) if self.rank == 0 else None)
         file = self.together(lambda: part.open("wb", buffering=0))
-        about = {"rank": self.rank, "host": self.host, **clocks.compare(self.control)}
+        about = {"rank": self.rank, "host": self.host, **clock_sync.compare(self.control)}
         self.waiter.trace = Trace(file, about, self.traffic, self.status, progress.inside)
-        ending.flush_at_exit(self.waiter.trace)
+        shutdown.flush_at_exit(self.waiter.trace)
         self.trace_folder = folder
 
     def _end_trace(self) -> None:
         if not self.trace.on:
             return
         trace, self.waiter.trace = self.trace, Off()
-        trace.end(clocks.compare(self.control))
+        trace.end(clock_sync.compare(self.control))
         self.control.barrier("the end of the trace")
         if self.rank == 0:
             try:
@@ -164,7 +164,7 @@ class World:
         This world, and all that was made with it, is of no use afterwards, and cannot be closed.
         """
         self._abandon()
-        ending.leave_behind()
+        shutdown.leave_behind()
         watch = self._watch
         while True:
             comm, hosts, error = watch.survivors()
@@ -173,7 +173,7 @@ class World:
                 left._begin(comm, hosts, self._device_name, self.timeout)
                 return left, error
             except Exception as failure:
-                watch = failures.Watch(comm, hosts)
+                watch = ulfm.Watch(comm, hosts)
                 if not watch.explains(failure):
                     raise
                 left._abandon()  # one more has died meanwhile
@@ -248,7 +248,7 @@ class World:
         self._turn = 0
         if self.local_size == 1:
             return
-        from hpcsgd.kernels.sums import reduce
+        from hpcsgd.kernels.sums import node_reduce
         from hpcsgd.kernels.sync import barrier
 
         window = self.window(barrier.flags_size(self.local_size))
@@ -258,7 +258,7 @@ class World:
                 for dtype in map(np.dtype, (np.float32, np.float64)):
                     if slots is not None:
                         self._slots[turn, dtype] = slots.rows.view(dtype)
-            self.compile(reduce.warm_up)
+            self.compile(node_reduce.warm_up)
 
     def compile(self, warm_up: Callable[[], None]) -> None:
         """Let one rank of each node compile kernels, which the others then find in the cache; collective."""
@@ -400,7 +400,7 @@ class World:
             self.progress.drain()
         if self._whole:
             self._end_trace()
-        if not ending.is_complete():
+        if not shutdown.is_complete():
             return  # see `ending.leave`
         if self._whole:
             self._lookout.close(self.gather)

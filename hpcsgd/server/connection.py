@@ -12,8 +12,8 @@ import numpy as np
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import LISTENING
-from hpcsgd.server import ports
-from hpcsgd.server.links import NOTES, Head, Kind, Link, Lost, Malformed, Party, as_note, read_note
+from hpcsgd.server import tcp_link
+from hpcsgd.server.protocol import NOTES, Head, Kind, Link, Lost, Malformed, Party, as_note, read_note
 
 _AGAIN = 0.3  # seconds between two attempts to reach a server
 _BEATS = 4  # in a lease
@@ -194,9 +194,9 @@ class Connection:
                 raise Malformed("it answered what nobody had asked")
             request.answer = head
         elif head.kind is Kind.CHALLENGE:
-            self._nonce = ports.new_secret()
+            self._nonce = tcp_link.new_secret()
             nonce = str(read_note(body).get("nonce"))
-            proof = ports.proof(self._secret, nonce)
+            proof = tcp_link.proof(self._secret, nonce)
             link.send_note(Kind.HELLO, {**self._hello(), "nonce": self._nonce, "proof": proof})
         elif head.kind is Kind.WELCOME:
             self._enter(read_note(body))
@@ -208,7 +208,7 @@ class Connection:
             raise Malformed(f"it sent a {head.kind.name}")
 
     def _enter(self, note: dict[str, Any]) -> None:
-        if not ports.proves(self._secret, self._nonce, note.get("proof")):
+        if not tcp_link.proves(self._secret, self._nonce, note.get("proof")):
             self._refused("the server does not know the secret of this job")
         lease = note.get("lease")
         if not isinstance(lease, int | float) or not lease > 0:

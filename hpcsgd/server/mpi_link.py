@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
-from hpcsgd.mpi.transport import Transport
-from hpcsgd.server.links import HEAD_BYTES, LAST_WORDS, Head, Link, Party
+from hpcsgd.mpi.communicator import Transport
+from hpcsgd.server.protocol import HEAD_BYTES, LAST_WORDS, Head, Link, Party
 
 _HEAD, _BODY = 0, 1  # tags
 _AHEAD = 2  # messages of one link that arrive at a time

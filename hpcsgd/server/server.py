@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcsgd.server import contract as agreed
-from hpcsgd.server import leave, ports
-from hpcsgd.server.client import Client
-from hpcsgd.server.counting import Counting, Record
-from hpcsgd.server.links import NOTES, Head, Kind, Link, Lost, Malformed, State, read_note
-from hpcsgd.server.rules import Options, Terms
+from hpcsgd.server import handshake as agreed
+from hpcsgd.server import step_quota, tcp_link
+from hpcsgd.server.aggregation import Counting, Record
+from hpcsgd.server.protocol import NOTES, Head, Kind, Link, Lost, Malformed, State, read_note
+from hpcsgd.server.session import Client
 from hpcsgd.server.shard import FIRST, Push, Shard
+from hpcsgd.server.update_rules import Options, Terms
 
 _log = logging.getLogger("hpcsgd.server")
 _STILL = 0.5  # seconds between two looks at the clock that are no accident
@@ -115,7 +115,7 @@ class Server:
 
     def add(self, link: Link) -> None:
         """Somebody, still unknown, has connected."""
-        self._strangers[link] = ports.new_secret()
+        self._strangers[link] = tcp_link.new_secret()
         link.send_note(Kind.CHALLENGE, {"nonce": self._strangers[link]})
 
     @property
@@ -248,14 +248,14 @@ class Server:
         nonce = self._strangers.get(link)
         if nonce is None:
             raise Malformed("it said hello twice")
-        if not ports.proves(self.policy.secret, nonce, note.get("proof")):
+        if not tcp_link.proves(self.policy.secret, nonce, note.get("proof")):
             raise Malformed("it does not know the secret of this job")
         client = self._admit(link, note)
         del self._strangers[link]
         self._owners[link] = client
         link.send_note(
             Kind.WELCOME,
-            {"proof": ports.proof(self.policy.secret, str(note.get("nonce"))), "lease": self.policy.lease},
+            {"proof": tcp_link.proof(self.policy.secret, str(note.get("nonce"))), "lease": self.policy.lease},
         )
 
     def agree_on(self, contract: dict[str, Any]) -> None:
@@ -356,8 +356,10 @@ class Server:
             left = self.goal - self.begun
             # Where all exchange at the same time they take equally many.
             alike = self.policy.together
-            steps = min(steps, left) if alike else leave.share(client, steps, left, self.clients.values())
-        leave.note(client, steps)
+            steps = (
+                min(steps, left) if alike else step_quota.share(client, steps, left, self.clients.values())
+            )
+        step_quota.note(client, steps)
         self.begun += steps
         return steps, self.begun
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.server.codes import ServerCodes
-from hpcsgd.server.rules import Rule, Terms
+from hpcsgd.server.delta_coding import ServerCodes
+from hpcsgd.server.update_rules import Rule, Terms
 
 #: The number of the push that brings the first values.
 FIRST = 0

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from hpcsgd.collectives import ibroadcast
-from hpcsgd.collectives.stage import after_compute
+from hpcsgd.collectives.staging import after_compute
 from hpcsgd.compress import spec_of
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import Work
 from hpcsgd.mpi.world import World
-from hpcsgd.server.codes import ClientCodes, Coding, coder_of
 from hpcsgd.server.connection import Connection, Dial, Request
-from hpcsgd.server.links import Head, Kind, State
-from hpcsgd.tensors.tensors import Bucket, TensorGroup
+from hpcsgd.server.delta_coding import ClientCodes, Coding, coder_of
+from hpcsgd.server.protocol import Head, Kind, State
+from hpcsgd.tensors.group import Bucket, TensorGroup
 
 Options = Sequence[Mapping[str, Any]]
 

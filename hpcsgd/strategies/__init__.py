@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hpcsgd.strategies.adpsgd.adpsgd import ADPSGD
+from hpcsgd.strategies.adpsgd.strategy import ADPSGD
 from hpcsgd.strategies.allreduce import AllReduce
-from hpcsgd.strategies.backup_workers.backup import BackupWorkers
+from hpcsgd.strategies.backup_workers.strategy import BackupWorkers
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import Setting
 from hpcsgd.strategies.dsgd import DSGD
-from hpcsgd.strategies.lasgd.lasgd import LASGD
-from hpcsgd.strategies.local import LocalSGD
-from hpcsgd.strategies.parameter_server.ps import ParameterServer
-from hpcsgd.strategies.push import SGP
-from hpcsgd.strategies.teleportation.teleport import Teleportation
+from hpcsgd.strategies.lasgd.strategy import LASGD
+from hpcsgd.strategies.local_sgd import LocalSGD
+from hpcsgd.strategies.parameter_server.strategy import ParameterServer
+from hpcsgd.strategies.sgp import SGP
+from hpcsgd.strategies.teleportation.strategy import Teleportation
 
 __all__ = [
     "ADPSGD",

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from hpcsgd.collectives.reduction import reduction
+from hpcsgd.collectives.reducer import reduction
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import Setting
 from hpcsgd.tensors.gradients import Gradients
-from hpcsgd.tensors.tensors import Bucket
+from hpcsgd.tensors.group import Bucket
 
 
 class AllReduce(Strategy):

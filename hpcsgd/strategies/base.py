@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from hpcsgd.strategies.context import Setting
-from hpcsgd.tensors.tensors import Bucket
+from hpcsgd.tensors.group import Bucket
 
 
 class Strategy:

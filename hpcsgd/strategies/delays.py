@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.errors import BadOption
 
 
@@ -142,7 +142,7 @@ def build(spec: str) -> Delays:
     BadOption
         Unknown name or option, or a value out of range.
     """
-    return specs.build(DELAYS, spec.replace("+", ","), "delays")
+    return registry.build(DELAYS, spec.replace("+", ","), "delays")
 
 
 def _uniform(seed: int, peer: int, number: int) -> float:

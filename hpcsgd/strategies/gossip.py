@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from hpcsgd.collectives.neighbour import Exchange
-from hpcsgd.collectives.stage import after_compute
+from hpcsgd.collectives.neighbour_exchange import Exchange
+from hpcsgd.collectives.staging import after_compute
 from hpcsgd.mpi.progress import Work
 from hpcsgd.strategies.context import Setting
-from hpcsgd.strategies.models import OwnModels
+from hpcsgd.strategies.replicas import OwnModels
 from hpcsgd.topology import build
 
 

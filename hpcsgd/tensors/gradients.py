@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors.tensors import DEFAULT_BUCKET_MIB, Bucket, TensorGroup
+from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, Bucket, TensorGroup
 
 Named = Sequence[tuple[str, nn.Parameter]]
 

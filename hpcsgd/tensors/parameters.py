@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.gradients import Named
-from hpcsgd.tensors.tensors import DEFAULT_BUCKET_MIB, TensorGroup
+from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, TensorGroup
 
 
 class Parameters:

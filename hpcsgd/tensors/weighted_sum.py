@@ -38,6 +38,6 @@ def combine(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
 
 @functools.cache
 def _mix_kernel() -> Any:
-    from hpcsgd.kernels.sums import mix
+    from hpcsgd.kernels.sums import weighted_sum
 
-    return mix.mix
+    return weighted_sum.mix

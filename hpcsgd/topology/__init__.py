@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.topology.base import Graph, Topology
-from hpcsgd.topology.base_graph import BaseGraph
+from hpcsgd.topology.base_k import BaseGraph
 from hpcsgd.topology.complete import Complete
+from hpcsgd.topology.edge_list import File
 from hpcsgd.topology.exponential import Exponential, OnePeerExponential
-from hpcsgd.topology.file import File
 from hpcsgd.topology.hypercube import Hypercube
+from hpcsgd.topology.mixing import metropolis
 from hpcsgd.topology.random_regular import RandomRegular
 from hpcsgd.topology.ring import Ring
 from hpcsgd.topology.star import Star
 from hpcsgd.topology.torus import Torus
-from hpcsgd.topology.weights import metropolis
 
 __all__ = [
     "TOPOLOGIES",
@@ -68,6 +68,6 @@ def build(spec: str, size: int) -> Topology:
     HpcsgdError
         Its matrices are not doubly stochastic, or not connected over a period.
     """
-    topology = specs.build(TOPOLOGIES, spec.replace("+", ","), "topology", size=size)
+    topology = registry.build(TOPOLOGIES, spec.replace("+", ","), "topology", size=size)
     topology.matrix()
     return topology

@@ -10,8 +10,8 @@ from typing import TypeAlias
 import numpy as np
 
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.topology.paths import spanning
-from hpcsgd.topology.weights import TOLERANCE, Link, Matrix, check, metropolis, unreached
+from hpcsgd.topology.graphs import spanning
+from hpcsgd.topology.mixing import TOLERANCE, Link, Matrix, check, metropolis, unreached
 
 Point: TypeAlias = tuple[float, float]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpcsgd.topology.base import Topology
-from hpcsgd.topology.weights import Matrix
+from hpcsgd.topology.mixing import Matrix
 
 
 class Exponential(Topology):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import TypeAlias
 
-from hpcsgd.topology.weights import Link
+from hpcsgd.topology.mixing import Link
 
 #: The weight of each link of one round; what a peer gives to no link stays with itself.
 Round: TypeAlias = dict[Link, float]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hpcsgd.errors import BadOption
 from hpcsgd.topology.base import Graph
-from hpcsgd.topology.weights import Link
+from hpcsgd.topology.mixing import Link
 
 
 class Hypercube(Graph):

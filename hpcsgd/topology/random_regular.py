@@ -8,8 +8,8 @@ import numpy as np
 
 from hpcsgd.errors import BadOption
 from hpcsgd.topology.base import Graph
-from hpcsgd.topology.paths import connected
-from hpcsgd.topology.weights import Link
+from hpcsgd.topology.graphs import connected
+from hpcsgd.topology.mixing import Link
 
 
 class RandomRegular(Graph):

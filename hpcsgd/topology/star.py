@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpcsgd.topology.base import Graph
-from hpcsgd.topology.weights import Link
+from hpcsgd.topology.mixing import Link
 
 
 class Star(Graph):

@@ -7,7 +7,7 @@ from math import isqrt
 
 from hpcsgd.errors import BadOption
 from hpcsgd.topology.base import Graph, Point
-from hpcsgd.topology.weights import Link
+from hpcsgd.topology.mixing import Link
 
 
 class Torus(Graph):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import Setting
-from hpcsgd.training.turns import Turns
+from hpcsgd.training.virtual_nodes import Turns
 
 Batch = TypeVar("Batch")
 _END = object()

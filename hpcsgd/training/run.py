@@ -17,9 +17,9 @@ from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Setting, Strategy
 from hpcsgd.tensors.fingerprint import describe, versions
-from hpcsgd.tensors.tensors import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
-from hpcsgd.training import batches, generators, passes
-from hpcsgd.training.turns import Turns
+from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
+from hpcsgd.training import batches, rng_state, step_trace
+from hpcsgd.training.virtual_nodes import Turns
 
 
 class Run:
@@ -203,7 +203,7 @@ class Run:
             found = batches.in_step(loaders, self._setting, self._uneven)
         else:
             found = self._endless.batches(loaders, steps)
-        return passes.traced(found, self.model, self.world.trace) if self.world.trace.on else found
+        return step_trace.traced(found, self.model, self.world.trace) if self.world.trace.on else found
 
     def _loaders(self, loader: Any) -> list[Iterable[Any]]:
         each = self._setting.peers.each
@@ -283,7 +283,7 @@ class Run:
         state["model_step"] = self.strategy.model_step()
         if len(self.peers) > 1:
             state["peers"] = [
-                {**copy.deepcopy(self._own()), "generators": generators.state()} for _ in self.each_peer()
+                {**copy.deepcopy(self._own()), "generators": rng_state.state()} for _ in self.each_peer()
             ]
         return state
 
@@ -304,7 +304,7 @@ class Run:
             self.model.load_state_dict(own["model"])
             self.optimizer.load_state_dict(own["optimizer"])
             if "generators" in own:
-                generators.restore(own["generators"])
+                rng_state.restore(own["generators"])
         self._count(int(state["steps"]))
         self.strategy.load_state_dict(state["strategy"])
 

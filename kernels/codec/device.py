@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.kernels import cuda
+from hpcsgd.kernels import cuda_loader
 from hpcsgd.kernels.codec import spec
 from hpcsgd.kernels.codec.host import Key
 from hpcsgd.kernels.codec.spec import Lanes, Layout
@@ -29,7 +29,9 @@ def norms(x: Tensor, residual: Tensor | None, layout: Layout, euclidean: bool, o
     """The norm of each row of x + residual: `out` (rows,)."""
     x = _readable(x)
     fixed = *_extent(layout, layout.rows), _aligned(layout, x, residual), np.int32(euclidean)
-    cuda.spread("codec/quantise", f"norms_{cuda.name(x)}", x, layout.rows * _WARP, x, residual, *fixed, out)
+    cuda_loader.spread(
+        "codec/quantise", f"norms_{cuda_loader.name(x)}", x, layout.rows * _WARP, x, residual, *fixed, out
+    )
     yield
 
 
@@ -40,8 +42,16 @@ def choose_scales(
     x = _readable(x)
     fixed = *_extent(layout, layout.rows), _aligned(layout, x, residual, masks), levels, np.int32(len(levels))
     threads = masks.numel() // _QUAD
-    cuda.spread(
-        "codec/quantise", f"choose_scales_{cuda.name(x)}", x, threads, x, residual, norms, *fixed, masks
+    cuda_loader.spread(
+        "codec/quantise",
+        f"choose_scales_{cuda_loader.name(x)}",
+        x,
+        threads,
+        x,
+        residual,
+        norms,
+        *fixed,
+        masks,
     )
     yield
 
@@ -61,8 +71,8 @@ def encode(
     """Quantise x + residual into `words`; `residual` becomes what the codes do not say."""
     x = _readable(x)
     coding = _coding(layout, lanes, levels, masks, x, residual, words)
-    kernel, threads = f"encode_{cuda.name(x)}_{cuda.name(words)}", layout.words // _QUAD
-    cuda.spread(
+    kernel, threads = f"encode_{cuda_loader.name(x)}_{cuda_loader.name(words)}", layout.words // _QUAD
+    cuda_loader.spread(
         "codec/quantise", kernel, x, threads, x, residual, norms, *coding, *_counter(key, offset), words
     )
     yield
@@ -82,24 +92,24 @@ def decode(
     """Write `factor` times the sum of `terms` ranks' codes."""
     result = _writable(out)
     coding = _coding(layout, lanes, levels, masks, words, result)
-    kernel, threads = f"decode_{cuda.name(result)}_{cuda.name(words)}", layout.words // _QUAD
+    kernel, threads = f"decode_{cuda_loader.name(result)}_{cuda_loader.name(words)}", layout.words // _QUAD
     sums = np.int32(terms), np.float32(factor)
-    cuda.spread("codec/quantise", kernel, words, threads, words, norms, *coding, *sums, result)
+    cuda_loader.spread("codec/quantise", kernel, words, threads, words, norms, *coding, *sums, result)
     _deliver(result, out)
     yield
 
 
 def rotate(x: Tensor, key: Key, offset: int, out: Tensor) -> Iterator[None]:
-    """Rotate `x` into `out` (float32), which may be `x`; see `hpcsgd.kernels.codec.rotate`."""
+    """Rotate `x` into `out` (float32), which may be `x`; see `hpcsgd.kernels.codec.hadamard`."""
     x = _readable(x)
-    _rotate(f"rotate_{cuda.name(x)}", x, key, offset, out)
+    _rotate(f"rotate_{cuda_loader.name(x)}", x, key, offset, out)
     yield
 
 
 def unrotate(x: Tensor, key: Key, offset: int, out: Tensor) -> Iterator[None]:
     """Undo `rotate`: from `x` (float32) into `out`, which may be `x`."""
     result = _writable(out)
-    _rotate(f"unrotate_{cuda.name(result)}", x, key, offset, result)
+    _rotate(f"unrotate_{cuda_loader.name(result)}", x, key, offset, result)
     _deliver(result, out)
     yield
 
@@ -108,7 +118,9 @@ def pick(x: Tensor, key: Key, out: Tensor) -> Iterator[None]:
     """Draw as many elements of `x` as `out` (float32) has; each stretch of `x` gives one."""
     x = _readable(x)
     sizes = np.int64(x.numel()), np.int64(out.numel())
-    cuda.spread("codec/sample", f"pick_{cuda.name(x)}", x, out.numel(), x, *sizes, *_words_of(key), out)
+    cuda_loader.spread(
+        "codec/sample", f"pick_{cuda_loader.name(x)}", x, out.numel(), x, *sizes, *_words_of(key), out
+    )
     yield
 
 
@@ -122,7 +134,9 @@ def place(values: Tensor, key: Key, by_length: bool, clear: bool, out: Tensor) -
         result.zero_()
     sizes = np.int64(out.numel()), np.int64(values.numel())
     fixed = *sizes, *_words_of(key), np.int32(by_length)
-    cuda.spread("codec/sample", f"place_{cuda.name(result)}", values, values.numel(), values, *fixed, result)
+    cuda_loader.spread(
+        "codec/sample", f"place_{cuda_loader.name(result)}", values, values.numel(), values, *fixed, result
+    )
     _deliver(result, out)
     yield
 
@@ -132,8 +146,10 @@ def _rotate(kernel: str, x: Tensor, key: Key, offset: int, out: Tensor) -> None:
     whole, rest = divmod(x.numel(), _ROWS * _COLUMNS)
     blocks = whole + (rest // (2 * _COLUMNS)).bit_count() + (rest % (2 * _COLUMNS) > 0)
     if blocks:
-        arguments = cuda.values(x, np.int64(x.numel()), *_counter(key, offset), out)
-        cuda.launch("codec/rotate", kernel, x.device, blocks, _ROTATION_THREADS, _ROTATION_MEMORY, arguments)
+        arguments = cuda_loader.values(x, np.int64(x.numel()), *_counter(key, offset), out)
+        cuda_loader.launch(
+            "codec/hadamard", kernel, x.device, blocks, _ROTATION_THREADS, _ROTATION_MEMORY, arguments
+        )
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpcsgd.kernels.codec import hadamard as rotation
 from hpcsgd.kernels.codec import quantise, sample
-from hpcsgd.kernels.codec import rotate as rotation
 from hpcsgd.kernels.codec.spec import ROTATION_COLUMNS, ROTATION_ROWS, Lanes, Layout
-from hpcsgd.kernels.pieces import PIECE, in_pieces
+from hpcsgd.kernels.parallel import PIECE, in_pieces
 
 Key = tuple[int, int]
 
@@ -109,7 +109,7 @@ def decode(
 
 
 def rotate(x: Tensor, key: Key, offset: int, out: Tensor) -> Iterator[None]:
-    """Rotate `x` into `out` (float32), which may be `x`; see `hpcsgd.kernels.codec.rotate`."""
+    """Rotate `x` into `out` (float32), which may be `x`; see `hpcsgd.kernels.codec.hadamard`."""
     return _rotate(x, False, key, offset, out)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpcsgd.kernels.codec import spec
-from hpcsgd.kernels.codec.numbers import as_word, at, bits_of, inverse, random, scales
+from hpcsgd.kernels.codec.float_bits import as_word, at, bits_of, inverse, random, scales
 from hpcsgd.kernels.jit import jit
 
 _SIGN_OFF = np.uint32(0x7FFFFFFF)

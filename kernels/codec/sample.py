@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcsgd.kernels.codec.numbers import hashed
+from hpcsgd.kernels.codec.float_bits import hashed
 from hpcsgd.kernels.jit import jit
 
 

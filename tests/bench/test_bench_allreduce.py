@@ -12,8 +12,8 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hpcsgd import World, collectives
-from hpcsgd.commands.bench import peers
-from hpcsgd.commands.bench.allreduce import allreduce
+from hpcsgd.commands.bench import baselines
+from hpcsgd.commands.bench.allreduce import command
 from hpcsgd.errors import BadOption, HpcsgdError
 
 pytestmark = pytest.mark.mpi
@@ -28,7 +28,7 @@ def shared_path(tmp_path: Path) -> Path:
 
 def test_a_line_per_size_and_method(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = shared_path(tmp_path)
-    allreduce.main(SIZES, repeats=2, csv=path)
+    command.main(SIZES, repeats=2, csv=path)
     MPI.COMM_WORLD.Barrier()
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -43,15 +43,15 @@ def test_a_line_per_size_and_method(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 def test_a_wrong_mean_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = peers.mpi_mean
+    right = baselines.mpi_mean
 
     def wrong(comm: Any, flat: Tensor) -> None:
         right(comm, flat)
         flat[-1] += 1
 
-    monkeypatch.setattr(peers, "mpi_mean", wrong)
+    monkeypatch.setattr(baselines, "mpi_mean", wrong)
     with pytest.raises(HpcsgdError, match="MPI for 4096 bytes is not the mean"):
-        allreduce.main([4096], repeats=1)
+        command.main([4096], repeats=1)
 
 
 def test_the_algorithm_is_ours_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_the_algorithm_is_ours_to_choose(monkeypatch: pytest.MonkeyPatch) -> Non
         ring(bucket, what, scale)
 
     monkeypatch.setitem(collectives.ALGORITHMS, "ring", noted)
-    allreduce.main([8192], repeats=1, algorithm="ring")
+    command.main([8192], repeats=1, algorithm="ring")
     # The buffers one by one, and with the copy all of them in one bucket of the default size.
     assert set(used) == ({8192, 64 * 8192} if MPI.COMM_WORLD.size > 1 else set())
 
@@ -71,19 +71,19 @@ def test_the_algorithm_is_ours_to_choose(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_file_that_cannot_be_written_stops_all_ranks_at_once(tmp_path: Path) -> None:
     folder = MPI.COMM_WORLD.bcast(str(tmp_path))
     with pytest.raises(HpcsgdError, match="cannot write"):
-        allreduce.main([4096], repeats=1, csv=folder)
+        command.main([4096], repeats=1, csv=folder)
 
 
 @pytest.mark.parametrize("options", [{"sizes": [2]}, {"repeats": 0}, {"link_mbit": 0.0}])
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(BadOption, match=next(iter(options))):
-        allreduce.main(**options)
+        command.main(**options)
 
 
 def test_gloo_leaves_nothing_behind() -> None:
     for _ in range(2):
-        with World() as world, peers.gloo(world):
+        with World() as world, baselines.gloo(world):
             flat = torch.full((3,), float(world.rank))
-            peers.gloo_mean(flat)
+            baselines.gloo_mean(flat)
             assert flat.tolist() == [(world.size - 1) / 2] * 3
         assert not torch.distributed.is_initialized()

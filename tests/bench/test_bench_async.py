@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from launch import CLI, launch
 
-from hpcsgd.commands.bench.studies import asynchronous, study
+from hpcsgd.commands.bench.studies import asynchronous, runner
 from hpcsgd.commands.bench.studies.asynchronous_results import Study
 from hpcsgd.commands.bench.studies.launches import complete
-from hpcsgd.commands.bench.studies.losses import Trial
-from hpcsgd.commands.bench.studies.study import Finished
+from hpcsgd.commands.bench.studies.runner import Finished
+from hpcsgd.commands.bench.studies.time_to_loss import Trial
 from hpcsgd.commands.bench.studies.workloads import WORKLOADS, Setting, planned
 from hpcsgd.commands.cli import cli
 from hpcsgd.commands.train.settings import Settings, to_toml
@@ -289,4 +289,4 @@ def test_another_run_of_the_same_name_is_not_overwritten(tmp_path: Path) -> None
     leave(tmp_path, name, replace(settings, batch=7))
     world: Any = SimpleNamespace(size=4, nodes=4)
     with pytest.raises(BadOption, match="another batch"):
-        study._is_complete(world, tmp_path / name, replace(settings, name=name, progress="off"))
+        runner._is_complete(world, tmp_path / name, replace(settings, name=name, progress="off"))

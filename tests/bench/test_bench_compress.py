@@ -14,16 +14,16 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hpcsgd import World
-from hpcsgd.commands.bench import peers
-from hpcsgd.commands.bench.compress import compress, gradients, hooks
-from hpcsgd.commands.bench.compress.codecs import PHASES
-from hpcsgd.commands.bench.compress.limits import limit
+from hpcsgd.commands.bench import baselines
+from hpcsgd.commands.bench.compress import command, ddp_hooks, gradients
+from hpcsgd.commands.bench.compress.codec_timing import PHASES
+from hpcsgd.commands.bench.compress.error_bounds import limit
 from hpcsgd.commands.bench.compress.problem import Problem
 from hpcsgd.commands.cli import cli
 from hpcsgd.compress import build
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.kernels.codec import host
-from hpcsgd.kernels.sums import delta
+from hpcsgd.kernels.sums import model_delta
 
 pytestmark = pytest.mark.mpi
 
@@ -42,11 +42,11 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_a_line_per_kernel_method_and_phase(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "results", "compress.csv")
-    compress.main(elements=ELEMENTS, data=["gaussian"], repeats=1, csv=path)
+    command.main(elements=ELEMENTS, data=["gaussian"], repeats=1, csv=path)
     rows = read(path)
     kernels = [row for row in rows if row["phase"] == "kernel"]
     assert [row["method"] for row in kernels] == KERNELS
-    schemes = list(compress.SCHEMES)
+    schemes = list(command.SCHEMES)
     whole = {row["method"]: row for row in rows if row["phase"] == "all-reduce"}
     assert list(whole) == ["memory copy", "float32", *schemes, *PEERS]
     for phase in PHASES:
@@ -89,15 +89,15 @@ def test_gradients_are_cut_between_rows() -> None:
 
 
 def test_a_wrong_mean_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = peers.gloo_mean
+    right = baselines.gloo_mean
 
     def wrong(flat: Tensor) -> None:
         right(flat)
         flat[: len(flat) // 2] *= 1.01
 
-    monkeypatch.setattr(peers, "gloo_mean", wrong)
+    monkeypatch.setattr(baselines, "gloo_mean", wrong)
     with pytest.raises(HpcsgdError, match="gloo float32 is wrong"):
-        compress.main(["fp16"], elements=4096, data=["gaussian"], repeats=1)
+        command.main(["fp16"], elements=4096, data=["gaussian"], repeats=1)
 
 
 def test_a_wrong_kernel_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,20 +109,20 @@ def test_a_wrong_kernel_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(host, "decode", wrong)
     with pytest.raises(HpcsgdError, match="decode is wrong"):
-        compress.main(["maxnorm"], elements=4096, data=["gaussian"], repeats=1)
+        command.main(["maxnorm"], elements=4096, data=["gaussian"], repeats=1)
 
 
 @pytest.mark.parametrize("name", ["snapshot", "advance", "merge"])
 def test_a_wrong_pass_of_an_average_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    right = getattr(delta, name)
+    right = getattr(model_delta, name)
 
     def wrong(*tensors: Tensor) -> None:
         right(*tensors)
         tensors[-1][: len(tensors[-1]) // 2].add_(1)
 
-    monkeypatch.setattr(delta, name, wrong)
+    monkeypatch.setattr(model_delta, name, wrong)
     with pytest.raises(HpcsgdError, match="merge is wrong"):
-        compress.main(["maxnorm"], elements=4096, data=["gaussian"], repeats=1)
+        command.main(["maxnorm"], elements=4096, data=["gaussian"], repeats=1)
 
 
 def test_checks_see_what_noise_would_hide() -> None:
@@ -158,7 +158,7 @@ def test_limits_follow_the_scheme() -> None:
 def test_buckets_by_hand_hold_every_tensor_once() -> None:
     flat = torch.zeros(20 * 2**20)
     tensors = [(i * 2**20, (1024, 1000)) for i in range(20)]
-    cut = hooks._buckets(flat, tensors)
+    cut = ddp_hooks._buckets(flat, tensors)
     assert [bucket.is_last() for bucket in cut] == [False] * (len(cut) - 1) + [True]
     assert len(cut) > 1 and sum(len(bucket.gradients()) for bucket in cut) == 20
     assert sum(bucket.buffer().numel() for bucket in cut) == flat.numel()
@@ -182,24 +182,24 @@ def test_buckets_by_hand_hold_every_tensor_once() -> None:
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadOption, match=message):
-        compress.main(**options)
+        command.main(**options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said_so() -> None:
     with pytest.raises(BadOption, match="expected: a GPU that torch can use"):
-        compress.main(device="cuda")
+        command.main(device="cuda")
 
 
 def test_the_command_takes_specs_and_numbers_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        compress, "main", lambda *given, **options: called.append((*given, options["repeats"]))
+        command, "main", lambda *given, **options: called.append((*given, options["repeats"]))
     )
     words = ["bench", "compress", "--schemes", "maxnorm:bits=4,block=64; ef+topk;", "--elements", "11.2M"]
     cli([*words, "--data", "gaussian", "--repeats", "3"], standalone_mode=False)
     cli(["bench", "compress"], standalone_mode=False)
     assert called[0] == (["maxnorm:bits=4,block=64", "ef+topk"], 11_200_000, ["gaussian"], 3)
-    assert called[1] == (list(compress.SCHEMES), None, ["gaussian", "resnet18"], 5)
+    assert called[1] == (list(command.SCHEMES), None, ["gaussian", "resnet18"], 5)
     with pytest.raises(click.BadParameter, match="a number"):
         cli(["bench", "compress", "--elements", "many"], standalone_mode=False)

@@ -13,10 +13,10 @@ import pytest
 from launch import CLI, launch
 
 from hpcsgd.commands.bench.studies import servers
-from hpcsgd.commands.bench.studies.losses import Trial
-from hpcsgd.commands.bench.studies.parts import ranks_of
+from hpcsgd.commands.bench.studies.runner import Finished
 from hpcsgd.commands.bench.studies.servers_results import Study
-from hpcsgd.commands.bench.studies.study import Finished
+from hpcsgd.commands.bench.studies.subworlds import ranks_of
+from hpcsgd.commands.bench.studies.time_to_loss import Trial
 from hpcsgd.commands.bench.studies.workloads import WORKLOADS, Setting, planned
 from hpcsgd.commands.cli import cli
 

@@ -13,15 +13,15 @@ from launch import CLI, launch
 
 from hpcsgd.commands import report
 from hpcsgd.commands.bench.studies import scale
+from hpcsgd.commands.bench.studies.runner import Finished
 from hpcsgd.commands.bench.studies.scale_results import Study, Trial
-from hpcsgd.commands.bench.studies.study import Finished
 from hpcsgd.errors import BadOption
 
 RING, TELEPORT, STEPS = "dsgd:topology=ring", "teleport:topology=ring", 7
 
 # Stopped by an error in a run, the same command goes on from there.
 STOPPED = """
-import contextlib, hpcsgd.commands.bench.studies.study as study
+import contextlib, hpcsgd.commands.bench.studies.runner as study
 from hpcsgd.mpi import launcher
 
 trained, broken = [], True

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from launch import CLI, launch
 
-from hpcsgd.commands.bench.studies import straggler, study
+from hpcsgd.commands.bench.studies import runner, straggler
+from hpcsgd.commands.bench.studies.runner import Finished, with_option
 from hpcsgd.commands.bench.studies.straggler_results import Study, Trial
-from hpcsgd.commands.bench.studies.study import Finished, with_option
 from hpcsgd.commands.train.settings import Settings, to_toml
 from hpcsgd.errors import BadOption
 from hpcsgd.strategies import STRATEGIES
@@ -40,7 +40,7 @@ def printed_by(script: str, out: Path, *words: str) -> str:
 
 # The second call is interrupted by an error where it would train anything.
 TWICE = """
-import contextlib, hpcsgd.commands.bench.studies.study as study
+import contextlib, hpcsgd.commands.bench.studies.runner as study
 with contextlib.suppress(SystemExit):
     main()
 study.Training = None
@@ -83,16 +83,16 @@ def leave(folder: Path, settings: Settings, *epochs: float) -> None:
 def test_only_a_complete_run_of_the_same_settings_counts(tmp_path: Path) -> None:
     world: Any = SimpleNamespace(size=1, nodes=1)
     settings, folder = Settings(epochs=2.5, out="here", name="run"), tmp_path / "run"
-    assert not study._is_complete(world, folder, settings)
+    assert not runner._is_complete(world, folder, settings)
     leave(folder, settings, 1.0, 2.5)
-    assert study._is_complete(world, folder, replace(settings, out="there"))
+    assert runner._is_complete(world, folder, replace(settings, out="there"))
     with pytest.raises(BadOption, match="another seed"):
-        study._is_complete(world, folder, replace(settings, seed=1))
+        runner._is_complete(world, folder, replace(settings, seed=1))
     with pytest.raises(BadOption, match="another world"):
-        study._is_complete(SimpleNamespace(size=2, nodes=1), folder, settings)  # type: ignore[arg-type]
+        runner._is_complete(SimpleNamespace(size=2, nodes=1), folder, settings)  # type: ignore[arg-type]
     shutil.rmtree(folder)
     leave(folder, settings, 1.0, 2.4)
-    assert not study._is_complete(world, folder, settings) and not folder.exists()
+    assert not runner._is_complete(world, folder, settings) and not folder.exists()
 
 
 def trial(delay: str, method: str, seed: int, times: list[float], accuracies: list[float]) -> Trial:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.compress import (
     COMPRESSORS,
     WRAPPERS,
@@ -118,7 +118,7 @@ def test_names_in_python_are_checked_like_those_of_a_spec() -> None:
 
 
 def test_help_shows_each_scheme_with_its_defaults() -> None:
-    rows = {name: (options, summary) for name, options, summary in specs.describe(COMPRESSORS)}
+    rows = {name: (options, summary) for name, options, summary in registry.describe(COMPRESSORS)}
     assert rows["maxnorm"][0] == "bits=4,scale=block,block=384,norm=max"
     assert rows["multiscale"][0].startswith("bits=4x8")
     assert all(summary for _, summary in rows.values())

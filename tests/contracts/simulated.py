@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpcsgd import TensorGroup, World
 from hpcsgd.compress import Compressor, Stretch, build
-from hpcsgd.tensors.tensors import Bucket
+from hpcsgd.tensors.group import Bucket
 
 SEED = 5
 

@@ -28,7 +28,7 @@ from hpcsgd import (
     topology,
 )
 from hpcsgd.strategies import delays
-from hpcsgd.strategies.adpsgd.pairs import Pairs
+from hpcsgd.strategies.adpsgd.pairing import Pairs
 from hpcsgd.strategies.teleportation.tokens import draw
 
 Array = np.ndarray

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcsgd.strategies.lasgd.beats import Beats
+from hpcsgd.strategies.lasgd.heartbeat import Beats
 
 RECORD = np.dtype([("rank", np.int64), ("count", np.int64), ("noise", np.float64)])
 

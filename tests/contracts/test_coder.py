@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpcsgd.compress import Compressor, Draw, Stretch, build, spec_of
-from hpcsgd.compress.alone import FACTOR_BYTES, Coder, Told
+from hpcsgd.compress.point_to_point import FACTOR_BYTES, Coder, Told
 from hpcsgd.errors import BadOption
 
 ROWS = [row for row in [*c.ROWS, c.with_feedback(c.randk())] if row.name != "powersgd"]

@@ -14,7 +14,7 @@ from simulated import SEED, Simulated, fill, inside
 
 from hpcsgd import BadOption, TensorGroup, World
 from hpcsgd.collectives import allreduce, ring
-from hpcsgd.collectives.reduction import reduction
+from hpcsgd.collectives.reducer import reduction
 from hpcsgd.compress import build
 
 pytestmark = pytest.mark.mpi(min_size=2)

@@ -14,7 +14,7 @@ from lockstep import NotFinite, buffers_of
 from torch import Tensor
 
 from hpcsgd.compress import Draw, build
-from hpcsgd.compress.contract import finite
+from hpcsgd.compress.base import finite
 
 each_row = pytest.mark.parametrize("row", c.ROWS, ids=str)
 MAX, TINY = float(np.finfo(np.float32).max), 2.0**-149

@@ -13,7 +13,7 @@ from laws import lockstep, memory, numbers, reduce_and_check, stretch_of
 from lockstep import buffers_of, unsigned
 from torch import Tensor
 
-from hpcsgd.compress import COMPRESSORS, WRAPPERS, Draw, Stretch, build, contract
+from hpcsgd.compress import COMPRESSORS, WRAPPERS, Draw, Stretch, base, build
 from hpcsgd.errors import BadOption
 from hpcsgd.kernels.codec import host
 
@@ -100,7 +100,7 @@ def test_pieces_and_threads_change_nothing(row: c.Row, monkeypatch: pytest.Monke
 
     result, rest = outcome()
     monkeypatch.setattr(host, "PIECE", 1500)
-    monkeypatch.setattr(contract, "PIECE", 808)
+    monkeypatch.setattr(base, "PIECE", 808)
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpcsgd import DSGD, Run
-from hpcsgd.training.data.streams import torch_stream
+from hpcsgd.training.data.rng_streams import torch_stream
 
 pytestmark = pytest.mark.mpi
 

@@ -12,7 +12,7 @@ import torch
 from launch import launch
 
 from hpcsgd import HpcsgdError, TensorGroup, topology
-from hpcsgd.collectives.neighbour import Exchange as Exchange_
+from hpcsgd.collectives.neighbour_exchange import Exchange as Exchange_
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.tensors.weighted_sum import combine
 
@@ -179,7 +179,7 @@ _MISSING = """
 import os, time
 import torch
 from hpcsgd import World, TensorGroup
-from hpcsgd.collectives.neighbour import Exchange
+from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.errors import DeadlineExceeded
 from hpcsgd.collectives.peers import Peers
 

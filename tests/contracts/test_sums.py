@@ -10,8 +10,8 @@ from lockstep import Lockstep
 from torch import Tensor
 
 from hpcsgd.compress import Draw, Stretch, build
-from hpcsgd.compress.alone import Coder
-from hpcsgd.server.sums import ClientSum, ServerSum
+from hpcsgd.compress.point_to_point import Coder
+from hpcsgd.server.code_sum import ClientSum, ServerSum
 
 ROWS = [row for row in [*c.ROWS, c.with_feedback(c.randk())] if row.name != "powersgd"]
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)

@@ -13,7 +13,7 @@ from torch import nn
 
 from hpcsgd import BadOption, Run, World
 from hpcsgd.strategies import STRATEGIES
-from hpcsgd.training import generators
+from hpcsgd.training import rng_state
 
 #: The methods that are not gossip.
 WITHOUT = ("allreduce", "local", "lasgd", "ps")
@@ -41,7 +41,7 @@ def begin(row: s.Row, world: World, virtual_nodes: int | None) -> Run:
     optimizer = torch.optim.SGD(model.parameters(), s.LR, momentum=0.9)
     run = Run(model, optimizer, row.make(), comm=world, virtual_nodes=virtual_nodes)
     for peer in run.each_peer():
-        generators.seed(100 + peer)
+        rng_state.seed(100 + peer)
     return run
 
 

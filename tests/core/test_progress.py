@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from hpcsgd import BadOption, DeadlineExceeded
-from hpcsgd.diagnostics.status import Status
+from hpcsgd.diagnostics.activity import Status
 from hpcsgd.mpi.progress import LISTENING, Progress
-from hpcsgd.mpi.wait import Waiter, timeout_from_environment
+from hpcsgd.mpi.waiting import Waiter, timeout_from_environment
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hpcsgd.diagnostics.status import Moved
+from hpcsgd.diagnostics.activity import Moved
 from hpcsgd.errors import in_words
-from hpcsgd.mpi.standing import Standing, blamed, progress_of, stand_still, waits
-from hpcsgd.mpi.wait import Waiting
+from hpcsgd.mpi.stall_report import Standing, blamed, progress_of, stand_still, waits
+from hpcsgd.mpi.waiting import Waiting
 
 
 def rank(*waiting: Waiting, ago: float = 100.0, step: int = 7) -> Standing:

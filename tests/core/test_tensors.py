@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpcsgd import TensorGroup, collectives
-from hpcsgd.tensors.tensors import ALIGNMENT, cut
+from hpcsgd.tensors.group import ALIGNMENT, cut
 
 pytestmark = pytest.mark.mpi
 

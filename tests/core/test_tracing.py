@@ -13,9 +13,9 @@ import torch
 
 import hpcsgd
 from hpcsgd import HpcsgdError, World
-from hpcsgd.diagnostics import trace_file, tracing
-from hpcsgd.diagnostics.status import Status
-from hpcsgd.diagnostics.tracing import Off, Trace
+from hpcsgd.diagnostics import trace, trace_file
+from hpcsgd.diagnostics.activity import Status
+from hpcsgd.diagnostics.trace import Off, Trace
 from hpcsgd.diagnostics.traffic import Traffic
 
 ABOUT = {"rank": 0, "host": "here", "at": 0.0, "offset": 0.0, "error": 0.0}
@@ -125,7 +125,7 @@ def test_calls_of_services_that_do_nothing_are_left_out(rank: Rank) -> None:
 
 
 def test_a_trace_has_an_end_and_says_so(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "LIMIT", 7)
+    monkeypatch.setattr(trace, "LIMIT", 7)
     for step in range(10):
         rank.trace.end_step(step)
     assert [e["args"]["step"] for e in rank.events()] == list(range(7))
@@ -133,11 +133,11 @@ def test_a_trace_has_an_end_and_says_so(rank: Rank, monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_is_bounded_and_events_reach_the_file_meanwhile(rank: Rank) -> None:
-    for step in range(3 * tracing._UNWRITTEN):
+    for step in range(3 * trace._UNWRITTEN):
         rank.trace.end_step(step)
-        assert len(rank.trace._events) < tracing._UNWRITTEN
+        assert len(rank.trace._events) < trace._UNWRITTEN
     events = [e for e in read(rank.folder)["traceEvents"] if e["ph"] == "X"]
-    assert len(events) >= 2 * tracing._UNWRITTEN
+    assert len(events) >= 2 * trace._UNWRITTEN
 
 
 def test_a_line_that_was_cut_off_is_left_out(rank: Rank) -> None:

@@ -56,8 +56,8 @@ import os, sys, time
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from pathlib import Path
 from hpcsgd.commands.doctor import cores, library
-from hpcsgd.commands.doctor.contract import Check
-from hpcsgd.commands.doctor.examine import examine
+from hpcsgd.commands.doctor.check import Check
+from hpcsgd.commands.doctor.runner import examine
 
 def fails_on_one(job):
     if job.rank == 1:
@@ -72,7 +72,7 @@ def hangs(job):
 def nothing(*_):
     return []
 
-import hpcsgd.commands.doctor.job as module
+import hpcsgd.commands.doctor.ranks as module
 module.DEADLINE = 1.0
 checks = [Check("breaks", fails_on_one, nothing, nothing), cores.CHECK,
           Check("shows", lambda job: {}, lambda ranks: 1 / 0, nothing), library.CHECK,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hpcsgd.commands import doctor
-from hpcsgd.commands.doctor import cores, links, memory, page, storage
-from hpcsgd.commands.doctor.contract import Facts, Finding, name_of
+from hpcsgd.commands.doctor import cores, layout, network, shared_memory, storage
+from hpcsgd.commands.doctor.check import Facts, Finding, name_of
 
 GB = 10**9
 
@@ -20,8 +20,8 @@ def healthy(rank: int, nodes: int = 2, per_node: int = 2) -> Facts:
     first = [n * per_node for n in range(nodes)]
     found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {"inside": {}, "between": {}}
     for kind, rounds in (
-        ("inside", links.inside([[f, f + 1] for f in first])),
-        ("between", links.between([[f] for f in first])),
+        ("inside", network.inside([[f, f + 1] for f in first])),
+        ("between", network.between([[f] for f in first])),
     ):
         found[kind] = {pair: (1e-6, 1e10) for pairs in rounds for pair in pairs if pair[0] == rank}
     return {
@@ -291,7 +291,7 @@ def test_ranks_that_share_free_cores_are_no_mistake() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
 def test_every_node_talks_to_its_neighbours_and_to_one_at_a_time(count: int) -> None:
     nodes = [[2 * n, 2 * n + 1] for n in range(count)]
-    rounds = links.between(nodes)
+    rounds = network.between(nodes)
     for pairs in rounds:
         ends = [rank for pair in pairs for rank in pair]
         assert len(ends) == len(set(ends))
@@ -300,7 +300,7 @@ def test_every_node_talks_to_its_neighbours_and_to_one_at_a_time(count: int) -> 
         {frozenset({nodes[n][0], nodes[(n + 1) % count][0]}) for n in range(count)} if count > 1 else set()
     )
     assert set(met) == expected and len(met) == len(expected)
-    assert links.inside([*nodes, [99]]) == [[(2 * n, 2 * n + 1) for n in range(count)]]
+    assert network.inside([*nodes, [99]]) == [[(2 * n, 2 * n + 1) for n in range(count)]]
 
 
 def test_a_quota_of_a_container_is_read(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_threads_that_are_asked_for_are_read(text: str, threads: int) -> None:
 
 
 def test_a_window_of_several_nodes_needs_what_the_widest_takes() -> None:
-    assert memory.needed(4) == 2 * memory.needed(2)
+    assert shared_memory.needed(4) == 2 * shared_memory.needed(2)
 
 
 def test_names_of_ranks_are_short() -> None:
@@ -332,11 +332,11 @@ def test_names_of_ranks_are_short() -> None:
 def test_the_page_is_narrow_short_and_has_errors_first() -> None:
     findings = [Finding("warning", "tardy " * 40, "faster"), Finding("error", "broken", "mend it")]
     checked = {check.name: list(check.show(job(4))) for check in doctor.CHECKS}
-    lines = list(page.lines("doctor", checked, findings))
-    assert len(lines) < 45 and all(len(line) <= page.WIDTH + 10 for line in lines)
+    lines = list(layout.lines("doctor", checked, findings))
+    assert len(lines) < 45 and all(len(line) <= layout.WIDTH + 10 for line in lines)
     text = "\n".join(lines)
     assert text.index("broken") < text.index("mend it") < text.index("tardy")
-    assert "nothing wrong" in list(page.lines("doctor", {}, []))[-1]
+    assert "nothing wrong" in list(layout.lines("doctor", {}, []))[-1]
 
 
 def test_a_file_that_is_there_at_once_is_seen_after_no_time(tmp_path: Path) -> None:

@@ -69,14 +69,14 @@ def test_native_code_that_never_gives_the_lock_back() -> None:
 
 #: As if every rank were on a machine of its own.
 APART = """
-import dataclasses, hpcsgd.mpi.stalls, hpcsgd.mpi.world
-from hpcsgd.diagnostics.status import Neighbour, card
+import dataclasses, hpcsgd.mpi.stall_detector, hpcsgd.mpi.world
+from hpcsgd.diagnostics.activity import Neighbour, card
 def own(card):
     if card.pid != os.getpid(): raise ProcessLookupError
     return Neighbour(card)
 rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")))
 hpcsgd.mpi.world.card = lambda: dataclasses.replace(card(), host=f"node{rank}")
-hpcsgd.mpi.stalls.Neighbour, hpcsgd.mpi.stalls._TELL_EVERY = own, 0.5
+hpcsgd.mpi.stall_detector.Neighbour, hpcsgd.mpi.stall_detector._TELL_EVERY = own, 0.5
 """
 
 

@@ -1,4 +1,5 @@
-"""The `.cu` sources compiled by g++ behind `cuda_on_cpu.h`, in place of `hpcsgd.kernels.cuda.launch`."""
+"""The `.cu` sources compiled by g++ behind `cuda_on_cpu.h`, in place of
+`hpcsgd.kernels.cuda_loader.launch`."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ from typing import Any
 
 import torch
 
-from hpcsgd.kernels import cuda
+from hpcsgd.kernels import cuda_loader
 
 HEADER = Path(__file__).with_suffix(".h")
 FILES = {
     "codec/quantise": ("norms_{x}", "choose_scales_{x}", "encode_{x}_{w}", "decode_{x}_{w}"),
-    "codec/rotate": ("rotate_{x}", "unrotate_{x}"),
+    "codec/hadamard": ("rotate_{x}", "unrotate_{x}"),
     "codec/sample": ("pick_{x}", "place_{x}"),
-    "sums/delta": ("snapshot_{y}", "advance_{y}", "merge_{y}"),
+    "sums/model_delta": ("snapshot_{y}", "advance_{y}", "merge_{y}"),
 }
 FLAGS = ("-shared", "-fPIC", "-O1", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 
@@ -54,6 +55,6 @@ def _compile(file: str, folder: Path) -> ctypes.CDLL:
     code = folder / f"{Path(file).name}.cpp"
     library = code.with_suffix(".so")
     launchers = "".join(f"LAUNCHER({name})\n" for name in sorted(names))
-    code.write_text(HEADER.read_text() + cuda.source(file) + launchers)
+    code.write_text(HEADER.read_text() + cuda_loader.source(file) + launchers)
     subprocess.run(["g++", *FLAGS, "-o", library, code], check=True)
     return ctypes.CDLL(str(library))

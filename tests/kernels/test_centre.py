@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpcsgd.kernels.sums.centre import _BLOCK, add_up, attract
+from hpcsgd.kernels.sums.server_update import _BLOCK, add_up, attract
 
 SIZES = (0, 1, 7, _BLOCK - 1, _BLOCK, _BLOCK + 1, 3 * _BLOCK + 5)
 DTYPES = (np.float32, np.float64)

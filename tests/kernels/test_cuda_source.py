@@ -17,9 +17,9 @@ from cases import DTYPES, LENGTHS, Coded, code, coded, finish, numbers, remainde
 from torch import Tensor
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.kernels import cuda
+from hpcsgd.kernels import cuda_loader
 from hpcsgd.kernels.codec import device, host, spec
-from hpcsgd.kernels.sums import delta
+from hpcsgd.kernels.sums import model_delta
 
 pytestmark = pytest.mark.together
 KEY = spec.key(3, 1)
@@ -48,9 +48,9 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             pytest.skip("no GPU with CuPy here")
         yield torch.device("cuda", 0)
     else:
-        monkeypatch.setattr(cuda, "launch", request.getfixturevalue("launcher"))
-        monkeypatch.setattr(cuda, "processors", lambda _: 1)
-        monkeypatch.setattr(cuda, "_BLOCKS_OF_PROCESSOR", 3)
+        monkeypatch.setattr(cuda_loader, "launch", request.getfixturevalue("launcher"))
+        monkeypatch.setattr(cuda_loader, "processors", lambda _: 1)
+        monkeypatch.setattr(cuda_loader, "_BLOCKS_OF_PROCESSOR", 3)
         yield torch.device("cpu")
 
 
@@ -177,18 +177,18 @@ def test_passes_of_an_average(
         there_buffers = [there(buffer, where, shift * index) for index, buffer in enumerate(buffers)]
 
         def passes(model: Tensor, gain: Tensor, average: Tensor, shot: Tensor) -> Iterator[Any]:
-            yield delta.advance(average, shot, gain)
-            delta.snapshot(model, gain, average, shot)
+            yield model_delta.advance(average, shot, gain)
+            model_delta.snapshot(model, gain, average, shot)
             yield 0
-            yield delta.advance(average, model, gain, 0.3)
-            delta.merge(model, gain)
+            yield model_delta.advance(average, model, gain, 0.3)
+            model_delta.merge(model, gain)
             yield 0
 
         on_host = passes(*buffers)
         on_device = passes(*there_buffers)
         for squares in on_host:
             with monkeypatch.context() as patch:
-                patch.setattr(delta, "_on_gpu", lambda _: True)
+                patch.setattr(model_delta, "_on_gpu", lambda _: True)
                 assert float(next(on_device)) == pytest.approx(squares, rel=1e-13, nan_ok=True)
             for ours, theirs in zip(buffers, there_buffers, strict=True):
                 assert same(one_nan(ours), one_nan(theirs)), numel
@@ -196,19 +196,19 @@ def test_passes_of_an_average(
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
 def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    monkeypatch.setattr(cuda_loader, "processors", lambda _: 1)
     with pytest.raises(HpcsgdError, match="pip install") as caught:
         finish(device.pick(torch.zeros(4), KEY, torch.zeros(2)))
     assert "CuPy" in str(caught.value)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: the sources are compiled by g++ only")
-@pytest.mark.parametrize("file", ["codec/quantise", "codec/rotate", "codec/sample", "sums/delta"])
+@pytest.mark.parametrize("file", ["codec/quantise", "codec/hadamard", "codec/sample", "sums/model_delta"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nvcc_takes_the_sources(tmp_path: Path, file: str, architecture: str) -> None:
     code = tmp_path / f"{Path(file).name}.cu"
-    code.write_text(cuda.source(file))
+    code.write_text(cuda_loader.source(file))
     # A quarter of the time of full optimisation, whose own warnings (spilled registers) it cannot give.
     quickly = ("-Xcicc", "-O1", "-Xptxas", "-O0")
-    options = (*cuda.OPTIONS, f"-arch={architecture}", "-cubin", "-Werror", "all-warnings", *quickly)
+    options = (*cuda_loader.OPTIONS, f"-arch={architecture}", "-cubin", "-Werror", "all-warnings", *quickly)
     subprocess.run(["nvcc", *options, "-o", tmp_path / "cubin", code], check=True)

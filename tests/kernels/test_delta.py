@@ -11,10 +11,10 @@ import torch
 from cases import DTYPES, LENGTHS, numbers
 from torch import Tensor
 
-from hpcsgd.kernels.pieces import PIECE
-from hpcsgd.kernels.sums import delta
+from hpcsgd.kernels.parallel import PIECE
+from hpcsgd.kernels.sums import model_delta
 
-EDGES = (*LENGTHS, delta._CHUNK, delta._CHUNK + 1, PIECE + delta._CHUNK + 3)
+EDGES = (*LENGTHS, model_delta._CHUNK, model_delta._CHUNK + 1, PIECE + model_delta._CHUNK + 3)
 GUARD = 3.5
 
 
@@ -61,7 +61,7 @@ def test_a_snapshot_is_the_model_with_what_it_gained(dtype: torch.dtype) -> None
     for numel in EDGES:
         model, gain, average, shot = some(numel, dtype, 4)
         before = [model.clone(), gain.clone()]
-        delta.snapshot(model, gain, average, shot)
+        model_delta.snapshot(model, gain, average, shot)
         assert same(shot, wide(model) + wide(gain)) and torch.equal(average, shot)
         assert torch.equal(before[0], model) and torch.equal(before[1], gain)
         assert all(map(is_guarded, (model, gain, average, shot)))
@@ -71,7 +71,7 @@ def test_a_snapshot_is_the_model_with_what_it_gained(dtype: torch.dtype) -> None
 def test_a_snapshot_without_gain_is_the_model(dtype: torch.dtype) -> None:
     model = numbers(4099, 5, dtype)
     average, shot = torch.empty_like(model), torch.empty_like(model)
-    delta.snapshot(model, torch.zeros_like(model), average, shot)
+    model_delta.snapshot(model, torch.zeros_like(model), average, shot)
     assert bool((model.view(torch.uint8) != shot.view(torch.uint8)).any()), "-0.0 is among the numbers"
     nonzero = model != 0
     assert same(shot[nonzero], wide(model[nonzero])) and not shot[~nonzero].signbit().any()
@@ -85,7 +85,7 @@ def test_the_gain_advances_by_a_share_of_what_the_average_brings(dtype: torch.dt
         step = wide(average) - wide(shot)
         expected = wide(gain) + step.dtype.type(share) * step
         before = [average.clone(), shot.clone()]
-        squares = delta.advance(average, shot, gain, share)
+        squares = model_delta.advance(average, shot, gain, share)
         assert same(gain, expected), numel
         assert squares == pytest.approx(math.fsum(step.astype(np.float64) ** 2), rel=1e-13)
         assert torch.equal(before[0], average) and torch.equal(before[1], shot)
@@ -97,7 +97,7 @@ def test_a_merge_moves_the_gain_into_the_model(dtype: torch.dtype) -> None:
     for numel in EDGES:
         model, gain = some(numel, dtype, 2)
         expected = wide(model) + wide(gain)
-        delta.merge(model, gain)
+        model_delta.merge(model, gain)
         assert same(model, expected) and same(gain, np.zeros(numel, np.float32))
         assert is_guarded(model) and is_guarded(gain)
 
@@ -107,9 +107,9 @@ def test_an_average_of_one_changes_nothing(dtype: torch.dtype) -> None:
     model, gain, average, shot = (numbers(1037, 2, dtype) for _ in range(4))
     before = model.clone()
     gain.zero_()
-    delta.snapshot(model, gain, average, shot)
-    assert delta.advance(average, shot, gain) == 0
-    delta.merge(model, gain)
+    model_delta.snapshot(model, gain, average, shot)
+    assert model_delta.advance(average, shot, gain) == 0
+    model_delta.merge(model, gain)
     assert torch.equal(before, model)
 
 
@@ -118,16 +118,16 @@ def test_what_is_not_finite_is_seen_in_the_squares(dtype: torch.dtype) -> None:
     for value in (float("nan"), float("inf")):
         average, shot, gain = torch.zeros(3, 700, dtype=dtype)
         average[600] = value
-        assert not math.isfinite(delta.advance(average, shot, gain))
+        assert not math.isfinite(model_delta.advance(average, shot, gain))
         assert not gain[600].isfinite() and torch.equal(gain[:600], shot[:600])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_elements(dtype: torch.dtype) -> None:
     none = [torch.empty(0, dtype=dtype) for _ in range(4)]
-    delta.snapshot(*none)
-    assert delta.advance(*none[1:]) == 0
-    delta.merge(*none[2:])
+    model_delta.snapshot(*none)
+    assert model_delta.advance(*none[1:]) == 0
+    model_delta.merge(*none[2:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,9 +135,9 @@ def test_threads_give_the_same_bits(dtype: torch.dtype, threads: int) -> None:
     together, alone = ([numbers(4 * PIECE + 77, seed, dtype) / 8 for seed in range(4)] for _ in range(2))
 
     def passes(model: Tensor, gain: Tensor, average: Tensor, shot: Tensor) -> float:
-        squares = float(delta.advance(average, shot, gain))
-        delta.snapshot(model, gain, average, shot)
-        delta.merge(model, gain)
+        squares = float(model_delta.advance(average, shot, gain))
+        model_delta.snapshot(model, gain, average, shot)
+        model_delta.merge(model, gain)
         return squares
 
     squares = passes(*together)
@@ -148,13 +148,13 @@ def test_threads_give_the_same_bits(dtype: torch.dtype, threads: int) -> None:
 
 
 def test_nothing_is_left_to_compile_after_the_warm_up() -> None:
-    delta.warm_up(DTYPES, torch.device("cpu"))
-    kernels = (delta._snapshot, delta._advance, delta._merge)
+    model_delta.warm_up(DTYPES, torch.device("cpu"))
+    kernels = (model_delta._snapshot, model_delta._advance, model_delta._merge)
     compiled = [list(kernel.signatures) for kernel in kernels]
     assert all(compiled)
     for dtype in DTYPES:
         model, gain, average, shot = some(PIECE + 1, dtype, 4)
-        delta.snapshot(model, gain, average, shot)
-        delta.advance(average, shot, gain)
-        delta.merge(model, gain)
+        model_delta.snapshot(model, gain, average, shot)
+        model_delta.advance(average, shot, gain)
+        model_delta.merge(model, gain)
     assert compiled == [list(kernel.signatures) for kernel in kernels]

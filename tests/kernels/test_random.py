@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hpcsgd.kernels.codec import spec
-from hpcsgd.kernels.codec.numbers import hashed, random
+from hpcsgd.kernels.codec.float_bits import hashed, random
 from hpcsgd.kernels.jit import jit
 
 SIZE = 1 << 20

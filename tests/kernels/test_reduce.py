@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcsgd.kernels.sums import reduce
+from hpcsgd.kernels.sums import node_reduce
 from hpcsgd.kernels.sync import barrier
 
 DTYPES = (np.float32, np.float64)
@@ -46,8 +46,8 @@ def test_a_part_is_reduced_and_nothing_else_is_touched(
     total = scaled_sum(rows, scale)
     me = data.draw(st.integers(0, ranks - 1))
     one, every = rows.copy(), rows.copy()
-    reduce.reduce_part(one, start, stop, dtype(scale), me)
-    reduce.reduce_part_to_all(every, start, stop, dtype(scale))
+    node_reduce.reduce_part(one, start, stop, dtype(scale), me)
+    node_reduce.reduce_part_to_all(every, start, stop, dtype(scale))
     for rank in range(ranks):
         expected = rows[rank].copy()
         if rank == me:
@@ -60,7 +60,7 @@ def test_a_part_is_reduced_and_nothing_else_is_touched(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_a_number_and_infinity_pass_through(dtype: type) -> None:
     rows = np.array([[1, np.inf, np.nan, np.inf], [2, 1, 1, -np.inf]], dtype)
-    reduce.reduce_part_to_all(rows, 0, 4, dtype(1))
+    node_reduce.reduce_part_to_all(rows, 0, 4, dtype(1))
     expected = np.array([3, np.inf, np.nan, np.nan], dtype)
     np.testing.assert_array_equal(rows, np.stack([expected, expected]))
 
@@ -79,8 +79,8 @@ def test_threads_as_ranks_reduce_to_the_same_bits(ranks: int, dtype: type) -> No
     def rank_of(me: int) -> None:
         for _ in range(rounds):
             phase = target = 0
-            while phase != reduce.DONE:
-                phase, target = reduce.allreduce(
+            while phase != node_reduce.DONE:
+                phase, target = node_reduce.allreduce(
                     phase, target, flags, rows, cuts[me], cuts[me + 1], dtype(0.5), me, 10, 1000
                 )
 
@@ -98,6 +98,6 @@ def test_an_allreduce_that_lacks_a_rank_comes_back_to_its_caller() -> None:
     before = rows.copy()
     phase = target = 0
     for _ in range(3):
-        phase, target = reduce.allreduce(phase, target, flags, rows, 0, 10, np.float32(1), 0, 5, 1000)
-        assert phase == reduce.WAIT_ALL_READY and barrier.missing(flags, 2, target) == [1]
+        phase, target = node_reduce.allreduce(phase, target, flags, rows, 0, 10, np.float32(1), 0, 5, 1000)
+        assert phase == node_reduce.WAIT_ALL_READY and barrier.missing(flags, 2, target) == [1]
     np.testing.assert_array_equal(rows, before)

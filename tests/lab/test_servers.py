@@ -13,8 +13,8 @@ import pytest
 import torch
 from background import Job
 
-from hpcsgd.server.links import Head, Kind
-from hpcsgd.server.ports import Meeting
+from hpcsgd.server.protocol import Head, Kind
+from hpcsgd.server.tcp_link import Meeting
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.together]
 #: 13 batches an epoch.

@@ -12,7 +12,7 @@ from run_folders import test as tested
 from run_folders import usual, write_run
 
 from hpcsgd.commands.report import load
-from hpcsgd.commands.report.page import page
+from hpcsgd.commands.report.html import page
 from hpcsgd.commands.report.records import RunRecord
 from hpcsgd.commands.report.summary import cells
 

@@ -11,8 +11,8 @@ from run_folders import test as tested
 from run_folders import train, usual, write_run
 
 from hpcsgd.commands.report import load
+from hpcsgd.commands.report.figures import draw
 from hpcsgd.commands.report.plots import charts, figures
-from hpcsgd.commands.report.render import draw
 
 
 def test_curves_hold_the_records(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from talkers import contract_of
 
 from hpcsgd.server import Server
 from hpcsgd.server.connection import Connection, Request
-from hpcsgd.server.links import Head, Kind, Link, Party
-from hpcsgd.server.ports import SocketLink
+from hpcsgd.server.protocol import Head, Kind, Link, Party
+from hpcsgd.server.tcp_link import SocketLink
 
 SIZE = 50  # of the first shard
 

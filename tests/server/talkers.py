@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.server import Policy, Server, ports
-from hpcsgd.server.links import Head, Kind, Link, Lost, Party, State, read_note
+from hpcsgd.server import Policy, Server, tcp_link
+from hpcsgd.server.protocol import Head, Kind, Link, Lost, Party, State, read_note
 
 ONES = np.ones(4, np.float32)
 
@@ -109,10 +109,10 @@ class Talker:
 
     def take(self, link: Link, head: Head, body: np.ndarray) -> None:
         if head.kind is Kind.CHALLENGE:
-            proof = ports.proof(self.secret, read_note(body)["nonce"])
+            proof = tcp_link.proof(self.secret, read_note(body)["nonce"])
             link.send_note(Kind.HELLO, {"nonce": "mine", "proof": proof, **self.hello})
         elif head.kind is Kind.WELCOME:
-            self.welcome = ports.proves(self.secret, "mine", read_note(body)["proof"])
+            self.welcome = tcp_link.proves(self.secret, "mine", read_note(body)["proof"])
         elif head.kind is Kind.REFUSAL:
             self.reason = read_note(body)["reason"]
         else:

@@ -10,7 +10,7 @@ import pytest
 from talkers import ONES, Talker, as_bytes, contract_of, goes_on, pair, talker
 
 from hpcsgd.server import Policy, Server
-from hpcsgd.server.links import Head, Kind
+from hpcsgd.server.protocol import Head, Kind
 
 
 def test_who_knows_the_secret_is_let_in_and_told_that_the_server_knows_it() -> None:

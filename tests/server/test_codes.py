@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from talkers import Talker, contract_of
 
 from hpcsgd.compress import build
-from hpcsgd.compress.alone import bytes_of
-from hpcsgd.server import Policy, Server, keeping
-from hpcsgd.server.codes import ClientCodes, Coding, coder_of
+from hpcsgd.compress.point_to_point import bytes_of
+from hpcsgd.server import Policy, Server, update_log
+from hpcsgd.server.code_sum import ServerSum
 from hpcsgd.server.connection import Request
-from hpcsgd.server.links import Head, Kind, State
-from hpcsgd.server.sums import ServerSum
+from hpcsgd.server.delta_coding import ClientCodes, Coding, coder_of
+from hpcsgd.server.protocol import Head, Kind, State
 
 SIZE = 400
 SPECS = [
@@ -311,7 +311,7 @@ def test_who_is_in_step_in_sync_has_the_same_bits_as_the_others(spec: str) -> No
 @pytest.mark.parametrize("mode", ["sync", "async", "elastic"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_log_makes_the_same_updates_again(tmp_path: Path, mode: str, spec: str) -> None:
-    policy, kept = Policy(mode, 0.3), keeping.Keeping(tmp_path)
+    policy, kept = Policy(mode, 0.3), update_log.Keeping(tmp_path)
     server = Server(policy, record=kept.record)
     kept.begin(server, 0)
     clients = group(server, 2, spec)
@@ -323,7 +323,7 @@ def test_a_log_makes_the_same_updates_again(tmp_path: Path, mode: str, spec: str
     last = clients[0].answered[-1], clients[0].pull.clone()
     kept.note()
     again = Server(policy)
-    keeping.Keeping(tmp_path).replay(again, 0)
+    update_log.Keeping(tmp_path).replay(again, 0)
     assert bits(centre(again)) == bits(centre(server))
     assert again.shards[0].version == server.shards[0].version
     # A push whose answer was lost is answered as it was.

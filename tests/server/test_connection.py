@@ -14,9 +14,9 @@ from plugs import SIZE, Plugs, ask, connect, run, values
 from talkers import contract_of
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.server import Policy, Server, connection, ports
+from hpcsgd.server import Policy, Server, connection, tcp_link
 from hpcsgd.server.connection import Request
-from hpcsgd.server.links import HEAD_BYTES, Head, Kind, Link, Party, State
+from hpcsgd.server.protocol import HEAD_BYTES, Head, Kind, Link, Party, State
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -206,8 +206,8 @@ def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
         [(Kind.GRANT, {})],
         [(Kind.BYE, {})],
         [(Kind.BEAT, {})],
-        [(Kind.WELCOME, {"proof": ports.proof("", ""), "lease": None})],
-        [(Kind.WELCOME, {"proof": ports.proof("", ""), "lease": float("nan")})],
+        [(Kind.WELCOME, {"proof": tcp_link.proof("", ""), "lease": None})],
+        [(Kind.WELCOME, {"proof": tcp_link.proof("", ""), "lease": float("nan")})],
         [(Kind.CHALLENGE, {"nonce": "x" * 5_000_000})],
         [],
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from talkers import centre, drawn, group
 
 from hpcsgd.server import Policy, Server
-from hpcsgd.server.links import Head, Kind, State
+from hpcsgd.server.protocol import Head, Kind, State
 
 
 class Story:

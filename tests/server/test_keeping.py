@@ -12,8 +12,8 @@ import torch
 from talkers import Talker, contract_of
 
 from hpcsgd import HpcsgdError
-from hpcsgd.server import Policy, Server, keeping
-from hpcsgd.server.links import Head, Kind
+from hpcsgd.server import Policy, Server, update_log
+from hpcsgd.server.protocol import Head, Kind
 
 SIZES = [5, 3]
 OPTIONS = {"SGD": [{"lr": 0.1, "momentum": 0.9}], "Adam": [{"lr": 0.1, "betas": [0.9, 0.99]}]}
@@ -27,7 +27,7 @@ class Job:
         self.folder, self.policy = folder, Policy(mode, lease=lease)
         self.contract, self.options = contract_of(SIZES, mode, optimizer=optimizer), OPTIONS[optimizer]
         self.random = np.random.default_rng(1)
-        self.keeping = keeping.Keeping(folder)
+        self.keeping = update_log.Keeping(folder)
         self.server = Server(self.policy, record=self.keeping.record)
         self.keeping.begin(self.server, 0)
         self.clients = [self.come(name) for name in "ab"]
@@ -56,8 +56,8 @@ class Job:
         """Another server, from a state and what is logged since."""
         server = Server(self.policy)
         if saved is not None:
-            keeping.restore(server, saved)
-        keeping.Keeping(self.folder).replay(server, since)
+            update_log.restore(server, saved)
+        update_log.Keeping(self.folder).replay(server, since)
         return server
 
 
@@ -73,7 +73,7 @@ def leaves(value: Any, key: str = "") -> dict[str, Any]:
 
 def known(server: Server) -> dict[str, Any]:
     """All that must survive: figures are those of the last state."""
-    found = leaves(keeping.state(server))
+    found = leaves(update_log.state(server))
     return {key: value for key, value in found.items() if "staleness" not in key and "left_out" not in key}
 
 
@@ -82,7 +82,7 @@ def test_from_the_log_alone_and_from_a_state_in_between(tmp_path: Path, mode: st
     job = Job(tmp_path, mode, optimizer)
     job.work(3)
     assert known(job.again()) == known(job.server)
-    saved = keeping.state(job.server)
+    saved = update_log.state(job.server)
     job.keeping.begin(job.server, 1)
     assert known(job.again(1, saved)) == known(job.server)
     job.work(2)
@@ -98,10 +98,10 @@ def test_a_state_is_not_changed_by_what_comes_after_it(tmp_path: Path) -> None:
         (tmp_path / mode).mkdir()
         job = Job(tmp_path / mode, mode, optimizer)
         job.work(1)
-        saved = keeping.state(job.server)
+        saved = update_log.state(job.server)
         before = leaves(saved)
         job.work(1)
-        assert leaves(saved) == before != leaves(keeping.state(job.server))
+        assert leaves(saved) == before != leaves(update_log.state(job.server))
 
 
 @pytest.mark.parametrize("mode", ["sync", "async", "elastic"])
@@ -182,7 +182,7 @@ def test_a_log_that_is_damaged_or_missing_is_an_error_or_ends_there(tmp_path: Pa
     path.write_bytes(whole[:place] + b'"version": 7' + whole[place + 12 :])
     assert sum(shard.version for shard in job.again().shards.values()) == 2
     path.write_bytes(whole)
-    saved = keeping.state(job.server)
+    saved = update_log.state(job.server)
     job.keeping.begin(job.server, 1)
     job.work(1)
     job.keeping.begin(job.server, 2)

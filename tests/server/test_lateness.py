@@ -9,7 +9,7 @@ import pytest
 from talkers import centre, group
 
 from hpcsgd.server import Policy, Server
-from hpcsgd.server.links import Head, Kind, State
+from hpcsgd.server.protocol import Head, Kind, State
 
 
 def test_who_is_gone_in_the_middle_of_a_round_is_not_waited_for() -> None:

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from hpcsgd.server import leave
-from hpcsgd.server.client import Client
+from hpcsgd.server import step_quota
+from hpcsgd.server.session import Client
 
 
 def client(name: str) -> Client:
@@ -24,13 +24,13 @@ def test_all_steps_are_taken_and_all_are_through_together(
 ) -> None:
     for goal in (1, 7, 40, 333):
         clients, now, begun = [client(str(i)) for i in range(len(seconds))], 0.0, 0
-        monkeypatch.setattr(leave.time, "monotonic", lambda: now)  # noqa: B023
+        monkeypatch.setattr(step_quota.time, "monotonic", lambda: now)  # noqa: B023
         rng = random.Random(goal)
         asking = [(0.0, i) for i in range(len(seconds))]
         while asking:
             now, i = heapq.heappop(asking)
-            steps = leave.share(clients[i], interval, goal - begun, clients)
-            leave.note(clients[i], steps)
+            steps = step_quota.share(clients[i], interval, goal - begun, clients)
+            step_quota.note(clients[i], steps)
             begun += steps
             if steps:
                 heapq.heappush(asking, (now + steps * seconds[i] * rng.uniform(0.95, 1.05), i))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcsgd.server.links import HEAD_BYTES, Head, Kind, Malformed, State, read_note
+from hpcsgd.server.protocol import HEAD_BYTES, Head, Kind, Malformed, State, read_note
 
 HEADS = st.builds(
     Head,

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.server import ports
-from hpcsgd.server.links import HEAD_BYTES, Head, Kind, Link, Lost, Malformed
-from hpcsgd.server.ports import Meeting, SocketLink
+from hpcsgd.server import tcp_link
+from hpcsgd.server.protocol import HEAD_BYTES, Head, Kind, Link, Lost, Malformed
+from hpcsgd.server.tcp_link import Meeting, SocketLink
 
 
 class Ear:
@@ -39,7 +39,7 @@ class Ear:
 
 
 def sockets() -> tuple[socket.socket, socket.socket]:
-    listener = ports.listen("127.0.0.1")
+    listener = tcp_link.listen("127.0.0.1")
     one = socket.create_connection(listener.getsockname())
     listener.setblocking(True)
     other, _ = listener.accept()
@@ -201,7 +201,7 @@ def test_what_comes_is_heard() -> None:
 
 def test_a_meeting_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "meeting"
-    meeting = Meeting(ports.new_secret(), [(["10.0.0.1", "127.0.0.1"], 4711), (["h"], 1)])
+    meeting = Meeting(tcp_link.new_secret(), [(["10.0.0.1", "127.0.0.1"], 4711), (["h"], 1)])
     old = os.umask(0)
     try:
         path.write_text("what another job has left")
@@ -233,14 +233,14 @@ def test_where_there_is_no_file_there_is_an_os_error(tmp_path: Path) -> None:
 
 
 def test_the_first_address_that_answers_is_taken() -> None:
-    listener = ports.listen("127.0.0.1")
+    listener = tcp_link.listen("127.0.0.1")
     port = listener.getsockname()[1]
-    connection = ports.connect(["127.0.0.2", "127.0.0.1"], port)
+    connection = tcp_link.connect(["127.0.0.2", "127.0.0.1"], port)
     assert connection.getpeername() == ("127.0.0.1", port)
     connection.close()
     listener.close()
     with pytest.raises(OSError, match=str(port)):
-        ports.connect(["127.0.0.1"], port)
+        tcp_link.connect(["127.0.0.1"], port)
 
 
 def test_nobody_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +250,11 @@ def test_nobody_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     own.connect(own.getsockname())
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: own)
     with pytest.raises(OSError, match="nobody is there"):
-        ports.connect(["127.0.0.1"], own.getsockname()[1])
+        tcp_link.connect(["127.0.0.1"], own.getsockname()[1])
 
 
 def test_the_own_addresses_end_with_the_loopback() -> None:
-    found = ports.addresses()
+    found = tcp_link.addresses()
     assert "127.0.0.1" in found
     assert all(socket.inet_aton(address) for address in found)
     assert [a.startswith("127.") for a in found] == sorted(a.startswith("127.") for a in found)
@@ -264,12 +264,12 @@ def test_the_own_addresses_end_with_the_loopback() -> None:
 @settings(max_examples=40, deadline=None)
 def test_only_the_secret_proves_itself(secret: str, nonce: str) -> None:
     nonce = json.loads(json.dumps(nonce))
-    proof = ports.proof(ports.new_secret() + "x", nonce)
-    own = ports.new_secret()
-    assert ports.proves(own, nonce, ports.proof(own, nonce))
+    proof = tcp_link.proof(tcp_link.new_secret() + "x", nonce)
+    own = tcp_link.new_secret()
+    assert tcp_link.proves(own, nonce, tcp_link.proof(own, nonce))
     for wrong in (proof, secret, None, 3, "\ud800", "é"):
-        assert not ports.proves(own, nonce, wrong)
+        assert not tcp_link.proves(own, nonce, wrong)
 
 
 def test_a_nonce_may_be_any_text() -> None:
-    assert ports.proof("s", "\ud800") != ports.proof("s", "\ud801")
+    assert tcp_link.proof("s", "\ud800") != tcp_link.proof("s", "\ud801")

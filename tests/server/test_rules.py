@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpcsgd.errors import BadOption
-from hpcsgd.server.rules import OPTIMIZERS, Descent, Elastic, Terms, average, describe
+from hpcsgd.server.update_rules import OPTIMIZERS, Descent, Elastic, Terms, average, describe
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 #: Of half precisions sums are made in float32, and rounded once.

@@ -12,7 +12,7 @@ import pytest
 from talkers import ONES, Talker, Wire, as_bytes, contract_of, goes_on, pair, talker
 
 from hpcsgd.server import Policy, Server
-from hpcsgd.server.links import HEAD_BYTES, NOTES, Head, Kind, State
+from hpcsgd.server.protocol import HEAD_BYTES, NOTES, Head, Kind, State
 
 
 def raw(head: Head, body: np.ndarray | None = None) -> Callable[[Talker], None]:

@@ -22,8 +22,8 @@ from free_runs import (
 from torch import nn
 
 from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, topology
-from hpcsgd.strategies.adpsgd.pairs import Pairs
-from hpcsgd.strategies.adpsgd.pairwise import Pairwise
+from hpcsgd.strategies.adpsgd.async_pairs import Pairwise
+from hpcsgd.strategies.adpsgd.pairing import Pairs
 
 
 def job_of(world: Any, **options: Any) -> Job:

@@ -19,7 +19,7 @@ from hpcsgd import BackupWorkers, BadOption, DeadlineExceeded, HpcsgdError, Run,
 from hpcsgd.errors import in_words
 from hpcsgd.strategies import delays
 from hpcsgd.strategies.backup_workers.agreement import agreement
-from hpcsgd.topology.paths import connected
+from hpcsgd.topology.graphs import connected
 
 FEATURES, LR, BATCHES = 4, 0.05, 7
 LAYOUTS = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hpcsgd import HpcsgdError
-from hpcsgd.server.ports import Meeting
-from hpcsgd.strategies.parameter_server.dialing import dials, group_name
+from hpcsgd.server.tcp_link import Meeting
+from hpcsgd.strategies.parameter_server.connect import dials, group_name
 
 
 @pytest.mark.mpi

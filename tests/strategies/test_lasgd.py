@@ -16,7 +16,7 @@ from free_runs import Job, check_averages_within_a_loop, loader, slow_service, t
 from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm
 from hpcsgd.collectives import allreduce
 from hpcsgd.strategies.lasgd.averaging import Averaging
-from hpcsgd.strategies.lasgd.tally import Totals
+from hpcsgd.strategies.lasgd.statistics import Totals
 
 each_layout = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
 

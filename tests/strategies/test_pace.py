@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hpcsgd.strategies.lasgd.averaging import RECORD
-from hpcsgd.strategies.lasgd.pace import Adaptive, Fixed, damping, wanted
+from hpcsgd.strategies.lasgd.schedule import Adaptive, Fixed, damping, wanted
 
 
 def records(rounds: int = 1, cost: float = 0.0, drift: float = 0.0) -> Any:

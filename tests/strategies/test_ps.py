@@ -14,8 +14,8 @@ from free_runs import FEATURES, Job, loader, train_while_rank_0_is_stopped
 from torch import nn
 
 from hpcsgd import AllReduce, BadOption, HpcsgdError, ParameterServer, Run
-from hpcsgd.strategies.parameter_server.serving import Serving
-from hpcsgd.strategies.parameter_server.working import Worker
+from hpcsgd.strategies.parameter_server.server_rank import Serving
+from hpcsgd.strategies.parameter_server.worker import Worker
 
 STEPS = 7
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -12,10 +12,10 @@ from torch import nn
 
 from hpcsgd import AllReduce, BadOption, HpcsgdError, ParameterServer, Run
 from hpcsgd.compress import Compressor, Stretch, build
-from hpcsgd.compress.alone import FACTOR_BYTES, Coder
-from hpcsgd.server.sums import ServerSum
-from hpcsgd.strategies.parameter_server.serving import Serving
-from hpcsgd.tensors.tensors import TensorGroup
+from hpcsgd.compress.point_to_point import FACTOR_BYTES, Coder
+from hpcsgd.server.code_sum import ServerSum
+from hpcsgd.strategies.parameter_server.server_rank import Serving
+from hpcsgd.tensors.group import TensorGroup
 
 pytestmark = pytest.mark.mpi(min_size=2)
 SPECS = ["ef+hadamard+maxnorm:bits=3,block=64", "ef+randk:ratio=0.3"]

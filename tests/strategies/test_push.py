@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hpcsgd import SGP, Run, topology
-from hpcsgd.strategies.weights import Weights
+from hpcsgd.strategies.push_sum import Weights
 
 SPECS = ("ring", "star", "exponential", "one-peer-exponential", "base", "random-regular:degree=3", "torus")
 

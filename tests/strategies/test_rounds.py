@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from hpcsgd import BadOption, topology
 from hpcsgd.strategies import delays
-from hpcsgd.strategies.backup_workers.rounds import Rounds, fixed_backups
+from hpcsgd.strategies.backup_workers.closing_rule import Rounds, fixed_backups
 from hpcsgd.strategies.backup_workers.virtual_time import VirtualTime
-from hpcsgd.topology.paths import adjacency, connected
-from hpcsgd.topology.weights import metropolis, metropolis_among
+from hpcsgd.topology.graphs import adjacency, connected
+from hpcsgd.topology.mixing import metropolis, metropolis_among
 
 GRAPHS = ["ring", "star", "complete", "exponential", "one-peer-exponential", "random-regular:degree=4"]
 

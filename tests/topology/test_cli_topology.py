@@ -12,7 +12,7 @@ from families import SPECS, made, over_sizes
 from launch import run_alone
 
 from hpcsgd.commands.cli import cli
-from hpcsgd.commands.topology.show import steps_to_halve, traffic
+from hpcsgd.commands.topology.tables import steps_to_halve, traffic
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.topology import TOPOLOGIES
 
@@ -103,7 +103,7 @@ def test_drawings_are_written(words: list[str], tmp_path: Path) -> None:
 
 def test_a_drawing_has_a_panel_for_each_step_and_a_line_for_each_link() -> None:
     pytest.importorskip("matplotlib")
-    from hpcsgd.commands.topology.draw import draw
+    from hpcsgd.commands.topology.drawing import draw
 
     topology = made("one-peer-exponential", 8)
     axes = draw(topology, "title").axes

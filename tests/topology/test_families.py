@@ -11,7 +11,7 @@ from families import made
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.topology import BaseGraph, RandomRegular, Torus, build
-from hpcsgd.topology.paths import connected
+from hpcsgd.topology.graphs import connected
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.topology import TOPOLOGIES, Topology, build, metropolis
-from hpcsgd.topology.weights import Matrix
+from hpcsgd.topology.mixing import Matrix
 
 every_family = pytest.mark.parametrize("spec", SPECS)
 

@@ -135,7 +135,9 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
     words = f"train --out {tmp_path} --name run --data synthetic:samples=64 --epochs 100000"
     words += " --evaluate-every 0 --checkpoint-every 0 --log-every 1 --strategy lasgd"
     told = tell_one_rank(signal.SIGTERM, run / "metrics.jsonl")
-    script = CLI + "import hpcsgd.commands.train.train; hpcsgd.commands.train.train._MEET_EVERY = 0.1; main()"
+    script = (
+        CLI + "import hpcsgd.commands.train.trainer; hpcsgd.commands.train.trainer._MEET_EVERY = 0.1; main()"
+    )
     job = launch(script, 2, *words.split(), timeout=120, meanwhile=told)
     assert job.returncode == 0 and not job.left and not job.files and not job.timed_out, job
     said = re.search(r"^SIGTERM: checkpoint of step (\d+) written; --resume (.*)$", job.stdout, re.M)

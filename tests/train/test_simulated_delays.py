@@ -10,14 +10,14 @@ from train_jobs import records, trained
 
 from hpcsgd import BadOption, World
 from hpcsgd.commands.train.settings import Settings
-from hpcsgd.commands.train.train import Training
+from hpcsgd.commands.train.trainer import Training
 from hpcsgd.strategies import delays
 
 COMMON = "--data synthetic:samples=64 --batch 8 --accumulate 2 --log-every 1 --evaluate-every 0"
 
 # Of each run, what each rank slept, on a line of its own.
 TOLD = """
-import hpcsgd.commands.train.train as training
+import hpcsgd.commands.train.trainer as training
 
 class Clock:
     def __getattr__(self, name):

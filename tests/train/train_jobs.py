@@ -41,10 +41,10 @@ NOISY = """
 import os, random
 import numpy as np
 from torch import nn
-import hpcsgd.commands.train.train
+import hpcsgd.commands.train.trainer
 from hpcsgd.mpi import launcher
 
-hpcsgd.commands.train.train._VOTE_EVERY = 0.0  # the ranks ask each other after every step
+hpcsgd.commands.train.trainer._VOTE_EVERY = 0.0  # the ranks ask each other after every step
 
 class Noisy(nn.Module):
     def __init__(self, layers, stop, number):

@@ -25,7 +25,7 @@ _CSV = click.option("--csv", metavar="FILE", help="Write the figures here too.")
 @_CSV
 def allreduce(sizes: str, repeats: int, algorithm: str, link_mbit: float | None, csv: str | None) -> None:
     """The mean of float32 buffers: hpcsgd, MPI, gloo, and memory copy or link."""
-    from hpcsgd.commands.bench.allreduce.allreduce import main as measure
+    from hpcsgd.commands.bench.allreduce.command import main as measure
 
     try:
         kib = [float(size) for size in sizes.split(",")]
@@ -69,8 +69,8 @@ def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
 @_CSV
 def compress(schemes: str | None, elements: str | None, data: str, **options: Any) -> None:
     """Compression: time, bytes and error of each scheme, beside float32, gloo and torch's hooks."""
-    from hpcsgd.commands.bench.compress.compress import SCHEMES
-    from hpcsgd.commands.bench.compress.compress import main as measure
+    from hpcsgd.commands.bench.compress.command import SCHEMES
+    from hpcsgd.commands.bench.compress.command import main as measure
 
     kinds = ["gaussian", "resnet18"] if data == "both" else [data]
     given = list(SCHEMES) if schemes is None else _listed(schemes)

@@ -18,8 +18,8 @@ from hpcsgd.server import Policy, Server
 from hpcsgd.server.connection import Dial
 from hpcsgd.server.mpi_link import MPILink
 from hpcsgd.server.store import Store
-from hpcsgd.strategies.parameter_server.dialing import FileDial, RankDial
-from hpcsgd.tensors.tensors import TensorGroup
+from hpcsgd.strategies.parameter_server.connect import FileDial, RankDial
+from hpcsgd.tensors.group import TensorGroup
 
 _POLICY = Policy("elastic", alpha=0.5)
 _TENSOR = 256 * 1024  # elements
@@ -90,8 +90,8 @@ def _over_tcp(world: World, mib: float, repeats: int, listen: Path) -> dict[str,
     if world.rank == 0:
         seconds = _ask(part, FileDial(listen, 0, world.traffic), mib, repeats)
     else:
-        from hpcsgd.commands.serve.board import Board
-        from hpcsgd.server.ports import new_secret
+        from hpcsgd.commands.serve.dashboard import Board
+        from hpcsgd.server.tcp_link import new_secret
 
         options = Options(listen, _POLICY.mode, _POLICY.alpha, progress="off")
         folder = listen.with_name(f"{listen.name}.checkpoint")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcsgd.commands.bench import output, peers
+from hpcsgd.commands.bench import baselines, output
 from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
 from hpcsgd.commands.bench.trainers import Trainer, check_same, difference, draw, sgd, trainer
 from hpcsgd.mpi.world import World
@@ -103,7 +103,7 @@ def _measure(world: World, spec: str, batch: int, repeats: int, steps: int, seed
     torch.manual_seed(seed)
     model = build(spec, data)
     batches = draw(world, data, batch, 1 + repeats * (1 + steps))
-    with peers.gloo(world):
+    with baselines.gloo(world):
         alone = trainer(copy.deepcopy(model), batches)
         ddp = trainer(DistributedDataParallel(copy.deepcopy(model)), batches)
         optimizer, strategy = sgd(model), AllReduce()

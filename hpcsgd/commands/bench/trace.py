@@ -14,7 +14,7 @@ import torch
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
 from hpcsgd.commands.bench.trainers import Trainer, draw, sgd
-from hpcsgd.diagnostics.tracing import Off, Trace
+from hpcsgd.diagnostics.trace import Off, Trace
 from hpcsgd.mpi.world import World
 from hpcsgd.training.data import load
 from hpcsgd.training.models import build

@@ -12,19 +12,31 @@ from hpcsgd.commands.doctor import (
     cores,
     gpu,
     kernels,
-    launch,
-    library,
-    links,
-    memory,
+    launcher,
+    mpi_library,
+    network,
+    shared_memory,
     storage,
     versions,
 )
-from hpcsgd.commands.doctor.contract import Check
-from hpcsgd.commands.doctor.examine import examine
+from hpcsgd.commands.doctor.check import Check
+from hpcsgd.commands.doctor.runner import examine
 
 #: In the order of the page; a check may judge by the facts of those before it.
 CHECKS: tuple[Check, ...] = tuple(
-    module.CHECK for module in (versions, cores, library, launch, memory, links, clock, gpu, kernels, storage)
+    module.CHECK
+    for module in (
+        versions,
+        cores,
+        mpi_library,
+        launcher,
+        shared_memory,
+        network,
+        clock,
+        gpu,
+        kernels,
+        storage,
+    )
 )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hpcsgd.commands.doctor.contract import Check, Facts, Finding, Ranks
-from hpcsgd.commands.doctor.job import Job
+from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks
+from hpcsgd.commands.doctor.ranks import Job
 
 _TRIPS = 5
 _APART = 1.0  # seconds

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from hpcsgd.commands.doctor.contract import Check, Facts, Finding, Ranks, group, name_of, nodes_of, shown
-from hpcsgd.commands.doctor.job import Job
+from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, group, name_of, nodes_of, shown
+from hpcsgd.commands.doctor.ranks import Job
 
 _MOST_HOSTS = 4
 

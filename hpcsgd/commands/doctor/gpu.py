@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from hpcsgd.commands.doctor.contract import Check, Facts, Finding, Ranks, group, name_of, nodes_of, shown
-from hpcsgd.commands.doctor.job import Job
+from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, group, name_of, nodes_of, shown
+from hpcsgd.commands.doctor.ranks import Job
 
 _ELEMENTS, _DRAWN, _KEY = 1000, 100, (1, 2)
 
@@ -44,7 +44,7 @@ def _cupy() -> str:
 
 def _compile(device: torch.device) -> str:
     """Compile a kernel, run it, and compare it with its twin on the host; "" or the problem."""
-    from hpcsgd.kernels.codec.choose import ops
+    from hpcsgd.kernels.codec.dispatch import ops
 
     values = torch.arange(_ELEMENTS, dtype=torch.float32)
     drawn = []

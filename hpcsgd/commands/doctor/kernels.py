@@ -7,20 +7,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hpcsgd.commands.doctor.contract import Check, Facts, Finding, Ranks, group, name_of, shown
-from hpcsgd.commands.doctor.job import Job
+from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, group, name_of, shown
+from hpcsgd.commands.doctor.ranks import Job
 
 
 def gather(_: Job) -> Facts:
     started = time.monotonic()
     from hpcsgd.kernels.jit import cache_of
-    from hpcsgd.kernels.sync import counter
+    from hpcsgd.kernels.sync import ticket_lock
 
-    words = np.zeros(counter.COUNT_WORDS, np.int32)
-    counter.advance(words, 0, 3)
+    words = np.zeros(ticket_lock.COUNT_WORDS, np.int32)
+    ticket_lock.advance(words, 0, 3)
     return {
         "compiled": int(words[0]) == 3,
-        "cache": cache_of(counter.advance),
+        "cache": cache_of(ticket_lock.advance),
         "kernel seconds": time.monotonic() - started,
     }
 

@@ -9,8 +9,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcsgd.commands.doctor.contract import Check, Facts, Finding, Ranks, name_of
-from hpcsgd.commands.doctor.job import Job
+from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, name_of
+from hpcsgd.commands.doctor.ranks import Job
 
 _VERSIONS, _BYTES = 20, 8192
 _PAUSE = 0.005  # seconds between two versions, and between two looks

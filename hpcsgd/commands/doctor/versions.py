@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from hpcsgd.commands.doctor.contract import Check, Facts, Finding, Ranks, group, name_of, shown
-from hpcsgd.commands.doctor.job import Job
+from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, group, name_of, shown
+from hpcsgd.commands.doctor.ranks import Job
 
 _PACKAGES = ("hpcsgd", "torch", "numpy", "mpi4py", "numba")
 

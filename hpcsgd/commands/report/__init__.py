@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from hpcsgd.commands.report import page, plots
-from hpcsgd.commands.report.groups import grouped
+from hpcsgd.commands.report import html, plots
+from hpcsgd.commands.report.figures import png
+from hpcsgd.commands.report.grouped_table import grouped
 from hpcsgd.commands.report.records import RunRecord
-from hpcsgd.commands.report.render import png
-from hpcsgd.commands.report.runs import load
+from hpcsgd.commands.report.run_reader import load
 from hpcsgd.commands.report.summary import cells
 from hpcsgd.errors import BadOption, HpcsgdError
 
@@ -43,7 +43,7 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
     if not paths:
         raise BadOption("no run to report on", do="give at least one run folder")
     runs = [load(path) for path in dict.fromkeys(Path(path).resolve() for path in paths)]
-    text, figures = page.page(runs), plots.figures(runs)
+    text, figures = html.page(runs), plots.figures(runs)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.html").write_text(text, encoding="utf-8")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hpcsgd.commands.report.figures import Dashes, Place
 from hpcsgd.commands.report.records import Floats
-from hpcsgd.commands.report.render import Dashes, Place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

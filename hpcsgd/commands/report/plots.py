@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpcsgd.commands.report.curves import Curve, draw_curves, spans_decades, vertical
+from hpcsgd.commands.report.figures import DASHES, PALETTE, Chart, Dashes, Panel, Place, draw, short, style
 from hpcsgd.commands.report.labels import labels
 from hpcsgd.commands.report.records import Floats, RunRecord
-from hpcsgd.commands.report.render import DASHES, PALETTE, Chart, Dashes, Panel, Place, draw, short, style
 from hpcsgd.commands.report.summary import keeps_to_memory, moved_bytes
 from hpcsgd.commands.report.units import byte_unit, significant, time_unit
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcsgd.commands.report.render import INK, PALETTE, style
+from hpcsgd.commands.report.figures import INK, PALETTE, style
 from hpcsgd.errors import BadOption, HpcsgdError
 
 if TYPE_CHECKING:

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcsgd.commands.serve.board import Board, row
-from hpcsgd.commands.serve.memory import Memory
+from hpcsgd.commands.serve.dashboard import Board, row
+from hpcsgd.commands.serve.persistence import Memory
 from hpcsgd.commands.signals import Signals
 from hpcsgd.commands.train.metrics import FILE
-from hpcsgd.mpi.transport import Transport
+from hpcsgd.mpi.communicator import Transport
 from hpcsgd.mpi.world import World
-from hpcsgd.server import Policy, Server, ports
-from hpcsgd.server.load import Load
+from hpcsgd.server import Policy, Server, tcp_link
 from hpcsgd.server.metrics import figures_of
-from hpcsgd.server.ports import SocketLink
+from hpcsgd.server.tcp_link import SocketLink
+from hpcsgd.server.utilization import Load
 
 _log = logging.getLogger("hpcsgd.server")
 _TICK = 0.2  # seconds between two looks at what does not come over a link
@@ -47,7 +47,7 @@ class Options(NamedTuple):
     linger
         Seconds for which groups are waited for that left without a goodbye, once all others are done.
     progress
-        What to show, see `hpcsgd.commands.serve.board.Board`.
+        What to show, see `hpcsgd.commands.serve.dashboard.Board`.
     """
 
     listen: Path
@@ -78,16 +78,16 @@ class Service:
     """
 
     def __init__(self, options: Options, world: World, folder: Path, secret: str, board: Board) -> None:
-        from hpcsgd.kernels.sums import centre
+        from hpcsgd.kernels.sums import server_update
 
         self._options, self._world, self._board = options, world, board
         policy = Policy(options.mode, options.alpha, options.max_staleness, options.lease, secret)
         self._memory = Memory(folder, options.checkpoint_every)
         self.server = Server(policy, world.rank, world.size, self._memory.record)
         self._memory.recall(self.server)
-        centre.warm_up()
+        server_update.warm_up()
         self._metrics = (folder / FILE).open("a", buffering=1)
-        self._listener = ports.listen()
+        self._listener = tcp_link.listen()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._followed: dict[SocketLink, int] = {}
@@ -113,8 +113,8 @@ class Service:
     def _tell(self) -> None:
         """Write the file that groups wait for."""
         options, world = self._options, self._world
-        mine = (ports.addresses(), int(self._listener.getsockname()[1]))
-        meeting = ports.Meeting(self.server.policy.secret, world.gather(mine, "the servers' addresses"))
+        mine = (tcp_link.addresses(), int(self._listener.getsockname()[1]))
+        meeting = tcp_link.Meeting(self.server.policy.secret, world.gather(mine, "the servers' addresses"))
 
         def write() -> None:
             if world.rank == 0:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import click
 import tomli_w
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.commands.train import sweep
 from hpcsgd.errors import BadOption
 
@@ -170,7 +170,7 @@ def default_model(data: str) -> str:
     BadOption
         No model is known to fit that data set.
     """
-    name, _ = specs.parse(data)
+    name, _ = registry.parse(data)
     if name not in _DEFAULT_MODELS:
         raise BadOption(f"data set {name!r} has no default model", do="set option 'model'")
     return _DEFAULT_MODELS[name]

@@ -13,7 +13,7 @@ import numpy as np
 
 from hpcsgd.mpi.progress import LISTENING
 from hpcsgd.mpi.world import SLICE_OF_WAIT, World
-from hpcsgd.strategies.backup_workers.rounds import Rounds, words
+from hpcsgd.strategies.backup_workers.closing_rule import Rounds, words
 
 Edges = Sequence[tuple[int, int]]
 _TWIN = 9  # of the world's communicators, for these messages alone
@@ -42,9 +42,9 @@ class Agreement(Protocol):
 
 def agreement(world: World, edges: Edges, backups: int | None) -> Agreement:
     """The agreement of all ranks, one peer each; collective."""
-    from hpcsgd.kernels.sync import counter
+    from hpcsgd.kernels.sync import ticket_lock
 
-    head = counter.LOCK_WORDS + counter.COUNT_WORDS
+    head = ticket_lock.LOCK_WORDS + ticket_lock.COUNT_WORDS
     size = head + words(world.size, edges)
     memory = None
     if world.size == 1:
@@ -64,16 +64,16 @@ class InMemory:
     world
         The ranks.
     words
-        A lock, then a count, see `hpcsgd.kernels.sync.counter`; shared, zero at first.
+        A lock, then a count, see `hpcsgd.kernels.sync.ticket_lock`; shared, zero at first.
     rounds
         In shared memory.
     """
 
     def __init__(self, world: World, words: np.ndarray, rounds: Rounds) -> None:
-        from hpcsgd.kernels.sync import counter
+        from hpcsgd.kernels.sync import ticket_lock
 
-        self._world, self._words, self._rounds, self._kernel = world, words, rounds, counter
-        self._closed = counter.LOCK_WORDS
+        self._world, self._words, self._rounds, self._kernel = world, words, rounds, ticket_lock
+        self._closed = ticket_lock.LOCK_WORDS
         rounds.begin()
         world.gather(None, "the start of an agreement")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.strategies.backup_workers.rounds import Rounds
+from hpcsgd.strategies.backup_workers.closing_rule import Rounds
 from hpcsgd.strategies.delays import Delays
 
 

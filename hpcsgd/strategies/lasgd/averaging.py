@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.collectives.stage import beside_compute, computed, side_stream
+from hpcsgd.collectives.staging import beside_compute, computed, side_stream
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies.lasgd.beats import Beats
-from hpcsgd.strategies.lasgd.delta import Delta
-from hpcsgd.strategies.lasgd.tally import Tally
+from hpcsgd.strategies.lasgd.heartbeat import Beats
+from hpcsgd.strategies.lasgd.model_delta import Delta
+from hpcsgd.strategies.lasgd.statistics import Tally
 
 #: What ranks tell each other in a beat.
 RECORD = np.dtype(

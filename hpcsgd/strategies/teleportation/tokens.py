@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from hpcsgd.collectives.neighbour import Exchange
+from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.errors import BadOption
-from hpcsgd.strategies.teleportation.moves import Move
+from hpcsgd.strategies.teleportation.token_transfer import Move
 from hpcsgd.topology import build
 
 _DEFAULT = 4

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hpcsgd.specs import build
+from hpcsgd.registry import build
+from hpcsgd.training.data.base import Augment, Data, Source
 from hpcsgd.training.data.cifar import cifar10, cifar100
-from hpcsgd.training.data.contract import Augment, Data, Source
 from hpcsgd.training.data.digits import digits
 from hpcsgd.training.data.imagenet import imagenet
+from hpcsgd.training.data.in_memory import Tensors
 from hpcsgd.training.data.loader import Loader
 from hpcsgd.training.data.mnist import fashion_mnist, mnist
 from hpcsgd.training.data.partition import evaluation_shard, partition
 from hpcsgd.training.data.synthetic import synthetic
-from hpcsgd.training.data.tensors import Tensors
 from hpcsgd.training.data.text import text
 
 __all__ = [

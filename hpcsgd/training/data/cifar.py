@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from hpcsgd.training.data.augment import crop_and_flip
-from hpcsgd.training.data.contract import Data
+from hpcsgd.training.data.base import Data
 from hpcsgd.training.data.files import corrupt, find
-from hpcsgd.training.data.tensors import Tensors
+from hpcsgd.training.data.in_memory import Tensors
 
 _PAGE = "the page 'The CIFAR-10 and CIFAR-100 datasets', binary version"
 _PIXELS = 3 * 32 * 32

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hpcsgd.training.data.contract import Data
-from hpcsgd.training.data.streams import python_random_kept, torch_stream
-from hpcsgd.training.data.tensors import Tensors
+from hpcsgd.training.data.base import Data
+from hpcsgd.training.data.in_memory import Tensors
+from hpcsgd.training.data.rng_streams import python_random_kept, torch_stream
 
 
 def digits(seed: int = 0) -> Data:

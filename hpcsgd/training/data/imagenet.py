@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.training.data.contract import Data
-from hpcsgd.training.data.streams import python_random_kept
+from hpcsgd.training.data.base import Data
+from hpcsgd.training.data.rng_streams import python_random_kept
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

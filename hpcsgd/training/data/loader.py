@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.training.data.contract import Augment, Source
+from hpcsgd.training.data.base import Augment, Source
 from hpcsgd.training.data.partition import partition, shuffled, skewed
-from hpcsgd.training.data.streams import torch_stream
+from hpcsgd.training.data.rng_streams import torch_stream
 
 
 class Loader:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.training.data.contract import Data
+from hpcsgd.training.data.base import Data
 from hpcsgd.training.data.files import corrupt, find
-from hpcsgd.training.data.tensors import Tensors
+from hpcsgd.training.data.in_memory import Tensors
 
 _NAMES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpcsgd.errors import BadOption
-from hpcsgd.training.data.streams import numpy_stream, torch_stream
+from hpcsgd.training.data.rng_streams import numpy_stream, torch_stream
 
 Indices = NDArray[np.int64]
 

@@ -7,9 +7,9 @@ import math
 import torch
 
 from hpcsgd.errors import BadOption
-from hpcsgd.training.data.contract import Data
-from hpcsgd.training.data.streams import torch_stream
-from hpcsgd.training.data.tensors import Tensors
+from hpcsgd.training.data.base import Data
+from hpcsgd.training.data.in_memory import Tensors
+from hpcsgd.training.data.rng_streams import torch_stream
 
 
 def synthetic(shape: tuple[int, ...] = (32,), classes: int = 10, samples: int = 4096, seed: int = 0) -> Data:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.training.data.contract import Data
+from hpcsgd.training.data.base import Data
 
 _HELD_OUT = 0.1
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

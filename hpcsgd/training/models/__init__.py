@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.errors import BadOption
 from hpcsgd.training.data import Data
-from hpcsgd.training.models.dense import logistic, two_nn
 from hpcsgd.training.models.gpt import gpt
 from hpcsgd.training.models.lenet import lenet
+from hpcsgd.training.models.mlp import logistic, two_nn
 from hpcsgd.training.models.resnet import resnet18, resnet20, resnet50
 from hpcsgd.training.models.vgg import vgg11, vgg16
 
@@ -63,11 +63,11 @@ def build(spec: str, data: Data) -> nn.Module:
     own = _OWN.fullmatch(spec.strip())
     if own and own["module"] not in MODELS:
         name = f"{own['module']}.{own['attribute']}"
-        registry = {name: _resolve(own["module"], own["attribute"])}
-        model: object = specs.build(registry, name + (own["options"] or ""), "model", **context)
+        own_row = {name: _resolve(own["module"], own["attribute"])}
+        model: object = registry.build(own_row, name + (own["options"] or ""), "model", **context)
     else:
         rows = LANGUAGE_MODELS if data.kind == "language" else CLASSIFIERS
-        model = specs.build(rows, spec, f"{data.kind} model", **context)
+        model = registry.build(rows, spec, f"{data.kind} model", **context)
     if not isinstance(model, nn.Module):
         raise BadOption(f"{spec} made no model", expected="a torch.nn.Module", got=type(model))
     return model

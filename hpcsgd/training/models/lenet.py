@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from hpcsgd.training.models.images import image
+from hpcsgd.training.models.input_check import image
 
 
 def lenet(shape: tuple[int, ...], classes: int) -> nn.Module:

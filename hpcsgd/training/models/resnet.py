@@ -8,7 +8,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpcsgd.training.models.images import image
+from hpcsgd.training.models.input_check import image
 
 Block = Callable[[int, int, int], "Residual"]
 

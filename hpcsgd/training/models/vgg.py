@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hpcsgd.training.models.images import image
+from hpcsgd.training.models.input_check import image
 
 _WIDTHS = (64, 128, 256, 512, 512)
 

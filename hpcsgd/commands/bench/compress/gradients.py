@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpcsgd import collectives
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors.tensors import TensorGroup
+from hpcsgd.tensors.group import TensorGroup
 from hpcsgd.training.data import load
 from hpcsgd.training.models import MODELS
 

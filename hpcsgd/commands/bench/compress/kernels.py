@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.compress.reductions import COPY
+from hpcsgd.commands.bench.compress.contenders import COPY
 from hpcsgd.commands.bench.timing import Contender, interleave, together
-from hpcsgd.compress.contract import levels_of, ops
-from hpcsgd.compress.lanes import BLOCK
+from hpcsgd.compress.base import levels_of, ops
+from hpcsgd.compress.packed_quantizer import BLOCK
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 
@@ -107,7 +107,7 @@ class _Memory:
 
 def _kernels(world: World, elements: int) -> list[Kernel]:
     from hpcsgd.kernels.codec.spec import key
-    from hpcsgd.kernels.sums import delta
+    from hpcsgd.kernels.sums import model_delta
 
     m = _Memory(world, elements)
     on, drawn, word = ops(m.x), key(0), m.lanes.bits_per_element / 8
@@ -132,13 +132,13 @@ def _kernels(world: World, elements: int) -> list[Kernel]:
     unrotate = all_of(on.unrotate, m.out, drawn, 0, m.out)
 
     def snapshot() -> None:
-        delta.snapshot(m.model, m.gain, m.out, m.shot)
+        model_delta.snapshot(m.model, m.gain, m.out, m.shot)
 
     def advance() -> None:
-        delta.advance(m.out, m.shot, m.gain)
+        model_delta.advance(m.out, m.shot, m.gain)
 
     def merge() -> None:
-        delta.merge(m.model, m.gain)
+        model_delta.merge(m.model, m.gain)
 
     norms(), encode()
     m.words.mul_(m.terms)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors.tensors import Bucket, TensorGroup
+from hpcsgd.tensors.group import Bucket, TensorGroup
 
 
 class Problem:

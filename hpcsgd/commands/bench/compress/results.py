@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from hpcsgd.commands.bench import output
+from hpcsgd.commands.bench.compress.contenders import COPY, FLOAT32, GLOO
 from hpcsgd.commands.bench.compress.problem import Problem
-from hpcsgd.commands.bench.compress.reductions import COPY, FLOAT32, GLOO
 
 ALLREDUCE = "all-reduce"
 

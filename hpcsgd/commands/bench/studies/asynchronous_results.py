@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcsgd import specs
-from hpcsgd.commands.bench.studies import losses
+from hpcsgd import registry
+from hpcsgd.commands.bench.studies import time_to_loss
 from hpcsgd.commands.bench.studies.trials import goal
 from hpcsgd.commands.bench.studies.workloads import FAST, Setting
 
@@ -14,7 +14,7 @@ _POINTS = 0.5  # of accuracy that asynchrony may cost
 _LIMITS = {(True, 0): 1.05, (True, 1): 0.4, (False, 0): 0.35}
 
 
-class Study(losses.Study):
+class Study(time_to_loss.Study):
     """All-reduce, local SGD, gossip and LASGD; see `losses.Study`."""
 
     name = "async"
@@ -40,5 +40,5 @@ class Study(losses.Study):
 
 def _is_adaptive(method: str) -> bool:
     """Whether it is LASGD that finds its period by itself, of which the goals speak."""
-    name, options = specs.parse(method)
+    name, options = registry.parse(method)
     return name == "lasgd" and options.get("period", "auto") == "auto"

@@ -13,7 +13,7 @@ import numpy as np
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.studies.trials import Numbers, Trial, median, or_never
 from hpcsgd.commands.report.curves import Curve, draw_curves
-from hpcsgd.commands.report.render import (
+from hpcsgd.commands.report.figures import (
     DASHES,
     PALETTE,
     Chart,

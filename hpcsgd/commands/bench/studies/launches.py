@@ -9,11 +9,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.losses import Study, Trial
-from hpcsgd.commands.bench.studies.parts import ranks_of
-from hpcsgd.commands.bench.studies.study import carry_out, check_each_once, find
+from hpcsgd.commands.bench.studies.runner import carry_out, check_each_once, find
+from hpcsgd.commands.bench.studies.subworlds import ranks_of
+from hpcsgd.commands.bench.studies.time_to_loss import Study, Trial
 from hpcsgd.commands.bench.studies.workloads import FAST, Setting, Workload, planned
 from hpcsgd.commands.bench.timing import check_positive
 from hpcsgd.errors import BadOption, unknown
@@ -69,7 +69,7 @@ def measure(
         raise BadOption("link", expected="letters, digits, dots and underscores", got=repr(link))
     check_each_once("methods", methods)
     for method in methods:
-        specs.build(STRATEGIES, method, "strategy")
+        registry.build(STRATEGIES, method, "strategy")
     workload = replace(
         study.workloads[data], **{name: value for name, value in given.items() if value is not None}
     )

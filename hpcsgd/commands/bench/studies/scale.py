@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.commands.bench import output
+from hpcsgd.commands.bench.studies.runner import carry_out, check_each_once, with_option
 from hpcsgd.commands.bench.studies.scale_results import Study, Trial
-from hpcsgd.commands.bench.studies.study import carry_out, check_each_once, with_option
 from hpcsgd.commands.bench.timing import check_positive
 from hpcsgd.commands.train.settings import Settings, validate
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import STRATEGIES
 from hpcsgd.training.data import load
-from hpcsgd.training.data.contract import Source
+from hpcsgd.training.data.base import Source
 from hpcsgd.training.data.partition import partition
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def main(
     """
     check_positive("nodes, seeds and steps", [*nodes, seeds, steps])
     check_each_once("methods and nodes", methods, nodes)
-    names = {specs.parse(method)[0] for method in methods}
+    names = {registry.parse(method)[0] for method in methods}
     most_active = _each("active", active, {str(count) for count in nodes}, int)
     rates = _each("learning_rate", learning_rate, names, float)
     common = validate(
@@ -106,7 +106,7 @@ def main(
     source = load(data).train
     plan = []
     for count, seed, method in asked:
-        rate = rates[specs.parse(method)[0]]
+        rate = rates[registry.parse(method)[0]]
         settings = replace(common, virtual_nodes=count, seed=seed, learning_rate=rate)
         strategy = with_option(STRATEGIES, method, "active", most_active[str(count)])
         planned = validate(replace(settings, strategy=strategy))
@@ -142,7 +142,7 @@ def _of_length(steps: int, settings: Settings, source: Source) -> Settings:
     nodes = settings.virtual_nodes or 1
     shards = partition(source.labels, len(source), nodes, settings.alpha, settings.seed, 0)
     batches = [-(-len(shard) // settings.batch) for shard in shards]
-    lockstep = specs.build(STRATEGIES, settings.strategy, "strategy").lockstep
+    lockstep = registry.build(STRATEGIES, settings.strategy, "strategy").lockstep
     # A run takes as many steps as these epochs begin.
     return replace(settings, epochs=(steps - 0.5) / (min(batches) if lockstep else max(batches)))
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.study import Finished
+from hpcsgd.commands.bench.studies.runner import Finished
 from hpcsgd.commands.bench.studies.trials import deviation, spread
 from hpcsgd.commands.report.curves import vertical
+from hpcsgd.commands.report.figures import DASHES, PALETTE, Chart, Place, draw, png, style
 from hpcsgd.commands.report.records import Floats
-from hpcsgd.commands.report.render import DASHES, PALETTE, Chart, Place, draw, png, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

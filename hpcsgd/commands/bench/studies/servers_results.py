@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcsgd import specs
-from hpcsgd.commands.bench.studies import losses
+from hpcsgd import registry
+from hpcsgd.commands.bench.studies import time_to_loss
 from hpcsgd.commands.bench.studies.comparison import Cells
 from hpcsgd.commands.bench.studies.workloads import FAST, WIDER, Setting
 
 _LIMIT = 0.4  # of the baseline's time, on a slow link
 
 
-class Study(losses.Study):
+class Study(time_to_loss.Study):
     """Parameter servers of each mode, pure and with groups, and AR-SGD; see `losses.Study`."""
 
     name = "ps"
     slow = 2
     baseline = "ps:mode=sync,groups=8"
     workloads = WIDER
-    notes = f"{losses.Study.notes} Bytes through the servers are pushes and their answers, of a whole run."
+    notes = (
+        f"{time_to_loss.Study.notes} Bytes through the servers are pushes and their answers, of a whole run."
+    )
 
     def besides(self, setting: Setting, method: str) -> Cells:
         moved = np.median([trial.server_bytes for trial in self.of(setting, method)])
@@ -37,5 +39,5 @@ class Study(losses.Study):
 
 
 def _is_elastic_in_groups(method: str) -> bool:
-    name, options = specs.parse(method)
+    name, options = registry.parse(method)
     return name == "ps" and options.get("mode") == "elastic" and options.get("groups") == "4"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.commands.bench import output
+from hpcsgd.commands.bench.studies.runner import carry_out, check_each_once, with_option
 from hpcsgd.commands.bench.studies.straggler_results import Study, Trial
-from hpcsgd.commands.bench.studies.study import carry_out, check_each_once, with_option
 from hpcsgd.commands.bench.timing import check_positive
 from hpcsgd.commands.train.settings import Settings, validate
 from hpcsgd.mpi.world import World
@@ -111,7 +111,7 @@ def _check(methods: Sequence[str], delays: Sequence[str]) -> None:
     for delay in delays:
         delay_specs.build(delay)
     for method in methods:
-        specs.build(STRATEGIES, method, "strategy")
+        registry.build(STRATEGIES, method, "strategy")
 
 
 def _settings(common: Settings, topology: str, delay: str, seed: int, method: str) -> Settings:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.studies import trials
 from hpcsgd.commands.bench.studies.comparison import Cells, Comparison, Measure
@@ -73,7 +73,7 @@ class Study(Comparison[str, Trial]):
             return []
         told = []
         for delay in self.settings:
-            kind = specs.parse(delay)[0]
+            kind = registry.parse(delay)[0]
             numbers = {method: self.numbers(delay, method) for method in self.methods}
             ratio = numbers[self.dynamic].seconds / numbers[self.full].seconds
             if limit := {"slow": 0.5, "constant": 1.05}.get(kind):
@@ -99,5 +99,5 @@ class Study(Comparison[str, Trial]):
 
 
 def _backups(method: str) -> str | None:
-    name, options = specs.parse(method)
+    name, options = registry.parse(method)
     return options.get("backups", "dynamic") if name == "backup" else None

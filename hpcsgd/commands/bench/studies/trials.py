@@ -8,9 +8,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.study import Finished
+from hpcsgd.commands.bench.studies.runner import Finished
 from hpcsgd.commands.report.records import Evaluation, Floats
 from hpcsgd.strategies import STRATEGIES
 
@@ -34,7 +34,7 @@ class Trial(Generic[S]):
     def workers(self) -> int:
         """How many ranks compute gradients: the first ones."""
         ranks = len(self.finished.gradients)
-        return specs.build(STRATEGIES, self.method, "strategy").workers(ranks)
+        return registry.build(STRATEGIES, self.method, "strategy").workers(ranks)
 
     @property
     def gradients(self) -> list[int]:

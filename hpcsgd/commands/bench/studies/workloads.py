@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from hpcsgd import specs
+from hpcsgd import registry
 from hpcsgd.commands.train.settings import FIELDS, Settings, validate
 
 #: The label of a link that nobody waits for.
@@ -119,7 +119,7 @@ def planned(workload: Workload, setting: Setting, seed: int, method: str) -> tup
 
 def _steps_an_iteration(method: str) -> int:
     """How many steps an optimizer takes while each group computes one gradient."""
-    name, options = specs.parse(method)
+    name, options = registry.parse(method)
     return int(options.get("groups", 1)) if name == "ps" and options.get("mode") == "async" else 1
 
 
