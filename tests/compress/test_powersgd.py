@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from lockstep import Lockstep
 from torch import Tensor
 
 from hpcsgd.compress import PowerSGD, Stretch
+from tests.support.simulated_codecs import Lockstep
 
 SHAPES = ((24, 16), (9,), (8, 3, 5), (1, 40), (30, 30))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lockstep import Lockstep
 
 from hpcsgd.compress import Stretch, build
+from tests.support.simulated_codecs import Lockstep
 
 NUMEL = 1024
 #: Of |z| over all elements: of 10,000 normal numbers one in 2000 runs has one beyond, and seeds are fixed.

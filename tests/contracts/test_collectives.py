@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from collectives import (
+
+from hpcsgd import BadOption
+from hpcsgd import collectives as c
+from hpcsgd.collectives import ring
+from tests.support.collective_cases import (
     DTYPES,
     LAYOUTS,
     NAMES,
@@ -22,10 +26,6 @@ from collectives import (
     same_bits,
     values,
 )
-
-from hpcsgd import BadOption
-from hpcsgd import collectives as c
-from hpcsgd.collectives import ring
 
 pytestmark = pytest.mark.mpi
 WorldOf = Callable[..., Any]

@@ -6,16 +6,16 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-import compressors as c
 import pytest
 import torch
-from collectives import LAYOUTS, NAMES, SEGMENT_BYTES, fits, same_bits
-from simulated import SEED, Simulated, fill, inside
 
 from hpcsgd import BadOption, TensorGroup, World
 from hpcsgd.collectives import allreduce, ring
 from hpcsgd.collectives.reducer import reduction
 from hpcsgd.compress import build
+from tests.support import compressor_rows as c
+from tests.support.collective_cases import LAYOUTS, NAMES, SEGMENT_BYTES, fits, same_bits
+from tests.support.expected_reductions import SEED, Simulated, fill, inside
 
 pytestmark = pytest.mark.mpi(min_size=2)
 WorldOf = Callable[..., Any]

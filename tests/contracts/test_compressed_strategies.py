@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import strategies as s
 import torch
 from torch import nn
 
 from hpcsgd import AllReduce, Disagreement, LocalSGD, Run, Strategy
 from hpcsgd.compress import FP16, ErrorFeedback, Float32, QSGDMaxNorm, TopK, build
+from tests.support import strategy_rows as s
 
 #: Only what is reduced is compressed; methods that send whole models refuse it.
 REDUCING = [row for row in s.ROWS if row.reductions(6)]

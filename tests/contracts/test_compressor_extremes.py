@@ -5,16 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
-import compressors as c
 import numpy as np
 import pytest
 import torch
-from laws import lockstep, reduce_and_check, stretch_of
-from lockstep import NotFinite, buffers_of
 from torch import Tensor
 
 from hpcsgd.compress import Draw, build
 from hpcsgd.compress.base import finite
+from tests.support import compressor_rows as c
+from tests.support.compression_invariants import lockstep, reduce_and_check, stretch_of
+from tests.support.simulated_codecs import NotFinite, buffers_of
 
 each_row = pytest.mark.parametrize("row", c.ROWS, ids=str)
 MAX, TINY = float(np.finfo(np.float32).max), 2.0**-149

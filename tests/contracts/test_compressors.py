@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import compressors as c
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import lockstep, memory, numbers, reduce_and_check, stretch_of
-from lockstep import buffers_of, unsigned
 from torch import Tensor
 
 from hpcsgd.compress import COMPRESSORS, WRAPPERS, Draw, Stretch, base, build
 from hpcsgd.errors import BadOption
 from hpcsgd.kernels.codec import host
+from tests.support import compressor_rows as c
+from tests.support.compression_invariants import lockstep, memory, numbers, reduce_and_check, stretch_of
+from tests.support.simulated_codecs import buffers_of, unsigned
 
 each_row = pytest.mark.parametrize("row", c.ROWS, ids=str)
 each_family = pytest.mark.parametrize("family", c.FAMILIES)

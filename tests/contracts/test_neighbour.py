@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import launch
 
 from hpcsgd import HpcsgdError, TensorGroup, topology
 from hpcsgd.collectives.neighbour_exchange import Exchange as Exchange_
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.tensors.weighted_sum import combine
+from tests.support.launch import launch
 
 LAYOUTS = [(0, True), (2, True), (0, False)]
 SHAPES = [(3, 5), (1,), (70_000,), (17,)]

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import strategies as s
 import torch
 from torch import nn
 
 from hpcsgd import BadOption, HpcsgdError, LocalSGD, TensorGroup, collectives
 from hpcsgd.strategies import STRATEGIES
+from tests.support import strategy_rows as s
 
 each_row = pytest.mark.parametrize("row", s.ROWS, ids=str)
 each_row_in_step = pytest.mark.parametrize("row", [row for row in s.ROWS if row.make().lockstep], ids=str)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import strategies as s
 import torch
 from torch import nn
 
 from hpcsgd import BadOption, Run, World
 from hpcsgd.strategies import STRATEGIES
 from hpcsgd.training import rng_state
+from tests.support import strategy_rows as s
 
 #: The methods that are not gossip.
 WITHOUT = ("allreduce", "local", "lasgd", "ps")

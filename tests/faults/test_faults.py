@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from launch import Finished, has_private_shm, launch
+
+from tests.support.launch import Finished, has_private_shm, launch
 
 SECONDS = 45.0  # for a job with its imports, on a machine that does other things too
 BEGIN = """

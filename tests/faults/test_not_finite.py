@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from launch import launch
+
+from tests.support.launch import launch
 
 BEGIN = """
 import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch import run_alone
+from tests.support.launch import run_alone
 
 
 def test_importing_needs_neither_mpi_nor_numba() -> None:

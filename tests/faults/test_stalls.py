@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from launch import launch
 from test_faults import BEGIN, IMPORTED, SECONDS, check_end
+
+from tests.support.launch import launch
 
 pytestmark = [pytest.mark.timeout(150), pytest.mark.long]
 SCRIPT = BEGIN + (

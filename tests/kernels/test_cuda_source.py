@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, LENGTHS, Coded, code, coded, finish, numbers, remainders
 from torch import Tensor
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.kernels import cuda_loader
 from hpcsgd.kernels.codec import device, host, spec
 from hpcsgd.kernels.sums import model_delta
+from tests.support.kernel_cases import DTYPES, LENGTHS, Coded, code, coded, finish, numbers, remainders
 
 pytestmark = pytest.mark.together
 KEY = spec.key(3, 1)
@@ -35,7 +35,7 @@ def _has_gpu() -> bool:
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the kernels for the CPU with")
-    from cuda_on_cpu import Launcher
+    from tests.support.cuda_on_cpu import Launcher
 
     return Launcher(tmp_path_factory.mktemp("cuda_on_cpu"))
 

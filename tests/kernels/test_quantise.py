@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from cases import LENGTHS, Coded, code, coded, finish, numbers, remainders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsgd.kernels.codec import host, spec
+from tests.support.kernel_cases import LENGTHS, Coded, code, coded, finish, numbers, remainders
 
 F = np.float32
 PLANS = [((2,), 1), ((3,), 2), ((4,), 4), ((8,), 2), ((11,), 64), ((16,), 3), ((4, 8), 4), ((2, 6, 12), 3)]

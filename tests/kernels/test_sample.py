@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, finish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hpcsgd.kernels.codec import host, sample, spec
+from tests.support.kernel_cases import DTYPES, finish
 
 
 def picked(x: Tensor, count: int, seed: int = 0) -> Tensor:

@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import hosts
 import pytest
-from launch import UNCOMPILED
+
+from tests.lab import hosts
+from tests.support.launch import UNCOMPILED
 
 LAB = Path(hosts.__file__)
 

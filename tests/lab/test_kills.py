@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from background import Job
-from launch import is_open_mpi
+
+from tests.support.background import Job
+from tests.support.launch import is_open_mpi
 
 ULFM = ("--with-ft", "ulfm")
 #: In all, those of each strategy: all but one of its ranks.

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from background import Job
 
 from hpcsgd.server.protocol import Head, Kind
 from hpcsgd.server.tcp_link import Meeting
+from tests.support.background import Job
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.together]
 #: 13 batches an epoch.

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import slurm
-from launch import CLI, UNCOMPILED
-from slurm import Slurm
 
 from hpcsgd.mpi import launcher
+from tests.lab import slurm
+from tests.lab.slurm import Slurm
+from tests.support.launch import CLI, UNCOMPILED
 
 JOBS = Path(slurm.__file__).parents[2] / "jobs"
 OBSTACLE = slurm.obstacle() or (

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from talkers import ONES, Talker, as_bytes, contract_of, goes_on, pair, talker
 
 from hpcsgd.server import Policy, Server
 from hpcsgd.server.protocol import Head, Kind
+from tests.support.protocol_clients import ONES, Talker, as_bytes, contract_of, goes_on, pair, talker
 
 
 def test_who_knows_the_secret_is_let_in_and_told_that_the_server_knows_it() -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plugs import SIZE, Plugs, ask, connect, run, values
-from talkers import contract_of
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.server import Policy, Server, connection, tcp_link
 from hpcsgd.server.connection import Request
 from hpcsgd.server.protocol import HEAD_BYTES, Head, Kind, Link, Party, State
+from tests.support.flaky_links import SIZE, Plugs, ask, connect, run, values
+from tests.support.protocol_clients import contract_of
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from talkers import centre, drawn, group
 
 from hpcsgd.server import Policy, Server
 from hpcsgd.server.protocol import Head, Kind, State
+from tests.support.protocol_clients import centre, drawn, group
 
 
 class Story:

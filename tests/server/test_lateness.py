@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from talkers import centre, group
 
 from hpcsgd.server import Policy, Server
 from hpcsgd.server.protocol import Head, Kind, State
+from tests.support.protocol_clients import centre, group
 
 
 def test_who_is_gone_in_the_middle_of_a_round_is_not_waited_for() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from talkers import ONES, Talker, Wire, as_bytes, contract_of, goes_on, pair, talker
 
 from hpcsgd.server import Policy, Server
 from hpcsgd.server.protocol import HEAD_BYTES, NOTES, Head, Kind, State
+from tests.support.protocol_clients import ONES, Talker, Wire, as_bytes, contract_of, goes_on, pair, talker
 
 
 def raw(head: Head, body: np.ndarray | None = None) -> Callable[[Talker], None]:

@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from free_runs import (
+from torch import nn
+
+from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, topology
+from hpcsgd.strategies.adpsgd.async_pairs import Pairwise
+from hpcsgd.strategies.adpsgd.pairing import Pairs
+from tests.support.async_runs import (
     FEATURES,
     Job,
     check_averages_within_a_loop,
@@ -19,11 +24,6 @@ from free_runs import (
     slow_service,
     train_while_rank_0_is_stopped,
 )
-from torch import nn
-
-from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, topology
-from hpcsgd.strategies.adpsgd.async_pairs import Pairwise
-from hpcsgd.strategies.adpsgd.pairing import Pairs
 
 
 def job_of(world: Any, **options: Any) -> Job:

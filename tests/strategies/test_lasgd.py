@@ -11,12 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from free_runs import Job, check_averages_within_a_loop, loader, slow_service, train_while_rank_0_is_stopped
 
 from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm
 from hpcsgd.collectives import allreduce
 from hpcsgd.strategies.lasgd.averaging import Averaging
 from hpcsgd.strategies.lasgd.statistics import Totals
+from tests.support.async_runs import (
+    Job,
+    check_averages_within_a_loop,
+    loader,
+    slow_service,
+    train_while_rank_0_is_stopped,
+)
 
 each_layout = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from free_runs import FEATURES, Job, loader, train_while_rank_0_is_stopped
 from torch import nn
 
 from hpcsgd import AllReduce, BadOption, HpcsgdError, ParameterServer, Run
 from hpcsgd.strategies.parameter_server.server_rank import Serving
 from hpcsgd.strategies.parameter_server.worker import Worker
+from tests.support.async_runs import FEATURES, Job, loader, train_while_rank_0_is_stopped
 
 STEPS = 7
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import made
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.topology import BaseGraph, RandomRegular, Torus, build
 from hpcsgd.topology.graphs import connected
+from tests.support.topology_cases import made
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

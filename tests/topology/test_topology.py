@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from families import IMPOSSIBLE, SPECS, made, over_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.topology import TOPOLOGIES, Topology, build, metropolis
 from hpcsgd.topology.mixing import Matrix
+from tests.support.topology_cases import IMPOSSIBLE, SPECS, made, over_sizes
 
 every_family = pytest.mark.parametrize("spec", SPECS)
 

@@ -1,0 +1,292 @@
+"""The study of asynchrony: real runs of several launches in one folder, and what it makes of records."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+from hpcsgd.commands.bench.studies import asynchronous, runner
+from hpcsgd.commands.bench.studies.asynchronous_results import Study
+from hpcsgd.commands.bench.studies.launches import complete
+from hpcsgd.commands.bench.studies.runner import Finished
+from hpcsgd.commands.bench.studies.time_to_loss import Trial
+from hpcsgd.commands.bench.studies.workloads import WORKLOADS, Setting, planned
+from hpcsgd.commands.cli import cli
+from hpcsgd.commands.train.settings import Settings, to_toml
+from hpcsgd.errors import BadOption
+from tests.support.launch import CLI, launch
+
+AR, LASGD = "allreduce", "lasgd:period=auto"
+BASE = 0.005  # seconds
+FAST, FAST_SLOW = Setting("digits", "fast", 0), Setting("digits", "fast", 1)
+LINK, LINK_SLOW = Setting("digits", "100mbit", 0), Setting("digits", "100mbit", 1)
+
+# Two labels in one folder; where the first of them would train anything again, it is interrupted by an error.
+LABELS = """
+import contextlib
+from hpcsgd.mpi import launcher
+
+def run(label):
+    if launcher.rank() == 0:
+        print("launch", label, flush=True)
+    with contextlib.suppress(SystemExit):
+        main()
+    sys.argv[-1] = "100mbit"
+
+run("first")
+run("second")
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(170)
+def test_launches_with_two_labels_go_into_one_folder(tmp_path: Path) -> None:
+    words = f"--methods {AR};{LASGD} --seeds 1 --base-ms {1e3 * BASE} --model logistic --epochs 0.4"
+    words += f" --evaluate-every 0.2 --target 2.5 --out {tmp_path} --link fast"
+    job = launch(CLI + LABELS, 2, "bench", "async", *words.split(), timeout=120)
+    assert job.returncode == 0 and not job.left and not job.files, job
+    runs = {
+        link: [f"digits-{link}-{speeds}-0-{method}" for speeds in ("equal", "slow") for method in (AR, LASGD)]
+        for link in ("fast", "100mbit")
+    }
+    printed = [re.split("launch [a-z]+\n", job.stdout)[i] for i in (1, 2)]
+    told = [re.findall(r"^\d/4 (\S+): \d+ iterations", part, re.MULTILINE) for part in printed]
+    assert told == [runs["fast"], runs["100mbit"]]
+    # Two goals in each setting of which two are known, one where the link and a rank are slow.
+    assert [part.count("Goal, digits, ") for part in printed] == [4, 7]
+    assert all("simulated delays slow:factor=4,seconds=0.005" in part for part in printed)
+    with (tmp_path / "async.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [
+        f"{r['data']}-{r['link']}-{r['simulated_delays'][:4]}-{r['seed']}-{r['method']}".replace(
+            "cons", "equal"
+        )
+        for r in rows
+    ]
+    assert names == runs["fast"] + runs["100mbit"]
+    for row in rows:
+        waits = row["method"] == AR and row["simulated_delays"].startswith("slow")
+        # All-reduce waits for the slow rank, which sleeps four times as long.
+        assert float(row["ms_per_iteration"]) > (4e3 if waits else 0.5e3) * BASE
+        assert (row["fewest_gradients"] == row["most_gradients"]) or row["method"] == LASGD
+        assert 0 <= float(row["waiting"]) < 1 and (row["ranks"], row["nodes"]) == ("2", "1")
+    everything = {*runs["fast"], *runs["100mbit"], "async.csv", "async.md", "async.png"}
+    assert {path.name for path in tmp_path.iterdir()} == everything
+    assert (tmp_path / "async.png").stat().st_size > 1000
+
+
+def leave(out: Path, name: str, settings: Settings, ranks: int = 4, share: float = 1.0) -> None:
+    """What a run leaves in its folder; `share` of it, where it was stopped."""
+    folder = out / name
+    folder.mkdir(parents=True)
+    carried_out = replace(settings, out="elsewhere", name=name, progress="off")
+    (folder / "config.toml").write_text(to_toml(carried_out, {"ranks": ranks, "nodes": 4}))
+    keys = ("bytes_sent", "bytes_shared", "bytes_saved", "gradients")
+    record = {
+        "event": "test",
+        "step": 9,
+        "epoch": share * settings.epochs,
+        "time": 2.5,
+        "loss": 1.0,
+        "accuracy": 0.5,
+        "consensus_distance": 0.0,
+        **{key: [9] * ranks for key in keys},
+    }
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def found(out: Path, methods: list[str], **given: Any) -> list[tuple[Setting, str, int]]:
+    """The runs of four ranks and at most three seeds that a study of digits finds."""
+    workloads = {**WORKLOADS, "digits": replace(WORKLOADS["digits"], **given)}
+    trials = complete(out, workloads, dict.fromkeys(methods, 4), 3, 1)
+    return [(trial.setting, trial.method, trial.seed) for trial in trials]
+
+
+def test_what_is_complete_of_the_same_options_is_found(tmp_path: Path) -> None:
+    digits, text = WORKLOADS["digits"], WORKLOADS["text"]
+    slow_text = Setting("text", "1gbit", 1)
+    for seed in (0, 1):
+        leave(tmp_path, *planned(digits, LINK, seed, AR))
+        leave(tmp_path, *planned(digits, FAST_SLOW, seed, AR))
+        leave(tmp_path, *planned(text, slow_text, seed, LASGD))
+        leave(tmp_path, *planned(digits, LINK, seed, "sgp"), ranks=2)
+        leave(tmp_path, *planned(digits, LINK, seed, "dsgd"), share=1 - 0.5 * seed)
+        leave(tmp_path, *planned(digits, LINK, seed, "local"))
+    (tmp_path / "digits-fast-equal-0-local").mkdir()
+    methods = ["sgp", AR, "dsgd", LASGD]
+    in_text = [(slow_text, LASGD, 0), (slow_text, LASGD, 1)]
+    here = [(setting, AR, seed) for setting in (FAST_SLOW, LINK) for seed in (0, 1)]
+    assert found(tmp_path, methods) == here + in_text
+    assert found(tmp_path, methods, learning_rate=0.5) == in_text, "the other data set has its defaults"
+    assert found(tmp_path, methods, target=9.0) == here + in_text
+
+
+def trial(setting: Setting, method: str, seed: int, losses: list[float], seconds: float = 1.0) -> Trial:
+    """A run of 10 iterations and some seconds between two evaluations; of two ranks, the second waits."""
+    count = np.arange(1, len(losses) + 1)
+    test = SimpleNamespace(
+        step=10 * count,
+        time=seconds * count,
+        loss=np.array(losses),
+        accuracy=np.linspace(0, 0.9 - 0.01 * seed, len(losses)),
+    )
+    train = SimpleNamespace(
+        wait_seconds=np.array([[0.0, 0.0], [0.0, 3.0]]), compute_seconds=np.array([[1.0, 1.0], [4.0, 1.0]])
+    )
+    config = {"delays": "none", "world": {"ranks": 2, "nodes": 1}}
+    record: Any = SimpleNamespace(test=test, train=train, config=config)
+    return Trial(setting, seed, method, Finished(record, [10, 20]))
+
+
+@pytest.mark.parametrize(
+    ("losses", "iterations"),
+    [
+        ([4.0, 2.0, 1.0], 15),  # half way between two evaluations
+        ([4.0, 3.0, 1.0], 20),
+        ([2.0, 1.0, 0.5], 10),  # no later than the first
+        ([4.0, 2.5, 3.5, 2.5, 3.5], 20 - 10 / 3),  # the first time
+        ([np.nan, 1.0], 20),  # nothing to interpolate with
+        ([np.inf, 1.0], 20),
+        ([4.0, 3.5, 3.1], np.inf),
+        ([np.nan, np.nan], np.inf),
+    ],
+)
+def test_time_to_a_loss_is_interpolated(losses: list[float], iterations: float) -> None:
+    reached = trial(FAST, AR, 0, losses, seconds=5.0).reached(3.0)
+    assert reached == pytest.approx((iterations, iterations / 2))
+
+
+def test_waiting_is_a_share_of_each_ranks_own_time() -> None:
+    assert trial(FAST, AR, 0, [1.0, 1.0]).waiting == (0 + 3 / 4) / 2
+
+
+def small_study(
+    setting: Setting, share: float, lost: int = 0, methods: tuple[str, ...] = (AR, LASGD)
+) -> Study:
+    """LASGD takes a share of all-reduce's time, and loses points of accuracy."""
+    trials = [
+        trial(
+            setting, method, seed + (lost if method == LASGD else 0), losses, share if method == LASGD else 1
+        )
+        for method in methods
+        for seed, losses in enumerate([[4.0, 2.0], [4.0, 3.0], [4.0, 3.5]])
+    ]
+    return Study(trials, {"digits": 3.0})
+
+
+def test_medians_over_the_seeds_and_mean_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    small = small_study(FAST, 0.5)
+    found = small.numbers(FAST, LASGD)
+    # Reached after 15 iterations, 20 and never.
+    assert (found.seconds, found.iterations_to_target, found.seconds_to_target) == (0.05, 20, 1.0)
+    small.show()
+    printed = capsys.readouterr().out
+    assert "89.0 ± 1.0" in printed and "0.50" in printed and "simulated" in printed
+
+
+def verdicts(goals: list[str]) -> list[str]:
+    return [found[1] for goal in goals if (found := re.search(r": ((not )?met)\.$", goal))]
+
+
+@pytest.mark.parametrize(
+    ("setting", "share", "lost", "expected"),
+    [
+        (FAST, 1.05, 0, ["met", "met"]),
+        (FAST, 1.06, 0, ["not met", "met"]),
+        (FAST_SLOW, 0.4, 0, ["met", "met"]),
+        (FAST_SLOW, 0.41, 0, ["not met", "met"]),
+        (LINK, 0.35, 0, ["met", "met"]),
+        (LINK, 0.36, 1, ["not met", "not met"]),
+        (LINK_SLOW, 0.9, 0, ["met"]),
+        (LINK_SLOW, 0.1, 1, ["not met"]),
+    ],
+)
+def test_goals_are_judged(setting: Setting, share: float, lost: int, expected: list[str]) -> None:
+    goals = small_study(setting, share, lost).goals()
+    assert verdicts(goals) == expected
+    assert str(setting) in goals[0] and (len(goals) == 1 or f"Measured: {share:.2f}, " in goals[0])
+
+
+def test_goals_are_left_out_where_a_method_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not small_study(FAST, 1.0, methods=(AR, "sgp")).goals()
+    fixed = small_study(FAST, 1.0, methods=("lasgd:period=1", "lasgd:period=2", LASGD))
+    assert not fixed.goals()
+    fixed.show()
+    assert "lasgd:period=2" in capsys.readouterr().out
+    assert not small_study(FAST, 1.0, methods=(AR, "lasgd:period=2")).goals(), (
+        "they are of the adaptive period"
+    )
+
+
+def test_a_target_that_nobody_reaches_is_a_goal_not_met() -> None:
+    never = Study([trial(FAST, method, 0, [4.0, 4.0]) for method in (AR, LASGD)], {"digits": 3.0})
+    assert verdicts(never.goals()) == ["not met", "met"] and "never to never" in never.goals()[0]
+
+
+def test_panels_share_an_axis_within_their_data_set() -> None:
+    text = Setting("text", "100mbit", 1)
+    settings = [FAST, FAST_SLOW, LINK_SLOW, replace(text, link="fast"), text]
+    scale = {"digits": 1, "text": 50}
+    trials = [trial(s, m, 0, [4.0 * scale[s.data], scale[s.data]]) for s in settings for m in (AR, LASGD)]
+    shown = Study(trials, {"digits": 3.0, "text": 100.0})
+    assert shown.columns == 3
+    axes = shown.figure().axes
+    assert [a.get_title(loc="left") for a in axes] == [str(setting) for setting in settings]
+    places = [(a.get_subplotspec().rowspan.start, a.get_subplotspec().colspan.start) for a in axes]  # type: ignore[union-attr]
+    assert places == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)], "a gap where nothing has run"
+    assert {a.get_ylim() for a in axes[:3]} == {axes[0].get_ylim()} and axes[0].get_ylim()[1] < 10
+    assert axes[3].get_ylim() == axes[4].get_ylim() and axes[3].get_ylim()[1] > 100
+    assert [bool(a.get_ylabel()) for a in axes] == [True, False, False, True, False]
+
+
+def test_the_command_has_the_workloads_and_their_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[dict[str, Any]] = []
+    monkeypatch.setattr(asynchronous, "main", lambda **options: called.append(options))
+    cli(["bench", "async"], standalone_mode=False)
+    cli(["bench", "async", "--data", "text", "--methods", "sgp; lasgd", "--clip", "2"], standalone_mode=False)
+    assert called[0]["methods"] == asynchronous.METHODS and called[1]["methods"] == ["sgp", "lasgd"]
+    given = {name: value for name, value in called[1].items() if name in vars(WORKLOADS["text"])}
+    assert given.pop("data") == "text" and given.pop("clip") == 2 and set(given.values()) == {None}
+    assert len(given) + 2 == len(vars(WORKLOADS["text"]))
+    for name in WORKLOADS:
+        cli(["bench", "async", "--data", name], standalone_mode=False)
+    with pytest.raises(click.BadParameter):
+        cli(["bench", "async", "--data", "mnist"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"methods": []},
+        {"methods": [AR, AR]},
+        {"methods": ["lsgd"]},
+        {"data": "mnist"},
+        {"link": "a-b"},
+        {"link": ""},
+        {"seeds": 0},
+        {"base_ms": -1.0},
+        {"target": 0.0},
+        {"epochs": -1.0},
+        {"clip": 0.0},
+    ],
+)
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(BadOption):
+        asynchronous.main(**options)
+
+
+def test_another_run_of_the_same_name_is_not_overwritten(tmp_path: Path) -> None:
+    name, settings = planned(WORKLOADS["digits"], FAST, 0, AR)
+    leave(tmp_path, name, replace(settings, batch=7))
+    world: Any = SimpleNamespace(size=4, nodes=4)
+    with pytest.raises(BadOption, match="another batch"):
+        runner._is_complete(world, tmp_path / name, replace(settings, name=name, progress="off"))

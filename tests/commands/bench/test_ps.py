@@ -1,0 +1,169 @@
+"""The study of parameter servers: one real launch, and what it makes of records."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpcsgd.commands.bench.studies import servers
+from hpcsgd.commands.bench.studies.runner import Finished
+from hpcsgd.commands.bench.studies.servers_results import Study
+from hpcsgd.commands.bench.studies.subworlds import ranks_of
+from hpcsgd.commands.bench.studies.time_to_loss import Trial
+from hpcsgd.commands.bench.studies.workloads import WORKLOADS, Setting, planned
+from hpcsgd.commands.cli import cli
+from tests.support.launch import CLI, launch
+
+AR, SYNC, GROUPS = "allreduce", "ps:mode=sync", "ps:mode=elastic,groups=4"
+PURE = Study.baseline
+BASE = 0.005  # seconds
+FAST, FAST_SLOW = Setting("digits", "fast", 0), Setting("digits", "fast", 2)
+LINK, LINK_SLOW = Setting("digits", "100mbit", 0), Setting("digits", "100mbit", 2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_methods_with_and_without_a_server_in_one_launch(tmp_path: Path) -> None:
+    """On three ranks two are workers, of which the first two, that is all, are slow."""
+    words = f"--methods {AR};{SYNC} --seeds 1 --base-ms {1e3 * BASE} --model logistic --epochs 0.4"
+    words += f" --evaluate-every 0.2 --target 2.5 --out {tmp_path}"
+    job = launch(CLI + "main()", 3, "bench", "ps", *words.split(), timeout=100)
+    assert job.returncode == 0 and not job.left and not job.files, job
+    told = re.findall(r"^\d/4 (\S+): \d+ iterations", job.stdout, re.MULTILINE)
+    assert told == [
+        f"digits-fast-{speeds}-0-{method}" for speeds in ("equal", "slow") for method in (AR, SYNC)
+    ]
+    with (tmp_path / "ps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    values = 64 * 10 + 10
+    for row, same in zip(rows, [rows[0]] * 4, strict=True):
+        with_server = row["method"] == SYNC
+        assert row["ranks"] == ("3" if with_server else "2")
+        # Two workers push and are answered in every iteration; parameters begin at round addresses.
+        moved = with_server * int(row["iterations"]) * 2 * 2 * 4 * values
+        assert int(row["server_bytes"]) == pytest.approx(moved, rel=0.02)
+        assert float(row["loss"]) == pytest.approx(float(same["loss"]), rel=1e-4)
+        assert row["fewest_gradients"] == row["most_gradients"] == row["iterations"]
+        slow = "count=2" in row["simulated_delays"]
+        assert float(row["ms_per_iteration"]) > (4e3 if slow else 1e3) * BASE
+    table = (tmp_path / "ps.md").read_text().splitlines()
+    assert table[0].startswith("| digits | fast, equal ranks | fast, 2 slow ranks | final accuracy (%) |")
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {AR}", f"| {SYNC}"]
+    assert (tmp_path / "ps.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("methods", "ranks", "expected"),
+    [
+        ([AR, SYNC, "ps:servers=0"], 5, [4, 5, 4]),
+        ([AR, SYNC, "ps:servers=2"], 6, [4, 5, 6]),
+        ([AR, "sgp"], 5, [5, 5]),
+        ([AR, SYNC], 1, [1, 1]),
+    ],
+)
+def test_all_methods_have_as_many_workers(methods: list[str], ranks: int, expected: list[int]) -> None:
+    assert ranks_of(methods, ranks) == dict(zip(methods, expected, strict=True))
+
+
+def test_the_slow_ranks_are_those_of_the_first_group() -> None:
+    plans = [planned(WORKLOADS["digits"], setting, 0, GROUPS) for setting in (LINK, LINK_SLOW)]
+    assert [name for name, _ in plans] == [
+        f"digits-100mbit-{speeds}-0-{GROUPS}" for speeds in ("equal", "slow")
+    ]
+    assert [settings.delays for _, settings in plans] == [
+        "constant:seconds=0.02",
+        "slow:factor=4,count=2,seconds=0.02",
+    ]
+
+
+@pytest.mark.parametrize("groups", [4, 8])
+def test_a_rate_for_each_step_of_an_iteration(groups: int) -> None:
+    """Eight asynchronous steps of a rate are one of eight times the rate."""
+    rates = [
+        planned(Study.workloads["digits"], LINK, 0, f"ps:mode={mode},groups={groups}")[1].learning_rate
+        for mode in ("async", "sync", "elastic")
+    ]
+    assert rates[0] * groups == rates[1] == rates[2]
+
+
+def trial(setting: Setting, method: str, seconds: float = 1.0) -> Trial:
+    """Two workers, of which the second waits for three quarters of its time; a server, which only waits."""
+    test = SimpleNamespace(
+        step=np.array([10, 20]),
+        time=seconds * np.array([1, 2]),
+        loss=np.array([4.0, 2.0]),
+        accuracy=np.array([0.1, 0.9]),
+        bytes_sent=np.array([[0, 0, 0], [7, 7, 5_000_000]]),
+    )
+    train = SimpleNamespace(
+        wait_seconds=np.array([[0.0, 3.0, 9.0]]), compute_seconds=np.array([[1.0, 1.0, 0.0]])
+    )
+    config = {"delays": "none", "world": {"ranks": 3, "nodes": 4}}
+    record: Any = SimpleNamespace(test=test, train=train, config=config)
+    return Trial(setting, 0, method, Finished(record, [10, 20, 0]))
+
+
+def test_a_server_is_no_worker() -> None:
+    found = trial(FAST, SYNC)
+    assert (found.workers, found.gradients) == (2, [10, 20])
+    assert found.waiting == (0 + 3 / 4) / 2
+    assert found.server_bytes == 10_000_000
+    assert trial(FAST, AR).workers == 3 and trial(FAST, AR).server_bytes == 0
+
+
+def study(settings: list[Setting], share: float, methods: tuple[str, ...] = (AR, PURE, GROUPS)) -> Study:
+    """Elastic groups take a share of the time of all others."""
+    trials = [trial(s, m, share if m == GROUPS else 1.0) for s in settings for m in methods]
+    return Study(trials, {"digits": 3.0, "text": 3.0})
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.39, "met"), (0.41, "not met")])
+def test_the_goal_is_of_slow_links(share: float, verdict: str) -> None:
+    goals = study([FAST, FAST_SLOW, LINK, LINK_SLOW], share).goals()
+    assert [goal.split(":")[0] for goal in goals] == [f"Goal, {LINK}", f"Goal, {LINK_SLOW}"]
+    assert all(goal.endswith(f": {verdict}.") and f" {share:.2f}, " in goal for goal in goals)
+
+
+def test_no_goal_without_both_methods() -> None:
+    assert not study([LINK], 0.1, (AR, GROUPS)).goals()
+    assert not study([LINK], 0.1, (AR, PURE, "ps:mode=elastic,groups=8")).goals()
+
+
+def test_tables_say_what_went_through_the_servers(capsys: pytest.CaptureFixture[str]) -> None:
+    found = study([LINK], 0.5)
+    found.show()
+    printed = capsys.readouterr().out
+    assert "MB through" in printed and "4 nodes" in printed and "1 seed" in printed
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in found.markdown("digits").splitlines()
+    ]
+    header = ["digits", "100mbit, equal ranks", "final accuracy (%)", "waiting (%)", "MB through the servers"]
+    assert rows[0] == header
+    assert rows[2:] == [
+        [AR, "1.5 s (1.00)", "90.0", "58", "0"],
+        [PURE, "1.5 s", "90.0", "38", "10"],
+        [GROUPS, "0.75 s (0.50)", "90.0", "38", "10"],
+    ]
+
+
+def test_a_setting_that_a_method_has_not_run_in_stays_empty() -> None:
+    trials = [trial(LINK, PURE), trial(LINK_SLOW, PURE), trial(LINK_SLOW, AR)]
+    lines = Study(trials, {"digits": 1.0}).markdown("digits").splitlines()
+    assert lines[2] == f"| {PURE} | never | never | 90.0, 90.0 | 38, 38 | 10, 10 |"
+    assert lines[3] == f"| {AR} |  | never | 90.0 | 58 | 0 |"
+
+
+def test_the_command_measures_all_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[dict[str, Any]] = []
+    monkeypatch.setattr(servers, "main", lambda **options: called.append(options))
+    cli(["bench", "ps"], standalone_mode=False)
+    cli(["bench", "ps", "--methods", f"{SYNC}; {GROUPS}", "--seeds", "1"], standalone_mode=False)
+    assert called[0]["methods"] == servers.METHODS and called[0]["out"] == "ps"
+    assert called[1]["methods"] == [SYNC, GROUPS] and called[1]["seeds"] == 1
+    assert set(ranks_of(servers.METHODS, 9).values()) == {8, 9}

@@ -1,0 +1,104 @@
+"""The scale study: real runs on virtual nodes, of as many iterations whatever the nodes; its numbers."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpcsgd.commands import report
+from hpcsgd.commands.bench.studies import scale
+from hpcsgd.commands.bench.studies.runner import Finished
+from hpcsgd.commands.bench.studies.scale_results import Study, Trial
+from hpcsgd.errors import BadOption
+from tests.support.launch import CLI, launch
+
+RING, TELEPORT, STEPS = "dsgd:topology=ring", "teleport:topology=ring", 7
+
+# Stopped by an error in a run, the same command goes on from there.
+STOPPED = """
+import contextlib, hpcsgd.commands.bench.studies.runner as study
+from hpcsgd.mpi import launcher
+
+trained, broken = [], True
+class Noted(study.Training):
+    def execute(self):
+        trained.append(self.settings.name)
+        if broken and trained[-1] == "8-0-dsgd:topology=ring":
+            raise study.HpcsgdError("stopped", everywhere=True)
+        return super().execute()
+
+study.Training = Noted
+with contextlib.suppress(SystemExit):
+    main()
+broken = False
+trained.clear()
+with contextlib.suppress(SystemExit):
+    main()
+if launcher.rank() == 0:
+    print("again:", *trained, flush=True)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(170)
+def test_a_study_of_real_runs(tmp_path: Path) -> None:
+    words = f"--methods {RING};{TELEPORT} --nodes 4,8 --active 4=1,8=2 --seeds 1 --steps {STEPS} --batch 4"
+    words += f" --learning-rate dsgd=0.1,teleport=0.05 --data synthetic:samples=128 --out {tmp_path}"
+    job = launch(CLI + STOPPED, 1, "bench", "scale", *words.split(), timeout=120)
+    assert job.returncode == 0 and not job.left and not job.files, job
+    assert f"again: warm-up 8-0-{RING} warm-up 8-0-{TELEPORT}\n" in job.stdout, job
+    runs = [f"{nodes}-0-{method}" for nodes in (4, 8) for method in (RING, TELEPORT)]
+    assert (tmp_path / "scale.png").stat().st_size > 1000
+    with (tmp_path / "scale.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [f"{r['virtual_nodes']}-{r['seed']}-{r['method']}" for r in rows] == runs
+    assert [row["strategy"] for row in rows] == [RING, f"{TELEPORT},active=1", RING, f"{TELEPORT},active=2"]
+    assert [float(row["learning_rate"]) for row in rows] == [0.1, 0.05] * 2
+    for row, name in zip(rows, runs, strict=True):
+        record = report.load(tmp_path / name)
+        assert int(row["steps"]) == record.train.step[-1] == STEPS
+        assert float(row["accuracy"]) == pytest.approx(record.test.accuracy[-1], abs=1e-6)
+        assert record.config["virtual_nodes"] == int(row["virtual_nodes"])
+    assert not list(tmp_path.glob("*/checkpoints")) and not (tmp_path / "warm-up").exists()
+
+
+def study(accuracies: dict[int, list[float]]) -> Study:
+    trials = []
+    for nodes, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            test = SimpleNamespace(
+                accuracy=np.array([0.0, accuracy]), consensus_distance=np.array([9.0, 2.0])
+            )
+            record: Any = SimpleNamespace(test=test)
+            trials.append(Trial(nodes, seed, "dsgd", Finished(record, [1])))
+    return Study(trials, "nowhere")
+
+
+def test_mean_and_deviation_of_the_last_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    study({16: [0.9, 0.94], 8: [0.8, 0.8]}).show()
+    printed = capsys.readouterr().out
+    assert printed.index("8") < printed.index("16")
+    assert "80.0 ± 0.0" in printed and "92.0 ± 2.8" in printed and "2 ± 0" in printed
+    study({8: [0.5]}).show()
+    assert "±" not in capsys.readouterr().out
+
+
+def test_a_value_for_each_or_for_all() -> None:
+    assert scale._each("active", "4", ["8", "16"], int) == {"8": 4, "16": 4}
+    assert scale._each("active", "8=2,16=4,32=8", ["8", "16"], int) == {"8": 2, "16": 4}
+    for wrong in ("x", "8=2", "8=2,16=x", ""):
+        with pytest.raises(BadOption, match="8=2,16=2"):
+            scale._each("active", wrong, ["8", "16"], int)
+
+
+@pytest.mark.parametrize(
+    "options", [{"methods": []}, {"nodes": [8, 8]}, {"nodes": [0]}, {"steps": 0}, {"alpha": -1.0}]
+)
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(BadOption):
+        scale.main(**options)

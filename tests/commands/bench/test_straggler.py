@@ -1,0 +1,161 @@
+"""The straggler study: real runs in one job, which a second call only reads; its numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpcsgd.commands.bench.studies import runner, straggler
+from hpcsgd.commands.bench.studies.runner import Finished, with_option
+from hpcsgd.commands.bench.studies.straggler_results import Study, Trial
+from hpcsgd.commands.train.settings import Settings, to_toml
+from hpcsgd.errors import BadOption
+from hpcsgd.strategies import STRATEGIES
+from hpcsgd.strategies.delays import DELAYS
+from tests.support.launch import CLI, launch
+
+FULL, DYNAMIC = "backup:backups=0", "backup"
+SLOW, EQUAL = "slow:seconds=0.02", "constant:seconds=0.001"
+
+
+def printed_by(script: str, out: Path, *words: str) -> str:
+    """What `hpcsgd bench straggler` prints, twice in one job."""
+    options = (
+        f"--methods allreduce;{FULL} --delays {SLOW};{EQUAL} --seeds 2 --epochs 2 --data synthetic:samples=64"
+    )
+    full = ["bench", "straggler", *options.split(), "--out", str(out), *words]
+    job = launch(CLI + script, 2, *full, timeout=120)
+    assert job.returncode == 0 and not job.left and not job.files, job
+    return job.stdout
+
+
+# The second call is interrupted by an error where it would train anything.
+TWICE = """
+import contextlib, hpcsgd.commands.bench.studies.runner as study
+with contextlib.suppress(SystemExit):
+    main()
+study.Training = None
+main()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(170)
+def test_a_study_of_real_runs(tmp_path: Path) -> None:
+    printed = printed_by(TWICE, tmp_path)
+    runs = [
+        f"{delay}-{seed}-{method}"
+        for delay in (SLOW, EQUAL)
+        for seed in (0, 1)
+        for method in ("allreduce", FULL)
+    ]
+    assert re.findall(r"^\d/8 (\S+): \d+ iterations", printed, re.MULTILINE) == 2 * runs
+    assert "simulated" in printed and (tmp_path / "straggler.png").stat().st_size > 1000
+    with (tmp_path / "straggler.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [f"{r['simulated_delays']}-{r['seed']}-{r['method']}" for r in rows] == runs
+    for row in rows:
+        iterations = int(row["iterations"])
+        assert [int(row[f"{most}_gradients"]) for most in ("fewest", "most")] == [iterations] * 2
+        # All wait for the slow rank, which sleeps four times 20 ms a gradient.
+        assert (float(row["ms_per_iteration"]) > 80) == (row["simulated_delays"] == SLOW)
+    assert {path.name for path in tmp_path.iterdir()} == {*runs, "straggler.csv", "straggler.png"}
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def leave(folder: Path, settings: Settings, *epochs: float) -> None:
+    """What a run of one rank leaves in its folder."""
+    folder.mkdir()
+    (folder / "config.toml").write_text(to_toml(settings, {"ranks": 1, "nodes": 1}))
+    lines = [json.dumps({"event": "test", "epoch": epoch}) for epoch in epochs]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"event": "te']))
+
+
+def test_only_a_complete_run_of_the_same_settings_counts(tmp_path: Path) -> None:
+    world: Any = SimpleNamespace(size=1, nodes=1)
+    settings, folder = Settings(epochs=2.5, out="here", name="run"), tmp_path / "run"
+    assert not runner._is_complete(world, folder, settings)
+    leave(folder, settings, 1.0, 2.5)
+    assert runner._is_complete(world, folder, replace(settings, out="there"))
+    with pytest.raises(BadOption, match="another seed"):
+        runner._is_complete(world, folder, replace(settings, seed=1))
+    with pytest.raises(BadOption, match="another world"):
+        runner._is_complete(SimpleNamespace(size=2, nodes=1), folder, settings)  # type: ignore[arg-type]
+    shutil.rmtree(folder)
+    leave(folder, settings, 1.0, 2.4)
+    assert not runner._is_complete(world, folder, settings) and not folder.exists()
+
+
+def trial(delay: str, method: str, seed: int, times: list[float], accuracies: list[float]) -> Trial:
+    steps = 10 * np.arange(1, len(times) + 1)
+    test = SimpleNamespace(time=np.array(times), accuracy=np.array(accuracies), step=steps)
+    record: Any = SimpleNamespace(test=test)
+    return Trial(delay, seed, method, Finished(record, [10 + seed, 20 + seed]))
+
+
+def small_study(dynamic_seconds: float) -> Study:
+    trials = [
+        trial("slow:factor=4", method, seed, [scale * t for t in times], accuracies)
+        for method, scale in ((FULL, 1.0), (DYNAMIC, dynamic_seconds), ("dsgd", 0.9))
+        for seed, (times, accuracies) in enumerate(
+            [([1.0, 2.0], [0.5, 0.95]), ([2.0, 4.0], [0.95, 0.8]), ([3.0, 6.0], [0.5, 0.6])]
+        )
+    ]
+    return Study(trials, 0.9, "nowhere")
+
+
+def test_medians_over_the_seeds() -> None:
+    found = small_study(0.5).numbers("slow:factor=4", FULL)
+    assert (found.seconds, found.accuracy) == (4.0 / 20, 0.8)
+    # Reached after 20 iterations in 2 s, after 10 in 2 s, and never.
+    assert (found.iterations_to_target, found.seconds_to_target) == (20, 2.0)
+    assert found.gradients == (11, 21)
+
+
+@pytest.mark.parametrize(
+    ("scale", "verdicts"), [(0.5, ["met", "met"]), (0.7, ["not met", "met"]), (0.95, ["not met"] * 2)]
+)
+def test_goals_are_judged(scale: float, verdicts: list[str]) -> None:
+    goals = small_study(scale).goals()
+    assert [re.search(r": ((not )?met)\.$", goal)[1] for goal in goals] == verdicts  # type: ignore[index]
+    assert f"Measured: {scale:.2f}" in goals[0] and f"{2 * scale:.2f} s" in goals[1]
+
+
+def test_a_target_that_is_never_reached_comes_last() -> None:
+    trials = [trial("slow", method, 0, [1.0], [0.5]) for method in (FULL, DYNAMIC)]
+    numbers = Study(trials, 0.9, "").numbers("slow", DYNAMIC)
+    assert numbers.seconds_to_target == np.inf
+    assert "never" in Study(trials, 0.9, "").goals()[1] and "not met" in Study(trials, 0.9, "").goals()[1]
+
+
+def test_options_are_added_where_they_exist_and_are_not_given() -> None:
+    assert with_option(STRATEGIES, "dsgd", "topology", "ring") == "dsgd:topology=ring"
+    assert with_option(STRATEGIES, "dsgd:overlap=yes", "topology", "ring") == "dsgd:overlap=yes,topology=ring"
+    assert with_option(STRATEGIES, "dsgd:topology=star", "topology", "ring") == "dsgd:topology=star"
+    assert with_option(STRATEGIES, "allreduce", "topology", "ring") == "allreduce"
+    assert with_option(DELAYS, "exponential:mean=2", "seed", 3) == "exponential:mean=2,seed=3"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"methods": []},
+        {"methods": ["dsgd", "dsgd"]},
+        {"methods": ["sdgd"]},
+        {"delays": ["slo"]},
+        {"seeds": 0},
+        {"base_ms": -1},
+    ],
+)
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(BadOption):
+        straggler.main(**options)

@@ -1,0 +1,65 @@
+"""`hpcsgd serve` and `hpcsgd train --connect`: stopped, resumed, and given what does not fit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.background import Job
+from tests.support.train_jobs import records, run_commands
+
+TRAIN = ("train", "--data", "synthetic:samples=404", "--threads", 1, "--progress", "plain")
+SERVE = ("serve", "--listen", "servers", "--progress", "plain")
+
+
+@pytest.mark.timeout(240)
+def test_a_group_and_a_server_are_stopped_and_go_on(tmp_path: Path) -> None:
+    strategy = ("--strategy", "ps:mode=elastic,interval=4", "--connect", "servers", "--epochs", 8)
+    pause = ("--delays", "constant:seconds=0.02")
+    serve = (*SERVE, "--mode", "elastic", "--alpha", 0.5)
+    with (
+        Job(tmp_path, "server", *serve) as server,
+        Job(tmp_path, "group", *TRAIN, *strategy, *pause, "--out", tmp_path, "--name", "run") as group,
+    ):
+        group.wait_for("epoch 2.00/")
+        server.send(signal.SIGTERM)
+        assert server.end() == 0 and not (tmp_path / "servers").exists()
+        assert "SIGTERM: state after" in server.text
+        # The group that is resumed is another one.
+        with Job(tmp_path, "second", *serve, "--groups", 2) as second:
+            group.wait_for("epoch 4.00/")
+            group.send(signal.SIGUSR1)
+            assert group.end() == 0 and "SIGUSR1: checkpoint" in group.text
+            resume = ("train", "--resume", tmp_path / "run", "--delays", "none")
+            with Job(tmp_path, "resumed", *resume) as resumed:
+                assert (resumed.end(), second.end()) == (0, 0), (resumed.text, second.text)
+    steps = [record["step"] for record in records(tmp_path / "run", "test")]
+    assert steps == sorted(set(steps)) and steps[-1] == 8 * 13
+    kept = tmp_path / "servers.checkpoint" / "server-0" / "metrics.jsonl"
+    last = json.loads(kept.read_text().splitlines()[-1])
+    assert [client["state"] for client in last["clients"]] == ["done", "done"]
+    assert set(last["versions"].values()) == {8 * 13 // 4}
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    about = {"mode": "async", "alpha": None, "servers": 1, "secret": "?"}
+    (tmp_path / "job" / "job.json").write_text(json.dumps(about))
+    (tmp_path / "junk").write_text("{}")
+    cases = [
+        ((*TRAIN, "--connect", "x"), "only a strategy with parameter servers can connect"),
+        (
+            (*TRAIN, "--strategy", "ps", "--connect", tmp_path / "x", "--timeout", 0.3),
+            "no server has written",
+        ),
+        ((*TRAIN, "--strategy", "ps", "--connect", tmp_path / "junk"), "is not a file of `hpcsgd serve"),
+        ((*SERVE, "--checkpoint", tmp_path / "job"), "is of servers with another mode"),
+        ((*SERVE, "--mode", "none"), "'none' is not one of"),
+        ((*SERVE, "--lease", 0), "0 is not in the range"),
+    ]
+    commands = [(*command, *(["--out", tmp_path] if command[0] == "train" else [])) for command, _ in cases]
+    for outcome, (command, text) in zip(run_commands(tmp_path, 1, *commands), cases, strict=True):
+        assert outcome.codes == [2] and text in outcome.errs[0], (command, outcome)

@@ -1,0 +1,107 @@
+"""Whatever is asked wrongly is answered once, with what to do, and ends every rank."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import launch
+from tests.support.train_jobs import CLI, NOISY, Outcome, records, run_commands
+
+TINY = ["--data", "synthetic:samples=64", "--epochs", "2"]
+Wrong = tuple[list[object], list[str]]  # arguments, and what the message must say
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """The same exit code on all ranks and one message on one of them."""
+    assert len(set(outcome.codes)) == 1 and outcome.codes[0] in (1, 2), outcome
+    said = "".join(outcome.errs)
+    assert sum(map(bool, outcome.errs)) == 1 and "Traceback" not in said, outcome
+    assert all(said.count(word) == 1 for word in words), (words, outcome)
+
+
+@pytest.mark.timeout(170)
+def test_errors_are_said_once(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("bach = 3\n")
+    (tmp_path / "own.py").write_text("def fails(shape, classes):\n    raise ValueError('mine')\n")
+    run = tmp_path / "run"
+    # Most of these before MPI is up, as in a process of their own.
+    early: list[Wrong] = [
+        (["--batch", 0], ["option 'batch' has a wrong value", "at least 1"]),
+        (["--schedule", "linear"], ["option 'schedule' has a wrong value", "constant, cosine, step"]),
+        (["--lr", "0.1"], ["No such option", "--lr"]),
+        (["--config", tmp_path / "bad.toml"], ["unknown option 'bach'", "use one of: batch, "]),
+        (["--config", tmp_path / "no.toml"], [f"cannot read settings from {tmp_path / 'no.toml'}:"]),
+        (
+            ["--resume", tmp_path / "gone"],
+            [f"cannot read settings from {tmp_path / 'gone' / 'config.toml'}:"],
+        ),
+    ]
+    late: list[Wrong] = [
+        (["--name", "run"], [f"{run} exists", "choose another --name", f"--resume {run}"]),
+        (["--data", "digit"], ["unknown data set 'digit'", "use one of: cifar10"]),
+        (["--data", f"mnist:path={tmp_path}"], ["files of the data set are missing", "path=FOLDER"]),
+        (["--data", "digits:size=3"], ["data set 'digits' has no option 'size'"]),
+        (["--model", "lenet5"], ["unknown classification model 'lenet5'", "lenet, "]),
+        (["--model", "nowhere:model"], ["there is no module 'nowhere'"]),
+        (["--model", "own:fails"], ["mine"]),
+        (["--strategy", "locl"], ["unknown strategy 'locl'", "use one of: "]),
+        (["--strategy", "dsgd:topology=rng"], ["unknown topology 'rng'", "one-peer-exponential, "]),
+        (["--strategy", "local:period=0"], ["period of local SGD", "at least 1 step"]),
+        (
+            ["--strategy", "local:perod=2"],
+            ["strategy 'local' has no option 'perod'", "period=int (default 8)"],
+        ),
+        (["--optimizer", "lion"], ["unknown optimizer 'lion'", "adam, adamw, sgd"]),
+        (["--resume", run / "checkpoints" / "step-00000009"], ["no checkpoint of step 9", "steps 1, 2"]),
+        (["--resume", run, "--model", "logistic"], ["loading state_dict"]),
+        (["--resume", run, "--optimizer", "adam"], ["cannot go on with another optimizer", "adam"]),
+    ]
+    training: list[object] = ["train", "--out", tmp_path]
+    outcomes = run_commands(
+        tmp_path,
+        2,
+        *([*training, *words] for words, _ in early),
+        [*training, *TINY, "--name", "run"],
+        *([*training, *words] for words, _ in late),
+    )
+    first = outcomes.pop(len(early))
+    assert first.codes == [0, 0], first
+    for outcome, (_, expected) in zip(outcomes, early + late, strict=True):
+        assert_refused(outcome, *expected)
+    assert [r["step"] for r in records(run, "test")] == [1, 2]
+
+    # Real processes and their exit code: too many ranks for the checkpoint.
+    job = launch(CLI + "main()", 3, "train", "--resume", str(run), timeout=120)
+    assert job.returncode not in (0, None) and not job.timed_out and not job.left and not job.files, job
+    assert job.stderr.count("saved by another number of ranks") == 1 and "Traceback" not in job.stderr, job
+    assert "expected: 2 ranks" in job.stderr and "start as many ranks as saved it: 2" in job.stderr
+
+    newest, older = (run / "checkpoints" / f"step-0000000{step}" for step in (2, 1))
+    content = bytearray((newest / "rank-0001.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "rank-0001.pt").write_bytes(content)
+    damaged, offered = run_commands(tmp_path, 2, ["train", "--resume", run], ["train", "--resume", older])
+    assert_refused(damaged, "rank-0001.pt is damaged", f"step 1 is whole: resume from {older}\n")
+    assert offered.codes == [0, 0] and "from step 1;" in offered.outs[0], offered
+    assert [r["step"] for r in records(run, "test")] == [1, 2]
+
+
+def test_a_bad_command_line_ends_a_job(tmp_path: Path) -> None:
+    """Before MPI is up."""
+    job = launch(CLI + "main()", 2, "train", "--bach", "3", timeout=50)
+    assert job.returncode not in (0, None) and not job.timed_out and not job.left, job
+    assert job.stderr.count("No such option") == 1 and "Traceback" not in job.stderr, job
+
+
+@pytest.mark.timeout(170)
+def test_an_interrupt_of_one_rank_ends_all(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(NOISY)
+    script = CLI + f"sys.path.insert(0, {str(tmp_path)!r}); main()"
+    model = f"own:noisy:stop=2,rank=1,number={int(signal.SIGINT)}"
+    words = ["train", "--timeout", "60", "--out", str(tmp_path), *TINY, "--model", model]
+    job = launch(script, 2, *words, timeout=120)
+    assert job.returncode not in (0, None) and not job.timed_out and not job.left and not job.files, job
+    assert job.stderr.count("rank 1 interrupted") == 1 and "Traceback" not in job.stderr, job

@@ -1,0 +1,105 @@
+"""Several jobs at once, each with its output in a file, that are all gone when the test is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.support.launch import CLI, UNCOMPILED, _environment, _kill, mpiexec, processes
+
+
+class Job:
+    """A Python script under way: one process, or so many ranks under mpiexec.
+
+    Parameters
+    ----------
+    folder
+        Where it runs, and its output goes.
+    name
+        Of that file.
+    script, args
+        What it runs; by default `hpcsgd` with these arguments.
+    ranks
+        0: one process without mpiexec.
+    options
+        Of mpiexec.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *args: object,
+        script: str = CLI + "main()",
+        ranks: int = 0,
+        options: Sequence[str] = (),
+    ) -> None:
+        self._mark = uuid.uuid4().hex
+        self._output = folder / f"{name}.txt"
+        start = [*mpiexec(), *options, "-n", str(ranks)] if ranks else []
+        with self._output.open("w") as out:
+            self._process = subprocess.Popen(
+                [*start, sys.executable, "-c", UNCOMPILED + script, *map(str, args)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=_environment(self._mark, {"HPCSGD_TIMEOUT": "60", "PYTHONUNBUFFERED": "1"}),
+                start_new_session=True,
+            )
+
+    @property
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self._output.read_text()
+
+    def wait_for(self, text: str, times: int = 1, seconds: float = 80.0) -> None:
+        """Until it has printed that so often."""
+        give_up = time.monotonic() + seconds
+        while self.text.count(text) < times:
+            assert time.monotonic() < give_up, f"no {text!r} in {self._output.name}:{self._all()}"
+            time.sleep(0.05)
+
+    def wait_for_more(self, text: str, times: int) -> None:
+        """Until it has printed that so many times more."""
+        self.wait_for(text, self.text.count(text) + times)
+
+    def _all(self) -> str:
+        """What all jobs of the folder have printed."""
+        outputs = sorted(self._output.parent.glob("*.txt"))
+        return "".join(f"\n== {output.name}\n{output.read_text()[-2000:]}" for output in outputs)
+
+    def send(self, number: int) -> None:
+        """A signal to its Python processes."""
+        for pid in self.pids():
+            os.kill(pid, number)
+
+    def kill(self, pid: int) -> None:
+        """One of its processes, at once."""
+        os.kill(pid, signal.SIGKILL)
+
+    def pids(self) -> list[int]:
+        """Its Python processes."""
+        launchers = ("mpiexec", "hydra", "prte")
+        found = processes(self._mark).items()
+        return [pid for pid, command in found if not any(name in command for name in launchers)]
+
+    def end(self, seconds: float = 80.0) -> int:
+        """Wait for its end; returns the exit status."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self._output.name} goes on after {seconds} s:{self._all()}") from None
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _kill(self._mark)
+        self._process.wait()

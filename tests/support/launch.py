@@ -1,0 +1,213 @@
+"""Real MPI jobs started from a test, whatever started the test itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
+_LAUNCHERS = ("PMI", "PMIX", "HYDRA", "OMPI", "MPI", "PRTE", "MPIR")
+_MARK = "HPCSGD_TEST_JOB"
+_DYING = 3.0  # seconds that the ranks of a job which has ended may take to be gone
+
+#: The start of every script: in place of the compiler, which takes as long to import as the rest of torch,
+#: and which optimizers import to tell it to keep away from them.
+UNCOMPILED = """
+import sys, types
+sys.modules["torch._dynamo"] = types.SimpleNamespace(
+    disable=lambda function, *_, **__: function, graph_break=lambda *_, **__: None
+)
+"""
+#: The start of a script that calls `hpcsgd`; importing TensorBoard would take longer than short runs.
+CLI = """
+import sys
+sys.modules["torch.utils.tensorboard"] = None
+from hpcsgd.commands.cli import main
+"""
+
+
+@dataclass
+class Finished:
+    """What a job left behind.
+
+    Attributes
+    ----------
+    left
+        Command lines of its processes that were still there some seconds after mpiexec had ended.
+    files
+        What it left in its /dev/shm.
+    timed_out
+        Whether it had to be killed.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+    left: list[str]
+    files: list[str]
+    timed_out: bool
+
+    def __str__(self) -> str:
+        return (
+            f"exit {self.returncode} after {self.seconds:.1f} s, timed out: {self.timed_out}, "
+            f"left: {self.left} {self.files}\n{self.stdout}\n{self.stderr}"
+        )
+
+
+def launch(
+    script: str,
+    ranks: int,
+    *args: str,
+    timeout: float = 40.0,
+    env: Mapping[str, str] | None = None,
+    shm: str = "256m",
+    meanwhile: Callable[[dict[int, str]], None] | None = None,
+) -> Finished:
+    """Run `mpiexec -n ranks python -c script args`.
+
+    Parameters
+    ----------
+    timeout
+        Seconds until the job is killed.
+    env
+        Further environment variables.
+    shm
+        Size of the job's /dev/shm, which is its own where that is allowed (`has_private_shm`).
+    meanwhile
+        Called with the job's processes once it has begun to print: ids and command lines.
+    """
+    mark = uuid.uuid4().hex
+    command = [*mpiexec(), "-n", str(ranks), sys.executable, "-c", UNCOMPILED + script, *args]
+    if has_private_shm():
+        # The listing comes from inside: the namespace ends with its last process.
+        inside = (
+            f"mount -t tmpfs -o size={shm} tmpfs /dev/shm; trap : INT; "
+            '"$@"; code=$?; sleep 0.3; echo "/dev/shm:" $(ls -A /dev/shm) >&2; exit $code'
+        )
+        command = [*_unshare(), "sh", "-c", inside, "sh", *command]
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(mark, env or {}),
+        start_new_session=True,
+    )
+    timed_out = False
+    try:
+        if meanwhile is not None:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            meanwhile(processes(mark))
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        timed_out = True
+        _kill(mark)
+        out, err = process.communicate()
+    except BaseException:  # of `meanwhile`
+        _kill(mark)
+        raise
+    seconds = time.monotonic() - started
+    left = _wait_for_end(mark)
+    out = first + out if meanwhile is not None else out
+    err, _, files = err.rpartition("/dev/shm:") if has_private_shm() else (err, "", "")
+    return Finished(process.returncode, out, err, seconds, left, files.split(), timed_out)
+
+
+def run_alone(script: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -c script` without mpiexec."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=_environment("", {}),
+        timeout=50,
+    )
+
+
+def mpiexec() -> list[str]:
+    """The command that starts a job of the MPI that mpi4py uses here."""
+    beside = Path(sys.executable).with_name("mpiexec")
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    assert found, "there is no mpiexec, neither beside python nor in PATH"
+    return [found, "--oversubscribe"] if is_open_mpi() else [found]
+
+
+@cache
+def is_open_mpi() -> bool:
+    try:
+        version("openmpi")
+    except PackageNotFoundError:
+        code = "from mpi4py import MPI; print(MPI.Get_library_version())"
+        found = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=_environment("", {})
+        )
+        return "Open MPI" in found.stdout
+    return True
+
+
+@cache
+def has_private_shm() -> bool:
+    """Whether a job can have a /dev/shm of its own."""
+    script = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    try:
+        return not subprocess.run([*_unshare(), "sh", "-c", script], capture_output=True).returncode
+    except FileNotFoundError:
+        return False
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Process ids and command lines of a job: mpiexec and its helpers, and the ranks."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(folder.name)] = command[:200]
+        except OSError:
+            continue
+    return found
+
+
+def _unshare() -> list[str]:
+    return ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+
+
+def _environment(mark: str, more: Mapping[str, str]) -> dict[str, str]:
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_LAUNCHERS) or name.startswith(("OMPI_ALLOW_RUN_AS", "OMPI_MCA_osc"))
+    }
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, _MARK: mark, **more}
+
+
+def _wait_for_end(mark: str) -> list[str]:
+    give_up = time.monotonic() + _DYING
+    while processes(mark) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    left = list(processes(mark).values())
+    _kill(mark)
+    return left
+
+
+def _kill(mark: str) -> None:
+    for pid in processes(mark):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

@@ -1,0 +1,141 @@
+"""The run loop of the suite: ranks in step for tests marked mpi, all other tests shared out."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.watchdog import Watchdog
+from tests.support.worlds import worlds
+
+DEFAULT_TIMEOUT = 60.0
+_SEVERITY = ["passed", "skipped", "failed"]
+
+
+class Ranks:
+    """Keeps the ranks in step and adds up what they report."""
+
+    def __init__(self, watchdog: Callable[[int], Watchdog]) -> None:
+        from mpi4py import MPI
+
+        self.comm = MPI.COMM_WORLD.Dup()
+        self.rank = self.comm.rank
+        self.folder = tempfile.TemporaryDirectory() if self.rank == 0 else None
+        self.begun = self.comm.bcast(self.folder.name if self.folder else "")
+        self.watchdog = watchdog(self.rank)
+        self.stderr = os.fdopen(os.dup(2), "w")
+        self.outcome: dict[str, str] = {}
+        self.failed_on: dict[str, list[int]] = {}
+        self.total: Counter[str] = Counter()
+
+    def gather(self, value: object) -> list[Any]:
+        """The value of every rank; polls, because ranks may outnumber cores."""
+        request = self.comm.Ibarrier()
+        while not request.Test():
+            time.sleep(0.001)
+        return self.comm.allgather(value)
+
+    def dealt(self, items: list[pytest.Item]) -> Iterator[pytest.Item]:
+        """Those of all ranks, on each in the same order; then what no other rank has begun.
+
+        A file marked `together` is one card: what it prepares is dear. The cards with the longest deadlines
+        start jobs of several processes: half of the ranks begin with these, the others with the last.
+        """
+        yield from filter(is_mpi, items)
+        cards: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            if not is_mpi(item):
+                together = item.get_closest_marker("together")
+                cards.setdefault(str(item.path) if together else item.nodeid, []).append(item)
+        deck = sorted(cards.values(), key=lambda card: -sum(map(deadline, card)))
+        for number in range(len(deck))[:: -1 if self.rank % 2 else 1]:
+            try:
+                Path(self.begun, str(number)).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            yield from deck[number]
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if session.testsfailed or session.config.option.collectonly:
+            return None
+        for item, following in pairwise(chain(self.dealt(session.items), [None])):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+        return True
+
+    def pytest_collection_finish(self) -> None:
+        # A million objects of modules, which no collection in a test needs to look at.
+        import torch._dynamo  # noqa: F401  # the first optimizer does so
+
+        gc.collect()
+        gc.freeze()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.watchdog.watch(item.nodeid, deadline(item))
+        result = yield
+        if is_mpi(item):
+            outcomes = self.gather(self.outcome.get(item.nodeid, "passed"))
+            failed = [rank for rank, outcome in enumerate(outcomes) if outcome == "failed"]
+            if failed:
+                self.failed_on[item.nodeid] = failed
+                worlds.forget()
+                if item.config.getoption("maxfail"):
+                    item.session.shouldstop = f"{item.nodeid} failed on ranks {failed}"
+            self.outcome[item.nodeid] = max(outcomes, key=_SEVERITY.index)
+        elif self.outcome.get(item.nodeid) == "failed":
+            self.failed_on[item.nodeid] = [self.rank]
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        known = self.outcome.get(report.nodeid, "passed")
+        self.outcome[report.nodeid] = max(known, report.outcome, key=_SEVERITY.index)
+        if self.rank and report.failed:
+            text = [f"\nrank {self.rank}: FAILED {report.nodeid} ({report.when})"]
+            text += [report.longreprtext, *(f"-- {name}\n{out}" for name, out in report.sections)]
+            print(*text, sep="\n", file=self.stderr, flush=True)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Iterator[None]:
+        self.watchdog.watch("the other ranks' tests", 3600.0)
+        everything = self.gather((self.outcome, self.failed_on, int(exitstatus)))
+        merged: dict[str, str] = {}
+        for outcomes, failed_on, _ in everything:
+            merged |= outcomes
+            self.failed_on |= failed_on
+        self.total = Counter(merged.values())
+        statuses = {status for *_, status in everything} - {pytest.ExitCode.NO_TESTS_COLLECTED}
+        if self.failed_on:
+            statuses.add(int(pytest.ExitCode.TESTS_FAILED))
+        empty = pytest.ExitCode.OK if merged else pytest.ExitCode.NO_TESTS_COLLECTED
+        session.exitstatus = max(statuses, default=int(empty))
+        self.watchdog.watch("MPI_Finalize", DEFAULT_TIMEOUT)
+        return (yield)
+
+    def pytest_unconfigure(self) -> None:
+        if self.rank == 0:
+            for test, ranks in sorted(self.failed_on.items()):
+                print(f"FAILED {test} on rank {', '.join(map(str, ranks))}")
+            print(", ".join(f"{self.total[o]} {o}" for o in ("passed", "failed", "skipped")))
+
+
+def is_mpi(item: pytest.Item) -> bool:
+    return item.get_closest_marker("mpi") is not None
+
+
+def deadline(item: pytest.Item) -> float:
+    """Seconds that the test may take."""
+    mark = item.get_closest_marker("timeout")
+    return float(mark.args[0]) if mark else DEFAULT_TIMEOUT

@@ -1,0 +1,115 @@
+"""Several `hpcsgd` commands in one MPI job, because starting one takes seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.launch import CLI, launch
+
+_COMMANDS = """
+import contextlib, io, json, os, random, traceback
+import numpy, torch
+from hpcsgd.mpi import launcher
+
+folder, rank = sys.argv[1], launcher.rank()
+commands = json.loads(sys.argv[2])
+sys.path.insert(0, folder)
+outcomes = []
+for command in commands:
+    # Nothing that one run leaves behind may help the next.
+    random.seed(), numpy.random.seed(), torch.seed()
+    sys.argv = ["hpcsgd", *command]
+    code, out, err = "returned", io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            code = traceback.format_exc()
+    outcomes.append((code, out.getvalue(), err.getvalue()))
+with open(os.path.join(folder, f"outcomes-{rank}.json"), "w") as file:
+    json.dump(outcomes, file)
+"""
+
+# A model of the user's own that draws from every generator, and may signal its own process.
+NOISY = """
+import os, random
+import numpy as np
+from torch import nn
+import hpcsgd.commands.train.trainer
+from hpcsgd.mpi import launcher
+
+hpcsgd.commands.train.trainer._VOTE_EVERY = 0.0  # the ranks ask each other after every step
+
+class Noisy(nn.Module):
+    def __init__(self, layers, stop, number):
+        super().__init__()
+        self.layers, self.stop, self.number, self.passes = layers, stop, number, 0
+
+    def forward(self, x):
+        if self.training:
+            self.passes += 1
+            if self.passes == self.stop:
+                os.kill(os.getpid(), self.number)
+            x = x * (1 + 0.1 * random.random() + 0.1 * np.random.random())
+        return self.layers(x)
+
+def noisy(shape: tuple[int, ...], classes: int, stop: int = 0, rank: int = 0, number: int = 0) -> nn.Module:
+    layers = [nn.Linear(shape[0], 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, classes)]
+    return Noisy(nn.Sequential(*layers), stop if launcher.rank() == rank else 0, number)
+"""
+
+#: What may differ between two records of the same step of the same training.
+TIMES = {"time", "samples_per_second", "compute_seconds", "wait_seconds", "communication_seconds"}
+
+
+@dataclass
+class Outcome:
+    """How one command ended: an exit code (or traceback) and the output, of every rank."""
+
+    codes: list[Any]
+    outs: list[str]
+    errs: list[str]
+
+
+def run_commands(folder: Path, ranks: int, *commands: Sequence[object], prelude: str = "") -> list[Outcome]:
+    """Run commands of `hpcsgd` one after the other in one job; `folder` is on its module path."""
+    texts = json.dumps([[str(word) for word in command] for command in commands])
+    job = launch(CLI + prelude + _COMMANDS, ranks, str(folder), texts, timeout=150)
+    assert job.returncode == 0 and not job.timed_out and not job.left and not job.files, job
+    read = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(ranks)]
+    return [Outcome(*map(list, zip(*told, strict=True))) for told in zip(*read, strict=True)]
+
+
+def trained(folder: Path, ranks: int, *commands: str, prelude: str = "") -> list[str]:
+    """Run `hpcsgd train` with each line of arguments; all must succeed. Returns what rank 0 printed."""
+    full = [("train", "--out", folder, *command.split()) for command in commands]
+    outcomes = run_commands(folder, ranks, *full, prelude=prelude)
+    for command, outcome in zip(full, outcomes, strict=True):
+        assert outcome.codes == [0] * ranks, (command, outcome)
+        assert not any(outcome.outs[1:]) and not any(outcome.errs), (command, outcome)
+    return [outcome.outs[0] for outcome in outcomes]
+
+
+def records(run: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """The metrics of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if event in (None, line["event"])]
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records(run)]
+
+
+def newest_state(run: Path, rank: int) -> dict[str, Any]:
+    """What the newest checkpoint holds of one rank."""
+    import torch
+
+    folder = max((run / "checkpoints").glob("step-*"))
+    state: dict[str, Any] = torch.load(folder / f"rank-{rank:04d}.pt", weights_only=True)
+    return state
