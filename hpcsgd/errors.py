@@ -1,4 +1,4 @@
-"""What failed, on which rank, expected and got, and what to do."""
+"""Errors: the failure, its ranks, expected and got, and the remedy."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Iterable
 
 
 class HpcsgdError(RuntimeError):
-    """An error of hpcsgd, in one shape: what failed, where, expected and got, and the remedy.
+    """Base of all errors of hpcsgd, in one format: the failure, its ranks, expected and got, and the remedy.
 
     Parameters
     ----------
-    what
-        One clause: what failed.
+    failure
+        The failure, in one clause.
     rank
-        The rank, or ranks, it concerns.
+        The rank, or ranks, concerned.
     expected, got
-        What was needed and what was found; left out where they would say nothing.
+        The required and the actual value; omitted where they add nothing.
     do
-        What the reader should do now.
+        The remedy: the option, file or call to change.
     everywhere
-        True where all ranks raise this same error, so that one of them is enough to print it.
+        True where all ranks raise this same error, so that only one prints it.
     elsewhere
-        True where another rank says more about the same, and is to be printed first.
+        True where another rank raises a more detailed error, which is printed first.
     """
 
     def __init__(
         self,
-        what: str,
+        failure: str,
         *,
         rank: int | Iterable[int] | None = None,
         expected: object = None,
@@ -35,7 +35,7 @@ class HpcsgdError(RuntimeError):
         everywhere: bool = False,
         elsewhere: bool = False,
     ) -> None:
-        lines = [what if rank is None else f"{in_words(rank)}: {what}"]
+        lines = [failure if rank is None else f"{format_ranks(rank)}: {failure}"]
         if expected is not None:
             lines.append(f"  expected: {expected}")
         if got is not None:
@@ -48,28 +48,28 @@ class HpcsgdError(RuntimeError):
 
 
 class Disagreement(HpcsgdError):
-    """Ranks that should have brought the same thing brought different ones."""
+    """Values that must be equal on all ranks differ."""
 
 
 class DeadlineExceeded(HpcsgdError, TimeoutError):
-    """A wait ended without what it waited for; the message says who waits for whom, and where."""
+    """A wait has reached its deadline; the message names its operation and the state of each rank."""
 
 
 class RankFailed(HpcsgdError):
-    """Ranks of the job have died; the others are left as they were."""
+    """Ranks of the job have died; the state of the others is unchanged."""
 
 
 class BadOption(HpcsgdError, ValueError):
-    """An option that does not exist, or a value out of its range; the message lists the valid ones."""
+    """An unknown option, or a value outside its range; the message lists the valid ones."""
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> BadOption:
-    """The error for a name that no registry row answers to."""
+    """Return the error for a name that is not in a registry."""
     return BadOption(f"unknown {kind} {name!r}", do="use one of: " + ", ".join(sorted(valid)))
 
 
-def in_words(ranks: int | Iterable[int]) -> str:
-    """As "rank 3", or "ranks 0, 2, 7 to 90"."""
+def format_ranks(ranks: int | Iterable[int]) -> str:
+    """Return text such as "rank 3" or "ranks 0, 2, 7 to 90"."""
     numbers = [ranks] if isinstance(ranks, int) else sorted(ranks)
     runs: list[list[int]] = []
     for number in numbers:

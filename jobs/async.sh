@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The README's tables and plot of asynchrony: digits, and a small GPT on Python's own library; on one node, and over
-# four hosts (network namespaces on this machine, real TCP) whose links carry 100 Mbit/s; one rank four times
-# slower or none (simulated); three seeds each.
+# The tables and the plot of asynchrony in RESULTS.md: digits, and a small GPT on the source of Python's library; on
+# one node, and over four hosts (network namespaces on this machine, real TCP) with links of 100 Mbit/s; one rank
+# four times slower, or none (simulated); three seeds each.
 # Needs root, iproute2 and MPICH; about half an hour on two cores.
 #
 #     jobs/async.sh [folder [options of hpcsgd bench async]]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The README's table and plot of compression: digits on one node, and a small GPT on Python's own library over
-# four hosts (network namespaces on this machine, real TCP) with links of 1 Gbit/s; three seeds each.
+# The table and the plot of compression in RESULTS.md: digits on one node, and a small GPT on the source of Python's
+# library over four hosts (network namespaces on this machine, real TCP) with links of 1 Gbit/s; three seeds each.
 # Needs root, iproute2 and MPICH; about fifteen minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."

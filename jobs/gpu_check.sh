@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, torch, CuPy, mpi4py, numba and pytest: the kernels' tests and their benchmark.
-# It downloads nothing and writes no file.
+# The tests and the benchmark of the kernels, for a machine with a GPU, torch, CuPy, mpi4py, numba and pytest.
+# Downloads nothing and writes no file.
 #
 #     jobs/gpu_check.sh [python]
 set -euo pipefail

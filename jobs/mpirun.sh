@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Training on hosts without a batch system. What follows are options of `hpcsgd train`.
+# Training on hosts without a batch system. Arguments are options of `hpcsgd train`.
 #   HOSTS=node1:4,node2:4 jobs/mpirun.sh --data text --strategy local:period=8
 #   HOSTS=hosts.txt RESTARTS=5 NAME=text jobs/mpirun.sh --data text
-# HOSTS lists the hosts and the ranks on each, or is a file with a line for each, node1:4; without it 4 ranks start
-# on this host. All hosts must see the same working folder and Python environment, and the mpiexec that is found
-# (MPICH, Open MPI, Intel MPI) must be that of mpi4py.
-# RESTARTS=n: if a rank or a host fails, start again from the last checkpoint, n times at most, and never twice from
-# the same one. The file of hosts is read anew each time: replace there what is broken, by as many ranks. With
-# --on-failure restart the run goes on with any number, on the hosts that still answer to ssh.
+# HOSTS lists the hosts and the ranks on each, or is a file with one line a host, such as node1:4; default: 4 ranks
+# on this host. All hosts must see the same working folder and Python environment, and the mpiexec on PATH (MPICH,
+# Open MPI, Intel MPI) must be that of mpi4py.
+# RESTARTS=n: if a rank or a host fails, restart from the last checkpoint, at most n times, and never twice from
+# the same checkpoint. The file of hosts is read again at each restart: replace broken hosts there, with the same
+# number of ranks. With --on-failure restart the run continues with any number of ranks, on the hosts that still
+# answer to ssh.
 set -euo pipefail
 
-# Those of a list of hosts that answer.
+# The hosts of a list that answer to ssh.
 answering() {
     local host
     tr ',' '\n' <<<"$1" | while read -r host; do
@@ -50,5 +51,5 @@ for ((left = restarts; ; left--)); do
     if [ "$status" = 0 ] || [ "$left" = 0 ] || [ "$(newest)" = "$before" ]; then
         exit "$status"
     fi
-    echo "mpirun.sh: status $status; again from $(newest), $((left - 1)) restarts left" >&2
+    echo "mpirun.sh: exit status $status; restart from $(newest), $((left - 1)) restarts left" >&2
 done

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The README's tables and plot of parameter servers: digits, and a small GPT on Python's own library; eight workers and
-# a server, on one node, and over four hosts (network namespaces on this machine, real TCP) whose links carry
-# 100 Mbit/s, two workers a host and the server on the last; the first two workers four times slower, or none
-# (simulated); one seed, to which the same command with --seeds 3 adds two.
+# The tables and the plot of parameter servers in RESULTS.md: digits, and a small GPT on the source of Python's library;
+# eight workers and a server, on one node, and over four hosts (network namespaces on this machine, real TCP) with
+# links of 100 Mbit/s, two workers a host and the server on the last; the first two workers four times slower, or
+# none (simulated); one seed, to which the same command with --seeds 3 adds two.
 # Needs root, iproute2 and MPICH.
 #
 #     jobs/ps.sh [folder [options of hpcsgd bench ps]]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A parameter server and groups of two workers on this machine, each a job of its own; all end together.
+# A parameter server and groups of two workers on this machine, each a separate job; all end together.
 #   jobs/ps_local.sh [mode [groups [options of hpcsgd train]]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +17,6 @@ for seed in $(seq "$groups"); do
         --out "$out" --name "group-$seed" "$@" >"$out/group-$seed.txt" &
 done
 for _ in $(jobs -p); do
-    wait -n # the first that fails ends all
+    wait -n # the first job that fails ends all
 done
 hpcsgd report "$out"/group-*/ --out "$out/report"

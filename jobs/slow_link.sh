@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The README's plot: a small GPT on Python's own library over four hosts (network namespaces on this
-# machine, real TCP) whose links carry 100 Mbit/s, by all-reduce in every step and by local SGD.
+# The plot at the top of the README: a small GPT on the source of Python's library over four hosts (network namespaces
+# on this machine, real TCP) with links of 100 Mbit/s, by all-reduce in every step and by local SGD.
 # Needs root, iproute2 and MPICH; about three minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
-"""The compiled inner loops: host kernels in numba, one module a purpose.
+"""Compiled inner loops: host kernels in numba, GPU kernels in CUDA C++.
 
-Importing a module here costs numba's import, so the rest of hpcsgd does it where a kernel is first
-needed and never at import time.
+Importing a module of this package imports numba. The rest of hpcsgd therefore does so where a kernel is
+first needed, never at import time.
 """

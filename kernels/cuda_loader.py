@@ -1,7 +1,7 @@
-"""The sources of the GPU's kernels, compiled by CuPy when first used and kept in its cache on disk.
+"""Loads and launches the CUDA kernels: CuPy compiles a source on first use and caches the binary on disk.
 
-They read and write the memory of torch's tensors, on torch's current stream. CuPy is imported here, and
-only then.
+Kernels work on the memory of torch tensors, on torch's current stream. CuPy is imported on the first
+launch.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.kernels.codec import spec
 
-#: Not one bit may differ from the host's: no fused multiply-add.
+#: Without fused multiply-add, because results must equal the host's bit for bit.
 OPTIONS = ("--std=c++17", "--fmad=false")
-#: Threads of a block whose threads walk the work in strides, and how many such blocks a processor has.
-THREADS, _BLOCKS_OF_PROCESSOR = 256, 8
+#: For grid-stride kernels: threads of a block, and blocks per multiprocessor.
+BLOCK_THREADS, _BLOCKS_PER_MULTIPROCESSOR = 256, 8
 
 
-def processors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has."""
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def source(file: str) -> str:
-    """The text of `file`.cu as it is compiled: after the constants of `spec` and `float_bits.h`."""
+    """Return the source of `file`.cu as it is compiled: constants of `spec`, `float_bits.h`, the file."""
     folder = resources.files(__package__)
     return (
         spec.header()
@@ -38,38 +38,71 @@ def source(file: str) -> str:
     )
 
 
-def name(tensor: Tensor) -> str:
-    """How kernels' names say the type of a tensor's elements."""
+def dtype_name(tensor: Tensor) -> str:
+    """Return the element type as it appears in kernel names, such as "float32"."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def values(*arguments: Any) -> list[Any]:
-    """A kernel's arguments with addresses in place of tensors."""
+def kernel_arguments(*arguments: Any) -> list[Any]:
+    """Return the arguments with each tensor replaced by its address, and None by a null pointer."""
 
-    def value(argument: Any) -> Any:
+    def convert(argument: Any) -> Any:
         if argument is None or isinstance(argument, Tensor):
             return np.uint64(0 if argument is None else argument.data_ptr())
         return argument
 
-    return [value(argument) for argument in arguments]
+    return [convert(argument) for argument in arguments]
 
 
-def blocks(device: torch.device, threads: int) -> int:
-    """How many blocks `spread` launches."""
-    return min(_BLOCKS_OF_PROCESSOR * processors(device), -(-threads // THREADS))
+def grid_size(device: torch.device, threads: int) -> int:
+    """Return the number of blocks that `launch_strided` launches for `threads` threads."""
+    return min(_BLOCKS_PER_MULTIPROCESSOR * multiprocessors(device), -(-threads // BLOCK_THREADS))
 
 
-def spread(file: str, kernel: str, tensor: Tensor, threads: int, *arguments: Any) -> None:
-    """Launch a kernel where `tensor` is, whose threads walk the work in strides: `threads` shares of it."""
+def launch_strided(file: str, kernel: str, tensor: Tensor, threads: int, *arguments: Any) -> None:
+    """Launch a grid-stride kernel on the device of `tensor`.
+
+    Parameters
+    ----------
+    file
+        Source file below `hpcsgd/kernels`, without `.cu`.
+    kernel
+        Name of the kernel in it.
+    tensor
+        Selects the device.
+    threads
+        Work items, each of which one thread processes; nothing is launched for 0.
+    arguments
+        Passed to the kernel, see `kernel_arguments`.
+    """
     if threads:
-        grid = blocks(tensor.device, threads)
-        launch(file, kernel, tensor.device, grid, THREADS, 0, values(*arguments))
+        grid = grid_size(tensor.device, threads)
+        launch(file, kernel, tensor.device, grid, BLOCK_THREADS, 0, kernel_arguments(*arguments))
 
 
 def launch(
     file: str, kernel: str, device: torch.device, blocks: int, threads: int, memory: int, arguments: list[Any]
 ) -> None:
-    """Put a kernel with so many blocks of threads, and bytes of shared memory for each, on the stream."""
+    """Enqueue a kernel on torch's current stream.
+
+    Parameters
+    ----------
+    file, kernel
+        Source file below `hpcsgd/kernels`, without `.cu`, and name of the kernel in it.
+    device
+        The GPU.
+    blocks, threads
+        Blocks of the grid, and threads of a block.
+    memory
+        Dynamic shared memory of a block in bytes.
+    arguments
+        Numbers and addresses as NumPy scalars.
+
+    Raises
+    ------
+    HpcsgdError
+        CuPy is not installed.
+    """
     cupy = _cupy()
     with cupy.cuda.Device(device.index), _stream(cupy, device):
         _function(file, kernel, device.index, memory)(
@@ -101,7 +134,7 @@ def _cupy() -> Any:
         raise HpcsgdError(
             "compression and LASGD on a GPU need CuPy",
             got=str(error),
-            do="pip install '.[gpu]', or train by another strategy and without --compress",
+            do="pip install '.[gpu]', or train with another --strategy and without --compress",
             everywhere=True,
         ) from error
     return cupy

@@ -1,4 +1,4 @@
-"""The one way host kernels are compiled: without the GIL, cached on disk where a disk can be had."""
+"""Compilation of host kernels: without the GIL, cached on disk where a folder is writable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numba
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile `function` on first call; it runs without the GIL, so two threads really overlap."""
+    """Compile `function` on its first call; it releases the GIL, so calls in two threads overlap."""
     try:
         compiled = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -18,6 +18,6 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def cache_of(compiled: Any) -> str:
-    """The folder that keeps a compiled function for the next process; "" where there is none."""
+def cache_folder(compiled: Any) -> str:
+    """Return the folder that holds the compiled function for later processes; "" if there is none."""
     return compiled.stats.cache_path or ""

@@ -1,4 +1,4 @@
-"""Work on the host in pieces, which several threads may share."""
+"""Chunked work on the host, on as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -8,25 +8,38 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-#: Elements of a piece: in float32 they fit the second-level cache.
-PIECE = 256 * 1024
+#: Elements of a chunk: in float32 they fit the second-level cache.
+CHUNK = 256 * 1024
 
 
-def in_pieces(piece: Callable[[int, int], None], count: int, size: int, grain: int = 1) -> Iterator[None]:
-    """Call `piece(first, last)` over [0, count), about `size` at a time, cut at multiples of `grain`.
+def in_chunks(
+    process: Callable[[int, int], None], count: int, size: int, multiple: int = 1
+) -> Iterator[None]:
+    """Call `process(first, last)` over [0, count) in chunks, and yield between them.
 
-    With several threads (`torch.get_num_threads()`) as many pieces are done between one yield and the next.
+    With several threads (`torch.get_num_threads()`) as many chunks are processed between two yields.
+
+    Parameters
+    ----------
+    process
+        Works on the items [first, last).
+    count
+        Number of items.
+    size
+        Items of a chunk, approximately.
+    multiple
+        Chunks begin at multiples of this number. Default 1.
     """
     threads = torch.get_num_threads()
-    size = max(1, size // grain) * grain
-    cuts = [(first, min(first + size, count)) for first in range(0, count, size)]
-    for first in range(0, len(cuts), threads):
-        batch = cuts[first : first + threads]
+    size = max(1, size // multiple) * multiple
+    bounds = [(first, min(first + size, count)) for first in range(0, count, size)]
+    for first in range(0, len(bounds), threads):
+        batch = bounds[first : first + threads]
         if len(batch) == 1:
-            piece(*batch[0])
+            process(*batch[0])
         else:
-            for done in [_pool(threads).submit(piece, *each) for each in batch]:
-                done.result()
+            for future in [_pool(threads).submit(process, *chunk) for chunk in batch]:
+                future.result()
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-# Before torch is imported: ranks outnumber cores, and sums shall depend on the input alone.
+# Before torch is imported: ranks outnumber cores, and sums must depend on the input only.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.rank_runner import Ranks
@@ -24,7 +24,7 @@ from tests.support.worlds import worlds
 def pytest_configure(config: pytest.Config) -> None:
     ranks = Ranks(Watchdog)
     if ranks.rank:
-        # Silenced and not removed: pytest itself asks it for colours when it explains a failure.
+        # Silenced, not removed: pytest reads its colours when it formats a failure.
         reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
         reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115
     config.pluginmanager.register(ranks, "ranks")

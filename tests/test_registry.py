@@ -167,7 +167,7 @@ def test_context_fills_parameters_and_is_not_the_users_to_set() -> None:
     assert built == Local(world, 4, 9)
     assert registry.build(ROWS, "local-sgd:period=4,seed=3", "strategy", world=world).seed == 3
     for option in ("seed=1", "world=1", "other=1"):
-        with pytest.raises(BadOption, match="set elsewhere"):
+        with pytest.raises(BadOption, match="set by hpcsgd"):
             registry.build(ROWS, f"local-sgd:period=4,{option}", "strategy", world=world, seed=9, other=1)
     with pytest.raises(BadOption, match="no option 'world'"):
         registry.build(ROWS, "local-sgd:period=4,world=1", "strategy")

@@ -1,4 +1,4 @@
-"""Which part of each bucket a rank compresses, and the memory for it."""
+"""Assignment of bucket slices to the ranks that compress them, with codecs, buffers and residuals."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Codec, Compressor, Stretch
+from hpcsgd.compress import Codec, Compressor, Segment
 from hpcsgd.compress.base import dry_run
 from hpcsgd.errors import BadOption
-from hpcsgd.mpi.communicator import Transport
+from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.tensors.group import Bucket, TensorGroup
 
-_ONE_EACH = 1e-9  # MiB: every buffer is a bucket of its own
+_ONE_TENSOR_MIB = 1e-9  # so small that every buffer is a bucket of its own
 
 
 @dataclass
-class Lane:
-    """The part of a bucket that this rank compresses.
+class BucketShard:
+    """The slice of a bucket that this rank compresses.
 
     Attributes
     ----------
+    bucket
+        The bucket.
     part
-        Its elements.
+        The slice; empty if the rank owns none.
     codec
-        None where the rank owns no part.
+        Compresses the slice; None if the rank owns none.
     buffers
-        What the codec has summed.
+        One for each of `Codec.sum_buffers`.
     residual
-        The memory of error feedback.
+        Error-feedback residual, (elements of the slice,) float32, or None.
     """
 
     bucket: Bucket
@@ -43,91 +45,97 @@ class Lane:
         return self.bucket.flat[self.part]
 
     def clear_gaps(self) -> None:
-        """Make the gaps between tensors zero again: nobody else writes there before the next reduction."""
+        """Set the gaps between tensors to zero, which nothing else does before the next reduction."""
         self.bucket.clear_gaps(self.part)
 
 
-def make_lanes(
-    group: TensorGroup, algorithm: str, compressor: Compressor, net: Transport | None, by_node: bool
-) -> tuple[list[Lane], TensorGroup]:
-    """A lane for each bucket, and the group of their buffers; collective.
+def make_shards(
+    group: TensorGroup,
+    algorithm: str,
+    compressor: Compressor,
+    communicator: Communicator | None,
+    by_node: bool,
+) -> tuple[list[BucketShard], TensorGroup]:
+    """Create a shard for each bucket, and the group of their buffers; collective.
 
     Parameters
     ----------
     group, algorithm, compressor
-        What is summed, and how.
-    net
-        The ranks whose codes are added; None for a rank that owns no slice.
+        The group to be summed, the all-reduce algorithm, and the scheme.
+    communicator
+        The ranks whose codes are summed; None on a rank that owns no slice.
     by_node
-        Whether each rank owns a slice of a node's sum, or the whole of its own buckets.
+        Whether each rank compresses a slice of its node's sum, or all of its own buckets.
 
     Raises
     ------
     BadOption
-        Where the scheme does not fit the number of ranks or the algorithm.
+        The scheme does not fit the number of ranks or the algorithm.
     """
     total = sum(bucket.numel for bucket in group)
-    lanes = [_lane(bucket, compressor, net, by_node, total) for bucket in group]
+    shards = [_make_shard(bucket, compressor, communicator, by_node, total) for bucket in group]
     sums = [
-        (f"{lane.bucket.index}.{slot}", torch.empty(max(1, numel), dtype=dtype))
-        for lane in lanes
-        if lane.codec is not None
-        for slot, (numel, dtype) in enumerate(lane.codec.sums)
+        (f"{shard.bucket.index}.{index}", torch.empty(max(1, numel), dtype=dtype))
+        for shard in shards
+        if shard.codec is not None
+        for index, (numel, dtype) in enumerate(shard.codec.sum_buffers)
     ]
     if algorithm == "library" and any(buffer.element_size() < 4 for _, buffer in sums):
         raise BadOption(
             f"all-reduce algorithm 'library' does not fit {compressor}",
-            got="half precision, which MPI cannot add",
+            got="half precision, which MPI cannot sum",
             do="use 'auto' or 'ring'",
             everywhere=True,
         )
-    buffers = TensorGroup(group.world, sums, _ONE_EACH, staged=False if by_node else None)
+    buffers = TensorGroup(group.world, sums, _ONE_TENSOR_MIB, staged=False if by_node else None)
     for (name, _), buffer in zip(sums, buffers, strict=True):
-        lanes[int(name.partition(".")[0])].buffers.append(buffer)
-    _warm_up(group, compressor, net)
-    return lanes, buffers
+        shards[int(name.partition(".")[0])].buffers.append(buffer)
+    _warm_up(group, compressor, communicator)
+    return shards, buffers
 
 
-def place_of(lane: Lane, by_node: bool) -> tuple[int, str | None]:
-    """The rank in the job and the tensor where a number of the lane is not finite; None: all are finite."""
-    bucket, world = lane.bucket, lane.bucket.world
-    # Of a node's sum, which is in this rank's own row, the other ranks' numbers are still there.
-    others = zip(world.members, bucket.rows, strict=True) if by_node else ()
+def locate_non_finite(shard: BucketShard, by_node: bool) -> tuple[int, str | None]:
+    """Return the global rank and the tensor of a non-finite value in a shard; (this rank, None): none."""
+    bucket, world = shard.bucket, shard.bucket.world
+    # A node's sum replaces this rank's own row; the rows of the node's other ranks still hold their values.
+    others = zip(world.local.members, bucket.rows, strict=True) if by_node else ()
     for rank, row in [*((r, row) for r, row in others if r != world.rank), (world.rank, bucket.flat)]:
         bad = torch.zeros(bucket.numel, dtype=torch.bool, device=row.device)
-        bad[lane.part] = ~torch.isfinite(row[lane.part])
+        bad[shard.part] = ~torch.isfinite(row[shard.part])
         for name, view in zip(bucket.names, bucket.views, strict=True):
             if bool(bad[slice(*bucket.extent(view))].any()):
                 return world.all.ranks[rank], name
-    return world.name, None
+    return world.global_rank, None
 
 
-def _lane(bucket: Bucket, compressor: Compressor, net: Transport | None, by_node: bool, total: int) -> Lane:
+def _make_shard(
+    bucket: Bucket, compressor: Compressor, communicator: Communicator | None, by_node: bool, total: int
+) -> BucketShard:
     world, part = bucket.world, slice(0, bucket.numel)
-    if net is None:
-        return Lane(bucket, slice(0, 0), None, [], None)
+    if communicator is None:
+        return BucketShard(bucket, slice(0, 0), None, [], None)
     if by_node:
-        part = bucket.part(world.local_rank, world.lanes)
-    stretch = _stretch(bucket, part, net.size, total)
-    residual = torch.zeros(stretch.numel, device=stretch.device) if compressor.feedback else None
-    return Lane(bucket, part, compressor.codec(stretch), [], residual)
+        part = bucket.part(world.local_rank, world.rings)
+    segment = _segment(bucket, part, communicator.size, total)
+    residual = torch.zeros(segment.numel, device=segment.device) if compressor.feedback else None
+    return BucketShard(bucket, part, compressor.codec(segment), [], residual)
 
 
-def _stretch(bucket: Bucket, part: slice, terms: int, total: int) -> Stretch:
-    size, inside = part.stop - part.start, []
+def _segment(bucket: Bucket, part: slice, terms: int, total: int) -> Segment:
+    numel, tensors = part.stop - part.start, []
     for view in bucket.views:
         start, stop = bucket.extent(view)
         if part.start <= start and stop <= part.stop:
-            inside.append((start - part.start, tuple(view.shape)))
-    share = size / total if total else 1.0
-    return Stretch(size, terms, part.start, share, tuple(inside), bucket.flat.device)
+            tensors.append((start - part.start, tuple(view.shape)))
+    share = numel / total if total else 1.0
+    return Segment(numel, terms, part.start, share, tuple(tensors), bucket.flat.device)
 
 
-def _warm_up(group: TensorGroup, compressor: Compressor, net: Transport | None) -> None:
-    """Compile the kernels before anything is timed: one rank of a node, the others find the result."""
+def _warm_up(group: TensorGroup, compressor: Compressor, communicator: Communicator | None) -> None:
+    """Compile the kernels before anything is timed: one rank of a node does, the others load the result."""
     world = group.world
-    kinds = sorted({(b.flat.dtype, b.flat.device) for b in group}, key=str)
-    for turn in (world.local_rank == 0, world.local_rank != 0):
-        for dtype, device in kinds if turn and net is not None else ():
-            dry_run(compressor, Stretch(1, net.size if net else 1, device=device), dtype)
-        world.node_transport.barrier("the compilation of kernels")
+    variants = sorted({(b.flat.dtype, b.flat.device) for b in group}, key=str)
+    for in_turn in (world.local_rank == 0, world.local_rank != 0):
+        for dtype, device in variants if in_turn and communicator is not None else ():
+            dry_run(compressor, Segment(1, communicator.size if communicator else 1, device=device), dtype)
+        world.local.comm.barrier("the compilation of kernels")

@@ -1,4 +1,4 @@
-"""Collectives inside a node: ranks read and write each other's buffers in place."""
+"""Collectives within a node: ranks read and write each other's buffers in shared memory, in place."""
 
 from __future__ import annotations
 
@@ -7,82 +7,90 @@ from typing import Any
 
 import torch
 
-from hpcsgd.mpi.world import SLICE_OF_WAIT
+from hpcsgd.mpi.node import NATIVE_WAIT_SLICE
 from hpcsgd.tensors.group import Bucket
 
-_CHUNK = 64 * 1024  # elements of half precision that are summed at a time, in the second-level cache
+_CHUNK = 64 * 1024  # elements of half precision that are summed at a time: they fit the second-level cache
 
 
-def allreduce(bucket: Bucket, what: str, scale: float) -> None:
-    """Each rank reduces one part of the bucket, for all ranks, straight into their buffers.
+def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
+    """All-reduce: each rank reduces one part of the bucket, directly into the buffers of all ranks.
 
-    No copy and no message: the memory sees every buffer read once and written once. A bucket of a few
-    KiB is instead copied where all can read it, and each rank adds up the whole: one barrier, not two.
+    Needs no copy and no message: every buffer is read once and written once. A bucket of a few KiB is copied
+    to slots that all ranks read, and each rank sums all of it: one barrier instead of two.
     """
     world, matrix = bucket.world, bucket.matrix
     if matrix is None:
-        world.node_barrier(what)
-        reduce(bucket, bucket.mine, scale, to_all=True)
-        world.node_barrier(what)
+        world.local.barrier(operation)
+        reduce(bucket, bucket.own_part, scale, to_all=True)
+        world.local.barrier(operation)
         return
     kernel = _kernel()
     start, me, factor = bucket.start, world.local_rank, matrix.dtype.type(scale)
     phase, target = kernel.ENTER, 0
-    slots = world.next_slots(bucket.nbytes, matrix.dtype)
+    slots = world.local.next_slots(bucket.nbytes, matrix.dtype)
     if slots is not None:
         world.traffic.shared += (world.local_size - 1) * bucket.nbytes
         run = kernel.allreduce_small
         arguments: tuple[Any, ...] = (slots, matrix, start, start + bucket.numel, factor, me)
     else:
-        _count(bucket, bucket.mine, 2)
-        run, part = kernel.allreduce, bucket.mine
+        _count_traffic(bucket, bucket.own_part, 2)
+        run, part = kernel.allreduce, bucket.own_part
         arguments = (matrix, start + part.start, start + part.stop, factor, me)
+
+    local = world.local
 
     def done() -> bool:
         nonlocal phase, target
-        phase, target = run(phase, target, world.flags, *arguments, world.spins, SLICE_OF_WAIT)
+        phase, target = run(phase, target, local.flags, *arguments, local.spins, NATIVE_WAIT_SLICE)
         return bool(phase == kernel.DONE)
 
-    world.waiter.until(done, what, lambda: world.missing_on_node(target))
+    world.waiter.until(done, operation, lambda: world.local.missing(target))
 
 
-def broadcast(bucket: Bucket, what: str, root: int) -> None:
-    """Each rank copies the root's bucket."""
+def broadcast(bucket: Bucket, operation: str, root: int) -> None:
+    """Broadcast: each rank copies the bucket of the root."""
     world = bucket.world
-    world.node_barrier(what)
-    source = world.members.index(root)
+    world.local.barrier(operation)
+    source = world.local.members.index(root)
     if source != world.local_rank:
         world.traffic.shared += bucket.nbytes
         bucket.host.copy_(bucket.rows[source])
-    world.node_barrier(what)
+    world.local.barrier(operation)
 
 
-def reduce_scatter(bucket: Bucket, what: str, scale: float) -> None:
-    """Each rank reduces its part into its own buffer."""
-    world, part = bucket.world, bucket.mine
-    world.node_barrier(what)
+def reduce_scatter(bucket: Bucket, operation: str, scale: float) -> None:
+    """Reduce-scatter: each rank reduces its part into its own buffer."""
+    world, part = bucket.world, bucket.own_part
+    world.local.barrier(operation)
     reduce(bucket, part, scale, to_all=False)
-    world.node_barrier(what)
+    world.local.barrier(operation)
 
 
-def allgather(bucket: Bucket, what: str) -> None:
-    """Each rank writes its part into all buffers."""
+def allgather(bucket: Bucket, operation: str) -> None:
+    """All-gather: each rank writes its part into all buffers."""
     world = bucket.world
-    world.node_barrier(what)
-    spread(bucket, bucket.mine)
-    world.node_barrier(what)
+    world.local.barrier(operation)
+    copy_to_node(bucket, bucket.own_part)
+    world.local.barrier(operation)
 
 
 def reduce(bucket: Bucket, part: slice, scale: float, *, to_all: bool) -> None:
-    """Between two barriers: this rank's part becomes `scale` times the sum over the node.
+    """Set a part to `scale` times its sum over the node; to be called between two barriers.
 
     Parameters
     ----------
+    bucket
+        The bucket, in shared memory.
+    part
+        The part that this rank reduces.
+    scale
+        Factor of the sum.
     to_all
-        Write the result into every rank's buffer, or into this rank's alone.
+        Whether the result is written into the buffers of all ranks, or only into this rank's.
     """
     world = bucket.world
-    _count(bucket, part, 2 if to_all else 1)
+    _count_traffic(bucket, part, 2 if to_all else 1)
     if bucket.matrix is None:
         _reduce_half(bucket, part, scale, bucket.rows if to_all else [bucket.host])
         return
@@ -96,9 +104,9 @@ def reduce(bucket: Bucket, part: slice, scale: float, *, to_all: bool) -> None:
         kernel.reduce_part(bucket.matrix, start, stop, factor, world.local_rank)
 
 
-def spread(bucket: Bucket, part: slice) -> None:
-    """Between two barriers: write this rank's part into the buffers of the node's other ranks."""
-    _count(bucket, part, 1)
+def copy_to_node(bucket: Bucket, part: slice) -> None:
+    """Copy a part into the buffers of the node's other ranks; to be called between two barriers."""
+    _count_traffic(bucket, part, 1)
     world = bucket.world
     for rank, row in enumerate(bucket.rows):
         if rank != world.local_rank:
@@ -106,27 +114,27 @@ def spread(bucket: Bucket, part: slice) -> None:
 
 
 def _reduce_half(bucket: Bucket, part: slice, scale: float, targets: list[torch.Tensor]) -> None:
-    """Half precision, summed in float32."""
+    """Sum half precision in float32."""
     for start in range(part.start, part.stop, _CHUNK):
-        piece = slice(start, min(start + _CHUNK, part.stop))
-        total = bucket.rows[0][piece].float()
+        chunk = slice(start, min(start + _CHUNK, part.stop))
+        total = bucket.rows[0][chunk].float()
         for row in bucket.rows[1:]:
-            total += row[piece]
+            total += row[chunk]
         total *= scale
         for target in targets:
-            target[piece] = total
+            target[chunk] = total
 
 
 @functools.cache
 def _kernel() -> Any:
-    # Imported late, for numba's sake, and once, for this is on the path of a few microseconds.
+    # Imported late, because numba is slow to import, and once, because a small all-reduce takes microseconds.
     from hpcsgd.kernels.sums import node_reduce as kernel
 
     return kernel
 
 
-def _count(bucket: Bucket, part: slice, passes: int) -> None:
-    """Count a part of the other ranks' buffers that is read, or written, or both (2 passes)."""
+def _count_traffic(bucket: Bucket, part: slice, passes: int) -> None:
+    """Count the bytes of the other ranks' buffers that are read, or written, or both (2 passes)."""
     world = bucket.world
     nbytes = (part.stop - part.start) * bucket.flat.element_size()
     world.traffic.shared += passes * (world.local_size - 1) * nbytes

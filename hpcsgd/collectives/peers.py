@@ -1,4 +1,4 @@
-"""Peers: who takes part in a gossip method, and on which rank each of them lives."""
+"""Peers: the models that take part in a gossip method, and their assignment to ranks."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from hpcsgd.mpi.world import World
 
 
 class Peers:
-    """The participants of a method: one a rank, or several (virtual nodes), in blocks by rank.
+    """The models that take part in a method: one a rank, or several (virtual nodes), in blocks by rank.
 
     Parameters
     ----------
     world
         The ranks.
     size
-        How many peers; a multiple of the number of ranks. Default: one a rank.
+        Number of peers, a multiple of the number of ranks. Default: one a rank.
 
     Attributes
     ----------
-    size, each
-        Peers in all, and on each rank.
+    size, per_rank
+        Number of peers in all, and on each rank.
     local
-        Those of this rank.
+        The peers of this rank.
 
     Raises
     ------
     BadOption
-        Where the peers cannot be shared out evenly.
+        The number of peers is not a multiple of the number of ranks.
     """
 
     def __init__(self, world: World, size: int | None = None) -> None:
@@ -34,19 +34,20 @@ class Peers:
         self.size = world.size if size is None else size
         if self.size < 1 or self.size % world.size:
             raise BadOption(
-                "virtual nodes are shared out evenly",
+                "virtual nodes cannot be divided evenly among the ranks",
                 expected=f"a multiple of the number of ranks, {world.size}",
                 got=size,
-                do=f"use {max(1, round(self.size / world.size)) * world.size}, or another number of ranks",
+                do=f"use virtual_nodes={max(1, round(self.size / world.size)) * world.size}, or another "
+                "number of ranks",
                 everywhere=True,
             )
-        self.each = self.size // world.size
-        self.local = range(world.rank * self.each, (world.rank + 1) * self.each)
+        self.per_rank = self.size // world.size
+        self.local = range(world.rank * self.per_rank, (world.rank + 1) * self.per_rank)
 
     def rank_of(self, peer: int) -> int:
-        """The rank on which a peer lives."""
-        return peer // self.each
+        """Return the rank of a peer."""
+        return peer // self.per_rank
 
     def index(self, peer: int) -> int:
-        """The place of a peer among those of its rank."""
-        return peer % self.each
+        """Return the index of a peer among the peers of its rank."""
+        return peer % self.per_rank

@@ -1,4 +1,4 @@
-"""Reductions of several buckets at once, in one thread, each in small steps that never wait."""
+"""Pipelined reduction of several buckets in one thread: coroutines that never block."""
 
 from __future__ import annotations
 
@@ -7,153 +7,155 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from hpcsgd.mpi.waiting import Waiter
+from hpcsgd.mpi.waiting import DeadlineWaiter
 from hpcsgd.tensors.group import Bucket
 
-#: A flow yields None after a piece of work, or what must become true before it can go on.
+#: A task yields None after a chunk of work, or a condition that must be true before it can continue.
 Steps = Iterator[Callable[[], bool] | None]
 
-_AHEAD = 2  # flows that may work before their turn
+_LOOKAHEAD = 2  # tasks that may advance before their turn
 
 
-class Flow:
-    """The reduction of one bucket.
+class BucketTask:
+    """The reduction of one bucket, as a coroutine.
 
-    Messages of one kind leave in the order of the buckets on every rank: a flow never sends its message
-    number i before the flow in front of it has. And it waits until the one before that has got its answer:
-    two messages at a time fill the link, more would only delay the first.
+    Messages of one kind are sent in the order of the buckets on every rank: a task never sends its message
+    number i before its predecessor has. It also waits until that message of the task before its predecessor
+    is completed: two messages at a time fill the link, more would only delay the first.
 
     Parameters
     ----------
-    front
-        The flow of the bucket before, or None.
+    predecessor
+        The task of the preceding bucket, or None.
     number
-        Its place in the order of all flows, the same on every rank.
+        Position in the order of all tasks, equal on all ranks.
 
     Attributes
     ----------
-    sent, over
-        How many messages have left, and have been answered.
-    passed
-        How many barriers of the node.
-    blocked
-        What somebody else must sum, when it is the flow's turn, before it can go on.
-    only_decodes
-        Whether nothing is left to be sent.
+    sent, completed
+        Number of messages that have been sent, and whose result has been received.
+    barriers_passed
+        Number of barriers of the node that the task has passed.
+    pending_sum
+        A buffer that the task needs summed before it can continue; the pipeline does so in the task's turn.
+    all_sent
+        Whether the task has no more messages to send, and only decodes.
     done
-        Whether it is at its end.
+        Whether the task is finished.
     """
 
-    def __init__(self, front: Flow | None, number: int) -> None:
-        self._front = front
+    def __init__(self, predecessor: BucketTask | None, number: int) -> None:
+        self._predecessor = predecessor
         self.number = number
         self._steps: Steps = iter(())
         self._ready: Callable[[], bool] | None = None
-        self.sent = self.over = self.passed = 0
-        self.blocked: Bucket | None = None
-        self.only_decodes = self.done = False
+        self.sent = self.completed = self.barriers_passed = 0
+        self.pending_sum: Bucket | None = None
+        self.all_sent = self.done = False
 
     def begin(self, steps: Steps) -> None:
-        """What the flow does."""
+        """Set the coroutine of the task."""
         self._steps = steps
 
     def advance(self) -> bool:
-        """Do one step; False where there is nothing to do but wait."""
+        """Execute one step; returns False if the task can only wait."""
         ready = self._ready
         if (ready is not None and not ready()) or self.done:
             return False
         try:
             self._ready = next(self._steps)
         except StopIteration:
-            # Who still refers to this flow, as the one in front, keeps no memory alive.
-            self.done, self._ready, self._front, self._steps = True, None, None, iter(())
+            # A reference to this task, as a predecessor, must not keep its memory alive.
+            self.done, self._ready, self._predecessor, self._steps = True, None, None, iter(())
         return True
 
     def may_send(self) -> bool:
-        """Whether it is in order to send the next message."""
-        front = self._front
-        if front is None or front.done:
+        """Return whether the order of messages allows the next one to be sent."""
+        predecessor = self._predecessor
+        if predecessor is None or predecessor.done:
             return True
-        before = front._front
-        return front.sent > self.sent and (before is None or before.done or before.over > self.sent)
+        earlier = predecessor._predecessor
+        may_follow = earlier is None or earlier.done or earlier.completed > self.sent
+        return predecessor.sent > self.sent and may_follow
 
     def may_pass(self, barrier: int) -> bool:
-        """Whether the flow in front has passed a barrier."""
-        return self._front is None or self._front.done or self._front.passed > barrier
+        """Return whether the predecessor has passed a barrier."""
+        predecessor = self._predecessor
+        return predecessor is None or predecessor.done or predecessor.barriers_passed > barrier
 
 
 class Pipeline:
-    """All flows of the ranks of a world, in one order; some work ahead and some still have to decode.
+    """Schedules the bucket tasks of a world, in one order: the next ones encode while the last ones decode.
 
     Parameters
     ----------
     waiter
-        How to wait.
+        Waits with a deadline.
     context
-        What the flows of `take_turn` and `look_after` run in: the stream of a GPU.
+        Context in which tasks are executed, such as the stream of a GPU.
     """
 
-    def __init__(self, waiter: Waiter, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(self, waiter: DeadlineWaiter, context: Callable[[], AbstractContextManager[Any]]) -> None:
         self._waiter, self._context = waiter, context
-        self._ahead: deque[Flow] = deque()
-        self._behind: deque[Flow] = deque()
-        self._last: Flow | None = None
+        self._encoding: deque[BucketTask] = deque()
+        self._decoding: deque[BucketTask] = deque()
+        self._last: BucketTask | None = None
 
-    def add(self, what: Callable[[Flow], Steps]) -> Flow:
-        """A new flow, which does `what`; its turn comes in the order of the calls."""
-        self._last = flow = Flow(self._last, 0 if self._last is None else self._last.number + 1)
-        flow.begin(what(flow))
-        self._ahead.append(flow)
-        return flow
+    def add(self, coroutine: Callable[[BucketTask], Steps]) -> BucketTask:
+        """Add a task, which executes `coroutine`; tasks take their turns in the order of these calls."""
+        self._last = task = BucketTask(self._last, 0 if self._last is None else self._last.number + 1)
+        task.begin(coroutine(task))
+        self._encoding.append(task)
+        return task
 
-    def take_turn(self, flow: Flow, what: str, sum_up: Callable[[Bucket], None]) -> None:
-        """Bring the flow whose turn it is to its end, or to what can be done in the turn of the next.
+    def run_to_turn(self, task: BucketTask, operation: str, sum_buffer: Callable[[Bucket], None]) -> None:
+        """Run the task whose turn it is to its end, or until only decoding is left and another task waits.
 
         Parameters
         ----------
-        flow
-            The first one of those that work ahead.
-        what
-            The operation, for errors.
-        sum_up
-            Sums what the flow is blocked by; may wait, and call `look_after` meanwhile.
+        task
+            The first of the tasks that have not had their turn.
+        operation
+            Name of the operation, for errors.
+        sum_buffer
+            Sums the task's `pending_sum` over the ranks; may block, and call `poll` while it does.
         """
-        self._ahead.popleft()
+        self._encoding.popleft()
         with self._context():
-            while not flow.done:
-                if flow.blocked is not None:
-                    sum_up(flow.blocked)
-                    flow.blocked = None
-                if flow.only_decodes and self._ahead:
-                    self._behind.append(flow)
+            while not task.done:
+                if task.pending_sum is not None:
+                    sum_buffer(task.pending_sum)
+                    task.pending_sum = None
+                if task.all_sent and self._encoding:
+                    self._decoding.append(task)
                     return
-                self._waiter.until(lambda: self._moved(flow), what)
-            while not self._ahead and self._behind:
-                self._work_behind()
+                self._waiter.until(lambda: self._advance_or_poll(task), operation)
+            while not self._encoding and self._decoding:
+                self._decode_step()
 
-    def complete(self, flow: Flow) -> None:
-        """Decode what is left, up to a flow that has had its turn."""
+    def complete(self, task: BucketTask) -> None:
+        """Decode all tasks up to one that has had its turn."""
         with self._context():
-            while not flow.done:
-                self._work_behind()
+            while not task.done:
+                self._decode_step()
 
-    def look_after(self) -> bool:
-        """One step of a flow whose turn comes, or of one that has had it; False where there is none."""
-        # A poll of a few microseconds: where ranks share cores, waiting takes time from those that work.
-        for flow in list(self._ahead)[:_AHEAD]:
-            if flow.advance():
+    def poll(self) -> bool:
+        """Advance one task before or after its turn by one step; returns False if none can advance."""
+        # Looks at few tasks: where ranks share cores, the time of a poll is taken from ranks that compute.
+        for task in list(self._encoding)[:_LOOKAHEAD]:
+            if task.advance():
                 return True
-        return self._work_behind()
+        return self._decode_step()
 
-    def _moved(self, flow: Flow) -> bool:
-        while not flow.advance():
-            if flow.blocked is not None:
+    def _advance_or_poll(self, task: BucketTask) -> bool:
+        while not task.advance():
+            if task.pending_sum is not None:
                 return True
-            if not self.look_after():
+            if not self.poll():
                 return False
         return True
 
-    def _work_behind(self) -> bool:
-        while self._behind and self._behind[0].done:
-            self._behind.popleft()
-        return bool(self._behind) and self._behind[0].advance()
+    def _decode_step(self) -> bool:
+        while self._decoding and self._decoding[0].done:
+            self._decoding.popleft()
+        return bool(self._decoding) and self._decoding[0].advance()

@@ -1,23 +1,23 @@
-"""The sum of a group over all ranks, bucket by bucket as these become ready, as it is or compressed."""
+"""Reduction of a tensor group over all ranks, bucket by bucket as they become ready, plain or compressed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hpcsgd.collectives import iallreduce
-from hpcsgd.collectives.compressed import Compressed
+from hpcsgd.collectives.compressed import CompressedReducer
 from hpcsgd.compress import Compressor
 from hpcsgd.mpi.progress import Work
 from hpcsgd.tensors.group import Bucket, TensorGroup
 
 
-class Plain:
-    """Sums buckets by `iallreduce`.
+class PlainReducer:
+    """Sums buckets without compression, by `iallreduce`.
 
     Parameters
     ----------
     group
-        What is summed.
+        The group to be summed.
     algorithm
         See `iallreduce`.
     """
@@ -26,65 +26,67 @@ class Plain:
         self._algorithm = algorithm
         self._works: list[Work] = []
 
-    def start(self, bucket: Bucket, scale: float, number: int | None = None) -> None:
+    def start(self, bucket: Bucket, scale: float, sequence_number: int | None = None) -> None:
         """Start to replace a bucket by `scale` times its sum; in order, none twice before `finish`.
 
         Parameters
         ----------
-        bucket, scale
-            Of the group; the factor.
-        number
-            Of the reduction, which random numbers of compression follow from; the same on all ranks.
-            Default: that of the step.
+        bucket
+            A bucket of the group.
+        scale
+            Factor of the sum.
+        sequence_number
+            Number of the reduction, from which compression derives its random numbers; equal on all ranks.
+            Default: the current step.
         """
         self._works.append(iallreduce(bucket, scale, self._algorithm))
 
     def finish(self) -> bool:
-        """Wait for what was started; False: a number is not finite, all ranks shall skip the step."""
+        """Wait for all started sums; False: a value is not finite, and all ranks must skip the step."""
         works, self._works = self._works, []
         for work in works:
             work.wait()
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, of this rank."""
+        """Return the state of this rank to be saved in a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state of `state_dict`."""
 
 
-def reduction(
+def make_reducer(
     group: TensorGroup,
     algorithm: str,
     compressor: Compressor | None,
     seed: int = 0,
     nonfinite: str = "error",
-    what: str = "gradient",
-) -> Plain | Compressed:
-    """What sums the buckets of `group`; collective.
+    kind: str = "gradient",
+) -> PlainReducer | CompressedReducer:
+    """Create the reducer of a group; collective.
 
     Parameters
     ----------
     group
-        Summed in place.
+        The group, to be summed in place.
     algorithm
         See `hpcsgd.collectives.iallreduce`.
     compressor
-        None sends them as they are, and so does a single rank.
+        The compression scheme; None for no compression. A single rank does not compress.
     seed
-        Of the random numbers of compression; the same on all ranks.
+        Seed of the random numbers of compression, equal on all ranks. Default 0.
     nonfinite
-        What NaN or infinity in a compressed bucket is: an "error" on the rank that has it, or a reason for
-        all ranks to "skip" the step.
-    what
-        What a tensor of the group is, for errors.
+        Treatment of NaN and infinity in a compressed bucket: "error" (default) on the rank that holds it, or
+        "skip", to skip the step on all ranks.
+    kind
+        Meaning of the tensors, for errors. Default "gradient".
 
     Raises
     ------
     BadOption
-        Where the scheme does not fit the ranks or the algorithm.
+        The scheme does not fit the ranks or the algorithm.
     """
     if compressor is None or group.world.size == 1:
-        return Plain(group, algorithm)
-    return Compressed(group, algorithm, compressor, seed, nonfinite, what)
+        return PlainReducer(group, algorithm)
+    return CompressedReducer(group, algorithm, compressor, seed, nonfinite, kind)

@@ -1,12 +1,11 @@
-"""The ring all-reduce: reduce-scatter and all-gather round a ring, cut in segments that overlap.
+"""Ring all-reduce: reduce-scatter and all-gather on a ring, with chunks divided into pipelined sub-chunks.
 
-Rank r receives from r-1 and sends to r+1. Each of the p chunks makes p-1 hops in which the receivers
-add their own, then p-1 hops in which they keep the finished chunk: 2(p-1)/p of the bytes leave each
-rank, the least possible. A segment goes on as soon as it has arrived and been added, so the link idles
-only for the first one.
+Rank r receives from r-1 and sends to r+1. Each of the p chunks makes p-1 hops in which the receiver adds its
+own chunk, then p-1 hops in which the receiver stores the final chunk: each rank sends 2(p-1)/p of the bytes,
+the minimum. A sub-chunk is sent on as soon as it has been received and added, so the link is idle only during
+the first one.
 
-Reading of arXiv 1801.03855 section on tensor collectives (ring reduce-scatter + all-gather); the
-segmenting is ours.
+Ring reduce-scatter and all-gather: arXiv 1801.03855, section on tensor collectives. Our addition: sub-chunks.
 """
 
 from __future__ import annotations
@@ -18,131 +17,130 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.mpi.communicator import Transport
-from hpcsgd.tensors.group import Bucket, cut
+from hpcsgd.mpi.communicator import Communicator
+from hpcsgd.tensors.group import Bucket, aligned_part
 
-_SEGMENT_BYTES = 256 * 1024
+_SUBCHUNK_BYTES = 256 * 1024
 _IN_FLIGHT = 4  # receives posted ahead
 
 
-def allreduce(bucket: Bucket, what: str, scale: float) -> None:
-    """Sum the bucket over all ranks round one ring."""
-    Ring(bucket.world.all, bucket.host, what).allreduce(scale)
+def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
+    """Sum the bucket over all ranks by one ring."""
+    RingCollective(bucket.world.all, bucket.host, operation).allreduce(scale)
 
 
-def reduce_scatter(bucket: Bucket, what: str, scale: float) -> None:
-    """The first half: each rank has the sum of its part."""
-    Ring(bucket.world.all, bucket.host, what).reduce_scatter(scale)
+def reduce_scatter(bucket: Bucket, operation: str, scale: float) -> None:
+    """Sum the bucket so that each rank holds the sum of its part: the first half of the ring."""
+    RingCollective(bucket.world.all, bucket.host, operation).reduce_scatter(scale)
 
 
-def allgather(bucket: Bucket, what: str) -> None:
-    """The second half: every rank gets every part."""
-    Ring(bucket.world.all, bucket.host, what).allgather()
+def allgather(bucket: Bucket, operation: str) -> None:
+    """Distribute the parts to all ranks: the second half of the ring."""
+    RingCollective(bucket.world.all, bucket.host, operation).allgather()
 
 
-class Ring:
-    """One trip of a flat tensor round the ranks of a communicator.
+class RingCollective:
+    """A collective on one flat tensor by a ring of the ranks of a communicator.
 
     Parameters
     ----------
-    net
-        The communicator.
+    communicator
+        The ranks.
     flat
         1-D, contiguous, on the host, of the same length on every rank; reduced in place.
-    what
-        The operation, for errors.
+    operation
+        Name of the operation, for errors.
     tag
-        Of its messages: trips with different tags may be under way at the same time. Default 0.
+        Tag of its messages; ring collectives with different tags may overlap. Default 0.
     """
 
-    def __init__(self, net: Transport, flat: Tensor, what: str, tag: int = 0) -> None:
-        self._net = net
-        self._what = what
+    def __init__(self, communicator: Communicator, flat: Tensor, operation: str, tag: int = 0) -> None:
+        self._communicator = communicator
+        self._operation = operation
         self._tag = tag
-        self._left, self._right = (net.rank - 1) % net.size, (net.rank + 1) % net.size
-        chunks = [flat[cut(flat, rank, net.size)] for rank in range(net.size)]
+        rank, ranks = communicator.rank, communicator.size
+        self._left, self._right = (rank - 1) % ranks, (rank + 1) % ranks
+        chunks = [flat[aligned_part(flat, index, ranks)] for index in range(ranks)]
         longest = max(chunk.numel() for chunk in chunks)
-        self._pieces = max(1, -(-longest * flat.element_size() // _SEGMENT_BYTES))
-        self._step = max(1, -(-longest // self._pieces))
-        self._segments = [
-            [chunk[i * self._step : (i + 1) * self._step] for i in range(self._pieces)] for chunk in chunks
-        ]
+        count = max(1, -(-longest * flat.element_size() // _SUBCHUNK_BYTES))
+        self._subchunk_size = size = max(1, -(-longest // count))
+        self._subchunks = [[chunk[i * size : (i + 1) * size] for i in range(count)] for chunk in chunks]
 
     def allreduce(self, scale: float) -> None:
-        """Every rank gets `scale` times the sum."""
-        self._wait(self.steps(scale))
+        """Set the tensor to `scale` times its sum, on every rank."""
+        self._wait(self.requests(scale))
 
-    def steps(self, scale: float) -> Iterator[tuple[Any, int]]:
-        """`allreduce` without waiting: yields each request, and its peer, that must be complete to go on."""
-        return self._travel(0, 2 * (self._net.size - 1), scale)
+    def requests(self, scale: float) -> Iterator[tuple[Any, int]]:
+        """All-reduce without waiting: yields each request, and its peer, that must complete to continue."""
+        return self._hops(0, 2 * (self._communicator.size - 1), scale)
 
     def reduce_scatter(self, scale: float) -> None:
-        """Rank r gets `scale` times the sum in chunk r."""
-        self._wait(self._travel(0, self._net.size - 1, scale))
+        """Set chunk r on rank r to `scale` times its sum."""
+        self._wait(self._hops(0, self._communicator.size - 1, scale))
 
     def allgather(self) -> None:
-        """Every rank gets chunk r of rank r."""
-        self._wait(self._travel(self._net.size - 1, 2 * (self._net.size - 1), 1.0))
+        """Set chunk r to that of rank r, on every rank."""
+        self._wait(self._hops(self._communicator.size - 1, 2 * (self._communicator.size - 1), 1.0))
 
-    def _wait(self, steps: Iterator[tuple[Any, int]]) -> None:
-        for request, peer in steps:
-            self._net.wait(request, self._what, peer)
+    def _wait(self, requests: Iterator[tuple[Any, int]]) -> None:
+        for request, peer in requests:
+            self._communicator.wait(request, self._operation, peer)
 
-    def _travel(self, first_hop: int, last_hop: int, scale: float) -> Iterator[tuple[Any, int]]:
-        """Hops [first, last): below p-1 what arrives is added to, from there on it is final.
+    def _hops(self, first_hop: int, last_hop: int, scale: float) -> Iterator[tuple[Any, int]]:
+        """Execute hops [first, last): received sub-chunks are partial sums before hop p-1, final from it on.
 
         At hop h rank r sends chunk r-1-h and receives chunk r-2-h, which it sends at hop h+1.
         """
-        p, pieces = self._net.size, self._pieces
+        p, rank, count = self._communicator.size, self._communicator.rank, len(self._subchunks[0])
         if p == 1:
-            for segment in self._segments[0]:
-                _scale(segment, scale)
+            for subchunk in self._subchunks[0]:
+                _scale(subchunk, scale)
             return
-        items = [(hop, piece) for hop in range(first_hop, last_hop) for piece in range(pieces)]
-        # A receive lands in place once its chunk has left; p*pieces items later that is long begun.
-        ahead = min(_IN_FLIGHT, p * pieces, len(items))
-        spare = [self._segments[0][0].new_empty(self._step) for _ in range(ahead)]
+        items = [(hop, index) for hop in range(first_hop, last_hop) for index in range(count)]
+        # A receive may overwrite a chunk once that is sent; the send was started p * count items before.
+        ahead = min(_IN_FLIGHT, p * count, len(items))
+        spare = [self._subchunks[0][0].new_empty(self._subchunk_size) for _ in range(ahead)]
         sent: dict[tuple[int, int], Any] = {}
         posted: deque[tuple[Any, Tensor]] = deque()
 
-        def send(hop: int, piece: int) -> None:
-            chunk = (self._net.rank - 1 - hop) % p
-            buffer = _bytes(self._segments[chunk][piece])
-            sent[chunk, piece] = self._net.isend(buffer, self._right, self._tag)
+        def send(hop: int, index: int) -> None:
+            chunk = (rank - 1 - hop) % p
+            buffer = _bytes(self._subchunks[chunk][index])
+            sent[chunk, index] = self._communicator.isend(buffer, self._right, self._tag)
 
         def post(item: int) -> Iterator[tuple[Any, int]]:
-            hop, piece = items[item]
-            chunk = (self._net.rank - 2 - hop) % p
-            target = self._segments[chunk][piece]
+            hop, index = items[item]
+            chunk = (rank - 2 - hop) % p
+            target = self._subchunks[chunk][index]
             if hop < p - 1:
                 target = spare[item % ahead][: target.numel()]
-            elif (chunk, piece) in sent:
-                yield sent.pop((chunk, piece)), self._right
-            posted.append((self._net.irecv(_bytes(target), self._left, self._tag), target))
+            elif (chunk, index) in sent:
+                yield sent.pop((chunk, index)), self._right
+            posted.append((self._communicator.irecv(_bytes(target), self._left, self._tag), target))
 
-        for piece in range(pieces):
+        for index in range(count):
             if first_hop == 0:
-                _scale(self._segments[(self._net.rank - 1) % p][piece], scale)
-            send(first_hop, piece)
+                _scale(self._subchunks[(rank - 1) % p][index], scale)
+            send(first_hop, index)
         for item in range(ahead):
             yield from post(item)
-        for item, (hop, piece) in enumerate(items):
-            request, arrived = posted.popleft()
+        for item, (hop, index) in enumerate(items):
+            request, received = posted.popleft()
             yield request, self._left
             if hop < p - 1:
-                own = self._segments[(self._net.rank - 2 - hop) % p][piece]
-                torch.add(arrived, own, alpha=1 if scale == 1.0 else scale, out=own)
+                own = self._subchunks[(rank - 2 - hop) % p][index]
+                torch.add(received, own, alpha=1 if scale == 1.0 else scale, out=own)
             if hop + 1 < last_hop:
-                send(hop + 1, piece)
+                send(hop + 1, index)
             if item + ahead < len(items):
                 yield from post(item + ahead)
         for request in sent.values():
             yield request, self._right
 
 
-def _scale(segment: Tensor, scale: float) -> None:
+def _scale(subchunk: Tensor, scale: float) -> None:
     if scale != 1.0:
-        segment.mul_(scale)
+        subchunk.mul_(scale)
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Between the model's memory and the memory that is communicated, where these are apart (GPUs)."""
+"""Staging between device memory and host memory, which is communicated, for models on a GPU."""
 
 from __future__ import annotations
 
@@ -13,85 +13,88 @@ from torch import Tensor
 
 from hpcsgd.tensors.group import Bucket, TensorGroup
 
-Job = Callable[..., None]
+#: Works on a bucket: `operation(bucket, name, *arguments)`.
+Operation = Callable[..., None]
 
 
-def staged(job: Job, bucket: Bucket, what: str, *arguments: Any) -> Callable[[], None]:
-    """`job(bucket, what, *arguments)`, which works on `bucket.host`, between the copies that needs.
+def via_host(operation: Operation, bucket: Bucket, name: str, *arguments: Any) -> Callable[[], None]:
+    """Return a job that runs `operation(bucket, name, *arguments)` on `bucket.host`, between the copies.
 
-    On a GPU the copies run on a stream of the communication thread, after everything that the caller's
-    current stream has queued so far; the job is over when the result is in the device's memory, so
-    whatever the caller queues after `wait()` sees it. Jobs with a twin in `DIRECT` work on the device's
-    memory instead where MPI takes that; it has no half precision.
+    On a GPU the copies run on a stream of the communication thread, after all work that is queued on the
+    caller's current stream. The job ends when the result is in device memory, so work that the caller queues
+    after `wait()` sees it. Operations with an entry in `CUDA_AWARE` work on device memory instead if MPI
+    supports that; not in half precision, which MPI lacks.
     """
     if bucket.flat is bucket.host:
-        return partial(job, bucket, what, *arguments)
+        return partial(operation, bucket, name, *arguments)
     device = bucket.flat.device
-    produced = computed(device)
-    direct = DIRECT.get(job) if bucket.world.cuda_aware and bucket.flat.element_size() >= 4 else None
+    computed = record_event(device)
+    cuda_aware = bucket.world.cuda_aware and bucket.flat.element_size() >= 4
+    on_device = CUDA_AWARE.get(operation) if cuda_aware else None
 
     def run() -> None:
         with side_stream(device) as stream:
-            if produced is not None:
-                produced.wait(stream)
-            if direct is not None:
-                _finish(stream)
-                direct(bucket, what, *arguments)
+            if computed is not None:
+                computed.wait(stream)
+            if on_device is not None:
+                _synchronize(stream)
+                on_device(bucket, name, *arguments)
             else:
                 bucket.host.copy_(bucket.flat, non_blocking=True)
-                _finish(stream)
-                job(bucket, what, *arguments)
+                _synchronize(stream)
+                operation(bucket, name, *arguments)
                 bucket.flat.copy_(bucket.host, non_blocking=True)
-            _finish(stream)
+            _synchronize(stream)
 
     return run
 
 
 def after_compute(device: torch.device, job: Callable[[], None]) -> Callable[[], None]:
-    """A job that copies between a GPU and the host: it sees all that the caller's stream has queued so far,
-    and is over when its copies are. On a CPU the job itself.
+    """Return a job that runs `job` after all work that is queued on the caller's current stream.
+
+    The job ends when its copies between device and host are complete. On a CPU it is `job` itself.
     """
     if device.type != "cuda":
         return job
-    produced = computed(device)
+    computed = record_event(device)
 
     def run() -> None:
-        with beside_compute(device, produced):
+        with on_side_stream(device, computed):
             job()
 
     return run
 
 
-def computed(device: torch.device) -> torch.cuda.Event | None:
-    """A mark after all that the caller's stream has queued so far; None on a CPU, where it is computed."""
+def record_event(device: torch.device) -> torch.cuda.Event | None:
+    """Record an event after all work that is queued on the caller's current stream; None on a CPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 @contextlib.contextmanager
-def beside_compute(device: torch.device, after: torch.cuda.Event | None) -> Iterator[None]:
-    """Inside, a GPU works for the communication thread, from a mark on; at the end it has done so."""
+def on_side_stream(device: torch.device, after: torch.cuda.Event | None) -> Iterator[None]:
+    """Run the context on the stream of the communication thread, after an event; synchronises at the end."""
     with side_stream(device) as stream:
         if after is not None:
             after.wait(stream)
         yield
-        _finish(stream)
+        _synchronize(stream)
 
 
 def wait_for_compute(device: torch.device) -> None:
-    """Wait until all that the caller's stream has queued so far is computed; at once on a CPU."""
+    """Wait until all work that is queued on the caller's current stream is done; returns at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
-def to_host(group: TensorGroup, space: Sequence[Tensor]) -> None:
-    """Copy each bucket as the model has it to host memory."""
-    for bucket, target in zip(group, space, strict=True):
+def to_host(group: TensorGroup, buffers: Sequence[Tensor]) -> None:
+    """Copy the buckets to host buffers."""
+    for bucket, target in zip(group, buffers, strict=True):
         if target is not bucket.flat:
             target.copy_(bucket.flat)
 
 
 def from_host(group: TensorGroup, write: Callable[[int, Tensor], None]) -> None:
-    """Let `write(index, out)` fill each bucket in host memory, and give the model what it wrote."""
+    """Fill each bucket by `write(index, out)` in host memory, and copy the result to the device."""
     for bucket in group:
         write(bucket.index, bucket.host)
         if bucket.flat is not bucket.host:
@@ -110,12 +113,12 @@ def side_stream(device: torch.device) -> AbstractContextManager[torch.cuda.Strea
     return _cuda(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _finish(stream: torch.cuda.Stream | None) -> None:
+def _synchronize(stream: torch.cuda.Stream | None) -> None:
     if stream is not None:
         stream.synchronize()
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
-#: Jobs that a CUDA-aware MPI can do on the device's memory, and how.
-DIRECT: dict[Job, Job] = {}
+#: Operations that a CUDA-aware MPI executes on device memory, and their implementation for that.
+CUDA_AWARE: dict[Operation, Operation] = {}

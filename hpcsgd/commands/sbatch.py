@@ -1,34 +1,38 @@
-"""Job scripts for Slurm, as text: what `hpcsgd sbatch` prints, and what `jobs/` holds."""
+"""`hpcsgd sbatch`: job scripts for Slurm, as text; those in `jobs/` are its output."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
 
 from hpcsgd.commands.train import settings, sweep
-from hpcsgd.errors import BadOption
+from hpcsgd.errors import BadOption, HpcsgdError
 
-#: Forms that Slurm reads a time limit in; a number alone are minutes.
+#: Slurm's formats of a time limit; a number alone means minutes.
 TIMES = ("minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours", "days-hours:minutes")
 _TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?|(?:(?:(\d+):)?(\d+):)?(\d+))")
-#: What starts ranks: srun by one of its plugins, or the mpiexec of the MPI itself.
+#: Launchers of the ranks: srun with one of its plugins, or the mpiexec of the MPI itself.
 MPI_TYPES = ("pmi2", "pmix", "mpiexec")
 
 _ENVIRONMENT = """
-# The environment that holds hpcsgd; the one that sbatch was called from by default.
+# The environment that hpcsgd is installed in; default: the one in which sbatch was called.
 # shellcheck source=/dev/null
 [ -z "${VENV:-}" ] || . "$VENV/bin/activate"
 
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
-# What starts the ranks. srun: pmi2 for MPICH and Intel MPI, pmix for Open MPI; `srun --mpi=list` tells what
-# this cluster has. mpiexec: that of the MPI itself, if srun has none that fits; it asks Slurm for the nodes.
-# With the wrong one every rank would be rank 0 of 1, which hpcsgd notices and refuses.
+# The launcher of the ranks. srun: pmi2 for MPICH and Intel MPI, pmix for Open MPI; `srun --mpi=list` lists
+# the plugins of this cluster. mpiexec: that of the MPI itself, if srun has no plugin for it; it asks Slurm
+# for the nodes. With the wrong launcher every rank would be rank 0 of 1, which hpcsgd detects and refuses.
 mpi=${MPI_TYPE:-@mpi@}
 if [ "$mpi" = mpiexec ]; then
-    # Open MPI would bind ranks to fewer cores than theirs, and fill one node after the other.
+    # Open MPI would bind ranks to fewer cores than they have, and fill one node after the other.
     export PRTE_MCA_hwloc_default_binding_policy=none I_MPI_PIN_DOMAIN=omp
     export PRTE_MCA_rmaps_default_mapping_policy="ppr:$SLURM_NTASKS_PER_NODE:node:oversubscribe"
     start=(mpiexec -n "$SLURM_NTASKS")
@@ -36,7 +40,7 @@ else
     start=(srun --mpi="$mpi" --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=cores)
 fi
 
-# Slurm warns this shell, which tells srun or mpiexec, which tell the ranks.
+# Slurm signals this shell, which signals srun or mpiexec, which signal the ranks.
 launch() {
     "${start[@]}" "$@" &
     trap 'kill -USR1 $! || true' USR1
@@ -44,7 +48,7 @@ launch() {
     while
         status=0
         wait $! || status=$?
-        kill -0 $! 2>/dev/null # it was the trap that ended the wait
+        kill -0 $! 2>/dev/null # still running: the trap ended the wait
     do :; done
     return "$status"
 }
@@ -60,7 +64,7 @@ before=$(newest)
 status=0
 @train@ || status=$?
 [ ! -e "$runs/$name/done" ] || exit "$status"
-# A run that was stopped goes on in the next slot; so does one that failed, unless it failed there before.
+# A run that was stopped, or failed, continues in the next slot, unless this slot made no checkpoint.
 if [ "$(newest)" = "$before" ]; then
     echo "not requeued: $runs/$name has no newer checkpoint than before this slot" >&2
     exit $((status ? status : 1))
@@ -70,52 +74,52 @@ scontrol requeue "$SLURM_JOB_ID"
 
 _ABOUT = {
     "train.sbatch": """
-# Training under Slurm. What follows the script's name are options of `hpcsgd train`.
+# Training under Slurm. Arguments of the script are options of `hpcsgd train`.
 #   sbatch train.sbatch --data cifar10:path=$HOME/cifar --model resnet18
 #   sbatch --nodes=4 --ntasks-per-node=8 --time=8:00:00 train.sbatch …
 #   sbatch --ntasks-per-node=4 --cpus-per-task=12 --gpus-per-node=4 train.sbatch …     one GPU a rank
 """,
     "requeue.sbatch": """
-# Training under Slurm in any number of time slots: a checkpoint before the time limit, back into the queue,
-# on from there, until the run is done. What follows the script's name are options of `hpcsgd train`.
+# Training under Slurm in any number of time slots: before the time limit the run writes a checkpoint, and the
+# job is requeued, until the run is done. Arguments of the script are options of `hpcsgd train`.
 #   sbatch requeue.sbatch --data cifar10:path=$HOME/cifar --model resnet18 --epochs 200
 #   sbatch --nodes=4 --time=8:00:00 requeue.sbatch …     and GPUs as with train.sbatch
-#   scancel --batch --signal=USR1 JOB     makes room now: a checkpoint, and back into the queue
+#   scancel --batch --signal=USR1 JOB     frees the nodes now: a checkpoint, and back into the queue
 """,
     "array.sbatch": """
-# A sweep under Slurm: an element of a job array for each [[run]] of a TOML file, on top of what the file says
-# before them. What follows the file's name are options of `hpcsgd train`, for all.
+# A sweep under Slurm: one element of a job array for each [[run]] of a TOML file, on top of the settings that
+# precede them in the file. Arguments after the file's name are options of `hpcsgd train`, for all runs.
 #   sbatch --array=0-5 array.sbatch sweep.toml
-#   hpcsgd report runs/JOB/*     when they are done; JOB is the number that sbatch said
+#   hpcsgd report runs/JOB/*     when they are done; JOB is the number that sbatch printed
 """,
 }
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a script is to ask of Slurm.
+class SlurmJob:
+    """A job's resources and command, from which its script is written.
 
     Parameters
     ----------
     nodes, ranks_per_node
-        How many.
+        Number of nodes, and of ranks on each node.
     cpus
-        Of each rank.
+        Cores a rank.
     gpus
-        Of each node; 0: none is asked for.
+        GPUs a node; 0: the script requests none.
     time
-        Time limit, in one of Slurm's forms, see `TIMES`.
+        Time limit, in one of Slurm's formats, see `TIMES`.
     warn
-        Seconds before the time limit at which the run is told to write a checkpoint and end.
+        Seconds before the time limit at which Slurm sends SIGUSR1: the run writes a checkpoint and ends.
     mpi
         One of `MPI_TYPES`.
     requeue
-        Whether the job goes back into the queue until the run is done.
+        Whether the job returns to the queue until the run is done.
     array
-        Number of runs of a sweep, of which each is an element; 0: to be given to sbatch; None: no sweep.
+        Number of runs of a sweep, one element of the job array each; 0: given to sbatch; None: no sweep.
     name, partition, account
-        Of the job; empty: hpcsgd, and Slurm's defaults.
-    words
+        Options of sbatch; empty: Slurm's defaults.
+    arguments
         Arguments of `hpcsgd train`; with a sweep the first is the TOML file.
     """
 
@@ -131,7 +135,7 @@ class Job:
     name: str = "hpcsgd"
     partition: str = ""
     account: str = ""
-    words: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for option, low in ("nodes", 1), ("ranks_per_node", 1), ("cpus", 1), ("gpus", 0), ("warn", 1):
@@ -146,22 +150,23 @@ class Job:
                 what = f"--{option} cannot have spaces or slashes"
                 raise BadOption(what, got=repr(getattr(self, option)))
         if not self.name:
-            raise BadOption("--name cannot be empty", do="leave it out")
+            raise BadOption("--name cannot be empty", do="leave --name out, or give a name")
         if seconds(self.time) <= self.warn:
             raise BadOption(
-                "--time leaves nothing before the run is told to end",
+                "--time leaves no time to train before --warn",
                 expected=f"more than the {self.warn} seconds of --warn",
                 got=self.time,
+                do="raise --time, or lower --warn",
             )
 
 
 def seconds(time: str) -> int:
-    """Read a time limit as Slurm does.
+    """Convert a time limit in one of Slurm's formats to seconds.
 
     Raises
     ------
     BadOption
-        It has none of Slurm's forms.
+        The text has none of these formats.
     """
     match = _TIME.fullmatch(time)
     if match is None:
@@ -176,45 +181,45 @@ def seconds(time: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def elements(path: str) -> int:
-    """How many runs the sweep in a TOML file has; each is checked.
+def count_runs(path: str) -> int:
+    """Return the number of runs of the sweep in a TOML file, after a check of the settings of each.
 
     Raises
     ------
     BadOption
-        The file cannot be read, or is no sweep, or a run has a wrong setting.
+        The file cannot be read, is no sweep, or a run has a wrong setting.
     """
-    count = sweep.count(settings.read_toml(path), path)
+    count = sweep.count_runs(settings.read_toml(path), path)
     for element in range(max(1, count)):
         settings.merge(settings.from_toml(path, element), {})
     return count
 
 
-def script(job: Job) -> str:
-    """Write the script of a job; the same job gives the same text."""
+def script(job: SlurmJob) -> str:
+    """Return the script of a job; the same job gives the same text."""
     about = _ABOUT[file_name(job)].strip()
     body = (_REQUEUED if job.requeue else "@train@\n").replace("@train@", _train(job))
     parts = [
         f"#!/usr/bin/env bash\n{about}\n{_directives(job)}\nset -euo pipefail",
         _ENVIRONMENT.strip().replace("@mpi@", job.mpi),
-        _where(job),
+        _run_variables(job),
         body.strip(),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def file_name(job: Job) -> str:
-    """What such a script is called in `jobs/`."""
+def file_name(job: SlurmJob) -> str:
+    """Return the name of such a script in `jobs/`."""
     if job.array is not None:
         return "array.sbatch"
     return "requeue.sbatch" if job.requeue else "train.sbatch"
 
 
-def _directives(job: Job) -> str:
-    return "\n".join(_lines(job))
+def _directives(job: SlurmJob) -> str:
+    return "\n".join(_directive_lines(job))
 
 
-def _lines(job: Job) -> Iterator[str]:
+def _directive_lines(job: SlurmJob) -> Iterator[str]:
     yield f"#SBATCH --job-name={job.name}"
     for option in ("partition", "account"):
         if value := getattr(job, option):
@@ -223,20 +228,20 @@ def _lines(job: Job) -> Iterator[str]:
     yield f"#SBATCH --ntasks-per-node={job.ranks_per_node}"
     yield f"#SBATCH --cpus-per-task={job.cpus}"
     if job.gpus:
-        yield "# All GPUs of a node are seen by all of its ranks: hpcsgd takes that of the local rank."
+        yield "# Each rank sees all GPUs of its node: hpcsgd takes the one of the local rank."
         yield f"#SBATCH --gpus-per-node={job.gpus}"
     if job.array:
         yield f"#SBATCH --array=0-{job.array - 1}"
     yield f"#SBATCH --time={job.time}"
-    yield "# So many seconds before the time limit, or up to 60 more, it is told to end with a checkpoint."
+    yield "# SIGUSR1 this many seconds, or up to 60 more, before the limit: the run ends with a checkpoint."
     yield f"#SBATCH --signal=B:USR1@{job.warn}"
     if job.requeue:
-        yield "# Also when a node fails, or when a job that is more urgent takes its nodes."
+        yield "# Also requeued when a node fails, or when a job of higher priority takes the nodes."
         yield "#SBATCH --requeue\n#SBATCH --open-mode=append"
 
 
-def _where(job: Job) -> str:
-    """The lines that say which run this is."""
+def _run_variables(job: SlurmJob) -> str:
+    """Return the lines that set the folder and the name of the run."""
     lines = []
     if job.array is not None:
         if job.array == 0:
@@ -244,19 +249,73 @@ def _where(job: Job) -> str:
         lines += ["runs=${RUNS:-runs}/$SLURM_ARRAY_JOB_ID", "name=$SLURM_ARRAY_TASK_ID"]
     elif job.requeue:
         lines += [
-            "# One name in all time slots. With NAME=… a new job goes on with the run of an earlier one.",
+            "# One name in all time slots. With NAME=… a new job continues the run of an earlier one.",
             "runs=${RUNS:-runs}",
             "name=${NAME:-$SLURM_JOB_NAME-$SLURM_JOB_ID}",
         ]
     return "\n".join(lines)
 
 
-def _train(job: Job) -> str:
-    """The line that trains; what is given to the script itself comes last and so wins."""
-    words = list(map(shlex.quote, job.words))
+def _train(job: SlurmJob) -> str:
+    """Return the line that trains; the script's own arguments come last and take precedence."""
+    arguments = list(map(shlex.quote, job.arguments))
     if job.array is not None:
-        sweep = words.pop(0) if job.array else '"$sweep"'
-        words = [f'--config {sweep} --element "$SLURM_ARRAY_TASK_ID"', *words]
+        file = arguments.pop(0) if job.array else '"$sweep"'
+        arguments = [f'--config {file} --element "$SLURM_ARRAY_TASK_ID"', *arguments]
     if job.array is not None or job.requeue:
-        words = ['--out "$runs" --name "$name" --resume auto', *words]
-    return " ".join(["launch hpcsgd train", *words, '"$@"'])
+        arguments = ['--out "$runs" --name "$name" --resume auto', *arguments]
+    return " ".join(["launch hpcsgd train", *arguments, '"$@"'])
+
+
+def _job_options(function: Callable[..., None]) -> Callable[..., None]:
+    texts = {
+        "nodes": "Number of nodes.",
+        "ranks_per_node": "Ranks per node.",
+        "cpus": "Cores per rank.",
+        "gpus": "GPUs per node; default: none.",
+        "time": "Time limit: minutes, hours:minutes:seconds, days-hours, ...",
+        "warn": "Seconds before the time limit at which the run writes a checkpoint and ends.",
+        "mpi": "Launcher of the ranks: srun with pmi2 or pmix, or mpiexec.",
+        "requeue": "Requeue the job until the run is done.",
+        "name": "Name of the job.",
+        "partition": "Partition to submit to; default: Slurm's.",
+        "account": "Account to charge; default: Slurm's.",
+    }
+    for name, text in reversed(texts.items()):
+        default = getattr(SlurmJob, name)
+        flag, shown = f"--{name.replace('_', '-')}", default not in ("", 0, False)
+        option = click.option(flag, default=default, help=text, is_flag=default is False, show_default=shown)
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["train", "sweep"]))
+@click.argument("arguments", nargs=-1)
+@_job_options
+@click.option(
+    "-o",
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="File to write the script to; default: standard output.",
+)
+def sbatch(kind: str, arguments: tuple[str, ...], out: Path | None, **options: Any) -> None:
+    """Write a job script for Slurm.
+
+    For example: hpcsgd sbatch train --nodes 4 -- --data text > job.sbatch. ARGUMENTS are those of
+    `hpcsgd train`; of a sweep the first is its TOML file, with a table [[run]] for each run. Without
+    ARGUMENTS the script takes them from sbatch: sbatch job.sbatch ARGUMENTS. The scripts in jobs/ are of this
+    kind.
+    """
+    array = None if kind == "train" else count_runs(arguments[0]) if arguments else 0
+    text = script(SlurmJob(**options, array=array, arguments=arguments))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text)
+    except OSError as error:
+        raise HpcsgdError(
+            f"cannot write {out}", got=error, do="give --out a file that can be written"
+        ) from error

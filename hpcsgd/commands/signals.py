@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, heeded when all ranks agree to."""
+"""Signals that ask a run to stop: recorded on arrival, acted upon when all ranks have exchanged them."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_kept: list[int] = []
+_deferred: list[int] = []
 
 
-def keep() -> None:
-    """From now on SIGUSR1 ends nothing, and is kept for the next `Signals.noted`.
+def defer_sigusr1() -> None:
+    """Ignore the default action of SIGUSR1, and pass the signal on to the next `SignalRecorder.installed`.
 
-    A batch system may warn of the time limit while a job still starts.
+    A batch system may warn of the time limit while a job is still starting.
     """
-    signal.signal(signal.SIGUSR1, lambda number, _: _kept.append(number))
+    signal.signal(signal.SIGUSR1, lambda number, _: _deferred.append(number))
 
 
-class Signals:
-    """Notes SIGTERM and SIGUSR1, and others that it is told, while it is in place.
+class SignalRecorder:
+    """Records SIGTERM and SIGUSR1, and further signals, instead of their default action.
 
     Parameters
     ----------
-    more
+    further
         Numbers of further signals.
 
     Attributes
     ----------
-    caught
-        The last one that this process was sent, or None.
+    received
+        Number of the last signal that this process received, or None.
     """
 
-    def __init__(self, *more: int) -> None:
-        self._numbers = (signal.SIGTERM, signal.SIGUSR1, *more)
-        self.caught: int | None = None
+    def __init__(self, *further: int) -> None:
+        self._numbers = (signal.SIGTERM, signal.SIGUSR1, *further)
+        self.received: int | None = None
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Inside, they end nothing."""
+    def installed(self) -> Iterator[None]:
+        """Install the handlers; the previous ones are restored at the end."""
 
-        def note(number: int, _: object) -> None:
-            self.caught = number
+        def record(number: int, _: object) -> None:
+            self.received = number
 
-        before = {s: signal.signal(s, note) for s in self._numbers}
-        if _kept:
-            self.caught = _kept[-1]
-            _kept.clear()
+        before = {s: signal.signal(s, record) for s in self._numbers}
+        if _deferred:
+            self.received = _deferred[-1]
+            _deferred.clear()
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Compression that all-reduce can sum, one file a scheme, and controls that need all-gather."""
+"""Gradient compression, one file a scheme: codes that all-reduce can sum, and baselines by all-gather."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from hpcsgd import registry
-from hpcsgd.compress.base import Codec, Compressor, Draw, Message, Stretch
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment
 from hpcsgd.compress.error_feedback import ErrorFeedback
 from hpcsgd.compress.float32 import Float32
 from hpcsgd.compress.hadamard import Hadamard
@@ -26,7 +26,6 @@ __all__ = [
     "WRAPPERS",
     "Codec",
     "Compressor",
-    "Draw",
     "ErrorFeedback",
     "Float32",
     "GlobalRandK",
@@ -37,14 +36,15 @@ __all__ = [
     "PowerSGD",
     "QSGDMaxNorm",
     "QSGDMaxNormMultiScale",
+    "RandomKey",
+    "Segment",
     "SignSGD",
-    "Stretch",
     "TopK",
     "build",
     "spec_of",
 ]
 
-#: What `--compress` knows, besides "none".
+#: The schemes of `--compress`, besides "none".
 COMPRESSORS: dict[str, Callable[..., Compressor]] = {
     "fp16": FP16,
     "bf16": BF16,
@@ -57,12 +57,12 @@ COMPRESSORS: dict[str, Callable[..., Compressor]] = {
     "topk": TopK,
     "signsgd": SignSGD,
 }
-#: What may stand before one of them, joined by "+".
+#: The wrappers that may precede a scheme, joined by "+".
 WRAPPERS: dict[str, Callable[[Compressor], Compressor]] = {"ef": ErrorFeedback, "hadamard": Hadamard}
 
 
 def build(spec: str) -> Compressor | None:
-    """The compressor that a spec names; None for "none".
+    """Create the compressor of a spec; None for "none".
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def build(spec: str) -> Compressor | None:
     Raises
     ------
     BadOption
-        Unknown name or option; lists what is valid.
+        The name or an option is unknown; the message lists the valid ones.
     """
     if spec.strip() == "none":
         return None
@@ -86,22 +86,22 @@ def build(spec: str) -> Compressor | None:
 
 
 def spec_of(compressor: Compressor) -> str:
-    """What `build` reads as this compressor.
+    """Return the spec from which `build` creates this compressor.
 
     Raises
     ------
     BadOption
-        For one that is none of `COMPRESSORS` and `WRAPPERS`.
+        The compressor is none of `COMPRESSORS` and `WRAPPERS`.
     """
     kind, rows = type(compressor), {**COMPRESSORS, **WRAPPERS}
     names = [name for name, row in rows.items() if row is kind]
     if not names:
         raise BadOption(
-            f"{compressor} has no name",
-            expected="a scheme of hpcsgd, which all programs that work together can make",
+            f"compression scheme {compressor} is not registered, so other programs cannot create it",
+            expected="a scheme of hpcsgd.compress.COMPRESSORS, with wrappers of hpcsgd.compress.WRAPPERS",
             do="use one of: " + ", ".join(sorted(rows)),
             everywhere=True,
         )
     if isinstance(compressor, ErrorFeedback | Hadamard):
         return f"{names[0]}+{spec_of(compressor.inner)}"
-    return registry.text(names[0], compressor.options())
+    return registry.format_spec(names[0], compressor.options())

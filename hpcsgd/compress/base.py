@@ -1,9 +1,9 @@
-"""What a compression scheme is: a generator of messages between reading a gradient and writing a mean.
+"""Interface of compression schemes: a coroutine of messages between reading a gradient and writing a mean.
 
-A `Compressor` is a choice of scheme and options. For each stretch of a bucket it makes a `Codec`, whose
-`run` computes, yields what has to be combined over the ranks, and goes on with the result. So a scheme
-reads from top to bottom, however many rounds of messages it takes, and who drives it can let it wait, run
-others in between, or combine the messages of simulated ranks.
+A `Compressor` is a scheme with its options. For each segment of a bucket it creates a `Codec`, whose `run`
+computes, yields a message to be combined over the ranks, and continues with the result. A scheme thus reads
+from top to bottom, however many messages it exchanges, and its driver may suspend it, run other codecs in
+between, or combine the messages of simulated ranks.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption
 
-PIECE = 256 * 1024  # elements of work between two looks at the messages
+CHUNK = 256 * 1024  # elements of work between two polls of the messages
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The elements that one codec works on.
+class Segment:
+    """Consecutive elements of a bucket that one codec compresses.
 
     Attributes
     ----------
     numel
-        Elements.
+        Number of elements.
     terms
-        Ranks, or nodes, whose stretches are added.
-    first
-        Index of the first one in its bucket.
+        Number of summands: ranks, or nodes, whose segments are summed.
+    offset
+        Index of the first element in its bucket. Default 0.
     share
-        Of the elements of all stretches of the group, in (0, 1].
+        Fraction of the elements of the whole group, in (0, 1]. Default 1.
     tensors
-        (start, shape) of each tensor that lies wholly in it.
+        (start, shape) of each tensor that lies completely in the segment.
     device
-        Where the elements are.
+        Device of the elements. Default: the CPU.
     """
 
     numel: int
     terms: int
-    first: int = 0
+    offset: int = 0
     share: float = 1.0
     tensors: tuple[tuple[int, tuple[int, ...]], ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -51,32 +51,37 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Message:
-    """Something to be combined over the ranks before the codec goes on.
+    """Data to be combined over the ranks before the codec continues.
 
     Attributes
     ----------
     op
-        "max" and "and": `data` becomes the maximum, or the bitwise and. "gather": row r of `gathered` becomes
-        the `data` of rank r. "sum": `data`, which is buffer number `slot` of `run`, becomes the sum; words
-        wrap around.
+        "max", "and" or "sum": `data` is replaced by the maximum, the bitwise and, or the sum, in which
+        unsigned words wrap around. "gather": row r of `gathered` is set to the `data` of rank r.
+    data
+        This rank's contribution.
+    buffer_index
+        For "sum", the index of `data` among the buffers of `Codec.run`. Default 0.
+    gathered
+        For "gather", the result, one row a rank.
     """
 
     op: str
     data: Tensor
-    slot: int = 0
+    buffer_index: int = 0
     gathered: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Where the random numbers of one reduction come from; no generator's state is read or changed.
+class RandomKey:
+    """Source of the random numbers of one reduction: counter-based, without generator state.
 
     Attributes
     ----------
     seed, step, bucket
-        The same on all ranks.
+        Equal on all ranks.
     rank
-        This rank among the terms.
+        Index of this rank among the terms.
     """
 
     seed: int
@@ -84,89 +89,93 @@ class Draw:
     bucket: int
     rank: int
 
-    def own(self) -> tuple[int, int]:
-        """The key of this rank's rounding in this step."""
+    def per_rank(self) -> tuple[int, int]:
+        """Return the key of random numbers that differ between ranks and steps."""
         return _key(0, self.seed, self.bucket, self.step, self.rank)
 
-    def common(self) -> tuple[int, int]:
-        """The key of what all ranks draw alike in this step."""
+    def shared(self) -> tuple[int, int]:
+        """Return the key of random numbers that are equal on all ranks and differ between steps."""
         return _key(1, self.seed, self.bucket, self.step)
 
-    def lasting(self) -> tuple[int, int]:
-        """The key of what all ranks draw alike, once for all steps."""
+    def fixed(self) -> tuple[int, int]:
+        """Return the key of random numbers that are equal on all ranks and in all steps."""
         return _key(2, self.seed, self.bucket)
 
 
 class Codec:
-    """One scheme at work on one stretch, with the memory it needs.
+    """Compresses one segment by one scheme; holds the buffers that this needs.
 
     Attributes
     ----------
-    sums
-        (elements, dtype) of each buffer that it has summed, in order.
+    sum_buffers
+        (elements, dtype) of each buffer that is summed over the ranks, in order.
     """
 
-    sums: list[tuple[int, torch.dtype]]
+    sum_buffers: list[tuple[int, torch.dtype]]
 
     def run(
-        self, values: Tensor, buffers: list[Tensor], draw: Draw, scale: float, residual: Tensor | None
+        self,
+        values: Tensor,
+        buffers: list[Tensor],
+        random_key: RandomKey,
+        scale: float,
+        residual: Tensor | None,
     ) -> Iterator[Message | None]:
-        """Replace `values` by `scale` times the sum over all terms of what their codes say.
+        """Replace `values` by `scale` times the sum of the decoded values of all terms.
 
-        The first message is the "max" of norms (uint16, see `hpcsgd.kernels.codec.spec`); who drives the
-        codec
-        stops it there where one of them is not finite. Up to that message neither `values` nor `residual`
-        is changed. None is a pause.
+        Yields messages, to be combined before the next step, and None after a chunk of work. The first
+        message is the "max" of norms (uint16, see `hpcsgd.kernels.codec.spec`); if one of them is not finite,
+        the driver stops the codec there. Neither `values` nor `residual` is changed before that message.
 
         Parameters
         ----------
         values
             (numel,), a floating dtype.
         buffers
-            One for each of `sums`.
-        draw
-            The random numbers.
+            One for each of `sum_buffers`.
+        random_key
+            Source of random numbers.
         scale
             Factor of the sum.
         residual
-            (numel,) float32, or None. It is added to the values, and becomes what this rank's codes do
-            not say: values + residual before = decoded codes + residual after.
+            (numel,) float32, or None. It is added to the values and replaced by the compression error of
+            this rank: values + old residual = decoded values + new residual.
         """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beyond the residual."""
+        """Return the state to be saved in a checkpoint, besides the residual."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state of `state_dict`."""
 
 
 class Compressor:
-    """A scheme with its options; a subclass makes the codecs.
+    """A compression scheme with its options; subclasses create the codecs.
 
     Attributes
     ----------
     feedback
-        Whether what is not sent is added to the next gradient.
-    whole
-        Whether it needs whole tensors, and cannot work on a slice of a bucket.
+        Whether the compression error is added to the next gradient (error feedback).
+    needs_whole_tensors
+        Whether the scheme needs whole tensors, and cannot compress an arbitrary slice of a bucket.
     """
 
     feedback: bool = False
-    whole: bool = False
+    needs_whole_tensors: bool = False
 
     def options(self) -> dict[str, object]:
-        """The options that all ranks must agree on, by name."""
+        """Return the options, by name; they must be equal on all ranks."""
         return {}
 
-    def codec(self, stretch: Stretch) -> Codec:
-        """A codec for a stretch.
+    def codec(self, segment: Segment) -> Codec:
+        """Create a codec for a segment.
 
         Raises
         ------
         BadOption
-            Where the options do not fit the number of terms.
+            The options do not fit the number of terms.
         """
         raise NotImplementedError
 
@@ -175,80 +184,82 @@ class Compressor:
         return f"{type(self).__name__}({options})"
 
 
-class Largest:
-    """The largest magnitude of a stretch as one norm: the first message of schemes without scales."""
+class MaxMagnitude:
+    """Largest magnitude of a segment as one norm: the first message of schemes without scales."""
 
-    def __init__(self, stretch: Stretch) -> None:
-        from hpcsgd.kernels.codec.spec import Layout
+    def __init__(self, segment: Segment) -> None:
+        from hpcsgd.kernels.codec.spec import Tiling
 
-        self._layout = Layout.of(stretch.numel, 1, 4096)
-        self._rows = torch.zeros(max(1, self._layout.rows), dtype=torch.uint16, device=stretch.device)
-        self.norm = torch.zeros(1, dtype=torch.uint16, device=stretch.device)
+        self._tiling = Tiling.of(segment.numel, 1, 4096)
+        self._rows = torch.zeros(max(1, self._tiling.rows), dtype=torch.uint16, device=segment.device)
+        self.norm = torch.zeros(1, dtype=torch.uint16, device=segment.device)
 
-    def find(self, values: Tensor, residual: Tensor | None) -> Iterator[None]:
-        """Of values + residual on this rank."""
-        yield from ops(values).norms(values, residual, self._layout, False, self._rows)
+    def compute(self, values: Tensor, residual: Tensor | None) -> Iterator[None]:
+        """Compute the norm of values + residual on this rank."""
+        yield from kernels_for(values).norms(values, residual, self._tiling, False, self._rows)
         self.norm.copy_(self._rows.view(torch.int16).max().view(torch.uint16))
 
     def exponent(self) -> int:
-        """The least e with 2**e above every magnitude."""
+        """Return the smallest e with 2**e above every magnitude."""
         return int(self.norm.view(torch.int16)[0] >> 7) - 126
 
 
-def dry_run(compressor: Compressor, stretch: Stretch, dtype: torch.dtype) -> None:
-    """Run a codec once on zeros, with messages that nobody answers."""
-    codec = compressor.codec(stretch)
-    values = torch.zeros(stretch.numel, dtype=dtype, device=stretch.device)
-    residual = torch.zeros(stretch.numel, device=stretch.device) if compressor.feedback else None
-    buffers = [torch.zeros(numel, dtype=of, device=stretch.device) for numel, of in codec.sums]
-    for _ in codec.run(values, buffers, Draw(0, 0, 0, 0), 1.0, residual):
+def dry_run(compressor: Compressor, segment: Segment, dtype: torch.dtype) -> None:
+    """Run a codec once on zeros, without combining its messages."""
+    codec = compressor.codec(segment)
+    values = torch.zeros(segment.numel, dtype=dtype, device=segment.device)
+    residual = torch.zeros(segment.numel, device=segment.device) if compressor.feedback else None
+    buffers = [torch.zeros(numel, dtype=of, device=segment.device) for numel, of in codec.sum_buffers]
+    for _ in codec.run(values, buffers, RandomKey(0, 0, 0, 0), 1.0, residual):
         pass
 
 
-def finite(norms: Tensor) -> bool:
-    """Whether all norms (uint16) are those of finite numbers."""
+def all_finite(norms: Tensor) -> bool:
+    """Return whether all norms (uint16) are those of finite numbers."""
     from hpcsgd.kernels.codec.spec import NOT_FINITE
 
     return not norms.numel() or int(norms.view(torch.int16).max()) < NOT_FINITE
 
 
-def pieces(numel: int) -> Iterator[slice]:
-    """Slices of at most `PIECE` elements."""
-    return (slice(start, min(start + PIECE, numel)) for start in range(0, numel, PIECE))
+def chunks(numel: int) -> Iterator[slice]:
+    """Return slices of at most `CHUNK` elements."""
+    return (slice(start, min(start + CHUNK, numel)) for start in range(0, numel, CHUNK))
 
 
-def ops(tensor: Tensor) -> Any:
-    """The kernels for the memory that a tensor is in."""
+def kernels_for(tensor: Tensor) -> Any:
+    """Return the kernels for the device of a tensor."""
     from hpcsgd.kernels.codec import dispatch
 
-    return dispatch.ops(tensor.device)
+    return dispatch.kernels_for(tensor.device)
 
 
 def levels_of(bits: int) -> int:
-    """Levels on either side of zero of codes of so many bits: 2**(bits-1) - 1.
+    """Return the levels on either side of zero of codes of `bits` bits: 2**(bits-1) - 1.
 
     Raises
     ------
     BadOption
-        Unless bits is 2 to 16.
+        `bits` is not within 2 to 16.
     """
     if not 2 <= bits <= 16:
         raise BadOption("bits of a code", expected="2 to 16", got=bits)
     return int(2 ** (bits - 1) - 1)
 
 
-def count_of(k: int | None, ratio: float, stretch: Stretch) -> int:
-    """How many of a stretch's elements are sent: a share of `k`, or `ratio` of them; at least one."""
-    wanted = ratio * stretch.numel if k is None else k * stretch.share
-    return min(stretch.numel, max(1, math.floor(wanted + 0.5)))
+def sample_size(k: int | None, ratio: float, segment: Segment) -> int:
+    """Return the number of elements to send of a segment: its share of `k`, or `ratio` of it; at least 1."""
+    size = ratio * segment.numel if k is None else k * segment.share
+    return min(segment.numel, max(1, math.floor(size + 0.5)))
 
 
-def check_count(k: int | None, ratio: float) -> None:
-    """Raise `BadOption` where `k` or `ratio` selects nothing, or more than there is."""
+def check_sample_size(k: int | None, ratio: float) -> None:
+    """Raise `BadOption` if `k` is below 1 or `ratio` outside (0, 1]."""
     if k is not None and k < 1:
-        raise BadOption("k, the elements that are sent", expected="at least 1, or none", got=k)
+        raise BadOption("option k, the number of elements to send", expected="at least 1, or none", got=k)
     if not 0 < ratio <= 1:
-        raise BadOption("ratio of the elements that are sent", expected="above 0, at most 1", got=ratio)
+        raise BadOption(
+            "option ratio, the fraction of elements to send", expected="above 0, at most 1", got=ratio
+        )
 
 
 def _key(*parts: int) -> tuple[int, int]:

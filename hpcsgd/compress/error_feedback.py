@@ -1,20 +1,20 @@
-"""Error feedback: what a scheme did not send is added to the next gradient."""
+"""Error feedback: the compression error is added to the next gradient."""
 
 from __future__ import annotations
 
-from hpcsgd.compress.base import Codec, Compressor, Stretch
+from hpcsgd.compress.base import Codec, Compressor, Segment
 
 
 class ErrorFeedback(Compressor):
-    """e becomes (g + e) - decode(own code): nothing is lost, only late.
+    """Wraps a scheme with error feedback: residual e <- (g + e) - decode(encode(g + e)).
 
-    The memory is float32, one number an element, and part of the checkpoint. Schemes read it and write
-    it in the pass in which they quantise. Seide et al. 2014; Karimireddy et al., arXiv 1901.09847.
+    The residual is float32, one number an element, and part of the checkpoint. Schemes read and write it in
+    the pass in which they quantise. Seide et al. 2014; Karimireddy et al., arXiv 1901.09847.
 
     Parameters
     ----------
     inner
-        Any scheme.
+        The scheme.
     """
 
     feedback = True
@@ -23,11 +23,11 @@ class ErrorFeedback(Compressor):
         self.inner = inner
 
     @property
-    def whole(self) -> bool:  # type: ignore[override]
-        return self.inner.whole
+    def needs_whole_tensors(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_whole_tensors
 
     def options(self) -> dict[str, object]:
         return {"inner": str(self.inner)}
 
-    def codec(self, stretch: Stretch) -> Codec:
-        return self.inner.codec(stretch)
+    def codec(self, segment: Segment) -> Codec:
+        return self.inner.codec(segment)

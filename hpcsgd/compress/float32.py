@@ -1,4 +1,4 @@
-"""Plain float32, as a codec: what the quantisers are compared with, and the coordinates of `GlobalRandK`."""
+"""Float32 without compression, as a codec: a baseline for quantisers, and the values of `GlobalRandK`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, Draw, Largest, Message, Stretch
+from hpcsgd.compress.base import Codec, Compressor, MaxMagnitude, Message, RandomKey, Segment
 
 
 class Float32(Compressor):
     """No compression."""
 
-    def codec(self, stretch: Stretch) -> Codec:
-        return _Float32Codec(stretch)
+    def codec(self, segment: Segment) -> Codec:
+        return _Float32Codec(segment)
 
 
 class _Float32Codec(Codec):
-    def __init__(self, stretch: Stretch) -> None:
-        self._largest = Largest(stretch)
-        self.sums = [(stretch.numel, torch.float32)]
+    def __init__(self, segment: Segment) -> None:
+        self._max_magnitude = MaxMagnitude(segment)
+        self.sum_buffers = [(segment.numel, torch.float32)]
 
     def run(
-        self, values: Tensor, buffers: list[Tensor], draw: Draw, scale: float, residual: Tensor | None
+        self,
+        values: Tensor,
+        buffers: list[Tensor],
+        random_key: RandomKey,
+        scale: float,
+        residual: Tensor | None,
     ) -> Iterator[Message | None]:
-        yield from self._largest.find(values, residual)
-        yield Message("max", self._largest.norm)
+        yield from self._max_magnitude.compute(values, residual)
+        yield Message("max", self._max_magnitude.norm)
         buffers[0].copy_(values)
         if residual is not None:
             buffers[0].add_(residual)

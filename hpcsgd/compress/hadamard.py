@@ -1,4 +1,4 @@
-"""A random rotation before any scheme: it spreads large elements over their neighbours."""
+"""Random rotation before a scheme, which spreads large elements over their neighbours."""
 
 from __future__ import annotations
 
@@ -8,50 +8,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, Draw, Message, Stretch, ops
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment, kernels_for
 from hpcsgd.errors import BadOption
 
 
 class Hadamard(Compressor):
-    """Rotates in blocks before `inner` compresses, and back after the sum.
+    """Rotates blocks before `inner` compresses them, and back after the sum.
 
-    x becomes H D x: random signs, then a Walsh-Hadamard transform. It is linear, so the sum of rotated
-    gradients is the rotated sum; and it is fixed for the whole run, so that error feedback keeps its memory
-    in the rotated basis. After Suresh et al., arXiv 1611.00429.
+    x becomes H D x: random signs, then a Walsh-Hadamard transform. The rotation is linear, so the sum of
+    rotated gradients is the rotated sum. It is fixed for the whole run, so the error-feedback residual is
+    held in the rotated basis. After Suresh et al., arXiv 1611.00429.
 
     Parameters
     ----------
     inner
-        Any scheme that is not `whole`.
+        A scheme that does not need whole tensors.
+
+    Raises
+    ------
+    BadOption
+        `inner` needs whole tensors.
     """
 
     def __init__(self, inner: Compressor) -> None:
-        if inner.whole:
-            raise BadOption(f"{inner} cannot be rotated", do="use it alone: it needs matrices")
+        if inner.needs_whole_tensors:
+            raise BadOption(
+                f"{inner} cannot be rotated: it needs whole matrices", do="use it without 'hadamard+'"
+            )
         self.inner = inner
         self.feedback = inner.feedback
 
     def options(self) -> dict[str, object]:
         return {"inner": str(self.inner)}
 
-    def codec(self, stretch: Stretch) -> Codec:
-        plain = Stretch(stretch.numel, stretch.terms, stretch.first, stretch.share, (), stretch.device)
-        return _RotatedCodec(stretch, self.inner.codec(plain))
+    def codec(self, segment: Segment) -> Codec:
+        plain = Segment(segment.numel, segment.terms, segment.offset, segment.share, (), segment.device)
+        return _RotatedCodec(segment, self.inner.codec(plain))
 
 
 class _RotatedCodec(Codec):
-    def __init__(self, stretch: Stretch, inner: Codec) -> None:
-        self._inner, self._first = inner, stretch.first
-        self._rotated = torch.zeros(stretch.numel, device=stretch.device)
-        self.sums = inner.sums
+    def __init__(self, segment: Segment, inner: Codec) -> None:
+        self._inner, self._offset = inner, segment.offset
+        self._rotated = torch.zeros(segment.numel, device=segment.device)
+        self.sum_buffers = inner.sum_buffers
 
     def run(
-        self, values: Tensor, buffers: list[Tensor], draw: Draw, scale: float, residual: Tensor | None
+        self,
+        values: Tensor,
+        buffers: list[Tensor],
+        random_key: RandomKey,
+        scale: float,
+        residual: Tensor | None,
     ) -> Iterator[Message | None]:
-        kernels, key = ops(values), draw.lasting()
-        yield from kernels.rotate(values, key, self._first, self._rotated)
-        yield from self._inner.run(self._rotated, buffers, draw, scale, residual)
-        yield from kernels.unrotate(self._rotated, key, self._first, values)
+        kernels, key = kernels_for(values), random_key.fixed()
+        yield from kernels.rotate(values, key, self._offset, self._rotated)
+        yield from self._inner.run(self._rotated, buffers, random_key, scale, residual)
+        yield from kernels.unrotate(self._rotated, key, self._offset, values)
 
     def state_dict(self) -> dict[str, Any]:
         return self._inner.state_dict()

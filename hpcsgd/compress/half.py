@@ -1,4 +1,4 @@
-"""FP16 and BF16: half the bytes, by a cast."""
+"""FP16 and BF16: a cast to half precision, which halves the bytes."""
 
 from __future__ import annotations
 
@@ -7,53 +7,58 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, Draw, Largest, Message, Stretch, pieces
+from hpcsgd.compress.base import Codec, Compressor, MaxMagnitude, Message, RandomKey, Segment, chunks
 
 
 class FP16(Compressor):
-    """Half precision, scaled by a power of two, so that it does not overflow.
+    """Half precision, scaled by a power of two so that the sum does not overflow.
 
-    The power is that of the largest magnitude over all ranks, so that the sum fits too, and gradients that
-    are small as a whole do not vanish.
+    The power of two follows from the largest magnitude over all ranks, so the sum over the ranks fits too,
+    and uniformly small gradients do not underflow.
     """
 
     dtype = torch.float16
 
-    def codec(self, stretch: Stretch) -> Codec:
-        return _HalfCodec(stretch, self.dtype)
+    def codec(self, segment: Segment) -> Codec:
+        return _HalfCodec(segment, self.dtype)
 
 
 class BF16(FP16):
-    """bfloat16: the range of float32 with 8 bits of precision."""
+    """Bfloat16: the range of float32 with 8 bits of precision."""
 
     dtype = torch.bfloat16
 
 
 class _HalfCodec(Codec):
-    def __init__(self, stretch: Stretch, dtype: torch.dtype) -> None:
-        self._largest = Largest(stretch)
-        self._terms = stretch.terms
-        self.sums = [(stretch.numel, dtype)]
+    def __init__(self, segment: Segment, dtype: torch.dtype) -> None:
+        self._max_magnitude = MaxMagnitude(segment)
+        self._terms = segment.terms
+        self.sum_buffers = [(segment.numel, dtype)]
 
     def run(
-        self, values: Tensor, buffers: list[Tensor], draw: Draw, scale: float, residual: Tensor | None
+        self,
+        values: Tensor,
+        buffers: list[Tensor],
+        random_key: RandomKey,
+        scale: float,
+        residual: Tensor | None,
     ) -> Iterator[Message | None]:
         half = buffers[0]
-        yield from self._largest.find(values, residual)
-        yield Message("max", self._largest.norm)
+        yield from self._max_magnitude.compute(values, residual)
+        yield Message("max", self._max_magnitude.norm)
         # The sum of all terms stays below 2**15; float16 ends at 2**16.
-        factor = 2.0 ** min(15 - self._largest.exponent() - self._terms.bit_length(), 126)
-        # Numbers next to the largest float32 would be rounded up to infinity.
+        factor = 2.0 ** min(15 - self._max_magnitude.exponent() - self._terms.bit_length(), 126)
+        # Numbers close to the largest float32 would be rounded up to infinity.
         limit = (2.0 - torch.finfo(half.dtype).eps) * 2.0**127
-        for piece in pieces(len(values)):
-            x = values[piece].float()
+        for chunk in chunks(len(values)):
+            x = values[chunk].float()
             if residual is not None:
-                x = x + residual[piece]
-            half[piece] = x.clamp(-limit, limit) * factor
+                x = x + residual[chunk]
+            half[chunk] = x.clamp(-limit, limit) * factor
             if residual is not None:
-                residual[piece] = x - half[piece].float() / factor
+                residual[chunk] = x - half[chunk].float() / factor
             yield None
         yield Message("sum", half)
-        for piece in pieces(len(values)):
-            values[piece] = half[piece].float() * (scale / factor)
+        for chunk in chunks(len(values)):
+            values[chunk] = half[chunk].float() * (scale / factor)
             yield None

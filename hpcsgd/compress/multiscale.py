@@ -1,26 +1,32 @@
-"""QSGD-MaxNorm with several scales: small elements are rounded on a finer one."""
+"""QSGD-MaxNorm with several scales: small elements are rounded on a finer scale."""
 
 from __future__ import annotations
 
-from hpcsgd.compress.base import Codec, Compressor, Stretch, levels_of
-from hpcsgd.compress.packed_quantizer import BLOCK, LaneCodec, Norm, ScaleOf, Scaling
+from hpcsgd.compress.base import Codec, Compressor, Segment, levels_of
+from hpcsgd.compress.packed_quantizer import BLOCK, Norm, PackedQuantizer, ScaleOf, Scaling
 from hpcsgd.errors import BadOption
 
 
 class QSGDMaxNormMultiScale(Compressor):
-    """MaxNorm with several scales: each element uses the finest on which its code fits; unbiased.
+    """MaxNorm with several scales: each element uses the finest scale on which its code fits; unbiased.
 
     Of scales with s_1 < s_2 < ... levels, element j uses the largest s_k with |x_j| s_k / W <= s_1 on all
-    ranks. It is chosen before rounding, so the result is unbiased; the choices are combined by a bitwise
-    and of one bit an element for each further scale. Vineeth S., arXiv 2109.12497 (two-scale and
-    multi-scale); the packing, and the norm of a block, are ours.
+    ranks. The scale is chosen before rounding, so the result is unbiased; the choices are combined by a
+    bitwise and of one bit an element for each further scale. Vineeth S., arXiv 2109.12497 (two-scale and
+    multi-scale); the packing, and the norm of a block, are our additions.
 
     Parameters
     ----------
     bits
-        Of the codes at each scale, ascending, 2 to 16; codes of the first are sent. Default 4 and 8.
+        Bits of a code at each scale, ascending, 2 to 16; the codes that are sent have those of the first
+        scale. Default 4 and 8.
     scale, block, norm
         See `QSGDMaxNorm`.
+
+    Raises
+    ------
+    BadOption
+        An option is out of its range.
     """
 
     def __init__(
@@ -31,7 +37,7 @@ class QSGDMaxNormMultiScale(Compressor):
         norm: Norm = "max",
     ) -> None:
         if len(bits) < 2 or list(bits) != sorted(set(bits)):
-            raise BadOption("bits of the scales", expected="two or more, ascending: (4, 8)", got=bits)
+            raise BadOption("bits of the scales", expected="two or more, ascending, such as (4, 8)", got=bits)
         self.bits, self.scaling = tuple(bits), Scaling(scale, block, norm)
         self.scaling.check()
         self.levels = tuple(levels_of(b) for b in bits)
@@ -39,5 +45,5 @@ class QSGDMaxNormMultiScale(Compressor):
     def options(self) -> dict[str, object]:
         return {"bits": self.bits, **vars(self.scaling)}
 
-    def codec(self, stretch: Stretch) -> Codec:
-        return LaneCodec(stretch, self.levels, self.scaling)
+    def codec(self, segment: Segment) -> Codec:
+        return PackedQuantizer(segment, self.levels, self.scaling)

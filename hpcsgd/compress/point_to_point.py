@@ -1,8 +1,8 @@
-"""Codes that one party writes and another one reads, without a sum: for what goes to and from a server.
+"""Point-to-point use of codecs, without a sum over ranks: for values sent to and from a server.
 
-A codec that is run alone gives its own messages as their combination. What it says in them is the code; who
-runs it on zeros, and puts the code where they are, ends with the same values, bit for bit. So this works for
-every scheme whose codec has no memory.
+The sender runs a codec alone, each message being its own combination, and transmits the messages as the code.
+The receiver runs the same codec on zeros, substitutes the code for its messages, and obtains bit-identical
+values. This works for every scheme whose codec is stateless.
 """
 
 from __future__ import annotations
@@ -14,104 +14,106 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, Draw, Message, Stretch, finite
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment, all_finite
 from hpcsgd.errors import BadOption
 
-_FEW = 64
+_WARM_UP_ELEMENTS = 64
 
 
-class Coder:
-    """Writes and reads the codes of one stretch.
+class PointToPointCodec:
+    """Encodes and decodes the values of one segment.
 
     Parameters
     ----------
     compressor
-        The scheme; what it remembers, see `Compressor.feedback`, is held by the caller.
-    stretch
-        What it works on, with one term, in host memory.
+        The scheme. The residual of error feedback (`Compressor.feedback`) is held by the caller.
+    segment
+        The elements, with one term, in host memory.
     dtype
-        Of the values.
+        Type of the values.
 
     Attributes
     ----------
     nbytes
-        Of each code.
+        Bytes of each code.
 
     Raises
     ------
     BadOption
-        For a scheme that is `whole`: its codecs go on from what they have read before.
+        The scheme needs whole tensors: its codecs depend on their previous results.
     """
 
-    def __init__(self, compressor: Compressor, stretch: Stretch, dtype: torch.dtype) -> None:
-        check(compressor)
-        self._compressor, self._stretch = compressor, stretch
-        self.dtype, self.numel, self._remembers = dtype, stretch.numel, compressor.feedback
-        self._codec = self.codec(1)
-        self._buffers = [torch.zeros(numel, dtype=of) for numel, of in self._codec.sums]
-        messages = self._messages(self.zeros(), Draw(0, 0, 0, 0), None)
+    def __init__(self, compressor: Compressor, segment: Segment, dtype: torch.dtype) -> None:
+        check_stateless(compressor)
+        self._compressor, self._segment = compressor, segment
+        self.dtype, self.numel, self._feedback = dtype, segment.numel, compressor.feedback
+        self._codec = self.make_codec(1)
+        self._buffers = [torch.zeros(numel, dtype=of) for numel, of in self._codec.sum_buffers]
+        messages = self._messages(self.zeros(), RandomKey(0, 0, 0, 0), None)
         self.nbytes = sum(message.data.nbytes for message in messages)
 
-    def codec(self, terms: int) -> Codec:
-        """Another codec of the stretch."""
-        return self._compressor.codec(replace(self._stretch, terms=terms))
+    def make_codec(self, terms: int) -> Codec:
+        """Create a codec of the segment for a sum of `terms` terms."""
+        return self._compressor.codec(replace(self._segment, terms=terms))
 
     def zeros(self) -> Tensor:
-        """Values."""
+        """Return zeros of the shape and type of the values."""
         return torch.zeros(self.numel, dtype=self.dtype)
 
-    def nothing_kept(self) -> Tensor | None:
-        """The residual of who has nothing to remember; None: the scheme has none."""
-        return torch.zeros(self.numel) if self._remembers else None
+    def zero_residual(self) -> Tensor | None:
+        """Return an initial residual; None for a scheme without error feedback."""
+        return torch.zeros(self.numel) if self._feedback else None
 
-    def write(self, values: Tensor, draw: Draw, residual: Tensor | None = None) -> np.ndarray | None:
-        """Replace values by what their code says.
+    def encode(
+        self, values: Tensor, random_key: RandomKey, residual: Tensor | None = None
+    ) -> np.ndarray | None:
+        """Encode `values`, and replace them by the decoded code.
 
         Parameters
         ----------
         values
             (numel,) of `dtype`.
-        draw
-            The random numbers; of these the reader needs what all ranks draw alike.
+        random_key
+            Source of random numbers; the receiver needs an equal key, except for the rank.
         residual
-            Of a scheme that remembers, see `Codec.run`; None: it has nothing to remember.
+            Residual of a scheme with error feedback, see `Codec.run`. Default: zeros, which are discarded.
 
         Returns
         -------
         array or None
-            (nbytes,) uint8, a new one; None where a number is not finite: nothing has changed then.
+            The code, a new array (nbytes,) uint8; None if a value is not finite, and then nothing is changed.
         """
         code, end = np.empty(self.nbytes, np.uint8), 0
-        for message in self._messages(values, draw, residual):
-            if message.op == "max" and not finite(message.data):
+        for message in self._messages(values, random_key, residual):
+            if message.op == "max" and not all_finite(message.data):
                 return None
             start, end = end, end + message.data.nbytes
             code[start:end] = bytes_of(message.data)
         return code
 
-    def write_near(self, values: Tensor, draw: Draw) -> np.ndarray | None:
-        """Like `write`, with the factor behind the code that brings what it says nearest to the values.
+    def encode_scaled(self, values: Tensor, random_key: RandomKey) -> np.ndarray | None:
+        """Encode like `encode`, and append the factor that minimises the 2-norm of the error.
 
-        So any scheme leaves less than there was, and what it leaves may be said later. With a factor of 1
-        this holds neither for `randk`, which says the few coordinates louder, nor for coarse rounding.
+        With this factor the error of any scheme is smaller than the values, so it can be sent later. With a
+        factor of 1 this holds neither for `randk`, which multiplies its coordinates, nor for coarse rounding.
         """
         before = values.to(torch.float64, copy=True)
-        code = self.write(values, draw)
+        code = self.encode(values, random_key)
         if code is None:
             return None
-        said = values.double()
-        square = float(said @ said)
-        factor = np.float32(float(before @ said) / square if square else 0.0)
+        decoded = values.double()
+        square = float(decoded @ decoded)
+        factor = np.float32(float(before @ decoded) / square if square else 0.0)
         values.mul_(float(factor))
         return np.append(code, np.frombuffer(factor.tobytes(), np.uint8))
 
-    def read(self, code: np.ndarray, values: Tensor, draw: Draw) -> None:
-        """Replace values by what a code of `write` or `write_near` says.
+    def decode(self, code: np.ndarray, values: Tensor, random_key: RandomKey) -> None:
+        """Replace `values` by the decoded values of a code of `encode` or `encode_scaled`.
 
-        Raises, of whatever kind, for some bytes that are no code; others are read as any numbers.
+        Bytes that are not a code give arbitrary values, or raise an exception of any type.
         """
         end = 0
-        for message in self._messages(values.zero_(), draw, None):
+        for message in self._messages(values.zero_(), random_key, None):
             start, end = end, end + message.data.nbytes
             bytes_of(message.data)[:] = code[start:end]
             if message.gathered is not None:
@@ -119,74 +121,81 @@ class Coder:
         if factor := code[end:].tobytes():
             values.mul_(float(np.frombuffer(factor, np.float32)[0]))
 
-    def _messages(self, values: Tensor, draw: Draw, residual: Tensor | None) -> Iterator[Message]:
-        residual = self.nothing_kept() if residual is None else residual
-        for message in self._codec.run(values, self._buffers, draw, 1.0, residual):
+    def _messages(self, values: Tensor, random_key: RandomKey, residual: Tensor | None) -> Iterator[Message]:
+        residual = self.zero_residual() if residual is None else residual
+        for message in self._codec.run(values, self._buffers, random_key, 1.0, residual):
             if message is not None:
                 if message.gathered is not None:
                     message.gathered[0].copy_(message.data)
                 yield message
 
 
-FACTOR_BYTES = 4  # of `Coder.write_near`, behind the code
+FACTOR_BYTES = 4  # appended to the code by `PointToPointCodec.encode_scaled`
 
 
-class Told:
-    """Values that two parties have alike: one tells the other how its own differ, in codes.
+class SharedReference:
+    """Reference values held by a sender and a receiver, updated by encoded differences.
 
-    What a code does not say is in the next difference, so errors do not add up.
+    The error of one update is part of the next difference, so errors do not accumulate.
+
+    Parameters
+    ----------
+    codec
+        Encodes the differences.
 
     Attributes
     ----------
     values
-        What both have; None: nothing yet.
+        The reference, equal on both sides; None before the first `reset`.
     """
 
-    def __init__(self, coder: Coder) -> None:
-        self._coder = coder
+    def __init__(self, codec: PointToPointCodec) -> None:
+        self._codec = codec
         self.values: Tensor | None = None
 
-    def tell(self, values: Tensor, draw: Draw) -> np.ndarray | None:
-        """The code of how values differ; None: the other one must be given them as they are."""
+    def encode_update(self, values: Tensor, random_key: RandomKey) -> np.ndarray | None:
+        """Encode the difference to `values`; None if the receiver must be sent the values uncompressed."""
         if self.values is not None:
             difference = values - self.values
-            code = self._coder.write_near(difference, draw)
+            code = self._codec.encode_scaled(difference, random_key)
             if code is not None:
                 self.values += difference
                 return code
-        self.give(values)
+        self.reset(values)
         return None
 
-    def give(self, values: Tensor) -> None:
-        """Both have these."""
+    def reset(self, values: Tensor) -> None:
+        """Set the reference to values that both sides hold."""
         self.values = values.clone()
 
-    def hear(self, code: np.ndarray, draw: Draw) -> None:
-        """What the other one has told; see `Coder.read`."""
+    def apply_update(self, code: np.ndarray, random_key: RandomKey) -> None:
+        """Add a received difference; see `PointToPointCodec.decode` for invalid codes."""
         assert self.values is not None
-        difference = self._coder.zeros()
-        self._coder.read(code, difference, draw)
+        difference = self._codec.zeros()
+        self._codec.decode(code, difference, random_key)
         self.values += difference
 
 
-def rehearse(compressor: Compressor, dtype: torch.dtype, terms: int) -> None:
-    """Call the kernels of a scheme on a few zeros of host memory, so that they are compiled."""
-    if compressor.whole:
+def warm_up(compressor: Compressor, dtype: torch.dtype, terms: int) -> None:
+    """Run a scheme on a few zeros in host memory, so that its kernels are compiled."""
+    if compressor.needs_whole_tensors:
         return
-    coder = Coder(compressor, Stretch(_FEW, 1, tensors=((0, (_FEW,)),)), dtype)
-    codec = coder.codec(terms)
-    buffers = [torch.zeros(numel, dtype=of) for numel, of in codec.sums]
-    for message in codec.run(coder.zeros(), buffers, Draw(0, 0, 0, 0), 1.0, coder.nothing_kept()):
+    segment = Segment(_WARM_UP_ELEMENTS, 1, tensors=((0, (_WARM_UP_ELEMENTS,)),))
+    point_to_point = PointToPointCodec(compressor, segment, dtype)
+    codec, values = point_to_point.make_codec(terms), point_to_point.zeros()
+    buffers = [torch.zeros(numel, dtype=of) for numel, of in codec.sum_buffers]
+    residual = point_to_point.zero_residual()
+    for message in codec.run(values, buffers, RandomKey(0, 0, 0, 0), 1.0, residual):
         if message is not None and message.gathered is not None:
             message.gathered.copy_(message.data.expand_as(message.gathered))
 
 
-def check(compressor: Compressor) -> None:
-    """Raise `BadOption` for a scheme whose codes cannot be read one by one."""
-    if compressor.whole:
+def check_stateless(compressor: Compressor) -> None:
+    """Raise `BadOption` for a scheme whose codes cannot be decoded one by one."""
+    if compressor.needs_whole_tensors:
         raise BadOption(
-            f"{compressor} cannot compress what goes to and from a server",
-            got="a scheme that goes on from its last result",
+            f"{compressor} cannot compress messages to and from a parameter server",
+            got="a scheme whose codec depends on its previous result",
             do="use one of: fp16, bf16, maxnorm, multiscale, randk, randk-maxnorm, randk-multiscale, topk, "
             "signsgd; or no server (servers=0)",
             everywhere=True,
@@ -194,6 +203,6 @@ def check(compressor: Compressor) -> None:
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
-    """A tensor's memory."""
+    """Return the memory of a tensor as uint8, without a copy."""
     memory: np.ndarray = tensor.view(torch.uint8).numpy()
     return memory

@@ -1,4 +1,4 @@
-"""PowerSGD: gradients of matrices as products of two thin ones, which all-reduce can add."""
+"""PowerSGD: gradients of matrices as products of two low-rank factors, which all-reduce can sum."""
 
 from __future__ import annotations
 
@@ -10,40 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, Draw, Largest, Message, Stretch
+from hpcsgd.compress.base import Codec, Compressor, MaxMagnitude, Message, RandomKey, Segment
 from hpcsgd.errors import BadOption
 
 
 class PowerSGD(Compressor):
-    """Rank-r factors by one step of subspace iteration, started from those of the step before.
+    """Rank-r factors by one step of subspace iteration, warm-started from the previous step.
 
-    P = sum of M_i Q, orthogonalised; Q = sum of M_i^T P; the result is P Q^T. Biased, so use
-    `ErrorFeedback`. Tensors of one dimension, and small ones, are sent as they are, with P. Vogels et al.,
-    arXiv 1905.13727; the residual is M_i minus what this rank's own factors say.
+    P = sum of M_i Q, orthogonalised; Q = sum of M_i^T P; the result is P Q^T. Biased, so use it with
+    `ErrorFeedback`. One-dimensional and small tensors are sent uncompressed, with P. Vogels et al., arXiv
+    1905.13727; our reading: the residual is M_i minus the product of P and this rank's own M_i^T P.
 
     Parameters
     ----------
     rank
         Columns of the factors, at least 1. Default 2.
+
+    Raises
+    ------
+    BadOption
+        `rank` is below 1.
     """
 
-    whole = True
+    needs_whole_tensors = True
 
     def __init__(self, rank: int = 2) -> None:
         if rank < 1:
-            raise BadOption("rank of PowerSGD", expected="at least 1", got=rank)
+            raise BadOption("option rank of powersgd", expected="at least 1", got=rank)
         self.rank = rank
 
     def options(self) -> dict[str, object]:
         return {"rank": self.rank}
 
-    def codec(self, stretch: Stretch) -> Codec:
-        return _PowerCodec(stretch, self.rank)
+    def codec(self, segment: Segment) -> Codec:
+        return _PowerCodec(segment, self.rank)
 
 
 @dataclass
 class _Matrix:
-    """Where a matrix and its factors begin: in the stretch, and in the flat factors P and Q."""
+    """Position of a matrix in the segment, and of its factors in the flat P and Q."""
 
     start: int
     rows: int
@@ -53,13 +58,13 @@ class _Matrix:
 
 
 class _PowerCodec(Codec):
-    def __init__(self, stretch: Stretch, rank: int) -> None:
-        self._rank, self._terms = rank, stretch.terms
-        self._largest = Largest(stretch)
+    def __init__(self, segment: Segment, rank: int) -> None:
+        self._rank, self._terms = rank, segment.terms
+        self._max_magnitude = MaxMagnitude(segment)
         self._matrices: list[_Matrix] = []
         self._raw: list[slice] = []
         left = right = end = 0
-        for start, shape in stretch.tensors:
+        for start, shape in segment.tensors:
             rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
             if rank * (rows + columns) >= rows * columns:
                 continue
@@ -70,54 +75,59 @@ class _PowerCodec(Codec):
                 _Matrix(start, rows, columns, slice(left, left + p), slice(right, right + q))
             )
             left, right = left + p, right + q
-        self._raw.append(slice(end, stretch.numel))
-        raw = sum(piece.stop - piece.start for piece in self._raw)
-        self._right = torch.zeros(right, device=stretch.device)
+        self._raw.append(slice(end, segment.numel))
+        raw = sum(part.stop - part.start for part in self._raw)
+        self._right = torch.zeros(right, device=segment.device)
         self._started = False
         self._left_size = left
-        self.sums = [(left + raw, torch.float32), (right, torch.float32)]
+        self.sum_buffers = [(left + raw, torch.float32), (right, torch.float32)]
 
     def run(
-        self, values: Tensor, buffers: list[Tensor], draw: Draw, scale: float, residual: Tensor | None
+        self,
+        values: Tensor,
+        buffers: list[Tensor],
+        random_key: RandomKey,
+        scale: float,
+        residual: Tensor | None,
     ) -> Iterator[Message | None]:
         left, raw, right = buffers[0][: self._left_size], buffers[0][self._left_size :], buffers[1]
-        yield from self._largest.find(values, residual)
-        yield Message("max", self._largest.norm)
+        yield from self._max_magnitude.compute(values, residual)
+        yield Message("max", self._max_magnitude.norm)
         if not self._started:
-            self._start(draw)
-        # Brought near 1 over all ranks, so that products neither overflow nor underflow.
-        factor = 2.0 ** -min(self._largest.exponent() + self._terms.bit_length(), 126)
+            self._start(random_key)
+        # Scaled to about 1 over all ranks, so that products neither overflow nor underflow.
+        factor = 2.0 ** -min(self._max_magnitude.exponent() + self._terms.bit_length(), 126)
         total = (values.float() if residual is None else values.float() + residual) * factor
         for m in self._matrices:
-            torch.mm(_of(total, m), self._factor(self._right, m.right), out=self._factor(left, m.left))
+            torch.mm(_matrix(total, m), self._factor(self._right, m.right), out=self._factor(left, m.left))
             yield None
         if len(raw):
-            torch.cat([total[piece] for piece in self._raw], out=raw)
+            torch.cat([total[part] for part in self._raw], out=raw)
         yield Message("sum", buffers[0], 0)
         for m in self._matrices:
             p = self._factor(left, m.left)
             p.copy_(torch.linalg.qr(p)[0])
-            torch.mm(_of(total, m).T, p, out=self._factor(right, m.right))
+            torch.mm(_matrix(total, m).T, p, out=self._factor(right, m.right))
             if residual is not None:
-                _of(total, m).sub_(p @ self._factor(right, m.right).T)
+                _matrix(total, m).sub_(p @ self._factor(right, m.right).T)
             yield None
         if residual is not None:
             torch.div(total, factor, out=residual)
-            for piece in self._raw:
-                residual[piece] = 0
+            for part in self._raw:
+                residual[part] = 0
         yield Message("sum", right, 1)
         self._right.copy_(right)
         for m in self._matrices:
             mean = self._factor(left, m.left) @ self._factor(right, m.right).T
-            _of(values, m).copy_(mean.mul_(scale).div_(factor))
+            _matrix(values, m).copy_(mean.mul_(scale).div_(factor))
             yield None
-        sent = torch.split(raw, [piece.stop - piece.start for piece in self._raw])
-        for piece, summed in zip(self._raw, sent, strict=True):
-            values[piece] = (summed * scale / factor).to(values.dtype)
+        sums = torch.split(raw, [part.stop - part.start for part in self._raw])
+        for part, summed in zip(self._raw, sums, strict=True):
+            values[part] = (summed * scale / factor).to(values.dtype)
 
-    def _start(self, draw: Draw) -> None:
-        """The same random factors on every rank."""
-        low, high = draw.lasting()
+    def _start(self, random_key: RandomKey) -> None:
+        """Initialise Q with random numbers that are equal on all ranks."""
+        low, high = random_key.fixed()
         generator = torch.Generator().manual_seed((high & 0x7FFFFFFF) << 32 | low)
         self._right.copy_(torch.randn(len(self._right), generator=generator))
         self._started = True
@@ -133,5 +143,5 @@ class _PowerCodec(Codec):
         self._started = bool(state["started"])
 
 
-def _of(flat: Tensor, m: _Matrix) -> Tensor:
+def _matrix(flat: Tensor, m: _Matrix) -> Tensor:
     return flat[m.start : m.start + m.rows * m.columns].view(m.rows, m.columns)

@@ -1,4 +1,4 @@
-"""GlobalRandK: coordinates that all ranks draw alike, alone or quantised."""
+"""GlobalRandK: random coordinates, equal on all ranks, in float32 or quantised."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from hpcsgd.compress.base import (
     Codec,
     Compressor,
-    Draw,
-    Largest,
+    MaxMagnitude,
     Message,
-    Stretch,
-    check_count,
-    count_of,
-    finite,
-    ops,
+    RandomKey,
+    Segment,
+    all_finite,
+    check_sample_size,
+    kernels_for,
+    sample_size,
 )
 from hpcsgd.compress.float32 import Float32
 from hpcsgd.compress.maxnorm import QSGDMaxNorm
@@ -26,35 +26,40 @@ from hpcsgd.compress.packed_quantizer import BLOCK, Norm, ScaleOf
 
 
 class GlobalRandK(Compressor):
-    """K coordinates, drawn anew in each step from a seed that all ranks share; no index is sent.
+    """Sends K coordinates, sampled in each step from a seed that all ranks share; no index is sent.
 
-    Unbiased: what is drawn is multiplied by about d/K, the others are zero. With error feedback there is
-    no factor. Vineeth S., arXiv 2109.12497. Our reading: one coordinate of each of K nearly equal stretches
-    (so that memory is read in order), multiplied by the length of its stretch.
+    Unbiased: sampled coordinates are multiplied by about d/K, the others are zero. With error feedback there
+    is no factor. Vineeth S., arXiv 2109.12497. Our reading: one coordinate from each of K nearly equal
+    intervals (so that memory is read in order), multiplied by the length of its interval.
 
     Parameters
     ----------
     k
-        Coordinates of the whole model that are sent; default: `ratio` of them.
+        Number of coordinates of the whole model to send. Default: determined by `ratio`.
     ratio
-        Share of the coordinates, above 0, at most 1. Default 0.1.
+        Fraction of the coordinates, above 0, at most 1. Default 0.1.
+
+    Raises
+    ------
+    BadOption
+        An option is out of its range.
     """
 
     def __init__(self, k: int | None = None, ratio: float = 0.1) -> None:
-        check_count(k, ratio)
+        check_sample_size(k, ratio)
         self.k, self.ratio = k, ratio
         self.inner: Compressor = Float32()
 
     def options(self) -> dict[str, object]:
         return {"k": self.k, "ratio": self.ratio, **self.inner.options()}
 
-    def codec(self, stretch: Stretch) -> Codec:
-        count = count_of(self.k, self.ratio, stretch) if stretch.numel else 0
-        return _RandKCodec(stretch, count, self.inner)
+    def codec(self, segment: Segment) -> Codec:
+        count = sample_size(self.k, self.ratio, segment) if segment.numel else 0
+        return _RandKCodec(segment, count, self.inner)
 
 
 class GlobalRandKMaxNorm(GlobalRandK):
-    """RandK whose coordinates are quantised by MaxNorm.
+    """GlobalRandK with coordinates quantised by MaxNorm.
 
     Parameters
     ----------
@@ -78,7 +83,7 @@ class GlobalRandKMaxNorm(GlobalRandK):
 
 
 class GlobalRandKMaxNormMultiScale(GlobalRandK):
-    """RandK whose coordinates are quantised by MaxNorm with several scales.
+    """GlobalRandK with coordinates quantised by MaxNorm with several scales.
 
     Parameters
     ----------
@@ -102,31 +107,36 @@ class GlobalRandKMaxNormMultiScale(GlobalRandK):
 
 
 class _RandKCodec(Codec):
-    def __init__(self, stretch: Stretch, count: int, inner: Compressor) -> None:
-        self._largest = Largest(stretch)
-        self._inner = inner.codec(Stretch(count, stretch.terms, stretch.first, device=stretch.device))
-        self._picked = torch.zeros(count, device=stretch.device)
-        self._rest = torch.zeros(count, device=stretch.device)
-        self.sums = self._inner.sums
+    def __init__(self, segment: Segment, count: int, inner: Compressor) -> None:
+        self._max_magnitude = MaxMagnitude(segment)
+        self._inner = inner.codec(Segment(count, segment.terms, segment.offset, device=segment.device))
+        self._sample = torch.zeros(count, device=segment.device)
+        self._residual = torch.zeros(count, device=segment.device)
+        self.sum_buffers = self._inner.sum_buffers
 
     def run(
-        self, values: Tensor, buffers: list[Tensor], draw: Draw, scale: float, residual: Tensor | None
+        self,
+        values: Tensor,
+        buffers: list[Tensor],
+        random_key: RandomKey,
+        scale: float,
+        residual: Tensor | None,
     ) -> Iterator[Message | None]:
-        kernels, key, rest = ops(values), draw.common(), None
-        yield from self._largest.find(values, residual)
-        yield from kernels.pick(values, key, self._picked)
+        kernels, key, sample, remainder = kernels_for(values), random_key.shared(), self._sample, None
+        yield from self._max_magnitude.compute(values, residual)
+        yield from kernels.take_sample(values, key, sample)
         if residual is not None:
-            rest = self._rest
-            yield from kernels.pick(residual, key, rest)
-            self._picked += rest
-            rest.zero_()
-        if not finite(self._largest.norm):
-            # Also where it lies in a coordinate that was not drawn: the inner norms then say so.
-            self._picked.fill_(torch.inf)
-        yield from self._inner.run(self._picked, buffers, draw, scale, rest)
-        if residual is None or rest is None:
-            yield from kernels.place(self._picked, key, True, True, values)
+            remainder = self._residual
+            yield from kernels.take_sample(residual, key, remainder)
+            sample += remainder
+            remainder.zero_()
+        if not all_finite(self._max_magnitude.norm):
+            # So that the inner norms report it, even if the coordinate is not in the sample.
+            sample.fill_(torch.inf)
+        yield from self._inner.run(sample, buffers, random_key, scale, remainder)
+        if residual is None or remainder is None:
+            yield from kernels.put_sample(sample, key, True, True, values)
         else:
             residual += values
-            yield from kernels.place(rest, key, False, False, residual)
-            yield from kernels.place(self._picked, key, False, True, values)
+            yield from kernels.put_sample(remainder, key, False, False, residual)
+            yield from kernels.put_sample(sample, key, False, True, values)

@@ -1,4 +1,5 @@
-"""What a rank does, kept in memory that its neighbours can read when it cannot answer."""
+"""Activity records: the last operation of each process, in memory that other processes of its machine can
+read when it does not answer."""
 
 from __future__ import annotations
 
@@ -16,27 +17,27 @@ from functools import cache, partial
 
 from hpcsgd.diagnostics import procfs
 
-#: When it last moved (the clock of the machine), whether the operation goes on, its name, the step.
+#: Time of the last change (the machine's monotonic clock), 1 for an operation in flight, its name, the step.
 _RECORD = struct.Struct("=dq256sq")
 _OPERATION = struct.Struct("=dq256s")
 _STEP = _OPERATION.size // 8
-_PAGE = 4096  # of the record; stacks follow
+_PAGE = 4096  # of the record; stack dumps follow
 _SIGNALS = range(signal.SIGRTMAX - 3, signal.SIGRTMIN, -1)
-_WRITTEN, _AT_REST, _GLANCE = 1.0, 0.05, 0.01  # seconds
+_DUMP_TIMEOUT, _DUMP_QUIET, _DUMP_POLL = 1.0, 0.05, 0.01  # seconds
 
 
 @dataclass(frozen=True)
-class Card:
-    """How the other processes of a machine find one.
+class ProcessInfo:
+    """Where other processes of the machine find this one's record.
 
     Attributes
     ----------
     host, pid
-        Its machine and its id there.
+        Its machine and its process id there.
     fd, file
-        Its descriptor of the memory, and what that memory is called: no other process has one of this name.
+        Its file descriptor of the record, and the record's name, which is unique.
     signal
-        What makes it write its threads' stacks there; 0: nothing does.
+        The signal at which it appends its threads' stacks to the record; 0: none.
     """
 
     host: str
@@ -45,8 +46,8 @@ class Card:
     file: str
     signal: int
 
-    def memory_of(self, pid: int) -> str | None:
-        """The path of the memory, where process `pid` is this one or has been forked from it."""
+    def record_of(self, pid: int) -> str | None:
+        """Return the path of the record, if process `pid` is this one or has been forked from it."""
         path = f"/proc/{pid}/fd/{self.fd}"
         with contextlib.suppress(OSError):
             return path if os.readlink(path).startswith(f"/memfd:{self.file} ") else None
@@ -54,15 +55,17 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Moved:
-    """The last thing that a rank is known to have done.
+class LastActivity:
+    """The last recorded activity of a rank.
 
     Attributes
     ----------
     ago
-        Seconds since it began or ended an operation or a step.
+        Seconds since an operation or a step began or ended.
+    step
+        The current step.
     operation, in_flight
-        The last operation, and whether it goes on.
+        The last operation, and whether it is still in flight.
     """
 
     ago: float
@@ -71,109 +74,115 @@ class Moved:
     in_flight: bool
 
 
-class Status:
-    """What this process is doing, written down at every change."""
+class ActivityRecord:
+    """The current operation and step of this process, recorded at every change.
+
+    Attributes
+    ----------
+    step
+        The current step.
+    """
 
     def __init__(self) -> None:
-        self._memory = _recorder()[1]
-        # This is done for every operation, and takes a fraction of a microsecond.
+        self._memory = _record()[1]
+        # Packed for every operation: this takes a fraction of a microsecond.
         self._pack = partial(_OPERATION.pack_into, self._memory, 0)
-        numbers = memoryview(self._memory)[: _RECORD.size]
-        self._when, self._numbers = numbers.cast("d"), numbers.cast("q")
+        words = memoryview(self._memory)[: _RECORD.size]
+        self._floats, self._integers = words.cast("d"), words.cast("q")
         self.step = 0
 
     @property
     def step(self) -> int:
-        return self._numbers[_STEP]
+        return self._integers[_STEP]
 
     @step.setter
     def step(self, step: int) -> None:
-        self._numbers[_STEP] = step
-        self._when[0] = time.perf_counter()
+        self._integers[_STEP] = step
+        self._floats[0] = time.perf_counter()
 
     def begin(self, operation: str, now: float) -> None:
-        """An operation of the communication thread begins; `now` is of `time.perf_counter`."""
+        """Record the begin of an operation of the communication thread, at `now` of `time.perf_counter`."""
         self._pack(now, 1, operation.encode())
 
     def end(self, now: float) -> None:
-        """It is over."""
-        self._numbers[1], self._when[0] = 0, now
+        """Record its end."""
+        self._integers[1], self._floats[0] = 0, now
 
-    def moved(self) -> Moved:
-        """The last operation."""
-        return _moved(self._memory)
+    def last(self) -> LastActivity:
+        """Return the last activity."""
+        return _read(self._memory)
 
 
-class Neighbour:
-    """A process of this machine, this one perhaps, as seen without its help.
+class ProcessView:
+    """A process of this machine, or this one, observed without its cooperation.
 
     Parameters
     ----------
-    card
-        Its own.
+    info
+        The process.
 
     Raises
     ------
     OSError
-        It is not on this machine, or cannot be looked into.
+        It is not on this machine, or its record cannot be read.
     """
 
-    def __init__(self, card: Card) -> None:
-        path = card.memory_of(card.pid)
+    def __init__(self, info: ProcessInfo) -> None:
+        path = info.record_of(info.pid)
         if path is None:
-            raise ProcessLookupError(f"process {card.pid} of {card.host} is not here")
-        self.card = card
+            raise ProcessLookupError(f"process {info.pid} of {info.host} is not on this machine")
+        self.info = info
         with open(path, "rb") as file:
-            # Mapped now: it can be read when the process is gone.
+            # Mapped now, so that it can be read after the process has ended.
             self._memory = mmap.mmap(file.fileno(), _PAGE, access=mmap.ACCESS_READ)
 
-    def moved(self) -> Moved:
-        """Its last operation."""
-        return _moved(self._memory)
+    def last(self) -> LastActivity:
+        """Return its last activity."""
+        return _read(self._memory)
 
     def stacks(self, pid: int) -> str:
-        """What all Python threads of the process, or of one forked from it, do; "" where that is not known.
+        """Return the stacks of all Python threads of the process or of one forked from it; "" if unavailable.
 
-        It interrupts system calls of that process.
+        Interrupts system calls of that process.
         """
-        path = self.card.memory_of(pid)
+        path = self.info.record_of(pid)
         caught = procfs.signals(pid, "SigCgt") - procfs.signals(pid, "SigBlk")
-        if path is None or self.card.signal not in caught:
-            return ""  # the signal would end it
+        if path is None or self.info.signal not in caught:
+            return ""  # the signal would end the process
         with contextlib.suppress(OSError), open(path, "rb") as file:
             start = size = os.fstat(file.fileno()).st_size
-            os.kill(pid, self.card.signal)
+            os.kill(pid, self.info.signal)
             began = changed = time.monotonic()
-            while (now := time.monotonic()) - began < _WRITTEN:
+            while (now := time.monotonic()) - began < _DUMP_TIMEOUT:
                 if size != os.fstat(file.fileno()).st_size:
                     size, changed = os.fstat(file.fileno()).st_size, now
-                if size > start and now - changed > _AT_REST:
+                if size > start and now - changed > _DUMP_QUIET:
                     break
-                time.sleep(_GLANCE)
+                time.sleep(_DUMP_POLL)
             file.seek(start)
             return file.read().decode(errors="replace")
         return ""
 
 
 @cache
-def card() -> Card:
-    """This process's; makes it write its stacks where it is asked to by a signal that nobody uses."""
-    fd, _, file = _recorder()
+def this_process() -> ProcessInfo:
+    """Return this process; it appends its stacks to its record at a signal that was unused."""
+    fd, _, file = _record()
     used = procfs.signals(os.getpid(), "SigCgt", "SigIgn", "SigBlk")
     free = next((number for number in _SIGNALS if number not in used), 0)
     if free:
         faulthandler.register(free, fd, all_threads=True, chain=False)
-    return Card(socket.gethostname(), os.getpid(), fd, file, free)
+    return ProcessInfo(socket.gethostname(), os.getpid(), fd, file, free)
 
 
-def _moved(memory: mmap.mmap) -> Moved:
+def _read(memory: mmap.mmap) -> LastActivity:
     when, in_flight, operation, step = _RECORD.unpack_from(memory)
     name = operation.rstrip(b"\0").decode(errors="replace")
-    return Moved(time.perf_counter() - when, step, name, bool(in_flight))
+    return LastActivity(time.perf_counter() - when, step, name, bool(in_flight))
 
 
 @cache
-def _recorder() -> tuple[int, mmap.mmap, str]:
+def _record() -> tuple[int, mmap.mmap, str]:
     file = f"hpcsgd-{uuid.uuid4().hex}"
     fd = os.memfd_create(file)
     os.ftruncate(fd, _PAGE)

@@ -1,4 +1,4 @@
-"""What the kernel knows of a process of this machine: its state, its memory, its children."""
+"""State, memory and children of a process of this machine, read from /proc."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _SAMPLE = 0.2  # seconds
-_BUSY = 0.1  # of a core: others may be in want of it
-_SHORT = 0.1  # of the memory that there is
+_BUSY = 0.1  # of a core; above, the process counts as computing
+_SHORT = 0.1  # of the total memory; below, it is short
 _GIB = 2**30
-_MOST = 8  # children that are listed
-_CONTROL = Path("/sys/fs/cgroup")
+_MOST_CHILDREN = 8  # that are listed
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def signals(pid: int, *masks: str) -> set[int]:
-    """The signals in masks such as SigCgt, those that the process has handlers for."""
+    """Return the signals in masks of a process, such as SigCgt: the signals that it handles."""
     status = _status(pid)
     bits = [int(status.get(mask, "0"), 16) for mask in masks]
     return {number for number in range(1, 65) if any(mask >> (number - 1) & 1 for mask in bits)}
 
 
 def is_alive(pid: int) -> bool:
-    """Whether it can still do something."""
+    """Return whether a process exists and is not a zombie."""
     return _status(pid).get("State", "Z")[0] not in "ZX"
 
 
 def can_run(pid: int) -> bool:
-    """Whether it heeds signals now."""
+    """Return whether a process can handle signals now."""
     return _status(pid).get("State", "Z")[0] in "RS"
 
 
 def condition(pid: int) -> str:
-    """A clause: what it is doing, as far as that can be seen from outside, and what would help."""
+    """Return a clause: the state of a process, its cause, and the remedy where there is one."""
     state = _status(pid).get("State", "Z")[0]
     if state == "T":
         return f"is stopped (SIGSTOP): `kill -CONT {pid}` there lets it go on"
@@ -53,35 +53,35 @@ def condition(pid: int) -> str:
 
 
 def load(pids: list[int]) -> dict[int, float]:
-    """How many cores each has used in the last fifth of a second."""
+    """Return the number of cores that each process uses, measured during a fifth of a second."""
     before = {pid: _ticks(pid) for pid in pids}
     time.sleep(_SAMPLE)
     return {pid: (_ticks(pid) - before[pid]) / _TICKS / _SAMPLE for pid in pids}
 
 
 def children(pid: int) -> list[int]:
-    """All processes that it has started, and these in turn, oldest first."""
+    """Return all descendants of a process, oldest first."""
     started = defaultdict(list)
     for folder in Path("/proc").glob("[0-9]*"):
         started[int(_status(int(folder.name)).get("PPid", "0"))].append(int(folder.name))
-    return sorted(_below(started, pid))
+    return sorted(_descendants(started, pid))
 
 
-def _below(started: dict[int, list[int]], pid: int) -> Iterator[int]:
+def _descendants(started: dict[int, list[int]], pid: int) -> Iterator[int]:
     for child in started.get(pid, []):
         yield child
-        yield from _below(started, child)
+        yield from _descendants(started, child)
 
 
 def list_of_children(pids: list[int]) -> list[str]:
-    """A line each: id, name, what it is doing."""
-    some = pids[:_MOST]
+    """Return a line for each process: id, name, state."""
+    some = pids[:_MOST_CHILDREN]
     lines = [f"child {pid} ({_status(pid).get('Name', 'gone')}) {condition(pid)}" for pid in some]
-    return lines + [f"and {len(pids) - _MOST} children more"] * (len(pids) > _MOST)
+    return lines + [f"and {len(pids) - _MOST_CHILDREN} children more"] * (len(pids) > _MOST_CHILDREN)
 
 
 def memory(pid: int) -> str:
-    """One line: what it has, what the machine and its control group have left, and whether that is short."""
+    """Return one line: the memory of a process, its machine and its control group, and if it is short."""
     status, machine = _status(pid), _fields("/proc/meminfo")
     own, swapped = _kib(status, "VmRSS"), _kib(status, "VmSwap")
     free, total = _kib(machine, "MemAvailable"), _kib(machine, "MemTotal")
@@ -96,23 +96,23 @@ def memory(pid: int) -> str:
 
 
 def killed_for_memory() -> int:
-    """How many processes of this machine the kernel has killed for lack of memory since it started."""
+    """Return the number of processes of this machine that the kernel has killed for lack of memory."""
     return int(_fields("/proc/vmstat", " ").get("oom_kill", "0"))
 
 
 def _control_group(pid: int) -> tuple[float, float]:
-    """Limit and use, in bytes, of the tightest control group that it is in; infinity where none is."""
+    """Limit and usage, in bytes, of the control group with the least left; infinity and 0 without a limit."""
     groups = [(float("inf"), 0.0)]
     for line in _text(f"/proc/{pid}/cgroup").splitlines():
         _, kind, path = line.split(":", 2)
         if kind not in ("", "memory"):
             continue
-        top = _CONTROL / kind
+        top = _CGROUPS / kind
         names = ("limit_in_bytes", "usage_in_bytes") if kind else ("max", "current")
         for folder in [top / path.lstrip("/"), *(top / path.lstrip("/")).parents]:
             limit, used = (_text(str(folder / f"memory.{name}")).strip() for name in names)
             if folder.is_relative_to(top) and limit.isdigit() and used.isdigit():
-                # Cached files go when memory is needed.
+                # The file cache is reclaimed when memory is needed.
                 cached = int(_fields(f"{folder}/memory.stat", " ").get("inactive_file", "0"))
                 groups.append((float(limit), float(used) - cached))
     return min(groups, key=lambda group: group[0] - group[1])
@@ -123,7 +123,7 @@ def _status(pid: int) -> dict[str, str]:
 
 
 def _ticks(pid: int) -> int:
-    # The name in parentheses may hold anything.
+    # The name, in parentheses, may contain spaces and parentheses.
     words = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return int(words[11]) + int(words[12]) if words else 0
 

@@ -1,37 +1,47 @@
-"""What faulthandler writes of a process's threads, in a few lines."""
+"""Summaries of faulthandler's stack dumps: a few lines a thread."""
 
 from __future__ import annotations
 
 import re
 
-_HEAD = re.compile(r"(Current thread|Thread) 0x\w+")
+_THREAD = re.compile(r"(Current thread|Thread) 0x\w+")
 _FRAME = re.compile(r'  File ".*", line \d+ in ')
-_BEGINNING = re.compile(r'/threading.py", line \d+ in (_bootstrap|_bootstrap_inner|run)$')
-_COMMUNICATES = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _loop$')
-_IDLE = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _next$')
-_STANDARD = re.compile(r"/lib/python3[^/]*/(?!site-packages/)")
-_MOST = {"main": 16, "communication": 4}
-_OTHERS = 3  # frames of any other thread
-_CHILDS = 6  # of a child's main thread
+_BOOTSTRAP = re.compile(r'/threading.py", line \d+ in (_bootstrap|_bootstrap_inner|run)$')
+_COMMUNICATION = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _execute_jobs$')
+_IDLE = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _next_job$')
+_STANDARD_LIBRARY = re.compile(r"/lib/python3[^/]*/(?!site-packages/)")
+_FRAMES = {"main": 16, "communication": 4}
+_FRAMES_OF_OTHERS = 3
+_FRAMES_OF_CHILD = 6  # of a child's main thread
 
 
-def short(text: str, whose: str = "") -> list[str]:
-    """The threads by name, the main one first, each with its latest calls, the last one last."""
+def summarize(text: str, owner: str = "") -> list[str]:
+    """Return the threads of a dump by name, the main one first, each with its innermost frames, latest last.
+
+    Idle communication threads, and threads inside the standard library only, are omitted.
+
+    Parameters
+    ----------
+    text
+        Output of faulthandler.
+    owner
+        A suffix for the names: " of child 17" for a child process, whose main thread is listed more briefly.
+    """
     threads: list[list[str]] = []
     for line in text.splitlines():
-        if _HEAD.match(line):
+        if _THREAD.match(line):
             threads.append([])
-        elif threads and _FRAME.match(line) and not _BEGINNING.search(line):
+        elif threads and _FRAME.match(line) and not _BOOTSTRAP.search(line):
             threads[-1].append(line)
     lines = []
-    # The interpreter lists the thread last that it began with.
+    # The interpreter lists the main thread last.
     for number, frames in enumerate(reversed(threads)):
-        if number > 0 and all(map(_STANDARD.search, frames)):
+        if number > 0 and all(map(_STANDARD_LIBRARY.search, frames)):
             continue
-        communicates = any(map(_COMMUNICATES.search, frames))
+        communicates = any(map(_COMMUNICATION.search, frames))
         if communicates and _IDLE.search(frames[0]):
             continue
         name = "main" if number == 0 else "communication" if communicates else "another"
-        most = _CHILDS if name == "main" and whose else _MOST.get(name, _OTHERS)
-        lines += [f"{name} thread{whose}:", *reversed(frames[:most])]
+        most = _FRAMES_OF_CHILD if name == "main" and owner else _FRAMES.get(name, _FRAMES_OF_OTHERS)
+        lines += [f"{name} thread{owner}:", *reversed(frames[:most])]
     return lines

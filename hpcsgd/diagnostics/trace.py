@@ -1,4 +1,4 @@
-"""A timeline of what both threads of a rank do, as a file that grows while they do it."""
+"""Tracer: writes a timeline of both threads of a rank to a file while they run."""
 
 from __future__ import annotations
 
@@ -11,71 +11,71 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, BinaryIO, Literal
 
-from hpcsgd.diagnostics.activity import Status
+from hpcsgd.diagnostics.activity import ActivityRecord
 from hpcsgd.diagnostics.traffic import Traffic
 
 Kind = Literal["step", "compute", "wait", "communication", "service", "codec"]
 
-#: Events of a rank; about 40 MB in the merged file.
-LIMIT = 200_000
-#: What a rank that is killed has not written: events, and seconds.
-_UNWRITTEN, _UNWRITTEN_SECONDS = 500, 0.25
-#: A service that has moved nothing is called thousands of times a second.
+#: The most events of a rank; about 40 MB in the merged file.
+EVENT_LIMIT = 200_000
+#: Events, and seconds, after which the buffer is flushed; a rank that is killed loses no more than these.
+_BUFFERED_EVENTS, _BUFFERED_SECONDS = 500, 0.25
+#: Calls of pollers that are shorter and moved nothing are not recorded: there are thousands a second.
 _SHORT = 100e-6
 _COUNTED = ("communication", "service")
-_NOTHING = nullcontext()
+_NULL_SPAN = nullcontext()
 
 
-class Off:
-    """Traces nothing."""
+class NullTracer:
+    """Records nothing; the base of `Tracer`."""
 
     on = False
 
     def span(self, name: str, kind: Kind) -> AbstractContextManager[Any]:
-        """What happens inside is an event of this thread; spans of a thread lie in each other, or apart."""
-        return _NOTHING
+        """Record the time inside as an event of this thread; spans of a thread are nested or disjoint."""
+        return _NULL_SPAN
 
     def record(self, name: str, kind: Kind, started: float, ended: float, step: int | None = None) -> None:
-        """An event of the compute thread, in seconds of `time.perf_counter`."""
+        """Record an event of the compute thread, in seconds of `time.perf_counter`."""
 
     def begin_step(self) -> None:
-        """A step begins here, unless one has begun already."""
+        """Begin a step, unless one has begun already."""
 
     def end_step(self, step: int) -> None:
-        """The step that has begun is over; it was this one."""
+        """End the step that has begun, and record it with this number."""
 
     def abandon_step(self) -> None:
-        """What has begun becomes no step."""
+        """Discard the step that has begun."""
 
     def flush(self) -> None:
-        """Bring to the file what is not there yet."""
+        """Write the buffered events."""
 
-    def end(self, about: Mapping[str, Any]) -> None:
-        """Write what is left, and this, and nothing more."""
+    def end(self, footer: Mapping[str, Any]) -> None:
+        """Write the buffered events and a footer, and close the file."""
 
 
-class Trace(Off):
+class Tracer(NullTracer):
     """Writes one rank's events into its part of a trace, see `hpcsgd.diagnostics.trace_file`.
 
-    Bytes go to the innermost span of communication that is open in the thread that begins or ends one, else
-    to that of the other thread. So each byte counts once; whose it is can be wrong only for bytes that
-    one thread moves while the other is inside a service.
+    Bytes are attributed to the innermost open span of communication of the thread that begins or ends one,
+    else to that of the other thread. Each byte counts once; its span can be wrong only for bytes that one
+    thread moves while the other is inside a poller.
 
     Parameters
     ----------
     file
-        Its part, not buffered.
-    about
+        The part of this rank, unbuffered.
+    header
         The rank, its host, and its clock, see `hpcsgd.mpi.clock_sync`.
-    traffic, status
-        This rank's bytes, and its step.
+    traffic, activity
+        The bytes and the current step of this rank.
     in_communication
-        Whether the caller is the communication thread.
+        Returns whether the caller is the communication thread.
 
     Attributes
     ----------
     count
-        How many events there were.
+        The number of events.
     """
 
     on = True
@@ -83,14 +83,14 @@ class Trace(Off):
     def __init__(
         self,
         file: BinaryIO,
-        about: Mapping[str, Any],
+        header: Mapping[str, Any],
         traffic: Traffic,
-        status: Status,
+        activity: ActivityRecord,
         in_communication: Callable[[], bool],
     ) -> None:
-        self._traffic, self._status, self._in_communication = traffic, status, in_communication
+        self._traffic, self._activity, self._in_communication = traffic, activity, in_communication
         self._sent, self._shared = traffic.sent, traffic.shared
-        self._elsewhere = _Span(self, "", "communication")
+        self._unattributed = _Span(self, "", "communication")
         self._open: tuple[list[_Span], list[_Span]] = ([], [])
         self._events: deque[tuple[Any, ...]] = deque()
         self._counting, self._writing = threading.Lock(), threading.Lock()
@@ -98,40 +98,40 @@ class Trace(Off):
         self._step_began: float | None = None
         self._written = self._step_ended = time.perf_counter()
         self._file = file
-        self._write(about)
+        self._write(header)
 
     def span(self, name: str, kind: Kind) -> AbstractContextManager[Any]:
         return _Span(self, name, kind)
 
     def begin(self, span: _Span) -> None:
         """Open a span in this thread."""
-        span.lane, span.step = int(self._in_communication()), self._status.step
+        span.thread, span.step = int(self._in_communication()), self._activity.step
         if span.kind in _COUNTED:
             with self._counting:
-                self._settle(span.lane)
-                self._open[span.lane].append(span)
+                self._attribute(span.thread)
+                self._open[span.thread].append(span)
         else:
-            self._open[span.lane].append(span)
+            self._open[span.thread].append(span)
         span.started = time.perf_counter()
 
     def finish(self, span: _Span) -> None:
         """Close the span that was opened last in this thread."""
-        ended, around = time.perf_counter(), self._open[span.lane]
-        lane, kind, name, started = span.lane, span.kind, span.name, span.started
+        ended, open_spans = time.perf_counter(), self._open[span.thread]
+        thread, kind, name, started = span.thread, span.kind, span.name, span.started
         if kind in _COUNTED:
             with self._counting:
-                self._settle(lane)
-                around.pop()
+                self._attribute(thread)
+                open_spans.pop()
             sent, shared = span.sent, span.shared
             if sent or shared or kind == "communication" or ended - started > _SHORT:
-                self._keep((lane, kind, name, started, ended, span.step, sent, shared))
+                self._append((thread, kind, name, started, ended, span.step, sent, shared))
         else:
-            around.pop()
-            if kind != "wait" or not around or around[-1].kind != "wait":  # else a part of that one
-                self._keep((lane, kind, name, started, ended, span.step))
+            open_spans.pop()
+            if kind != "wait" or not open_spans or open_spans[-1].kind != "wait":  # else part of that wait
+                self._append((thread, kind, name, started, ended, span.step))
 
     def record(self, name: str, kind: Kind, started: float, ended: float, step: int | None = None) -> None:
-        self._keep((0, kind, name, started, ended, self._status.step if step is None else step))
+        self._append((0, kind, name, started, ended, self._activity.step if step is None else step))
 
     def begin_step(self) -> None:
         if self._step_began is None:
@@ -139,7 +139,7 @@ class Trace(Off):
 
     def end_step(self, step: int) -> None:
         began, self._step_began = self._step_began, None
-        # Who does not iterate over `run.batches` has steps without gaps.
+        # Without an iteration over `run.batches` steps have no gaps.
         started, self._step_ended = began or self._step_ended, time.perf_counter()
         self.record("step", "step", started, self._step_ended, step)
 
@@ -148,7 +148,7 @@ class Trace(Off):
 
     def flush(self) -> None:
         if not self._writing.acquire(blocking=False):
-            return  # the other thread is about it
+            return  # the other thread writes them
         try:
             if events := [self._events.popleft() for _ in range(len(self._events))]:
                 self._write(events)
@@ -156,58 +156,59 @@ class Trace(Off):
         finally:
             self._writing.release()
 
-    def end(self, about: Mapping[str, Any]) -> None:
-        self._settle(0)
+    def end(self, footer: Mapping[str, Any]) -> None:
+        self._attribute(0)
         self.flush()
-        rest = self._elsewhere
-        left_out = max(0, self.count - LIMIT)
-        self._write({**about, "sent": rest.sent, "shared": rest.shared, "left_out": left_out})
-        self.count = LIMIT  # whoever still holds this trace adds nothing
+        rest = self._unattributed
+        left_out = max(0, self.count - EVENT_LIMIT)
+        self._write({**footer, "sent": rest.sent, "shared": rest.shared, "left_out": left_out})
+        self.count = EVENT_LIMIT  # a reference to this tracer that is still used records nothing more
         self._file.close()
 
-    def _settle(self, lane: int) -> None:
-        """Give what was moved since the last time to the span that moves it."""
+    def _attribute(self, thread: int) -> None:
+        """Add the bytes moved since the last call to the span that moves them."""
         sent, shared = self._traffic.sent, self._traffic.shared
         if sent != self._sent or shared != self._shared:
-            owner = _innermost(self._open[lane]) or _innermost(self._open[1 - lane]) or self._elsewhere
+            owner = _innermost(self._open[thread]) or _innermost(self._open[1 - thread]) or self._unattributed
             owner.sent += sent - self._sent
             owner.shared += shared - self._shared
             self._sent, self._shared = sent, shared
 
-    def _keep(self, event: tuple[Any, ...]) -> None:
+    def _append(self, event: tuple[Any, ...]) -> None:
         self.count += 1
-        if self.count > LIMIT:
+        if self.count > EVENT_LIMIT:
             return
         self._events.append(event)
-        if len(self._events) >= _UNWRITTEN or event[4] - self._written > _UNWRITTEN_SECONDS:
+        if len(self._events) >= _BUFFERED_EVENTS or event[4] - self._written > _BUFFERED_SECONDS:
             self.flush()
 
     def _write(self, line: Any) -> None:
         try:
             self._file.write(json.dumps(line).encode() + b"\n")
         except OSError as error:
-            # A run does not end for its trace.
-            self.count = max(self.count, LIMIT)
-            warnings.warn(f"the trace ends here: {error}", RuntimeWarning, stacklevel=2)
+            # A failed trace must not fail the run.
+            self.count = max(self.count, EVENT_LIMIT)
+            warnings.warn(
+                f"the trace ends here: {error}; training continues without it", RuntimeWarning, stacklevel=2
+            )
 
 
 class _Span:
-    """An event that is under way."""
+    __slots__ = ("_tracer", "kind", "name", "sent", "shared", "started", "step", "thread")
 
-    __slots__ = ("_trace", "kind", "lane", "name", "sent", "shared", "started", "step")
-
-    def __init__(self, trace: Trace, name: str, kind: Kind) -> None:
-        self._trace, self.name, self.kind = trace, name, kind
+    def __init__(self, tracer: Tracer, name: str, kind: Kind) -> None:
+        self._tracer, self.name, self.kind = tracer, name, kind
         self.started = 0.0
-        self.lane = self.step = self.sent = self.shared = 0
+        self.thread = self.step = self.sent = self.shared = 0
 
     def __enter__(self) -> None:
-        self._trace.begin(self)
+        self._tracer.begin(self)
 
     def __exit__(self, *_: object) -> None:
-        self._trace.finish(self)
+        self._tracer.finish(self)
 
 
 def _innermost(spans: list[_Span]) -> _Span | None:
-    """Of those that count bytes; a copy, for the other thread may open and close its own meanwhile."""
+    """The innermost span that counts bytes."""
+    # A copy, for the other thread may open and close its spans meanwhile.
     return next((span for span in spans[::-1] if span.kind in _COUNTED), None)

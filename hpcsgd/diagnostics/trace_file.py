@@ -1,4 +1,4 @@
-"""The parts of a trace, one a rank, and the file that they are merged into."""
+"""The parts of a trace, one file a rank, and the merge of them into `trace.json`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from hpcsgd.errors import HpcsgdError
 FILE = "trace.json"
 _PARTS = "trace-parts"
 _THREADS = ("compute", "communication")
-#: "all-reduce of bucket 3 at step 17": the same work has the same name, and a colour of its own.
-_WHAT = re.compile(r"(.*?)(?: of bucket (\d+))?(?: at step (\d+))?")
+#: "all-reduce of bucket 3 at step 17" is shown as "all-reduce", for viewers colour events by their names.
+_OPERATION = re.compile(r"(.*?)(?: of bucket (\d+))?(?: at step (\d+))?")
 
 
 def part_of(folder: Path, rank: int) -> Path:
-    """Where a rank writes its part of the trace in a folder."""
+    """Return the path of a rank's part of the trace in a folder."""
     return folder / _PARTS / f"rank-{rank:04d}.jsonl"
 
 
 def clear(folder: Path) -> None:
-    """Make room for a new trace; an earlier one, even if there are parts only, stays as `trace-1.json`, …"""
+    """Prepare a folder for a new trace; an earlier one, merged or not, is renamed to `trace-1.json`, …"""
     with suppress(HpcsgdError):
         earlier = merge(folder)
         names = (folder / f"trace-{number}.json" for number in count(1))
@@ -36,9 +36,10 @@ def clear(folder: Path) -> None:
 
 
 def merge(folder: Path) -> Path:
-    """Make one file of the parts in a folder, on the clock of rank 0, and remove them.
+    """Merge the parts in a folder into one file, on the clock of rank 0, and remove them.
 
-    Parts of ranks that were killed are good as far as they go. Memory for one line of one part is enough.
+    Parts of ranks that were killed are included up to their last whole line. Needs memory for one line of one
+    part.
 
     Returns
     -------
@@ -48,7 +49,7 @@ def merge(folder: Path) -> Path:
     Raises
     ------
     HpcsgdError
-        There are no parts, and no trace either.
+        If there are neither parts nor a merged trace.
     """
     target = folder / FILE
     parts = [Part(path) for path in _parts(folder)]
@@ -59,19 +60,19 @@ def merge(folder: Path) -> Path:
             f"there is no trace in {folder}",
             do="make one by `hpcsgd train --trace`, or with HPCSGD_TRACE=FOLDER and any script",
         )
-    start = min((part.begins for part in parts), default=0.0)
-    aside = target.with_suffix(".partial")
-    with aside.open("w") as file:
+    start = min((part.start for part in parts), default=0.0)
+    partial = target.with_suffix(".partial")
+    with partial.open("w") as file:
         file.write('{"displayTimeUnit": "ms", "otherData": ')
-        file.write(json.dumps({"ranks": [part.facts() for part in parts]}))
+        file.write(json.dumps({"ranks": [part.summary() for part in parts]}))
         file.write(', "traceEvents": [')
-        comma = "\n"
+        separator = "\n"
         for part in parts:
             for event in part.events(start):
-                file.write(comma + json.dumps(event))
-                comma = ",\n"
+                file.write(separator + json.dumps(event))
+                separator = ",\n"
         file.write("\n]}\n")
-    aside.replace(target)
+    partial.replace(target)
     for part in parts:
         part.path.unlink()
     (folder / _PARTS).rmdir()
@@ -83,53 +84,59 @@ def _parts(folder: Path) -> list[Path]:
 
 
 class Part:
-    """What one rank has written.
+    """The part of one rank.
 
     Parameters
     ----------
     path
         Its file.
 
+    Attributes
+    ----------
+    header, footer
+        The records at the beginning and, unless the rank was killed, at the end; else the header twice.
+
     Raises
     ------
     HpcsgdError
-        The file does not begin as one.
+        If the file has no header.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        notes = [note for note in self._lines() if isinstance(note, dict)]
-        if not notes or "offset" not in notes[0]:
-            raise HpcsgdError(f"{path} is not a part of a trace", do="remove it, and try again")
-        #: What was noted at the beginning and, unless the rank was killed, at the end.
-        self.head, self.tail = notes[0], notes[-1]
+        records = [line for line in self._lines() if isinstance(line, dict)]
+        if not records or "offset" not in records[0]:
+            raise HpcsgdError(
+                f"{path} is not a part of a trace", do="remove the file, and run `hpcsgd trace` again"
+            )
+        self.header, self.footer = records[0], records[-1]
 
     @property
-    def begins(self) -> float:
-        """The beginning, on the clock of rank 0."""
-        return self._on_rank_0(self.head["at"])
+    def start(self) -> float:
+        """The start of the trace, in seconds on the clock of rank 0."""
+        return self._on_rank_0(self.header["at"])
 
-    def facts(self) -> dict[str, Any]:
-        """About the rank and its clock, for `otherData`."""
-        head, tail = self.head, self.tail
+    def summary(self) -> dict[str, Any]:
+        """Return the rank, its clock and its totals, for `otherData`."""
+        header, footer = self.header, self.footer
         return {
-            "rank": head["rank"],
-            "host": head["host"],
-            "clock_error_us": round(1e6 * max(head["error"], tail["error"]), 3),
-            "clock_drift_us": round(1e6 * (tail["offset"] - head["offset"]), 3),
-            "complete": tail is not head,
-            "events_left_out": tail.get("left_out", 0),
-            "bytes_sent_elsewhere": tail.get("sent", 0),
-            "bytes_shared_elsewhere": tail.get("shared", 0),
+            "rank": header["rank"],
+            "host": header["host"],
+            "clock_error_us": round(1e6 * max(header["error"], footer["error"]), 3),
+            "clock_drift_us": round(1e6 * (footer["offset"] - header["offset"]), 3),
+            "complete": footer is not header,
+            "events_left_out": footer.get("left_out", 0),
+            "bytes_sent_elsewhere": footer.get("sent", 0),
+            "bytes_shared_elsewhere": footer.get("shared", 0),
         }
 
     def events(self, start: float) -> Iterator[dict[str, Any]]:
-        """Those of the Trace Event Format, in microseconds since `start`."""
-        rank = self.head["rank"]
-        yield _named("process_name", rank, 0, f"rank {rank}, {self.head['host']}")
+        """Generate the events in the Trace Event Format, in microseconds since `start`."""
+        rank = self.header["rank"]
+        yield _metadata("process_name", rank, 0, f"rank {rank}, {self.header['host']}")
         yield {"name": "process_sort_index", "ph": "M", "pid": rank, "tid": 0, "args": {"sort_index": rank}}
-        for lane, thread in enumerate(_THREADS):
-            yield _named("thread_name", rank, lane, thread)
+        for thread, name in enumerate(_THREADS):
+            yield _metadata("thread_name", rank, thread, name)
         for line in self._lines():
             if isinstance(line, list):
                 yield from (self._event(rank, start, *event) for event in line)
@@ -138,15 +145,15 @@ class Part:
         self,
         rank: int,
         start: float,
-        lane: int,
+        thread: int,
         kind: str,
-        what: str,
+        operation: str,
         began: float,
         ended: float,
         *counts: int,
     ) -> dict[str, Any]:
-        found = _WHAT.fullmatch(what)
-        name, bucket, step = found.groups() if found else (what, None, None)
+        found = _OPERATION.fullmatch(operation)
+        name, bucket, step = found.groups() if found else (operation, None, None)
         args = {"step": counts[0] if step is None else int(step)}
         if bucket is not None:
             args["bucket"] = int(bucket)
@@ -154,21 +161,21 @@ class Part:
             args |= {"bytes_sent": counts[1], "bytes_shared": counts[2]}
         times = (1e6 * (self._on_rank_0(time) - start) for time in (began, ended))
         first, last = (round(time, 3) for time in times)
-        event = {"name": name, "cat": kind, "ph": "X", "pid": rank, "tid": lane, "ts": first}
+        event = {"name": name, "cat": kind, "ph": "X", "pid": rank, "tid": thread, "ts": first}
         return event | {"dur": round(last - first, 3), "args": args}
 
     def _on_rank_0(self, time: float) -> float:
-        head, tail = self.head, self.tail
-        share = (time - head["at"]) / (tail["at"] - head["at"]) if tail is not head else 0.0
-        return float(time + head["offset"] + share * (tail["offset"] - head["offset"]))
+        header, footer = self.header, self.footer
+        share = (time - header["at"]) / (footer["at"] - header["at"]) if footer is not header else 0.0
+        return float(time + header["offset"] + share * (footer["offset"] - header["offset"]))
 
     def _lines(self) -> Iterator[Any]:
-        """The whole lines; a killed rank may have left half of one."""
+        """The complete lines; the last line of a killed rank may be cut off."""
         with self.path.open() as file:
             for line in file:
                 if line.endswith("\n"):
                     yield json.loads(line)
 
 
-def _named(what: str, rank: int, lane: int, name: str) -> dict[str, Any]:
-    return {"name": what, "ph": "M", "pid": rank, "tid": lane, "args": {"name": name}}
+def _metadata(kind: str, rank: int, thread: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": rank, "tid": thread, "args": {"name": name}}

@@ -1,21 +1,20 @@
-"""Bytes that a rank moves."""
+"""Counters of the bytes that a rank moves."""
 
 from __future__ import annotations
 
 
 class Traffic:
-    """Bytes that this rank moved, counted where they leave.
+    """Counters of the bytes that this rank moved, counted at the sender.
 
     Attributes
     ----------
     sent
-        Bytes given to MPI messages. MPI does not tell what one of its own collectives sends; for an
-        all-reduce of B bytes over p ranks the bandwidth-optimal 2(p-1)/p * B is counted, for a
-        broadcast B at the root.
+        Bytes of MPI messages. MPI does not report the bytes of its own collectives; for an all-reduce of B
+        bytes over p ranks the bandwidth-optimal 2(p-1)/p * B is counted, for a broadcast B at the root.
     shared
         Bytes of other ranks' buffers that were read or written in the node's shared memory.
     saved
-        Bytes that would have been moved on top of these without compression: of reductions, pushes, answers.
+        Bytes that would have been moved in addition without compression, in reductions, pushes and pulls.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How far the clocks of ranks are apart."""
+"""Offsets between the clocks of ranks."""
 
 from __future__ import annotations
 
@@ -6,37 +6,38 @@ import time
 
 import numpy as np
 
-from hpcsgd.mpi.communicator import Transport
+from hpcsgd.mpi.communicator import Communicator
 
-_TRIPS = 100
-_WHAT = "the comparison of clocks"
+_ROUND_TRIPS = 100
+_OPERATION = "the comparison of clocks"
 
 
-def compare(transport: Transport) -> dict[str, float]:
-    """What to add to `time.perf_counter` of this rank for that of rank 0; collective.
+def measure_offset(comm: Communicator) -> dict[str, float]:
+    """Measure the offset of `time.perf_counter` of rank 0 from that of this rank; collective.
 
-    By the fastest of some round trips: that is wrong by at most half of its time (Cristian, 1989), whereas
-    a mean or median over all trips has no bound.
+    The fastest of some round trips has an error of at most half of its time (Cristian, 1989), whereas a mean
+    or median over all trips has no bound.
 
     Returns
     -------
     dict
-        In seconds: `offset`, its largest `error`, and when it was so, `at` on this rank's clock.
+        In seconds: `offset`, to add to this rank's clock for that of rank 0; its largest `error`; and `at`,
+        the time of the measurement on this rank's clock.
     """
-    theirs = np.zeros(1)
-    if transport.rank == 0:
-        for other in range(1, transport.size):
-            for _ in range(_TRIPS):
-                transport.wait(transport.irecv(theirs, other), _WHAT, other)
-                theirs[0] = time.perf_counter()
-                transport.wait(transport.isend(theirs, other), _WHAT, other)
+    remote = np.zeros(1)
+    if comm.rank == 0:
+        for other in range(1, comm.size):
+            for _ in range(_ROUND_TRIPS):
+                comm.wait(comm.irecv(remote, other), _OPERATION, other)
+                remote[0] = time.perf_counter()
+                comm.wait(comm.isend(remote, other), _OPERATION, other)
         return {"at": time.perf_counter(), "offset": 0.0, "error": 0.0}
     trips = []
-    for _ in range(_TRIPS):
-        left = time.perf_counter()
-        transport.wait(transport.isend(theirs, 0), _WHAT, 0)
-        transport.wait(transport.irecv(theirs, 0), _WHAT, 0)
-        back = time.perf_counter()
-        trips.append((back - left, float(theirs[0]) - (left + back) / 2, back))
-    length, offset, at = min(trips)
-    return {"at": at, "offset": offset, "error": length / 2}
+    for _ in range(_ROUND_TRIPS):
+        sent = time.perf_counter()
+        comm.wait(comm.isend(remote, 0), _OPERATION, 0)
+        comm.wait(comm.irecv(remote, 0), _OPERATION, 0)
+        received = time.perf_counter()
+        trips.append((received - sent, float(remote[0]) - (sent + received) / 2, received))
+    seconds, offset, at = min(trips)
+    return {"at": at, "offset": offset, "error": seconds / 2}

@@ -1,4 +1,4 @@
-"""MPI calls on one communicator: polled, so that waiting yields and ends, and counted in bytes."""
+"""MPI calls on one communicator: polled, so that waits yield and have a deadline, and counted in bytes."""
 
 from __future__ import annotations
 
@@ -11,63 +11,77 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
-from hpcsgd.mpi.waiting import Waiter
+from hpcsgd.mpi.waiting import DeadlineWaiter
 
 Buffer = Any  # a NumPy array, or a device tensor where MPI is CUDA-aware
 
 
-class Transport:
-    """One communicator, used by one thread at a time.
+class Communicator:
+    """An MPI communicator with deadlines and counted bytes, for use by one thread at a time.
 
     Parameters
     ----------
     comm
         An mpi4py communicator that belongs to hpcsgd.
     ranks
-        For each of its ranks the rank in the world, for errors.
-    waiter, traffic
-        How to wait, and where to count.
+        The global rank of each of its ranks, for errors.
+    waiter
+        Waits with a deadline.
+    traffic
+        Counts the bytes.
+
+    Attributes
+    ----------
+    on_idle
+        Called while a wait lasts, or None: does a little other work and returns whether there was any.
     """
 
-    def __init__(self, comm: Any, ranks: Sequence[int], waiter: Waiter, traffic: Traffic) -> None:
+    def __init__(self, comm: Any, ranks: Sequence[int], waiter: DeadlineWaiter, traffic: Traffic) -> None:
         self.comm = comm
         self.rank: int = comm.rank
         self.size: int = comm.size
         self.ranks = list(ranks)
         self._waiter = waiter
         self._traffic = traffic
-        self._twins: list[Transport] = []
-        #: A number for each who shares the communicator and must tell its messages from the others'.
-        self.users = count()
-        #: Called while a wait goes on; does a little work and says whether there was any.
-        self.meanwhile: Callable[[], bool] | None = None
+        self._duplicates: dict[str, Communicator] = {}
+        self._ids = count()
+        self.on_idle: Callable[[], bool] | None = None
 
-    def twin(self, index: int) -> Transport:
-        """The same ranks on a communicator of their own, whose messages match apart from all others.
+    def next_id(self) -> int:
+        """Return 0, 1, 2 … at successive calls; each user of the communicator derives its own tags from one.
 
-        Collective where twin `index` is asked for the first time; the communicators last until `free_twins`.
+        All ranks must call it in the same order.
         """
-        while len(self._twins) <= index:
-            self._twins.append(Transport(self.comm.Dup(), self.ranks, self._waiter, self._traffic))
-        return self._twins[index]
+        return next(self._ids)
 
-    def free_twins(self) -> None:
-        """Free the communicators of the twins; collective."""
-        for twin in self._twins:
-            twin.comm.Free()
-        self._twins.clear()
+    def dup(self, purpose: str) -> Communicator:
+        """Return the duplicate for a purpose: the same ranks, whose messages match only each other.
+
+        Collective at the first call for a purpose; later calls return the same communicator, until
+        `free_duplicates`.
+        """
+        if purpose not in self._duplicates:
+            comm = self.comm.Dup()
+            self._duplicates[purpose] = Communicator(comm, self.ranks, self._waiter, self._traffic)
+        return self._duplicates[purpose]
+
+    def free_duplicates(self) -> None:
+        """Free all duplicates; collective."""
+        for duplicate in self._duplicates.values():
+            duplicate.comm.Free()
+        self._duplicates.clear()
 
     @property
     def tag_limit(self) -> int:
-        """Tags are below this."""
+        """The number of valid tags: 0 to `tag_limit - 1`."""
         from mpi4py import MPI
 
-        # An attribute of that communicator alone, in Open MPI.
+        # In Open MPI only that communicator has the attribute.
         highest: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
         return int(highest) + 1
 
     def isend(self, buffer: Buffer, dest: int, tag: int = 0) -> Any:
-        """Start to send; the buffer must stay unchanged until the request is complete."""
+        """Start to send a buffer, which must not change until the request is complete."""
         self._traffic.sent += buffer.nbytes
         return self.comm.Isend(_bytes(buffer), dest, tag)
 
@@ -75,35 +89,35 @@ class Transport:
         """Start to receive exactly `buffer.nbytes` bytes."""
         return self.comm.Irecv(_bytes(buffer), source, tag)
 
-    def wait(self, request: Any, what: str, peer: int | None = None) -> None:
-        """Wait for one request; `peer` is who it depends on."""
+    def wait(self, request: Any, operation: str, peer: int | None = None) -> None:
+        """Wait for a request; `peer` is the rank of this communicator that it depends on, if one."""
         missing = None if peer is None else lambda: [self.ranks[peer]]
-        self._waiter.until(partial(self._test, request), what, missing)
+        self._waiter.until(partial(self._test, request), operation, missing)
 
     def _test(self, request: Any) -> bool:
         while not request.Test():
-            if self.meanwhile is None or not self.meanwhile():
+            if self.on_idle is None or not self.on_idle():
                 return False
         return True
 
-    def allreduce(self, buffer: Buffer, what: str, op: str = "SUM") -> None:
-        """Reduce in place by the library's own all-reduce; `op` is the name of an MPI operation."""
-        self.wait(self.iallreduce(buffer, op), what)
+    def allreduce(self, buffer: Buffer, operation: str, op: str = "SUM") -> None:
+        """Reduce in place with MPI's own all-reduce; `op` is the name of an MPI operation."""
+        self.wait(self.iallreduce(buffer, op), operation)
 
     def iallreduce(self, buffer: Buffer, op: str) -> Any:
-        """Start to reduce in place; the request is complete when the result is there."""
+        """Start to reduce in place."""
         from mpi4py import MPI
 
         self._count_allreduce(buffer)
         return self.comm.Iallreduce(MPI.IN_PLACE, buffer, getattr(MPI, op))
 
-    def iallgather(self, mine: Buffer, everything: Buffer) -> Any:
-        """Start to gather rows of equal size; this rank's goes to all others."""
-        self._traffic.sent += (self.size - 1) * mine.nbytes
-        return self.comm.Iallgather(_bytes(mine), _bytes(everything))
+    def iallgather(self, row: Buffer, rows: Buffer) -> Any:
+        """Start to gather the equally sized rows of all ranks."""
+        self._traffic.sent += (self.size - 1) * row.nbytes
+        return self.comm.Iallgather(_bytes(row), _bytes(rows))
 
     def allreduce_on_device(self, tensor: Buffer) -> None:
-        """Sum a device tensor in place by one blocking call."""
+        """Sum a device tensor in place by one blocking call of a CUDA-aware MPI."""
         from mpi4py import MPI
 
         self._count_allreduce(tensor)
@@ -112,27 +126,27 @@ class Transport:
     def _count_allreduce(self, buffer: Buffer) -> None:
         self._traffic.sent += 2 * (self.size - 1) * int(buffer.nbytes) // self.size
 
-    def broadcast(self, buffer: Buffer, root: int, what: str) -> None:
+    def broadcast(self, buffer: Buffer, root: int, operation: str) -> None:
         """Overwrite the buffer with that of `root`."""
         if self.rank == root:
             self._traffic.sent += buffer.nbytes
-        self.wait(self.comm.Ibcast(_bytes(buffer), root), what, root)
+        self.wait(self.comm.Ibcast(_bytes(buffer), root), operation, root)
 
-    def barrier(self, what: str) -> None:
-        """Wait until all ranks are here."""
-        self.wait(self.comm.Ibarrier(), what)
+    def barrier(self, operation: str) -> None:
+        """Wait until all ranks have called this."""
+        self.wait(self.comm.Ibarrier(), operation)
 
-    def gather_objects(self, value: object, what: str) -> list[Any]:
-        """The values of all ranks, in rank order, on every rank."""
-        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    def gather_objects(self, value: object, operation: str) -> list[Any]:
+        """Return the picklable values of all ranks, in rank order, on every rank."""
+        pickled = np.frombuffer(pickle.dumps(value), np.uint8)
         sizes = np.empty(self.size, np.int64)
-        self.wait(self.comm.Iallgather(np.array([mine.size], np.int64), sizes), what)
+        self.wait(self.comm.Iallgather(np.array([pickled.size], np.int64), sizes), operation)
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        everything = np.empty(starts[-1], np.uint8)
-        request = self.comm.Iallgatherv(mine, [everything, sizes, starts[:-1], _mpi_byte()])
-        self.wait(request, what)
-        self._traffic.sent += mine.nbytes
-        return [pickle.loads(everything[a:b].tobytes()) for a, b in pairwise(starts)]
+        received = np.empty(starts[-1], np.uint8)
+        request = self.comm.Iallgatherv(pickled, [received, sizes, starts[:-1], _mpi_byte()])
+        self.wait(request, operation)
+        self._traffic.sent += pickled.nbytes
+        return [pickle.loads(received[a:b].tobytes()) for a, b in pairwise(starts)]
 
 
 def _mpi_byte() -> Any:
@@ -142,5 +156,5 @@ def _mpi_byte() -> Any:
 
 
 def _bytes(buffer: Buffer) -> Any:
-    # As bytes every dtype travels, those MPI has no name for (bfloat16) too.
+    # Sent as bytes, for MPI has no type for some dtypes (bfloat16).
     return buffer.view(np.uint8) if isinstance(buffer, np.ndarray) else buffer

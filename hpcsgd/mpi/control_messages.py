@@ -1,4 +1,4 @@
-"""Small messages outside every collective: questions that a rank answers whatever it is doing, and news."""
+"""Small messages outside all collectives: requests, answered during any operation, and notifications."""
 
 from __future__ import annotations
 
@@ -8,78 +8,77 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_QUESTION, _ANSWER, _NEWS = 1, 2, 3
-_PATIENCE = 2.0  # seconds
+_REQUEST, _REPLY, _NOTIFICATION = 1, 2, 3  # tags
+_TIMEOUT = 2.0  # seconds
 
 
-class Mail:
-    """Questions and answers over a communicator of their own.
+class ControlChannel:
+    """Requests with replies, and one-way notifications, on a communicator of their own.
 
-    Answers come from whichever thread of the other rank happens to poll: the communication thread
-    when it waits or idles. A rank that is stopped, or whose threads are all in native code, does not
-    answer.
+    A request is answered by whichever thread of the other rank polls: the communication thread when it waits
+    or idles. A rank that is stopped, or whose threads are all in native code, does not answer.
 
     Parameters
     ----------
     comm
         An mpi4py communicator used for nothing else.
-    answer
-        What to say to a question.
+    handle
+        Returns the reply to a request; both are picklable.
 
     Attributes
     ----------
-    news
-        The last that each rank has told, and when it came.
+    notifications
+        By rank, the last one received, and its time of `time.monotonic`.
     """
 
-    def __init__(self, comm: Any, answer: Callable[[Any], Any]) -> None:
-        self.news: dict[int, tuple[float, Any]] = {}
+    def __init__(self, comm: Any, handle: Callable[[Any], Any]) -> None:
+        self.notifications: dict[int, tuple[float, Any]] = {}
         self._comm = comm
-        self._answer = answer
+        self._handle = handle
         self._lock = threading.Lock()
-        self._asking = threading.Lock()
-        self._asked = 0
-        self._answers: dict[int, Any] = {}
+        self._requesting = threading.Lock()
+        self._number = 0
+        self._replies: dict[int, Any] = {}
         self._sent: list[Any] = []
 
     def poll(self) -> None:
-        """Answer the questions that have arrived and keep the answers."""
+        """Answer the requests that have arrived, and store replies and notifications."""
         if not self._lock.acquire(blocking=False):
             return
         try:
-            while self._comm.Iprobe(tag=_QUESTION):
-                asker, (number, question) = self._receive(_QUESTION)
-                self._send(asker, _ANSWER, (number, self._answer(question)))
-            while self._comm.Iprobe(tag=_ANSWER):
-                rank, (number, answer) = self._receive(_ANSWER)
-                if number == self._asked:
-                    self._answers[rank] = answer
-            while self._comm.Iprobe(tag=_NEWS):
-                rank, told = self._receive(_NEWS)
-                self.news[rank] = time.monotonic(), told
+            while self._comm.Iprobe(tag=_REQUEST):
+                source, (number, request) = self._receive(_REQUEST)
+                self._send(source, _REPLY, (number, self._handle(request)))
+            while self._comm.Iprobe(tag=_REPLY):
+                rank, (number, reply) = self._receive(_REPLY)
+                if number == self._number:
+                    self._replies[rank] = reply
+            while self._comm.Iprobe(tag=_NOTIFICATION):
+                rank, content = self._receive(_NOTIFICATION)
+                self.notifications[rank] = time.monotonic(), content
             self._sent = [entry for entry in self._sent if not entry[0].Test()]
         finally:
             self._lock.release()
 
-    def ask(self, ranks: Iterable[int], question: Any, patience: float = _PATIENCE) -> dict[int, Any]:
-        """The answers of those other ranks that have given one after `patience` seconds."""
+    def request(self, ranks: Iterable[int], request: Any, timeout: float = _TIMEOUT) -> dict[int, Any]:
+        """Return the replies by rank, of those other ranks that have replied after `timeout` seconds."""
         others = set(ranks) - {self._comm.rank}
-        with self._asking:
+        with self._requesting:
             with self._lock:
-                self._asked += 1
-                self._answers = {}
+                self._number += 1
+                self._replies = {}
                 for rank in others:
-                    self._send(rank, _QUESTION, (self._asked, question))
-            give_up = time.monotonic() + patience
-            while len(self._answers) < len(others) and time.monotonic() < give_up:
+                    self._send(rank, _REQUEST, (self._number, request))
+            deadline = time.monotonic() + timeout
+            while len(self._replies) < len(others) and time.monotonic() < deadline:
                 self.poll()
                 time.sleep(0.005)
-            return dict(self._answers)
+            return dict(self._replies)
 
-    def tell(self, rank: int, news: Any) -> None:
-        """Tell a rank something that need not be answered."""
+    def notify(self, rank: int, content: Any) -> None:
+        """Send a message that needs no reply."""
         with self._lock:
-            self._send(rank, _NEWS, news)
+            self._send(rank, _NOTIFICATION, content)
 
     def _send(self, rank: int, tag: int, content: Any) -> None:
         message = bytearray(pickle.dumps(content))

@@ -1,4 +1,4 @@
-"""What the launcher of this process (mpiexec, srun) says in the environment, before MPI is up."""
+"""Environment variables of the launcher (mpiexec, srun) that started this process, read without MPI."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_
 
 
 def rank() -> int:
-    """This process's rank; 0 where no launcher names one."""
+    """Return this process's rank; 0 without a launcher."""
     return _first(_RANK)[1]
 
 
 def size() -> tuple[str, int]:
-    """The variable that names the largest number of ranks, and that number; ("", 0) without one."""
+    """Return the variable with the largest number of ranks, and that number; ("", 0) without one."""
     return max(sizes().items(), key=lambda found: found[1], default=("", 0))
 
 
 def sizes() -> dict[str, int]:
-    """What each variable says that names a number of ranks."""
+    """Return the number of ranks by variable, for all variables that are set."""
     return {name: count for name, count in map(_first, ([name] for name in _SIZE)) if name}
 
 
 def starts_only_open_mpi() -> bool:
-    """Whether Open MPI's mpiexec started this process, and nothing else an MPICH could ask."""
+    """Return whether Open MPI's mpiexec started this process, and no variable of an MPICH launcher is set."""
     return "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_SIZE" not in os.environ
 
 

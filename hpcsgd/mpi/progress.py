@@ -1,4 +1,4 @@
-"""The communication thread: one queue of jobs, executed in order, so that every rank has one order."""
+"""The communication thread: executes one queue of jobs in order, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hpcsgd.diagnostics.activity import Status
+from hpcsgd.diagnostics.activity import ActivityRecord
 from hpcsgd.errors import HpcsgdError, RankFailed
-from hpcsgd.mpi.waiting import Waiter
+from hpcsgd.mpi.waiting import DeadlineWaiter
 
-_IDLE_LOOK_AROUND = 0.25  # seconds
-_BUSY_LOOK_AROUND = 2.0  # seconds after which even a thread that is never idle looks around
-_LAST_JOB = 10.0  # seconds that a job may take to notice that ranks have died
-#: What a service returns that waits for messages: seconds.
-LISTENING = 1e-3
+# Seconds, all of them.
+_IDLE_CHECK_INTERVAL = 0.25
+_BUSY_CHECK_INTERVAL = 2.0  # a thread that is never idle checks on other ranks after this long
+_ABANDON_TIMEOUT = 10.0  # for a job to detect that ranks have failed
+#: What a poller returns while it waits for messages.
+POLL_INTERVAL = 1e-3
 
-#: Does a little, never waits, and says in how many seconds it wants to be called again at the latest: 0
-#: where there was something to do.
-Service = Callable[[], float]
+#: Does a little work without waiting, and returns the seconds until it is to be called again at the latest: 0
+#: where it made progress.
+Poller = Callable[[], float]
 
 
 class Work:
-    """A job that was handed to the communication thread.
+    """A job submitted to the communication thread.
 
-    Its result is ready once `test()` is true; `wait()` returns it or raises what the job raised.
+    Its result is ready once `test()` is true; `wait()` returns it or raises the error of the job.
     """
 
-    def __init__(self, progress: Progress, what: str, job: Callable[[], Any]) -> None:
-        self.what = what
+    def __init__(self, progress: Progress, operation: str, job: Callable[[], Any]) -> None:
+        self.operation = operation
         self._progress = progress
         self._job: Callable[[], Any] | None = job
         self._done = threading.Event()
@@ -39,11 +40,11 @@ class Work:
         self._error: BaseException | None = None
 
     def test(self) -> bool:
-        """Whether the job is over, without waiting."""
+        """Return whether the job is complete, without waiting."""
         return self._done.is_set()
 
     def wait(self, timeout: float | None = None) -> Any:
-        """Return the job's result once it is there.
+        """Wait for the job and return its result.
 
         Parameters
         ----------
@@ -62,37 +63,44 @@ class Work:
 
     def _finish(self, timeout: float | None) -> None:
         if not self._done.is_set():
-            with self._progress.waiting(self.what):
-                self._progress.waiter.event(self._done, lambda: self.what, timeout)
+            with self._progress.waiting(self.operation):
+                self._progress.waiter.event(self._done, lambda: self.operation, timeout)
 
     def _run(self) -> None:
         job, self._job = self._job, None
         assert job is not None
         try:
-            self._result = self._progress._execute(self.what, job)
+            self._result = self._progress._execute(self.operation, job)
         except BaseException as error:
             self._error = error
-        # The job holds the buffers; it is dropped first, so that who sees "done" may free them.
+        # The job holds the buffers; it is released first, so that a caller that sees "done" may free them.
         del job
         self._done.set()
 
 
 class Progress:
-    """Runs the communication of one rank.
+    """Executes the communication of one rank.
 
     Parameters
     ----------
     waiter
-        Waits and answers for this rank.
-    status
-        Where the current operation is written for who asks.
+        The waits of this rank.
+    activity
+        Records the current operation, for stall reports.
     threaded
-        False runs every job at once in the caller (MPI below `MPI_THREAD_MULTIPLE`).
+        False executes every job at once in the caller (MPI below `MPI_THREAD_MULTIPLE`).
+
+    Attributes
+    ----------
+    busy_seconds
+        Seconds spent in jobs.
+    wait_seconds
+        Seconds that the compute thread has waited for communication.
     """
 
-    def __init__(self, waiter: Waiter, status: Status, *, threaded: bool) -> None:
+    def __init__(self, waiter: DeadlineWaiter, activity: ActivityRecord, *, threaded: bool) -> None:
         self.waiter = waiter
-        self.status = status
+        self.activity = activity
         self.threaded = threaded
         self.busy_seconds = 0.0
         self.wait_seconds = 0.0
@@ -101,55 +109,59 @@ class Progress:
         self._unfinished = 0
         self._failed: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self._services: list[Service] = []
-        self._serving = threading.Lock()
-        self._awaited = False
-        self._looked = time.perf_counter()
-        waiter.serve = lambda: self._serve() == 0
-        waiter.patient = self._nobody_waits
+        self._pollers: list[Poller] = []
+        self._polling = threading.Lock()
+        self._compute_waits = False
+        self._checked = time.perf_counter()
 
-    def need_thread(self, what: str) -> None:
-        """Raise on all ranks, saying what needs it, where communication has no thread of its own."""
+    def require_thread_multiple(self, problem: str) -> None:
+        """Raise this problem on all ranks where communication has no thread of its own."""
         if not self.threaded:
             raise HpcsgdError(
-                what,
+                problem,
                 expected="MPI_THREAD_MULTIPLE",
                 got="an MPI that gives less",
-                do="use an MPI that gives it, or a method that keeps step, as local",
+                do="use an MPI that gives it, or a synchronous method, as --strategy local",
                 everywhere=True,
             )
 
-    def serve(self, service: Service) -> None:
-        """Call a service again and again, by one thread at a time: while the thread is idle, and in waits."""
-        with self._serving:
-            self._services.append(service)
-        self.call_services()
+    def add_poller(self, poller: Poller) -> None:
+        """Call a poller repeatedly, by one thread at a time: while the communication thread is idle, and in
+        waits.
+        """
+        with self._polling:
+            self._pollers.append(poller)
+        self.poll_now()
 
-    def dismiss(self, service: Service) -> None:
-        """Call it no more; it is not under way when this returns."""
-        with self._serving:
-            if service in self._services:
-                self._services.remove(service)
+    def remove_poller(self, poller: Poller) -> None:
+        """Stop calling a poller; on return no call of it is in progress."""
+        with self._polling:
+            if poller in self._pollers:
+                self._pollers.remove(poller)
 
-    def call_services(self) -> None:
-        """Let the idle thread call them now, earlier than they said."""
-        self.submit("a call of the services", lambda: None)
+    def poll_now(self) -> None:
+        """Make the idle thread call all pollers now, before their intervals have passed."""
+        self.submit("a call of the pollers", lambda: None)
 
-    def _serve(self) -> float:
-        if not self._serving.acquire(blocking=False):
-            return LISTENING  # the other thread has called them
+    def poll(self) -> bool:
+        """Call all pollers once, unless the other thread does; return whether one made progress."""
+        return self._poll() == 0
+
+    def _poll(self) -> float:
+        if not self._polling.acquire(blocking=False):
+            return POLL_INTERVAL  # the other thread has called them
         try:
-            return min([self._call(service) for service in self._services], default=_IDLE_LOOK_AROUND)
+            return min([self._call(poller) for poller in self._pollers], default=_IDLE_CHECK_INTERVAL)
         finally:
-            self._serving.release()
+            self._polling.release()
 
-    def _call(self, service: Service) -> float:
-        with self.waiter.trace.span(getattr(service, "__qualname__", "service"), "service"):
-            return service()
+    def _call(self, poller: Poller) -> float:
+        with self.waiter.tracer.span(getattr(poller, "__qualname__", "service"), "service"):
+            return poller()
 
-    def submit(self, what: str, job: Callable[[], Any]) -> Work:
+    def submit(self, operation: str, job: Callable[[], Any]) -> Work:
         """Queue a job; every rank must submit the same jobs in the same order."""
-        work = Work(self, what, job)
+        work = Work(self, operation, job)
         if not self.threaded:
             work._run()
             return work
@@ -160,72 +172,73 @@ class Progress:
         return work
 
     def start(self) -> None:
-        """Start the thread, which answers other ranks while it has nothing else to do."""
+        """Start the communication thread, which also serves other ranks' requests while it is idle."""
         if self.threaded and self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="hpcsgd", daemon=True)
+            self._thread = threading.Thread(target=self._execute_jobs, name="hpcsgd", daemon=True)
             self._thread.start()
 
-    def run(self, what: str, job: Callable[[], Any]) -> Any:
-        """Execute a job and return its result; in this thread where nothing is queued before it.
+    def run(self, operation: str, job: Callable[[], Any]) -> Any:
+        """Execute a job and return its result; in the calling thread where the queue is empty.
 
-        The order is the same as with `submit`, and a small job is spared two changes of thread. A job may
-        run another, which is then a part of it.
+        The order is the same as with `submit`, and a small job is spared two changes of thread. A job may run
+        another, which is then a part of it.
         """
-        if self.inside():
+        if self.in_communication_thread():
             return job()
         if self._unfinished:
-            return self.submit(what, job).wait()
+            return self.submit(operation, job).wait()
         with self._counted():
-            return self._execute(what, job)
+            return self._execute(operation, job)
 
-    def inside(self) -> bool:
-        """Whether the caller is the communication thread."""
+    def in_communication_thread(self) -> bool:
+        """Return whether the caller is the communication thread."""
         return threading.current_thread() is self._thread
 
+    def in_background(self) -> bool:
+        """Return whether this is the communication thread and the compute thread does not wait for it."""
+        return not self._compute_waits and self.in_communication_thread()
+
     def check(self) -> None:
-        """Raise what a job or a service has failed with."""
+        """Raise the error of a failed job or poller."""
         if self._failed is not None:
             raise self._failed
 
     def until(
-        self, done: Callable[[], bool], what: str, missing: Callable[[], Iterable[int]] | None = None
+        self, done: Callable[[], bool], operation: str, missing: Callable[[], Iterable[int]] | None = None
     ) -> None:
-        """Wait in the compute thread for what services and jobs bring about; raises where these have failed.
+        """Wait in the compute thread for a result of pollers and jobs; raises the error of a failed one.
 
         Parameters
         ----------
-        done, what, missing
-            As of `Waiter.until`.
+        done, operation, missing
+            As for `DeadlineWaiter.until`.
         """
-        with self.waiting(what):
-            self.waiter.until(lambda: self._failed is not None or done(), what, missing)
+        with self.waiting(operation):
+            self.waiter.until(lambda: self._failed is not None or done(), operation, missing)
         self.check()
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Inside, the compute thread waits for something, which is counted."""
-        with self._counted(), self.waiter.trace.span(what, "wait"):
+    def waiting(self, operation: str) -> Iterator[None]:
+        """Count and trace the time inside as a wait of the compute thread."""
+        with self._counted(), self.waiter.tracer.span(operation, "wait"):
             yield
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        started, self._awaited = time.perf_counter(), True
+        started, self._compute_waits = time.perf_counter(), True
         try:
             yield
         finally:
-            self._awaited = False
+            self._compute_waits = False
             self.wait_seconds += time.perf_counter() - started
 
-    def _nobody_waits(self) -> bool:
-        return not self._awaited and self.inside()
-
     def drain(self, timeout: float | None = None) -> None:
-        """Wait until every job submitted so far is over; errors stay with their `Work`."""
+        """Wait until every job submitted so far is complete; an error is raised by its `Work` only."""
         if self._unfinished:
-            self.submit("the jobs outstanding", lambda: None)._finish(timeout)
+            self.submit("the outstanding jobs", lambda: None)._finish(timeout)
 
     def stop(self, timeout: float | None = None) -> None:
-        """Finish the queue and end the thread."""
+        """Complete the queue and end the thread."""
         if self._thread is not None:
             self.drain(timeout)
             self._jobs.put(None)
@@ -233,17 +246,17 @@ class Progress:
             self._thread = None
 
     def abandon(self) -> None:
-        """End the thread without its jobs: ranks have died, and what is in flight never ends."""
+        """End the thread without its jobs: after ranks have failed, their communication never completes."""
         self._failed = self._failed or RankFailed("a rank of this job has died")
-        self._services.clear()
+        self._pollers.clear()
         thread, self._thread = self._thread, None
         if thread is not None:
             self._jobs.put(None)
-            thread.join(_LAST_JOB)
+            thread.join(_ABANDON_TIMEOUT)
 
-    def _loop(self) -> None:
+    def _execute_jobs(self) -> None:
         while True:
-            work = self._next()
+            work = self._next_job()
             if work is None:
                 return
             work._run()
@@ -252,52 +265,52 @@ class Progress:
             # An idle thread that still held the last job would keep its buffers alive.
             del work
 
-    def _next(self) -> Work | None:
-        """The next job; until there is one, other ranks' questions are answered and services called."""
-        looked = time.monotonic()
+    def _next_job(self) -> Work | None:
+        """The next job; until there is one, serves other ranks' requests and calls pollers."""
+        checked = time.monotonic()
         while True:
-            pause = min(self._serve_or_fail(), _IDLE_LOOK_AROUND)
+            pause = min(self._poll_or_fail(), _IDLE_CHECK_INTERVAL)
             try:
                 return self._jobs.get(timeout=pause) if pause else self._jobs.get_nowait()
             except queue.Empty:
-                if time.monotonic() - looked > _IDLE_LOOK_AROUND / 2:
-                    self._look_around_or_fail()
-                    looked = time.monotonic()
+                if time.monotonic() - checked > _IDLE_CHECK_INTERVAL / 2:
+                    self._check_or_fail()
+                    checked = time.monotonic()
 
-    def _serve_or_fail(self) -> float:
+    def _poll_or_fail(self) -> float:
         try:
-            return self._serve()
+            return self._poll()
         except BaseException as error:
             self._fail(error)
-            return _IDLE_LOOK_AROUND
+            return _IDLE_CHECK_INTERVAL
 
-    def _look_around_or_fail(self) -> None:
+    def _check_or_fail(self) -> None:
         try:
-            self.waiter.look_around()
+            self.waiter.hooks.check()
         except BaseException as error:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        # As with a job: whoever communicates next is told.
+        # As after a failed job, the next operation raises the error.
         self._failed = self._failed or error
-        self._services.clear()
+        self._pollers.clear()
 
-    def _execute(self, what: str, job: Callable[[], Any]) -> Any:
-        # Where one has failed the ranks no longer agree on what comes next: nothing else is started.
+    def _execute(self, operation: str, job: Callable[[], Any]) -> Any:
+        # After a failure the ranks no longer agree on the next operation: none is started.
         self.check()
         started = time.perf_counter()
-        if started - self._looked > _BUSY_LOOK_AROUND:
-            self._looked = started
-            self._look_around_or_fail()
+        if started - self._checked > _BUSY_CHECK_INTERVAL:
+            self._checked = started
+            self._check_or_fail()
             self.check()
-        self.status.begin(what, started)
+        self.activity.begin(operation, started)
         try:
-            with self.waiter.trace.span(what, "communication"):
+            with self.waiter.tracer.span(operation, "communication"):
                 return job()
         except BaseException as error:
             self._failed = error
             raise
         finally:
             ended = time.perf_counter()
-            self.status.end(ended)
+            self.activity.end(ended)
             self.busy_seconds += ended - started

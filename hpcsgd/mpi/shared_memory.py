@@ -1,4 +1,4 @@
-"""Memory that all ranks of a node can read and write in place."""
+"""Memory shared by the ranks of a node."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from typing import TypeVar
 
 import numpy as np
 
-from hpcsgd.mpi.communicator import Transport
+from hpcsgd.mpi.communicator import Communicator
 
 T = TypeVar("T")
 _PAGE = 4096
 _SHARED = "/dev/shm"
-_WHAT = "the allocation of a shared window"
+_OPERATION = "the allocation of shared memory"
 
 
-class Window:
-    """One row of bytes per rank of the node, all of them visible to each of the node's ranks.
+class SharedMemory:
+    """One row of bytes a rank of the node, each of them readable and writable by all ranks of the node.
 
     Parameters
     ----------
     rows
         Shape (ranks on this node, bytes), uint8.
-    mine
-        The index of this rank's row.
+    index
+        The row of this rank.
     """
 
-    def __init__(self, rows: np.ndarray, mine: int) -> None:
+    def __init__(self, rows: np.ndarray, index: int) -> None:
         self.rows = rows
-        self.row: np.ndarray = rows[mine]
+        self.row: np.ndarray = rows[index]
 
 
-class Windows:
-    """Allocates windows: a file in memory that all ranks of the node map, and that has no name any more.
+class SharedAllocator:
+    """Allocates shared memory: a file in /dev/shm that all ranks of the node map and that is then unlinked.
 
-    Unlike a window of MPI it is taken away by nobody: it is gone when the last tensor of the last rank
-    that looks into it is, without a word between them, also when some of these ranks have died.
+    Unlike an MPI window it needs no collective call to be freed: the memory is released with the last tensor
+    of the last rank that refers to it, also when some of the ranks have died.
 
     Parameters
     ----------
@@ -48,37 +48,36 @@ class Windows:
         The ranks of this node.
     """
 
-    def __init__(self, node: Transport) -> None:
+    def __init__(self, node: Communicator) -> None:
         self._node = node
         self._warned = False
 
-    def allocate(self, nbytes: int) -> Window | None:
-        """A zeroed window of `nbytes` a rank; None where shared memory cannot be had.
+    def allocate(self, nbytes: int) -> SharedMemory | None:
+        """Return zeroed memory of `nbytes` a rank, or None where there is no shared memory.
 
-        Collective over the node; all of its ranks get a window or none does.
+        Collective over the node; the result is None on all of its ranks or on none.
         """
         size = max(_PAGE, -(-nbytes // _PAGE) * _PAGE)
         node = self._node
         if node.size == 1:
-            # Nobody to share with.
-            alone = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            return Window(np.frombuffer(alone, np.uint8).reshape(1, size), 0)
-        size = max(node.gather_objects(size, _WHAT))
-        made = _attempt(lambda: _create(size * node.size)) if node.rank == 0 else ("", "")
-        path, problem = node.gather_objects(made, _WHAT)[0]
+            private = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return SharedMemory(np.frombuffer(private, np.uint8).reshape(1, size), 0)
+        size = max(node.gather_objects(size, _OPERATION))
+        created = _attempt(lambda: _create(size * node.size)) if node.rank == 0 else ("", "")
+        path, problem = node.gather_objects(created, _OPERATION)[0]
         memory = None
         if not problem:
             memory, problem = _attempt(lambda: _map(path, size * node.size))
-        problems = node.gather_objects(problem, _WHAT)
+        problems = node.gather_objects(problem, _OPERATION)
         if node.rank == 0 and path:
             os.unlink(path)
         if any(problems) or memory is None:
             self._warn(next(filter(None, problems)))
             return None
         rows = np.frombuffer(memory, np.uint8).reshape(node.size, size)
-        rows[node.rank] = 0  # by the rank that works with it, near whose core its pages then are
-        node.barrier(_WHAT)
-        return Window(rows, node.rank)
+        rows[node.rank] = 0  # first touch by the rank that uses it places the pages near its core
+        node.barrier(_OPERATION)
+        return SharedMemory(rows, node.rank)
 
     def _warn(self, problem: str) -> None:
         if self._node.rank == 0 and not self._warned:
@@ -92,7 +91,7 @@ class Windows:
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
-    """What an action gives, or else what is in its way."""
+    """The result of an action and "", or None and the error."""
     try:
         return action(), ""
     except OSError as error:
@@ -102,7 +101,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
 def _create(nbytes: int) -> str:
     descriptor, path = tempfile.mkstemp(prefix="hpcsgd-", dir=_SHARED)
     try:
-        # All of it at once: what is lacking would else show itself as SIGBUS in the middle of training.
+        # All of it at once: a lack of memory would otherwise raise SIGBUS in the middle of training.
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError:
         free = shutil.disk_usage(_SHARED).free >> 20

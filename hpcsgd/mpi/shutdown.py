@@ -1,4 +1,4 @@
-"""How a rank ends: what is in flight comes to its end, and what cannot go on takes the job with it."""
+"""Process shutdown: drains outstanding communication, and aborts the job when a rank cannot continue."""
 
 from __future__ import annotations
 
@@ -12,88 +12,90 @@ import weakref
 from types import TracebackType
 from typing import NoReturn
 
-from hpcsgd.diagnostics.trace import Off
+from hpcsgd.diagnostics.trace import NullTracer
 from hpcsgd.mpi import launcher, ulfm
 from hpcsgd.mpi.progress import Progress
 
-_DRAIN_AT_EXIT = 30.0  # seconds
-_LAST_WORDS = 0.2  # seconds for the launcher to read what was printed, before Abort kills it too
-_FIRST_WORD = 3.0  # seconds that rank 0 has to print an error that all ranks raise
-_FAREWELL = 1.0  # seconds in which the others finish what they began with this rank
-_OTHERS_WORD = 6.0  # seconds that another rank has to ask all others and print what it has learnt
+# Seconds, all of them.
+_DRAIN_TIMEOUT = 30.0
+_OUTPUT_DELAY = 0.2  # for the launcher to read the output, before Abort kills the launcher too
+_REPORT_DELAY = 3.0  # for rank 0 to print an error that all ranks raise
+_EXIT_DELAY = 1.0  # for the other ranks to finish the operations they began with this one
+_DIAGNOSIS_DELAY = 6.0  # for another rank to query all ranks and print its diagnosis
 
-_left_behind: list[bool] = []
+_lost_ranks: list[bool] = []
 _running: weakref.WeakSet[Progress] = weakref.WeakSet()
-_traced: weakref.WeakSet[Off] = weakref.WeakSet()
+_tracers: weakref.WeakSet[NullTracer] = weakref.WeakSet()
 
 
 def drain_at_exit(progress: Progress) -> None:
-    """Let the communication that is outstanding when the program ends come to its end, within bounds.
+    """Complete the communication that is outstanding when the program ends, within a time limit.
 
-    What all ranks started is finished; what some rank never joins must not keep the job for ever.
+    Operations that all ranks have started are completed; one that some rank never joins must not block the
+    job for ever.
     """
     _running.add(progress)
 
 
-def flush_at_exit(trace: Off) -> None:
-    """Let what is traced reach its file, however this rank ends; but for a signal that kills it."""
-    _traced.add(trace)
+def flush_at_exit(tracer: NullTracer) -> None:
+    """Write the buffered events of a trace however this rank ends, except by a signal that kills it."""
+    _tracers.add(tracer)
 
 
 @atexit.register
 def _flush() -> None:
-    for trace in list(_traced):
-        trace.flush()
+    for tracer in list(_tracers):
+        tracer.flush()
 
 
 @atexit.register
 def _drain() -> None:
     for progress in list(_running):
         try:
-            progress.stop(min(_DRAIN_AT_EXIT, progress.waiter.timeout))
+            progress.stop(min(_DRAIN_TIMEOUT, progress.waiter.timeout))
         except BaseException as error:
             print(f"hpcsgd: at exit: {error}", file=sys.stderr, flush=True)
-            abort()
+            abort_job()
 
 
-def abort() -> None:
-    """End all ranks of the job, after what was printed has been read."""
+def abort_job() -> None:
+    """End all ranks of the job, after the launcher has read their output."""
     from mpi4py import MPI
 
     _flush()
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(_LAST_WORDS)
+    time.sleep(_OUTPUT_DELAY)
     MPI.COMM_WORLD.Abort(1)
 
 
-def leave(code: int) -> NoReturn:
-    """Exit; without a last meeting in MPI_Finalize where some ranks are not there any more."""
-    if not _left_behind:
+def exit_process(code: int) -> NoReturn:
+    """Exit; without MPI_Finalize where ranks have failed, since it would wait for them."""
+    if not _lost_ranks:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(_FAREWELL)  # who exits first must not look like one more that has died
+    time.sleep(_EXIT_DELAY)  # else the first rank to exit would be taken for another failed one
     os._exit(code)
 
 
-def speaks() -> bool:
-    """Whether it is for this rank to say what all have come to know."""
-    return launcher.rank() == (ulfm.lowest() if _left_behind else 0)
+def is_reporting_rank() -> bool:
+    """Return whether this rank is the one that prints messages that are the same on all ranks."""
+    return launcher.rank() == (ulfm.lowest_alive_rank() if _lost_ranks else 0)
 
 
-def leave_behind() -> None:
-    """Note that some ranks have died, and that the others have gone on."""
-    _left_behind.append(True)
+def mark_ranks_lost() -> None:
+    """Record that ranks of this job have failed and the others have continued."""
+    _lost_ranks.append(True)
 
 
-def is_complete() -> bool:
-    """Whether all ranks of the job are still there."""
-    return not _left_behind
+def all_ranks_alive() -> bool:
+    """Return whether no rank of the job has failed."""
+    return not _lost_ranks
 
 
-def end_all_ranks_on_an_exception() -> None:
-    """Let an uncaught exception on one rank end the job, with its traceback printed once."""
+def abort_on_uncaught_exception() -> None:
+    """Make an uncaught exception on any rank end the job, with its traceback printed once."""
     if getattr(sys.excepthook, "_hpcsgd", False):
         return
     previous = sys.excepthook
@@ -106,22 +108,22 @@ def end_all_ranks_on_an_exception() -> None:
             return
         rank = MPI.COMM_WORLD.rank
         if getattr(error, "elsewhere", False):
-            time.sleep(_OTHERS_WORD)
-        lost = ulfm.told_by(error)
-        if lost and rank != ulfm.lowest():
-            time.sleep(_FIRST_WORD)
-        elif lost:
+            time.sleep(_DIAGNOSIS_DELAY)
+        rank_failure = ulfm.is_rank_failure(error)
+        if rank_failure and rank != ulfm.lowest_alive_rank():
+            time.sleep(_REPORT_DELAY)
+        elif rank_failure:
             print(f"hpcsgd: rank {rank}: another rank of this job has died", file=sys.stderr)
         elif getattr(error, "everywhere", False) and rank != 0:
-            # Rank 0 prints the same error and ends the job; this is for the case that it cannot.
-            time.sleep(_FIRST_WORD)
+            # Rank 0 prints the same error and ends the job; this rank aborts only if rank 0 cannot.
+            time.sleep(_REPORT_DELAY)
         elif issubclass(kind, KeyboardInterrupt):
             print(f"hpcsgd: rank {rank} interrupted", file=sys.stderr)
         else:
             with contextlib.suppress(Exception):
                 print(f"hpcsgd: rank {rank} ends the job:", file=sys.stderr)
                 traceback.print_exception(kind, error, where)
-        abort()
+        abort_job()
 
     hook._hpcsgd = True  # type: ignore[attr-defined]
     sys.excepthook = hook

@@ -1,4 +1,5 @@
-"""Who keeps the others waiting: found by asking every rank, and the neighbours of those that are silent."""
+"""Stall detection: queries every rank for its state; unresponsive ranks are inspected by another process on
+their node."""
 
 from __future__ import annotations
 
@@ -12,206 +13,209 @@ from dataclasses import replace
 from typing import Any
 
 from hpcsgd.diagnostics import procfs
-from hpcsgd.diagnostics.activity import Card, Neighbour, Status
-from hpcsgd.diagnostics.stack_dump import short
-from hpcsgd.errors import in_words
-from hpcsgd.mpi.control_messages import Mail
-from hpcsgd.mpi.stall_report import Standing, blamed, progress_of, stand_still, waits
-from hpcsgd.mpi.waiting import Waiter
+from hpcsgd.diagnostics.activity import ActivityRecord, ProcessInfo, ProcessView
+from hpcsgd.diagnostics.stack_dump import summarize
+from hpcsgd.errors import format_ranks
+from hpcsgd.mpi.control_messages import ControlChannel
+from hpcsgd.mpi.stall_report import RankState, blocking_ranks, describe_activity, is_stalled, wait_lines
+from hpcsgd.mpi.waiting import DeadlineWaiter
 
-_STALL = 0.9  # of what a rank has waited: others tell of another stall only after so long
-_AT_ONCE = 4  # ranks that are asked at first whether they are awake; then as many times more
-_TELL_EVERY = 5.0  # seconds
-_IN_DETAIL = 3  # ranks
-_INDENT = " " * 12  # of what an error has got
-_STACKS_OF = 2  # children
-_MANY = 2  # mates that are asked about a silent rank
+_REPORT_INTERVAL = 0.9  # of the time waited: another rank reports a stall only after so long
+_FIRST_QUERIED = 4  # ranks that are queried at once for the lowest responsive one; then as many times more
+_NOTIFY_INTERVAL = 5.0  # seconds
+_MOST_DETAILED = 3  # ranks
+_INDENT = " " * 12  # of the "got" lines of an error
+_MOST_CHILDREN = 2  # whose stacks are printed
+_MOST_OBSERVERS = 2  # ranks of a node that are queried about a silent one
 
 
-class Lookout:
-    """Knows what this rank does, and finds out what others do when they are waited for.
+class StallDetector:
+    """Records this rank's activity for others, and reports that of other ranks when a wait for them lasts.
 
     Parameters
     ----------
     comm
         An mpi4py communicator used for nothing else.
-    waiter, status
-        What this rank waits for, and does.
+    waiter, activity
+        The waits and the activity record of this rank.
     """
 
-    def __init__(self, comm: Any, waiter: Waiter, status: Status) -> None:
-        self._rank, self._waiter, self._status = comm.rank, waiter, status
+    def __init__(self, comm: Any, waiter: DeadlineWaiter, activity: ActivityRecord) -> None:
+        self._rank, self._waiter, self._activity = comm.rank, waiter, activity
         self._size = comm.size
-        self._mail = Mail(comm, self._answer)
-        self._cards: list[Card] = []
-        self._neighbours: dict[int, Neighbour] = {}
+        self._channel = ControlChannel(comm, self._reply)
+        self._processes: list[ProcessInfo] = []
+        self._views: dict[int, ProcessView] = {}
         self._killed = procfs.killed_for_memory()
-        self._confidant: int | None = None
-        self._told_at, self._told = 0.0, 0
-        self._firsts: dict[str, float] = {}
-        self._judging = threading.Lock()
-        waiter.explain, waiter.warn = self.explain, self.warn
+        self._buddy: int | None = None
+        self._notified_at, self._notifications_sent = 0.0, 0
+        self._reported_at: dict[str, float] = {}
+        self._arbitrating = threading.Lock()
 
-    def meet(self, cards: list[Card]) -> None:
-        """Know the processes of all ranks, and look into those that are on this machine."""
-        self._cards = cards
-        for rank, card in enumerate(cards):
+    def connect(self, processes: list[ProcessInfo]) -> None:
+        """Register the processes of all ranks, and map the activity records of those on this machine."""
+        self._processes = processes
+        for rank, process in enumerate(processes):
             with contextlib.suppress(OSError):
-                self._neighbours[rank] = Neighbour(card)
-        self._confidant = self._confidant_of(self._rank)
+                self._views[rank] = ProcessView(process)
+        self._buddy = self._buddy_of(self._rank)
 
-    def _confidant_of(self, rank: int) -> int | None:
-        """Who is told what a rank does, in case its whole machine falls silent: the next one elsewhere."""
-        ring = [*range(rank + 1, len(self._cards)), *range(rank)]
-        return next((r for r in ring if self._cards[r].host != self._cards[rank].host), None)
+    def _buddy_of(self, rank: int) -> int | None:
+        """The next rank on another machine, which receives a rank's activity in case its machine fails."""
+        ring = [*range(rank + 1, len(self._processes)), *range(rank)]
+        return next((r for r in ring if self._processes[r].host != self._processes[rank].host), None)
 
-    def look_around(self) -> None:
-        """Hear what other ranks ask and tell, and tell what is to be told."""
-        self._mail.poll()
-        if self._confidant is not None and time.monotonic() - self._told_at > _TELL_EVERY:
-            self._told_at, self._told = time.monotonic(), self._told + 1
-            self._mail.tell(self._confidant, (self._told, self._status.moved()))
+    def poll(self) -> None:
+        """Exchange control messages: answer requests, and send this rank's activity to its buddy when due."""
+        self._channel.poll()
+        if self._buddy is not None and time.monotonic() - self._notified_at > _NOTIFY_INTERVAL:
+            self._notified_at, self._notifications_sent = time.monotonic(), self._notifications_sent + 1
+            self._channel.notify(self._buddy, (self._notifications_sent, self._activity.last()))
 
     def close(self, gather: Callable[[int], list[int]]) -> None:
-        """Hear the last of what others tell: a message left behind could reach another world; collective.
+        """Receive all notifications, for an unreceived message could reach another world; collective.
 
         Parameters
         ----------
         gather
-            Brings the number of every rank to every rank.
+            Returns the number of every rank on every rank.
         """
-        if self._confidant is None:
+        if self._buddy is None:
             return  # on all ranks, which share one machine
-        self._confidant = None
-        told = gather(self._told)
-        tell_me = {r: n for r, n in enumerate(told) if n and self._confidant_of(r) == self._rank}
-        heard = self._mail.news
+        self._buddy = None
+        sent = gather(self._notifications_sent)
+        expected = {r: n for r, n in enumerate(sent) if n and self._buddy_of(r) == self._rank}
+        received = self._channel.notifications
 
-        def through() -> bool:
-            self._mail.poll()
-            return all(r in heard and heard[r][1][0] == n for r, n in tell_me.items())
+        def complete() -> bool:
+            self._channel.poll()
+            return all(r in received and received[r][1][0] == n for r, n in expected.items())
 
-        self._waiter.until(through, "the last news of other ranks", lambda: tell_me)
+        self._waiter.until(complete, "the last notifications of other ranks", lambda: expected)
 
     def explain(self, seconds: float) -> str | None:
-        """What each rank does, when this one has waited for so long; None where another rank tells."""
-        if not self._is_first("explain", seconds):
+        """Return the state of each rank, after a wait of `seconds`; None where another rank reports it."""
+        if not self._is_reporter("explain", seconds):
             return None
-        known = self._standings()
-        culprits = blamed(self._rank, known, self._size)
+        states = self._states()
+        blocking = blocking_ranks(self._rank, states, self._size)
         lines = []
-        for rank in culprits[:_IN_DETAIL]:
-            lines += [self._line(rank, known), *self._details(rank, True, known)]
-        if culprits[_IN_DETAIL:]:
-            lines.append(f"nor did {in_words(culprits[_IN_DETAIL:])} wait")
-        return ("\n" + _INDENT).join([*waits(known, culprits), *lines])
+        for rank in blocking[:_MOST_DETAILED]:
+            lines += [self._line(rank, states), *self._details(rank, True, states)]
+        if blocking[_MOST_DETAILED:]:
+            lines.append(f"nor did {format_ranks(blocking[_MOST_DETAILED:])} wait")
+        return ("\n" + _INDENT).join([*wait_lines(states, blocking), *lines])
 
     def warn(self, seconds: float) -> bool:
-        """Say on one rank that all have waited for so long; False where those waited for do move."""
-        if not self._is_first("warn", seconds):
+        """Print a warning on one rank that all have waited; False where the blocking ranks are active."""
+        if not self._is_reporter("warn", seconds):
             return True
-        known = self._standings()
-        culprits = blamed(self._rank, known, self._size)
-        if not stand_still(culprits, known, seconds / 2):
+        states = self._states()
+        blocking = blocking_ranks(self._rank, states, self._size)
+        if not is_stalled(blocking, states, seconds / 2):
             return False
         limit = self._waiter.timeout
         lines = [f"hpcsgd: {seconds:.0f} s without progress; {limit:g} s end the job:"]
-        lines += waits(known, culprits)
-        for rank in culprits[:1]:
-            lines += [self._line(rank, known), *self._details(rank, False, known)]
+        lines += wait_lines(states, blocking)
+        for rank in blocking[:1]:
+            lines += [self._line(rank, states), *self._details(rank, False, states)]
         print("\n  ".join(lines), file=sys.stderr, flush=True)
         return True
 
-    def _is_first(self, to: str, seconds: float) -> bool:
-        """Whether no other rank has been first in these last seconds, which the first rank awake decides."""
-        asked = 0
-        while asked < self._rank:
-            some = range(asked, min(_AT_ONCE * (asked + 1), self._rank))
-            awake = self._mail.ask(some, ("standing", None))
-            if awake:
-                judge = min(awake)
-                return bool(self._mail.ask([judge], ("first", self._rank, to, seconds)).get(judge, True))
-            asked = some.stop
-        return self._judge(to, seconds)
+    def _is_reporter(self, action: str, seconds: float) -> bool:
+        """Whether no other rank has reported in these last seconds; the lowest responsive rank arbitrates."""
+        queried = 0
+        while queried < self._rank:
+            some = range(queried, min(_FIRST_QUERIED * (queried + 1), self._rank))
+            responsive = self._channel.request(some, ("state", None))
+            if responsive:
+                arbiter = min(responsive)
+                reply = self._channel.request([arbiter], ("arbitrate", self._rank, action, seconds))
+                return bool(reply.get(arbiter, True))
+            queried = some.stop
+        return self._arbitrate(action, seconds)
 
-    def _judge(self, to: str, seconds: float) -> bool:
-        with self._judging:
+    def _arbitrate(self, action: str, seconds: float) -> bool:
+        with self._arbitrating:
             now = time.monotonic()
-            if now - self._firsts.get(to, -math.inf) < _STALL * seconds:
+            if now - self._reported_at.get(action, -math.inf) < _REPORT_INTERVAL * seconds:
                 return False
-            self._firsts[to] = now
+            self._reported_at[action] = now
             return True
 
-    def _standings(self) -> dict[int, Standing]:
-        known = {self._rank: self._own(), **self._mail.ask(range(self._size), ("standing", None))}
-        for rank in set(range(self._size)) - set(known):
-            standing = self._about(rank, ("standing", rank), known)
-            if standing is not None:
-                known[rank] = standing
-        return known
+    def _states(self) -> dict[int, RankState]:
+        replies = self._channel.request(range(self._size), ("state", None))
+        states = {self._rank: self._own_state(), **replies}
+        for rank in set(range(self._size)) - set(states):
+            state = self._observe(rank, ("state", rank), states)
+            if state is not None:
+                states[rank] = state
+        return states
 
-    def _about(self, rank: int, question: tuple[Any, ...], known: Mapping[int, Standing]) -> Any:
-        """The answer of who can see that rank: this one, itself, or another on its machine."""
-        if rank in self._neighbours:
-            return self._answer(question)
-        if not self._cards:
+    def _observe(self, rank: int, request: tuple[Any, ...], states: Mapping[int, RankState]) -> Any:
+        """The reply of a rank that can inspect `rank`: this one, `rank` itself, or another on its machine."""
+        if rank in self._views:
+            return self._reply(request)
+        if not self._processes:
             return None
-        awake = [r for r, s in known.items() if s.waiting is not None]
-        mates = [r for r in awake if self._cards[r].host == self._cards[rank].host]
-        answers = self._mail.ask(sorted(mates, key=lambda r: r != rank)[:_MANY], question)
-        seen = next((answer for answer in answers.values() if answer is not None), None)
-        return self._heard(rank) if seen is None and question[0] == "standing" else seen
+        responsive = [r for r, state in states.items() if state.waits is not None]
+        observers = [r for r in responsive if self._processes[r].host == self._processes[rank].host]
+        queried = sorted(observers, key=lambda r: r != rank)[:_MOST_OBSERVERS]
+        replies = self._channel.request(queried, request)
+        observed = next((reply for reply in replies.values() if reply is not None), None)
+        return self._last_notified(rank) if observed is None and request[0] == "state" else observed
 
-    def _heard(self, rank: int) -> Standing | None:
-        """What a silent rank told when it was not."""
-        confidant = self._confidant_of(rank)
-        if confidant is None:
+    def _last_notified(self, rank: int) -> RankState | None:
+        """The last state that a silent rank has sent to its buddy."""
+        buddy = self._buddy_of(rank)
+        if buddy is None:
             return None
-        if confidant == self._rank:
-            return self._answer(("heard", rank))  # type: ignore[no-any-return]
-        return self._mail.ask([confidant], ("heard", rank)).get(confidant)
+        if buddy == self._rank:
+            return self._reply(("notified", rank))  # type: ignore[no-any-return]
+        return self._channel.request([buddy], ("notified", rank)).get(buddy)
 
-    def _answer(self, question: tuple[Any, ...]) -> Any:
-        kind, rank, *options = question
+    def _reply(self, request: tuple[Any, ...]) -> Any:
+        kind, rank, *options = request
         if rank is None:
-            return self._own()
-        if kind == "first":
-            return self._judge(*options)
-        if kind == "heard":
-            if rank not in self._mail.news:
+            return self._own_state()
+        if kind == "arbitrate":
+            return self._arbitrate(*options)
+        if kind == "notified":
+            if rank not in self._channel.notifications:
                 return None
-            when, (_, moved) = self._mail.news[rank]
-            return Standing(replace(moved, ago=moved.ago + time.monotonic() - when), None)
-        neighbour = self._neighbours.get(rank)
-        if neighbour is None:
+            when, (_, last) = self._channel.notifications[rank]
+            return RankState(replace(last, ago=last.ago + time.monotonic() - when), None)
+        view = self._views.get(rank)
+        if view is None:
             return None
-        return Standing(neighbour.moved(), None) if kind == "standing" else self._look_at(neighbour, *options)
+        return RankState(view.last(), None) if kind == "state" else self._inspect(view, *options)
 
-    def _own(self) -> Standing:
-        return Standing(self._status.moved(), self._waiter.waits())
+    def _own_state(self) -> RankState:
+        return RankState(self._activity.last(), self._waiter.pending())
 
-    def _details(self, rank: int, stacks: bool, known: Mapping[int, Standing]) -> list[str]:
-        silent = rank not in known or known[rank].waiting is None
-        lines = self._about(rank, ("details", rank, stacks, silent), known)
-        return [f"  {line}" for line in lines or ["nobody on its machine answers"]]
+    def _details(self, rank: int, stacks: bool, states: Mapping[int, RankState]) -> list[str]:
+        silent = rank not in states or states[rank].waits is None
+        lines = self._observe(rank, ("details", rank, stacks, silent), states)
+        return [f"  {line}" for line in lines or ["no rank on its machine answers"]]
 
-    def _look_at(self, neighbour: Neighbour, stacks: bool, silent: bool) -> list[str]:
-        pid = neighbour.card.pid
-        if not procfs.is_alive(pid) or neighbour.card.memory_of(pid) is None:
+    def _inspect(self, view: ProcessView, stacks: bool, silent: bool) -> list[str]:
+        pid = view.info.pid
+        if not procfs.is_alive(pid) or view.info.record_of(pid) is None:
             killed = procfs.killed_for_memory() - self._killed
             why = f"; the kernel has killed {killed} processes there for lack of memory" * (killed > 0)
             return [f"it is gone: it has ended or was killed{why}"]
         children = procfs.children(pid)
-        held = ", in native code that keeps Python's lock" * (silent and procfs.can_run(pid))
+        held = ", in native code that holds Python's lock" * (silent and procfs.can_run(pid))
         lines = [f"it {procfs.condition(pid)}{held}", procfs.memory(pid)]
         lines += procfs.list_of_children(children)
-        for process in [pid, *children[:_STACKS_OF]] if stacks else []:
+        for process in [pid, *children[:_MOST_CHILDREN]] if stacks else []:
             if procfs.can_run(process):
-                lines += short(neighbour.stacks(process), "" if process == pid else f" of child {process}")
+                owner = "" if process == pid else f" of child {process}"
+                lines += summarize(view.stacks(process), owner)
         return lines
 
-    def _line(self, rank: int, known: Mapping[int, Standing]) -> str:
+    def _line(self, rank: int, states: Mapping[int, RankState]) -> str:
         where = ""
-        if self._cards:
-            where = f" ({self._cards[rank].host}, process {self._cards[rank].pid})"
-        return f"{in_words(rank)}{where} {progress_of(rank, known)}"
+        if self._processes:
+            where = f" ({self._processes[rank].host}, process {self._processes[rank].pid})"
+        return f"{format_ranks(rank)}{where} {describe_activity(rank, states)}"

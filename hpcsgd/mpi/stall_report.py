@@ -1,4 +1,4 @@
-"""How far the ranks are, and what follows from it: who waits for whom, and who is to blame."""
+"""States of ranks and conclusions from them: the roots of the wait-for graph, and lines of a stall report."""
 
 from __future__ import annotations
 
@@ -6,64 +6,68 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from hpcsgd.diagnostics.activity import Moved
-from hpcsgd.errors import in_words
-from hpcsgd.mpi.waiting import Waiting
+from hpcsgd.diagnostics.activity import LastActivity
+from hpcsgd.errors import format_ranks
+from hpcsgd.mpi.waiting import PendingWait
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a rank is; `waiting` is None where it does not answer, and empty where it does not wait."""
+class RankState:
+    """The state of a rank: its last activity, and its waits; None where it does not answer."""
 
-    moved: Moved
-    waiting: tuple[Waiting, ...] | None
+    last: LastActivity
+    waits: tuple[PendingWait, ...] | None
 
     @property
-    def wait(self) -> Waiting | None:
-        """The wait that says most: one that names ranks, else the longest."""
-        return max(self.waiting or (), key=lambda wait: (bool(wait.ranks), wait.seconds), default=None)
+    def wait(self) -> PendingWait | None:
+        """The most informative wait: one that names ranks, else the longest."""
+        return max(self.waits or (), key=lambda wait: (bool(wait.ranks), wait.seconds), default=None)
 
 
-def blamed(me: int, known: Mapping[int, Standing], size: int) -> list[int]:
-    """The ranks that wait for nobody: those that `me` depends on, where that is known, else all of these."""
-    free = {rank for rank in range(size) if rank not in known or not known[rank].wait}
-    reached, new = set[int](), {me}
+def blocking_ranks(rank: int, states: Mapping[int, RankState], size: int) -> list[int]:
+    """Return the roots of the wait-for graph: ranks that wait for none.
+
+    Those that `rank` depends on, where that is known, else all of them. A rank without a state is a root.
+    """
+    free = {r for r in range(size) if r not in states or not states[r].wait}
+    reached, new = set[int](), {rank}
     while new:
         reached |= new
-        named_by = {r for rank in new if rank in known and (wait := known[rank].wait) for r in wait.ranks}
-        new = named_by - reached
+        awaited = {r for each in new if each in states and (wait := states[each].wait) for r in wait.ranks}
+        new = awaited - reached
     return sorted(reached & free or free)
 
 
-def stand_still(culprits: list[int], known: Mapping[int, Standing], seconds: float) -> bool:
-    """Whether any of them has not moved for so long, or where there are none, nobody's wait has ended."""
-    if culprits:
-        return any(rank not in known or known[rank].moved.ago > seconds for rank in culprits)
-    return all(standing.wait and standing.wait.seconds > seconds for standing in known.values())
+def is_stalled(blocking: list[int], states: Mapping[int, RankState], seconds: float) -> bool:
+    """Return whether a blocking rank has been inactive for `seconds`; without any: all waits last longer."""
+    if blocking:
+        return any(rank not in states or states[rank].last.ago > seconds for rank in blocking)
+    return all(state.wait and state.wait.seconds > seconds for state in states.values())
 
 
-def waits(known: Mapping[int, Standing], culprits: Collection[int]) -> list[str]:
-    """A line for each operation that ranks wait in; those that are behind come first."""
+def wait_lines(states: Mapping[int, RankState], blocking: Collection[int]) -> list[str]:
+    """Return a line for each operation that ranks wait in; those of the earliest step come first."""
     groups = defaultdict(list)
-    for rank, standing in known.items():
-        if standing.wait and rank not in culprits:
-            groups[standing.wait.what, standing.wait.ranks].append(rank)
-    order = sorted(groups.items(), key=lambda group: min(known[rank].moved.step for rank in group[1]))
+    for rank, state in states.items():
+        if state.wait and rank not in blocking:
+            groups[state.wait.operation, state.wait.ranks].append(rank)
+    order = sorted(groups.items(), key=lambda group: min(states[rank].last.step for rank in group[1]))
     lines = []
-    for (what, on), ranks in order:
+    for (operation, awaited), ranks in order:
         verb = "waits" if len(ranks) == 1 else "wait"
-        lines.append(f"{in_words(ranks)} {verb}" + (f" for {in_words(on)}" if on else "") + f" in {what}")
-    return lines if culprits else ["every rank waits:", *lines]
+        objects = f" for {format_ranks(awaited)}" if awaited else ""
+        lines.append(f"{format_ranks(ranks)} {verb}{objects} in {operation}")
+    return lines if blocking else ["every rank waits:", *lines]
 
 
-def progress_of(rank: int, known: Mapping[int, Standing]) -> str:
-    """A clause: what a rank did last, and when."""
-    standing = known.get(rank)
-    if standing is None:
+def describe_activity(rank: int, states: Mapping[int, RankState]) -> str:
+    """Return a clause: the last activity of a rank, and its time."""
+    state = states.get(rank)
+    if state is None:
         return "does not answer"
-    moved = standing.moved
-    verb = "it is in" if moved.in_flight else "after"
-    last = f"{verb} {moved.operation}" if moved.operation else "no operation yet"
-    behind = max(other.moved.step for other in known.values()) - moved.step
-    text = f"has not moved for {moved.ago:.0f} s: {last}; its step is {moved.step}"
-    return text + f", {behind} behind" * (behind > 0) + "; it does not answer" * (standing.waiting is None)
+    last = state.last
+    verb = "it is in" if last.in_flight else "after"
+    operation = f"{verb} {last.operation}" if last.operation else "no operation yet"
+    behind = max(other.last.step for other in states.values()) - last.step
+    text = f"has not moved for {last.ago:.0f} s: {operation}; its step is {last.step}"
+    return text + f", {behind} behind" * (behind > 0) + "; it does not answer" * (state.waits is None)

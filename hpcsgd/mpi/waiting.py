@@ -1,4 +1,5 @@
-"""Waiting: every wait backs off, answers the other ranks' questions, and has a deadline."""
+"""Waits with a deadline: each backs off, serves the other ranks' requests, and ends in an error that names
+the missing ranks."""
 
 from __future__ import annotations
 
@@ -11,22 +12,24 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from hpcsgd.diagnostics.trace import Off
-from hpcsgd.errors import BadOption, DeadlineExceeded, in_words
+from hpcsgd.diagnostics.trace import NullTracer
+from hpcsgd.errors import BadOption, DeadlineExceeded, format_ranks
 
 DEFAULT_TIMEOUT = 300.0
 _SPINS = 50
 _LONGEST_SPIN = 1e-3  # seconds; a test may sleep in native code itself
 #: The shortest and the longest sleep in seconds, and between them the share of the wait so far.
-_EAGER = (20e-6, 500e-6, 0.03)
-_PATIENT = (100e-6, 3e-3, 0.15)
-_LOOK_AROUND_EVERY = 0.2
+_FOREGROUND = (20e-6, 500e-6, 0.03)
+_BACKGROUND = (100e-6, 3e-3, 0.15)
+_CHECK_INTERVAL = 0.2
 _GRACE = 10.0
 _WARN_AFTER = (0.25, 30.0)  # of the deadline, and no fewer seconds than this
 
+_Missing = Callable[[], Iterable[int]] | None
+
 
 def timeout_from_environment() -> float:
-    """The deadline of every wait in seconds: `HPCSGD_TIMEOUT`, or 300."""
+    """Return the deadline of every wait in seconds: `HPCSGD_TIMEOUT`, or 300."""
     text = os.environ.get("HPCSGD_TIMEOUT", "")
     try:
         seconds = float(text) if text else DEFAULT_TIMEOUT
@@ -43,51 +46,73 @@ def timeout_from_environment() -> float:
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A wait that goes on, or was given up: for what, for how many seconds, and for which ranks if known."""
+class PendingWait:
+    """A wait that lasts, or was given up: its operation, seconds so far, and the missing ranks if known."""
 
-    what: str
+    operation: str
     seconds: float
     ranks: tuple[int, ...] = ()
 
 
-class Waiter:
-    """Waits for conditions on behalf of one rank.
+@dataclass(frozen=True)
+class WaitHooks:
+    """Callbacks of a wait; each default does nothing.
+
+    Attributes
+    ----------
+    check
+        Called a few times a second: exchanges control messages, and raises where ranks have failed.
+    poll
+        Does a little of the rank's background communication; returns whether there was any.
+    is_background
+        Returns whether no thread depends on this one's wait: it then polls less often, for polling takes time
+        from the compute thread.
+    explain
+        Takes the seconds waited; returns the state of each rank, or None where another rank reports it.
+    warn
+        Takes the seconds waited; reports the wait before its deadline. False where there is nothing to report
+        yet.
+    """
+
+    check: Callable[[], None] = lambda: None
+    poll: Callable[[], bool] = lambda: False
+    is_background: Callable[[], bool] = lambda: False
+    explain: Callable[[float], str | None] = lambda seconds: ""
+    warn: Callable[[float], bool] = lambda seconds: True
+
+
+class DeadlineWaiter:
+    """Waits for conditions, for both threads of one rank.
 
     Parameters
     ----------
     rank
-        The rank that waits, for the error.
+        This rank, for errors.
     timeout
-        Seconds until a wait is given up.
+        Seconds until a wait fails.
 
     Attributes
     ----------
+    hooks
+        Callbacks of each wait.
+    tracer
+        Records each wait, and all other events of this rank.
     warn_after
-        Seconds until a wait is worth a warning: a quarter of the timeout, but at least 30.
+        Seconds until a wait is reported: a quarter of the timeout, but at least 30.
     """
 
     def __init__(self, rank: int, timeout: float) -> None:
         self.rank = rank
         self.timeout = timeout
-        self.look_around: Callable[[], None] = lambda: None
-        #: What each rank does, once this one has waited for so many seconds; None where another rank tells.
-        self.explain: Callable[[float], str | None] = lambda seconds: ""
-        #: Tells of such a wait before its end; False where there is nothing to tell yet.
-        self.warn: Callable[[float], bool] = lambda seconds: True
+        self.hooks = WaitHooks()
+        self.tracer = NullTracer()
         self.warn_after = max(_WARN_AFTER[0] * timeout, _WARN_AFTER[1])
-        self._notes: dict[int, tuple[str, float, _Missing]] = {}
-        #: Does a little of what goes on beside everything else, and says whether there was any.
-        self.serve: Callable[[], bool] = lambda: False
-        #: Whether nobody waits for what this thread waits for: to look again takes time from who computes.
-        self.patient: Callable[[], bool] = lambda: False
-        #: Of all that this rank does; waiting is what every part of it has at hand.
-        self.trace = Off()
+        self._pending: dict[int, tuple[str, float, _Missing]] = {}
 
     def until(
         self,
         done: Callable[[], bool],
-        what: str,
+        operation: str,
         missing: _Missing = None,
     ) -> None:
         """Return once `done()` is true.
@@ -96,103 +121,101 @@ class Waiter:
         ----------
         done
             Tests the condition; may itself block for a fraction of a second in native code.
-        what
+        operation
             The operation, for the error: "all-reduce of bucket 3, step 17".
         missing
-            The ranks that are not there yet, where that is known.
+            Returns the ranks that have not arrived yet, where that is known.
 
         Raises
         ------
         DeadlineExceeded
-            After the timeout; the message names who is missing and what every rank does.
+            After the timeout; the message names the missing ranks and the state of every rank.
         """
         started = time.monotonic()
-        for _ in range(1 if self.patient() else _SPINS):
+        for _ in range(1 if self.hooks.is_background() else _SPINS):
             if done():
                 return
             if time.monotonic() - started > _LONGEST_SPIN:
                 break
         os.sched_yield()
         if not done():
-            with self._noted(what, started, missing), self.trace.span(what, "wait"):
+            with self._recorded(operation, started, missing), self.tracer.span(operation, "wait"):
                 self._sleep_until(done, started)
 
     def _sleep_until(self, done: Callable[[], bool], started: float) -> None:
-        looked, warn_at = started, started + self.warn_after
+        checked, warn_at = started, started + self.warn_after
         while not done():
-            if self.serve():
+            if self.hooks.poll():
                 continue
             now = time.monotonic()
-            if now - looked > _LOOK_AROUND_EVERY:
-                looked = now
-                self.look_around()
-                self.trace.flush()
+            if now - checked > _CHECK_INTERVAL:
+                checked = now
+                self.hooks.check()
+                self.tracer.flush()
                 if now - started > self.timeout:
-                    raise self._late(now - started, self.timeout)
+                    raise self._deadline_error(now - started, self.timeout)
                 if now > warn_at:
-                    warn_at = math.inf if self.warn(now - started) else now + self.warn_after
-            # In proportion to the wait so far: what is waited for is never noticed much too late.
-            shortest, longest, share = _PATIENT if self.patient() else _EAGER
+                    warn_at = math.inf if self.hooks.warn(now - started) else now + self.warn_after
+            # In proportion to the wait so far: the relative delay of noticing its end is bounded.
+            shortest, longest, share = _BACKGROUND if self.hooks.is_background() else _FOREGROUND
             time.sleep(min(max((now - started) * share, shortest), longest))
 
-    def event(self, event: threading.Event, what: Callable[[], str], timeout: float | None) -> None:
+    def event(self, event: threading.Event, operation: Callable[[], str], timeout: float | None) -> None:
         """Wait for an event that the communication thread sets.
 
-        That thread has a deadline of its own and knows more, so this one leaves it some seconds to
-        report first.
+        That thread has a deadline of its own and can name the missing ranks, so this wait lasts some seconds
+        longer, for that thread to report first.
         """
         limit = self.timeout + _GRACE if timeout is None else timeout
         started = time.monotonic()
-        if event.wait(min(limit, _LOOK_AROUND_EVERY)):
+        if event.wait(min(limit, _CHECK_INTERVAL)):
             return
-        with self._noted(what(), started, None):
-            while not event.wait(min(max(started + limit - time.monotonic(), 0.0), _LOOK_AROUND_EVERY)):
-                # That thread may be in native code.
-                self.look_around()
+        with self._recorded(operation(), started, None):
+            while not event.wait(min(max(started + limit - time.monotonic(), 0.0), _CHECK_INTERVAL)):
+                # The communication thread may be in native code, and check nothing.
+                self.hooks.check()
                 waited = time.monotonic() - started
                 if waited > limit:
-                    raise self._late(waited, limit) if timeout is None else self._expired(what(), timeout)
+                    if timeout is None:
+                        raise self._deadline_error(waited, limit)
+                    raise DeadlineExceeded(f"no end of {operation()} after {timeout:g} s", rank=self.rank)
 
-    def waits(self) -> tuple[Waiting, ...]:
-        """The waits of all threads that last, and those that were given up."""
+    def pending(self) -> tuple[PendingWait, ...]:
+        """Return the waits of all threads that last, and those that were given up."""
         now = time.monotonic()
-        notes = self._notes.copy().values()
-        return tuple(Waiting(what, now - started, _ranks(missing)) for what, started, missing in notes)
+        waits = self._pending.copy().values()
+        return tuple(
+            PendingWait(operation, now - started, _ranks(missing)) for operation, started, missing in waits
+        )
 
     @contextmanager
-    def _noted(self, what: str, started: float, missing: _Missing) -> Iterator[None]:
+    def _recorded(self, operation: str, started: float, missing: _Missing) -> Iterator[None]:
         thread, given_up = threading.get_ident(), False
-        self._notes[thread] = (what, started, missing)
+        self._pending[thread] = (operation, started, missing)
         try:
             yield
         except DeadlineExceeded:
-            # Who comes to this end a moment later asks what this rank waited for.
+            # Ranks whose deadlines pass a moment later still query this wait.
             given_up = True
             raise
         finally:
             if not given_up:
-                self._notes.pop(thread, None)
+                self._pending.pop(thread, None)
 
-    def _late(self, waited: float, limit: float) -> DeadlineExceeded:
-        what, _, missing = self._notes[threading.get_ident()]
-        ranks, told = _ranks(missing), self.explain(waited)
+    def _deadline_error(self, waited: float, limit: float) -> DeadlineExceeded:
+        operation, _, missing = self._pending[threading.get_ident()]
+        ranks, report = _ranks(missing), self.hooks.explain(waited)
         return DeadlineExceeded(
-            f"waited {limit:g} s" + (f" for {in_words(ranks)}" if ranks else "") + f" in {what}",
+            f"waited {limit:g} s" + (f" for {format_ranks(ranks)}" if ranks else "") + f" in {operation}",
             rank=self.rank,
-            got="what each rank does is told by another rank" if told is None else told or None,
+            got="another rank prints the state of each rank" if report is None else report or None,
             do="find out why the missing rank stopped; for long pauses raise HPCSGD_TIMEOUT (seconds)",
-            elsewhere=told is None,
+            elsewhere=report is None,
         )
-
-    def _expired(self, what: str, timeout: float) -> DeadlineExceeded:
-        return DeadlineExceeded(f"no end of {what} after {timeout:g} s", rank=self.rank)
-
-
-_Missing = Callable[[], Iterable[int]] | None
 
 
 def _ranks(missing: _Missing) -> tuple[int, ...]:
-    # Asked by another thread the wait may just come to its end.
+    # Called from another thread, the wait may just end and its state be gone.
     with contextlib.suppress(Exception):
         return tuple(sorted(missing())) if missing else ()
     return ()

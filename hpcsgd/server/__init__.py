@@ -1,7 +1,8 @@
-"""The parameter server: shards of a model, and clients that push and pull them (arXiv 1801.03855)."""
+"""Parameter server: shards of a model that clients push to and pull from (PS/MPI, arXiv 1801.03855)."""
 
 from __future__ import annotations
 
-from hpcsgd.server.server import Policy, Server
+from hpcsgd.server.policy import Policy
+from hpcsgd.server.server import Server
 
 __all__ = ["Policy", "Server"]

@@ -1,4 +1,4 @@
-"""When a push is counted in, and when it is answered."""
+"""Aggregation of pushes: when updates are made and replies sent, and which pushes are dropped."""
 
 from __future__ import annotations
 
@@ -10,185 +10,186 @@ from dataclasses import replace
 import numpy as np
 
 from hpcsgd.server import summed_pushes
-from hpcsgd.server.protocol import Head, Kind, State
-from hpcsgd.server.session import Client
+from hpcsgd.server.protocol import Header, MessageType, ReplyStatus
+from hpcsgd.server.session import Session
 from hpcsgd.server.shard import Push, Shard
-from hpcsgd.server.update_rules import Terms
+from hpcsgd.server.update_rules import UpdateContext
 
-#: Called with the pushes of an update before it is made: what it keeps survives the server.
-Record = Callable[[Shard, list[Push], Terms], None]
+#: Called with the pushes of an update before it is made, so that a record of it can survive the server.
+RecordUpdate = Callable[[Shard, list[Push], UpdateContext], None]
 
 
-class Counting:
-    """Counts pushes in, one by one or together.
+class PushAggregator:
+    """Applies pushes to shards, one by one or all clients' at once, and replies to them.
 
     Parameters
     ----------
-    clients
-        All that were ever here, by name.
-    together
-        Whether an update waits for the pushes of all clients that count, and is made by all of them at once.
+    sessions
+        Sessions of all clients that have ever connected, by name.
+    synchronous
+        Whether an update waits for the pushes of all awaited clients, and is made from all of them at once.
     max_staleness
-        How many pushes a client may be ahead of the slowest one that counts: it is not answered before.
-        None: any number.
+        Pushes by which a client may be ahead of the slowest awaited one: later replies are delayed (stale
+        synchronous parallel, SSP). None: any number.
     grant
-        Of so many steps that a client asks for, how many it may take; and how many all have begun.
+        Returns the granted steps for a client's request, and the steps begun by all clients.
     record
-        See `Record`.
+        See `RecordUpdate`.
 
     Attributes
     ----------
     staleness
-        How often a push was behind by so many updates of others.
-    left_out
-        How many pushes were of no use, for nobody had waited for them.
+        Histogram: number of pushes by the number of updates of others that they had missed.
+    dropped
+        Number of gradients that came too late and were not applied.
     """
 
     def __init__(
         self,
-        clients: dict[str, Client],
-        together: bool,
+        sessions: dict[str, Session],
+        synchronous: bool,
         max_staleness: int | None,
-        grant: Callable[[Client, int], tuple[int, int]],
-        record: Record,
+        grant: Callable[[Session, int], tuple[int, int]],
+        record: RecordUpdate,
     ) -> None:
-        self._clients, self._together, self._max_staleness = clients, together, max_staleness
-        self._grant, self._record = grant, record
+        self._sessions, self._synchronous, self._max_staleness = sessions, synchronous, max_staleness
+        self._grant, self._record_update = grant, record
         self.staleness: Counter[int] = Counter()
-        self.left_out = 0
+        self.dropped = 0
 
-    def pull(self, client: Client, shard: Shard) -> None:
-        """Tell a client the values, if there are any."""
-        answer = Head(Kind.REPLY, shard.index, State.EMPTY)
+    def pull(self, session: Session, shard: Shard) -> None:
+        """Reply with the values of a shard, if it has any."""
+        reply = Header(MessageType.REPLY, shard.index, ReplyStatus.NO_VALUES)
         if shard.centre is not None:
-            self.enter(client, shard)
-            answer = Head(Kind.REPLY, shard.index, version=shard.version, nbytes=shard.nbytes)
-        self._answer(client, shard, answer)
+            self.subscribe(session, shard)
+            reply = Header(MessageType.REPLY, shard.index, version=shard.version, nbytes=shard.nbytes)
+        self._reply(session, shard, reply)
 
-    def push(self, client: Client, shard: Shard, head: Head, values: np.ndarray) -> None:
-        """Count a push in, now or when its time has come."""
-        self.enter(client, shard)
-        nbytes = shard.nbytes if head.kind is Kind.PUSHPULL else 0
-        answer = Head(Kind.REPLY, shard.index, round=head.round, steps=head.steps, nbytes=nbytes)
-        if head.round <= shard.rounds.get(client.name, 0):
-            pass  # it has come before, and the answer was lost
-        elif self._too_late(client, shard, head):
-            self._leave_out(client, shard, head.round)
+    def push(self, session: Session, shard: Shard, header: Header, values: np.ndarray) -> None:
+        """Apply a push, now or when the awaited clients have pushed too."""
+        self.subscribe(session, shard)
+        nbytes = shard.nbytes if header.type is MessageType.PUSHPULL else 0
+        number = header.push_number
+        reply = Header(MessageType.REPLY, shard.index, push_number=number, steps=header.steps, nbytes=nbytes)
+        if number <= shard.last_pushes.get(session.name, 0):
+            pass  # it has been received before, and the reply was lost
+        elif self._is_late(session, shard, header):
+            self._drop_late(session, shard, number)
         else:
-            shard.left_out.discard(client.name)
-            client.behind[shard.index] = max(0, shard.version - head.version)
-            if summed_pushes.may_say(shard, client.name, head, len(self._clients)):
-                push = Push(client.name, head.round, head.weight, values, head.terms)
-                shard.waiting[client.name] = push
+            shard.dropped.discard(session.name)
+            session.pending_staleness[shard.index] = max(0, shard.version - header.version)
+            if summed_pushes.accepts(shard, session.name, header, len(self._sessions)):
+                push = Push(session.name, number, header.weight, values, header.terms)
+                shard.pending[session.name] = push
             else:
-                answer = summed_pushes.again(shard, head.round, len(self._counting(shard)))
-        if client.name in shard.left_out:
-            answer = replace(answer, state=State.LATE)
-        client.owed[shard.index] = answer
-        self.go_on(shard)
+                reply = summed_pushes.restart(shard, number, len(self._awaited(shard)))
+        if session.name in shard.dropped:
+            reply = replace(reply, status=ReplyStatus.LATE)
+        session.pending_replies[shard.index] = reply
+        self.advance(shard)
 
-    def _leave_out(self, client: Client, shard: Shard, number: int) -> None:
-        self.left_out += 1
-        client.left_out += 1
-        shard.rounds[client.name] = number
-        shard.left_out.add(client.name)
+    def _drop_late(self, session: Session, shard: Shard, number: int) -> None:
+        self.dropped += 1
+        session.dropped += 1
+        shard.last_pushes[session.name] = number
+        shard.dropped.add(session.name)
 
-    def go_on(self, shard: Shard) -> None:
-        """Do what need not wait any longer."""
-        if not self._together:
-            for name in list(shard.waiting):
-                self._count_in(shard, [shard.waiting[name]])
-        elif shard.waiting and summed_pushes.is_complete(
-            shard, {client.name for client in self._counting(shard)}
+    def advance(self, shard: Shard) -> None:
+        """Apply pushes and send replies that need not wait any longer."""
+        if not self._synchronous:
+            for name in list(shard.pending):
+                self._apply(shard, [shard.pending[name]])
+        elif shard.pending and summed_pushes.is_complete(
+            shard, {session.name for session in self._awaited(shard)}
         ):
-            if summed_pushes.sum_of(shard) is not None:
-                self._go_on_adding(shard)
+            if summed_pushes.code_sum_of(shard) is not None:
+                self._advance_sum(shard)
             else:
-                # In the order of names: the bits do not depend on who came first.
-                self._count_in(shard, [shard.waiting[name] for name in sorted(shard.waiting)])
-        self._pay(shard)
+                # In the order of names: the bits do not depend on the order of arrival.
+                self._apply(shard, [shard.pending[name] for name in sorted(shard.pending)])
+        self._send_replies(shard)
 
-    def _go_on_adding(self, shard: Shard) -> None:
-        """All have said their parts of a sum."""
-        answers, body = summed_pushes.go_on(shard)
-        for name, answer in answers.items():
-            client = self._clients[name]
-            del shard.waiting[name], client.owed[shard.index]
-            if client.link is not None:
-                client.link.send(answer, body, 0)
-        if not answers:
-            buffers = {name: self._clients[name].buffer(shard) for name in shard.waiting}
-            self._count_in(shard, summed_pushes.add_up(shard, buffers))
-            for name in list(shard.waiting):  # who has come meanwhile begins with the new values
-                client, push = self._clients[name], shard.waiting.pop(name)
-                self._leave_out(client, shard, push.number)
-                client.owed[shard.index] = replace(client.owed[shard.index], state=State.LATE)
+    def _advance_sum(self, shard: Shard) -> None:
+        """Continue or finish a code sum, for which all awaited parts are here."""
+        replies, body = summed_pushes.next_replies(shard)
+        for name, reply in replies.items():
+            session = self._sessions[name]
+            del shard.pending[name], session.pending_replies[shard.index]
+            if session.link is not None:
+                session.link.send(reply, body, 0)
+        if not replies:
+            buffers = {name: self._sessions[name].buffer(shard) for name in shard.pending}
+            self._apply(shard, summed_pushes.finish(shard, buffers))
+            for name in list(shard.pending):  # clients that joined during the sum begin with the new values
+                session, push = self._sessions[name], shard.pending.pop(name)
+                self._drop_late(session, shard, push.number)
+                late = replace(session.pending_replies[shard.index], status=ReplyStatus.LATE)
+                session.pending_replies[shard.index] = late
 
-    def _counting(self, shard: Shard) -> list[Client]:
-        """The clients whose pushes of a shard are waited for."""
-        return [client for client in self._clients.values() if client.counts and shard.index in client.has]
+    def _awaited(self, shard: Shard) -> list[Session]:
+        """Sessions whose pushes to a shard are awaited."""
+        return [s for s in self._sessions.values() if s.is_awaited and shard.index in s.subscribed]
 
-    def enter(self, client: Client, shard: Shard) -> None:
-        """A client has the values of a shard from now on; it is as far as the foremost of the others."""
-        if shard.index not in client.has:
-            client.has.add(shard.index)
-            shard.clocks.setdefault(client.name, self._ahead(client, shard))
+    def subscribe(self, session: Session, shard: Shard) -> None:
+        """Record that a client has a shard's values; its clock becomes that of the most advanced client."""
+        if shard.index not in session.subscribed:
+            session.subscribed.add(shard.index)
+            shard.clocks.setdefault(session.name, self._max_other_clock(session, shard))
 
-    def _ahead(self, client: Client, shard: Shard) -> int:
-        """Where the foremost of the other clients is."""
-        # Of all that were ever here: what those have pushed who are gone makes a push no less late.
-        return max((clock for name, clock in shard.clocks.items() if name != client.name), default=0)
+    def _max_other_clock(self, session: Session, shard: Shard) -> int:
+        # Clients that have left are included: their pushes make this client's no less late.
+        return max((clock for name, clock in shard.clocks.items() if name != session.name), default=0)
 
-    def _too_late(self, client: Client, shard: Shard, head: Head) -> bool:
-        """Whether the others have gone on without this push, and it is of no use."""
-        if self._together:
-            left_behind = head.version != shard.version
+    def _is_late(self, session: Session, shard: Shard, header: Header) -> bool:
+        """Whether the other clients have advanced too far without this push, and it is a gradient."""
+        if self._synchronous:
+            late = header.version != shard.version
         elif self._max_staleness is None:
-            left_behind = False
+            late = False
         else:
-            ahead = self._ahead(client, shard)
-            left_behind = ahead > shard.clocks[client.name] + self._max_staleness + 1
-            if left_behind:  # it goes on from where they are: nobody waits until it has made up for it
-                shard.clocks[client.name] = ahead
-        return left_behind and shard.rule.takes_gradients
+            ahead = self._max_other_clock(session, shard)
+            late = ahead > shard.clocks[session.name] + self._max_staleness + 1
+            if late:  # it continues with their clock: the others do not wait until it has caught up
+                shard.clocks[session.name] = ahead
+        return late and shard.rule.takes_gradients
 
-    def _count_in(self, shard: Shard, pushes: list[Push]) -> None:
+    def _apply(self, shard: Shard, pushes: list[Push]) -> None:
         for push in pushes:
-            del shard.waiting[push.client]
-        clients = max(len(pushes), len(self._counting(shard)))
-        options = self._clients[pushes[0].client].options
-        terms = Terms([push.weight for push in pushes], clients, options)
-        self._record(shard, pushes, terms)
-        shard.count_in(pushes, terms)
+            del shard.pending[push.client]
+        clients = max(len(pushes), len(self._awaited(shard)))
+        options = self._sessions[pushes[0].client].options
+        context = UpdateContext([push.weight for push in pushes], clients, options)
+        self._record_update(shard, pushes, context)
+        shard.apply(pushes, context)
         for push in pushes:
-            client = self._clients[push.client]
-            behind = client.behind.pop(shard.index)
-            client.staleness[behind] += 1
-            self.staleness[behind] += 1
+            session = self._sessions[push.client]
+            staleness = session.pending_staleness.pop(shard.index)
+            session.staleness[staleness] += 1
+            self.staleness[staleness] += 1
 
-    def _pay(self, shard: Shard) -> None:
-        """Answer what has been counted in, unless a client is too far ahead."""
-        bounded = not self._together and self._max_staleness is not None
-        slowest = min((shard.clocks[client.name] for client in self._counting(shard)), default=math.inf)
-        for client in self._clients.values():
-            if shard.index not in client.owed or client.name in shard.waiting:
+    def _send_replies(self, shard: Shard) -> None:
+        """Reply to pushes that have been applied, unless their clients are too far ahead."""
+        bounded = not self._synchronous and self._max_staleness is not None
+        slowest = min((shard.clocks[session.name] for session in self._awaited(shard)), default=math.inf)
+        for session in self._sessions.values():
+            if shard.index not in session.pending_replies or session.name in shard.pending:
                 continue
-            if bounded and shard.clocks[client.name] - slowest > (self._max_staleness or 0):
+            if bounded and shard.clocks[session.name] - slowest > (self._max_staleness or 0):
                 continue
-            answer = client.owed.pop(shard.index)
-            self._answer(client, shard, replace(answer, version=shard.version))
+            reply = session.pending_replies.pop(shard.index)
+            self._reply(session, shard, replace(reply, version=shard.version))
 
-    def _answer(self, client: Client, shard: Shard, answer: Head) -> None:
-        if client.link is None:
+    def _reply(self, session: Session, shard: Shard, reply: Header) -> None:
+        if session.link is None:
             return
-        body, code = client.buffer(shard), None
-        if answer.nbytes and (shard.rule.takes_gradients or not answer.round):
-            shard.read(body)
-        if answer.nbytes and answer.round and shard.codes is not None:
-            code = shard.codes.answer(client.name, answer, shard.view(body))
+        body, code = session.buffer(shard), None
+        if reply.nbytes and (shard.rule.takes_gradients or not reply.push_number):
+            shard.copy_to(body)
+        if reply.nbytes and reply.push_number and shard.codec is not None:
+            code = shard.codec.encode_reply(session.name, reply, shard.view(body))
         if code is not None:
-            body, answer = code, replace(answer, nbytes=code.nbytes)
-        if answer.steps:
-            steps, begun = self._grant(client, answer.steps)
-            answer = replace(answer, steps=steps, begun=begun)
-        client.link.send(answer, body if answer.nbytes else None, shard.nbytes if code is not None else None)
+            body, reply = code, replace(reply, nbytes=code.nbytes)
+        if reply.steps:
+            steps, steps_begun = self._grant(session, reply.steps)
+            reply = replace(reply, steps=steps, steps_begun=steps_begun)
+        session.link.send(reply, body if reply.nbytes else None, shard.nbytes if code is not None else None)

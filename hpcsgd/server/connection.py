@@ -1,4 +1,4 @@
-"""A client's connection to one server, which outlives the links it is made of."""
+"""A client's connection to one server, over a succession of links."""
 
 from __future__ import annotations
 
@@ -11,221 +11,230 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.mpi.progress import LISTENING
+from hpcsgd.mpi.progress import POLL_INTERVAL
 from hpcsgd.server import tcp_link
-from hpcsgd.server.protocol import NOTES, Head, Kind, Link, Lost, Malformed, Party, as_note, read_note
+from hpcsgd.server.protocol import (
+    MAX_JSON_BYTES,
+    Disconnected,
+    Handler,
+    Header,
+    Link,
+    MessageType,
+    ProtocolError,
+    decode_json,
+    encode_json,
+)
 
-_AGAIN = 0.3  # seconds between two attempts to reach a server
-_BEATS = 4  # in a lease
-_CLOSED = 60.0
+_RETRY_INTERVAL = 0.3  # seconds between two attempts to reach a server
+_HEARTBEATS_PER_LEASE = 4
+_IDLE_INTERVAL = 60.0  # seconds between two calls of `pump` while nothing is due
 
 
-class Dial(Protocol):
-    """How a server is reached.
+class Connector(Protocol):
+    """Opens links to one server.
 
     Attributes
     ----------
-    server
-        What it is called, for errors.
+    server_name
+        Name of the server, for errors.
     """
 
-    server: str
+    server_name: str
 
-    def open(self, party: Party) -> tuple[Link, str]:
-        """A new link to it, and the secret of its job; raises `OSError` where it cannot be had now."""
+    def open(self, handler: Handler) -> tuple[Link, str]:
+        """Open a link; returns it with the secret of the job. Raises `OSError` if none can be opened now."""
 
 
 @dataclass
 class Request:
-    """Something asked of a server.
+    """Request to a server.
 
     Attributes
     ----------
-    head
-        What is sent,
-    source
-        with these bytes, if any;
+    header, source
+        Header and body of the message; None: no body.
     target
-        where the answer's bytes go, if any;
-    coded
-        or where they go if they are a code, of another size;
-    answer
-        and its head, when it is here.
+        Memory for the body of the reply; None: it has none.
+    coded_target
+        Memory for the body of the reply if it is a code, which has another size.
+    reply
+        Header of the reply, once it has been received.
     """
 
-    head: Head
+    header: Header
     source: np.ndarray | None = None
     target: np.ndarray | None = None
-    coded: np.ndarray | None = None
-    answer: Head | None = None
+    coded_target: np.ndarray | None = None
+    reply: Header | None = None
 
     @property
     def done(self) -> bool:
-        """Whether the answer is here."""
-        return self.answer is not None
+        """Whether the reply has been received."""
+        return self.reply is not None
 
 
 class Connection:
-    """Asks one server, and asks again where the link broke before an answer was here.
+    """Sends requests to one server, and repeats those whose link broke before the reply.
 
     Parameters
     ----------
-    dial
+    connector
         Opens links.
     hello
-        What the server must know before it lets this client in.
-    patience
-        Seconds in which a server that went away must be back.
+        Returns the fields of the hello message, with which the server decides whether to admit this client.
+    timeout
+        Seconds within which a lost link must be replaced.
     """
 
-    def __init__(self, dial: Dial, hello: Callable[[], dict[str, Any]], patience: float) -> None:
-        self._dial, self._hello, self._patience = dial, hello, patience
+    def __init__(self, connector: Connector, hello: Callable[[], dict[str, Any]], timeout: float) -> None:
+        self._connector, self._hello, self._timeout = connector, hello, timeout
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._secret, self._nonce = "", ""
-        self._welcome = self._closing = self._closed = False
-        self._asked: dict[tuple[bool, int], Request] = {}
-        self._told: dict[Kind, tuple[Head, np.ndarray | None]] = {}
-        self._gone_since, self._why = time.monotonic(), "no answer"
-        self._again_at = self._beat_at = 0.0
-        self._between_beats = _CLOSED
+        self._admitted = self._closing = self._closed = False
+        self._pending: dict[tuple[bool, int], Request] = {}
+        self._notifications: dict[MessageType, tuple[Header, np.ndarray | None]] = {}
+        self._disconnected_at, self._reason = time.monotonic(), "no reply"
+        self._retry_at = self._heartbeat_at = 0.0
+        self._heartbeat_interval = _IDLE_INTERVAL
 
-    def ask(self, request: Request) -> None:
-        """Send a request; one of a shard at a time."""
+    def send_request(self, request: Request) -> None:
+        """Send a request; each shard may have one at a time."""
         with self._lock:
-            self._asked[_slot(request.head)] = request
-            if request.head.round or request.head.steps:
-                self._told.pop(Kind.REST, None)
-            self._send(request.head, request.source)
+            self._pending[_request_key(request.header)] = request
+            if request.header.push_number or request.header.steps:
+                self._notifications.pop(MessageType.PAUSE, None)
+            self._send(request.header, request.source)
 
-    def tell(self, head: Head, body: np.ndarray | None = None) -> None:
-        """Send what has no answer: again over the next link, unless another of its kind has followed."""
+    def notify(self, header: Header, body: np.ndarray | None = None) -> None:
+        """Send a message that has no reply; the last one of each type is sent again over a new link."""
         with self._lock:
-            self._told[head.kind] = head, body
-            self._send(head, body)
+            self._notifications[header.type] = header, body
+            self._send(header, body)
 
-    def tell_note(self, kind: Kind, note: dict[str, Any]) -> None:
-        """Likewise with a note."""
-        body = as_note(note)
-        self.tell(Head(kind, nbytes=body.size), body)
+    def notify_json(self, message_type: MessageType, fields: dict[str, Any]) -> None:
+        """Like `notify`, with a body of JSON."""
+        body = encode_json(fields)
+        self.notify(Header(message_type, nbytes=body.size), body)
 
-    def say_goodbye(self) -> None:
-        """Ask to be let go; `closed` when that was heard, or nobody hears it."""
+    def start_close(self) -> None:
+        """Start to close the session; `closed` once the server has confirmed it, or cannot be reached."""
         with self._lock:
             self._closing = True
-            self._send(Head(Kind.BYE))
-            if not self._welcome:
-                self._drop("it was not waited for")
+            self._send(Header(MessageType.GOODBYE))
+            if not self._admitted:
+                self._disconnect("the client has closed the connection")
 
     @property
     def closed(self) -> bool:
         return self._closed
 
     def pump(self) -> float:
-        """Do what can be done now; returns the seconds until it should be called again, see `Service`."""
+        """Send and receive without blocking; returns the seconds until the next call (see `Progress`)."""
         with self._lock:
             if self._closed:
-                return _CLOSED
+                return _IDLE_INTERVAL
             if self._link is None:
                 self._open()
-            if not self._welcome:
-                self._check_patience()
+            if not self._admitted:
+                self._check_timeout()
             if self._link is None:
-                return _AGAIN
+                return _RETRY_INTERVAL
             try:
                 moved = self._link.pump()
-            except Lost as error:
-                self._drop(str(error))
+            except Disconnected as error:
+                self._disconnect(str(error))
                 return 0.0
             now = time.monotonic()
-            if self._welcome and not self._closing and now >= self._beat_at:
-                self._beat_at = now + self._between_beats
-                self._link.send(Head(Kind.BEAT))
-            busy = self._asked or not self._welcome or not self._link.idle or self._closing
-            return 0.0 if moved else LISTENING if busy else max(0.0, self._beat_at - now)
+            if self._admitted and not self._closing and now >= self._heartbeat_at:
+                self._heartbeat_at = now + self._heartbeat_interval
+                self._link.send(Header(MessageType.HEARTBEAT))
+            busy = self._pending or not self._admitted or not self._link.idle or self._closing
+            return 0.0 if moved else POLL_INTERVAL if busy else max(0.0, self._heartbeat_at - now)
 
     def _open(self) -> None:
-        if time.monotonic() < self._again_at:
+        if time.monotonic() < self._retry_at:
             return
         try:
-            self._link, self._secret = self._dial.open(self)
+            self._link, self._secret = self._connector.open(self)
         except OSError as error:
-            self._drop(str(error))
+            self._disconnect(str(error))
 
-    def _check_patience(self) -> None:
-        if time.monotonic() - self._gone_since > self._patience:
+    def _check_timeout(self) -> None:
+        if time.monotonic() - self._disconnected_at > self._timeout:
             raise HpcsgdError(
-                f"{self._dial.server} cannot be reached for {self._patience:g} s",
-                got=self._why,
-                do="start the server (again); for a longer wait raise --timeout or HPCSGD_TIMEOUT (s)",
+                f"{self._connector.server_name} cannot be reached for {self._timeout:g} s",
+                got=self._reason,
+                do="start or restart the server; to wait longer raise --timeout or HPCSGD_TIMEOUT (seconds)",
             )
 
-    def _drop(self, why: str) -> None:
+    def _disconnect(self, reason: str) -> None:
         if self._link is not None:
             self._link.close()
         now = time.monotonic()
-        if self._welcome:
-            self._gone_since = now
-        self._link, self._welcome, self._why = None, False, why
+        if self._admitted:
+            self._disconnected_at = now
+        self._link, self._admitted, self._reason = None, False, reason
         self._closed = self._closing
-        self._again_at = now + _AGAIN
+        self._retry_at = now + _RETRY_INTERVAL
 
-    def _send(self, head: Head, body: np.ndarray | None = None) -> None:
-        if self._link is not None and self._welcome:
-            self._link.send(head, body)
+    def _send(self, header: Header, body: np.ndarray | None = None) -> None:
+        if self._link is not None and self._admitted:
+            self._link.send(header, body)
 
-    def landing(self, link: Link, head: Head) -> np.ndarray:
-        """See `links.Party`."""
-        if head.kind is Kind.REPLY:
-            request = self._asked.get(_slot(head))
+    def buffer_for(self, link: Link, header: Header) -> np.ndarray:
+        """See `protocol.Handler`."""
+        if header.type is MessageType.REPLY:
+            request = self._pending.get(_request_key(header))
             if request is None or request.target is None:
-                raise Malformed("it answered what nobody had asked")
-            coded = request.coded
-            return coded if coded is not None and coded.nbytes == head.nbytes else request.target
-        if head.nbytes > NOTES:
-            raise Malformed(f"it sent a note of {head.nbytes} bytes")
-        return np.empty(head.nbytes, np.uint8)
+                raise ProtocolError("it sent a reply without a request")
+            coded = request.coded_target
+            return coded if coded is not None and coded.nbytes == header.nbytes else request.target
+        if header.nbytes > MAX_JSON_BYTES:
+            raise ProtocolError(f"it sent JSON of {header.nbytes} bytes")
+        return np.empty(header.nbytes, np.uint8)
 
-    def take(self, link: Link, head: Head, body: np.ndarray) -> None:
-        """See `links.Party`."""
-        if head.kind in (Kind.REPLY, Kind.GRANT):
-            request = self._asked.pop(_slot(head), None)
+    def on_message(self, link: Link, header: Header, body: np.ndarray) -> None:
+        """See `protocol.Handler`."""
+        if header.type in (MessageType.REPLY, MessageType.GRANT):
+            request = self._pending.pop(_request_key(header), None)
             if request is None:
-                raise Malformed("it answered what nobody had asked")
-            request.answer = head
-        elif head.kind is Kind.CHALLENGE:
+                raise ProtocolError("it sent a reply without a request")
+            request.reply = header
+        elif header.type is MessageType.CHALLENGE:
             self._nonce = tcp_link.new_secret()
-            nonce = str(read_note(body).get("nonce"))
-            proof = tcp_link.proof(self._secret, nonce)
-            link.send_note(Kind.HELLO, {**self._hello(), "nonce": self._nonce, "proof": proof})
-        elif head.kind is Kind.WELCOME:
-            self._enter(read_note(body))
-        elif head.kind is Kind.REFUSAL:
-            self._refused(str(read_note(body).get("reason")))
-        elif head.kind is Kind.BYE:
-            raise Lost("it said goodbye")
+            nonce = str(decode_json(body).get("nonce"))
+            response = tcp_link.hmac_response(self._secret, nonce)
+            link.send_json(MessageType.HELLO, {**self._hello(), "nonce": self._nonce, "proof": response})
+        elif header.type is MessageType.WELCOME:
+            self._on_welcome(decode_json(body))
+        elif header.type is MessageType.REFUSAL:
+            self._raise_refused(str(decode_json(body).get("reason")))
+        elif header.type is MessageType.GOODBYE:
+            raise Disconnected("it closed the session")
         else:
-            raise Malformed(f"it sent a {head.kind.name}")
+            raise ProtocolError(f"it sent a {header.type.name}")
 
-    def _enter(self, note: dict[str, Any]) -> None:
-        if not tcp_link.proves(self._secret, self._nonce, note.get("proof")):
-            self._refused("the server does not know the secret of this job")
-        lease = note.get("lease")
+    def _on_welcome(self, fields: dict[str, Any]) -> None:
+        if not tcp_link.verify(self._secret, self._nonce, fields.get("proof")):
+            self._raise_refused("the server does not know the secret of this job")
+        lease = fields.get("lease")
         if not isinstance(lease, int | float) or not lease > 0:
-            raise Malformed("it did not say how long a client may be silent")
-        self._welcome, self._between_beats = True, lease / _BEATS
-        for head, body in self._told.values():
-            self._send(head, body)
-        for request in self._asked.values():
-            self._send(request.head, request.source)
+            raise ProtocolError("its welcome has no valid lease")
+        self._admitted, self._heartbeat_interval = True, lease / _HEARTBEATS_PER_LEASE
+        for header, body in self._notifications.values():
+            self._send(header, body)
+        for request in self._pending.values():
+            self._send(request.header, request.source)
 
-    def _refused(self, reason: str) -> None:
+    def _raise_refused(self, reason: str) -> None:
         raise HpcsgdError(
-            f"{self._dial.server} does not let this group in",
+            f"{self._connector.server_name} does not admit this group",
             got=reason,
-            do="start server and groups with the same versions, model and options, and the server's own file",
+            do="start server and groups with the same versions, model and options, and pass the file of the "
+            "server's --listen to --connect",
         )
 
 
-def _slot(head: Head) -> tuple[bool, int]:
-    return head.kind in (Kind.CLAIM, Kind.GRANT), head.shard
+def _request_key(header: Header) -> tuple[bool, int]:
+    return header.type in (MessageType.CLAIM, MessageType.GRANT), header.shard

@@ -1,14 +1,13 @@
-"""What clients and servers of one shard say to each other in codes instead of values.
+"""Coding of the values that clients and servers exchange for one shard.
 
-Gradients are pushed as the scheme says them, and what it does not say is remembered by the client, see
-`Compressor.feedback`. Everything else is a difference to what both sides have: the values of a server that
-takes gradients, as far as it has told them to the client; or the model of a client that is drawn to the
-server's, as far as the client has told it. What draws these two together is coded too, and both go as far
-as the code says: the sum of all models and the server's values stays what it is.
+Clients push encoded gradients with error feedback (`Compressor.feedback`); all other values are encoded as
+differences to a reference that both sides hold: a client's copy of the server's values or, with elastic
+averaging, the server's copy of a client's model. Elastic updates are applied as decoded on both sides, so the
+sum of all models and the centre is conserved.
 
-Gradients that a server adds up anyway (mode "sync") are not decoded one by one: see `hpcsgd.server.code_sum`.
+Gradients of mode "sync" are summed without being decoded, see `hpcsgd.server.code_sum`.
 
-Codes are smaller than values, so their size tells which of both a message brings.
+A code is smaller than the values that it encodes: the size of a body distinguishes the two.
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Compressor, Draw, Stretch
-from hpcsgd.compress.point_to_point import FACTOR_BYTES, Coder, Told, bytes_of
+from hpcsgd.compress import Compressor, RandomKey, Segment
+from hpcsgd.compress.point_to_point import FACTOR_BYTES, PointToPointCodec, SharedReference, bytes_of
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.server.code_sum import ClientSum, ServerSum
+from hpcsgd.server.code_sum import CodeSumClient, CodeSumServer
 from hpcsgd.server.connection import Request
-from hpcsgd.server.protocol import Head, State
+from hpcsgd.server.protocol import Header, ReplyStatus
 
-_PUSHES, _ANSWERS = 0, 1  # seeds of what both sides draw alike
+_PUSH_SEED, _REPLY_SEED = 0, 1  # of random numbers that are equal on both sides
 
 Extents = Sequence[tuple[int, int]]
 
 
-class Coding(NamedTuple):
-    """How a group compresses what it pushes and pulls.
+class CodingConfig(NamedTuple):
+    """Compression of a group's pushes and of their replies.
 
     Attributes
     ----------
     compressor
-        The scheme.
+        Compression scheme.
     mode
-        The servers': with "elastic" models are pushed, else gradients; with "sync" these are summed as words.
+        Mode of the servers: "elastic" pushes models, the others push gradients; "sync" sums their codes.
     rank
-        A number like no other group's, for rounding at random.
+        Number that is unique among groups, for stochastic rounding.
     """
 
     compressor: Compressor
@@ -51,238 +50,238 @@ class Coding(NamedTuple):
     rank: int
 
 
-def coder_of(
+def shard_codec(
     compressor: Compressor, dtype: torch.dtype, numel: int, total: int, tensors: Extents
-) -> Coder | None:
-    """The coder of a shard; None where its codes are no smaller than its values.
+) -> PointToPointCodec | None:
+    """Codec of a shard; None if its codes are no smaller than its values.
 
     Parameters
     ----------
     compressor
-        The scheme.
+        Compression scheme.
     dtype, numel
-        The shard's; of `total` elements of all shards.
+        Type and number of the shard's values; all shards together have `total` elements.
     tensors
-        [start, stop) of each tensor in it.
+        Range [start, stop) of each tensor in the shard.
     """
     inside = tuple((start, (stop - start,)) for start, stop in tensors)
-    coder = Coder(compressor, Stretch(numel, 1, share=numel / total, tensors=inside), dtype)
-    return coder if coder.nbytes + FACTOR_BYTES < numel * dtype.itemsize else None
+    codec = PointToPointCodec(compressor, Segment(numel, 1, share=numel / total, tensors=inside), dtype)
+    return codec if codec.nbytes + FACTOR_BYTES < numel * dtype.itemsize else None
 
 
-class _Side:
-    """What both sides know.
+class _DeltaCodec:
+    """Common part of the client's and the server's side.
 
     Parameters
     ----------
-    coder
-        Of the shard.
+    codec
+        Codec of the shard.
     shard
-        Its index.
+        Index of the shard.
     mode
-        See `Coding`.
+        See `CodingConfig`.
 
     Attributes
     ----------
-    push_bytes, answer_bytes
-        Of codes.
+    push_bytes, reply_bytes
+        Sizes of codes.
     """
 
-    def __init__(self, coder: Coder, shard: int, mode: str) -> None:
-        self._coder, self._shard, self._models = coder, shard, mode == "elastic"
-        self.answer_bytes = coder.nbytes + FACTOR_BYTES
-        self.push_bytes = self.answer_bytes if self._models else coder.nbytes
+    def __init__(self, codec: PointToPointCodec, shard: int, mode: str) -> None:
+        self._codec, self._shard, self._models = codec, shard, mode == "elastic"
+        self.reply_bytes = codec.nbytes + FACTOR_BYTES
+        self.push_bytes = self.reply_bytes if self._models else codec.nbytes
 
-    def push_draw(self, number: int, rank: int = 0) -> Draw:
-        """Of a push, or of the sum that follows version `number` of the values."""
-        return Draw(_PUSHES, number, self._shard, rank)
+    def push_key(self, number: int, rank: int = 0) -> RandomKey:
+        """Random key of push `number`, or of the code sum that follows version `number` of the values."""
+        return RandomKey(_PUSH_SEED, number, self._shard, rank)
 
-    def _answer_draw(self, number: int) -> Draw:
-        return Draw(_ANSWERS, number, self._shard, 0)
+    def _reply_key(self, number: int) -> RandomKey:
+        return RandomKey(_REPLY_SEED, number, self._shard, 0)
 
 
-class ClientCodes(_Side):
-    """A client's side.
+class ClientDeltaCodec(_DeltaCodec):
+    """Client side.
 
     Parameters
     ----------
-    coder, shard
-        See `_Side`.
+    codec, shard
+        Codec and index of the shard.
     coding
-        See `Coding`.
+        See `CodingConfig`.
 
     Attributes
     ----------
-    landing
-        Where the code of an answer goes.
+    reply_buffer
+        Memory for the code of a reply.
     """
 
-    def __init__(self, coder: Coder, shard: int, coding: Coding) -> None:
-        super().__init__(coder, shard, coding.mode)
-        self._coding, self._told = coding, Told(coder)
-        remembers = coding.compressor.feedback and not self._models
-        self._residual = torch.zeros(coder.numel) if remembers else None
-        self._pushed = coder.zeros()
-        self.landing = np.empty(self.answer_bytes, np.uint8)
-        self._sum = ClientSum(coder, self._residual) if coding.mode == "sync" else None
+    def __init__(self, codec: PointToPointCodec, shard: int, coding: CodingConfig) -> None:
+        super().__init__(codec, shard, coding.mode)
+        self._coding, self._reference = coding, SharedReference(codec)
+        has_residual = coding.compressor.feedback and not self._models
+        self._residual = torch.zeros(codec.numel) if has_residual else None
+        self._pushed = codec.zeros()
+        self.reply_buffer = np.empty(self.reply_bytes, np.uint8)
+        self._sum = CodeSumClient(codec, self._residual) if coding.mode == "sync" else None
 
-    def begin(self, request: Request, values: Tensor) -> Request:
-        """A push of values, which must stay unchanged until it is over, in codes where there are some."""
-        self._pushed, head = values, request.head
+    def encode_push(self, request: Request, values: Tensor) -> Request:
+        """Request that pushes encoded values, which must stay unchanged until it is complete."""
+        self._pushed, header = values, request.header
         if self._sum is not None:
-            return self._begin_sum(request, self._sum, self._sum.terms)
-        code, draw = None, self.push_draw(head.round, self._coding.rank)
+            return self._start_sum(request, self._sum, self._sum.terms)
+        code, key = None, self.push_key(header.push_number, self._coding.rank)
         if self._models:
-            code = self._told.tell(values, draw)
-        elif head.weight:  # else they may be anything
-            code = self._coder.write(values.clone(), draw, self._residual)
-        return self._asking(request, bytes_of(values) if code is None else code)
+            code = self._reference.encode_update(values, key)
+        elif header.weight:  # a gradient of weight 0 may hold any values
+            code = self._codec.encode(values.clone(), key, self._residual)
+        return self._make_request(request, bytes_of(values) if code is None else code)
 
-    def follow(self, request: Request) -> Request | None:
-        """What comes next after an answer; None: it was the last one."""
-        answer = request.answer
-        assert answer is not None
-        if answer.state is State.UNREAD:
-            self._told.give(self._pushed)
-            return self._asking(request, bytes_of(self._pushed))
-        if self._sum is None or answer.state not in (State.MORE, State.AGAIN):
+    def next_request(self, request: Request) -> Request | None:
+        """Request that follows a reply; None after the last one."""
+        reply = request.reply
+        assert reply is not None
+        if reply.status is ReplyStatus.NO_REFERENCE:
+            self._reference.reset(self._pushed)
+            return self._make_request(request, bytes_of(self._pushed))
+        if self._sum is None or reply.status not in (ReplyStatus.CONTINUE, ReplyStatus.RESTART):
             return None
-        if answer.state is State.AGAIN:
-            return self._begin_sum(request, self._sum, answer.terms)
-        assert request.coded is not None
-        return self._asking(request, self._sum.go_on(request.coded))
+        if reply.status is ReplyStatus.RESTART:
+            return self._start_sum(request, self._sum, reply.terms)
+        assert request.coded_target is not None
+        return self._make_request(request, self._sum.next_part(request.coded_target))
 
-    def _begin_sum(self, request: Request, summing: ClientSum, terms: int) -> Request:
-        head = request.head
-        if not head.weight:  # nothing is added, whatever the values are
-            return self._asking(request, np.empty(0, np.uint8))
-        draw = self.push_draw(head.version, self._coding.rank)
-        part = summing.begin(self._pushed * head.weight, draw, terms)
+    def _start_sum(self, request: Request, code_sum: CodeSumClient, terms: int) -> Request:
+        header = request.header
+        if not header.weight:  # it adds nothing, whatever the values are
+            return self._make_request(request, np.empty(0, np.uint8))
+        key = self.push_key(header.version, self._coding.rank)
+        part = code_sum.begin(self._pushed * header.weight, key, terms)
         if part is None:
             raise HpcsgdError(
                 f"{self._coding.compressor} cannot represent the gradients of shard {self._shard}",
-                got="finite numbers, but their sum with the residual, or their rotation, is not",
-                do="lower the learning rate, or clip the gradient",
+                got="inf or NaN: gradient + error-feedback residual, or its rotation, overflows",
+                do="lower the learning rate (--lr) or clip the gradient",
             )
-        return self._asking(request, part)
+        return self._make_request(request, part)
 
-    def _asking(self, request: Request, body: np.ndarray) -> Request:
-        head, coded = replace(request.head, nbytes=body.nbytes), self.landing
+    def _make_request(self, request: Request, body: np.ndarray) -> Request:
+        header, coded_target = replace(request.header, nbytes=body.nbytes), self.reply_buffer
         if self._sum is not None and body.nbytes:
-            head = replace(head, part=self._sum.part, terms=self._sum.terms)
+            header = replace(header, part=self._sum.part, terms=self._sum.terms)
             if self._sum.combined_bytes:
-                coded = np.empty(self._sum.combined_bytes, np.uint8)
-        return replace(request, head=head, source=body, coded=coded, answer=None)
+                coded_target = np.empty(self._sum.combined_bytes, np.uint8)
+        return replace(request, header=header, source=body, coded_target=coded_target, reply=None)
 
-    def hear(self, answer: Head, values: Tensor) -> None:
-        """Make `values` what was answered last, which is there already if it was no code."""
+    def decode_reply(self, reply: Header, values: Tensor) -> None:
+        """Decode the last reply into `values`; if it was no code, they hold it already."""
         if self._sum is not None:
-            self._sum.end(answer.state is State.DONE)
-        if self._models and answer.nbytes == self.answer_bytes:
-            self._coder.read(self.landing, values, self._answer_draw(answer.round))
-        elif answer.nbytes == self.answer_bytes:
-            self._told.hear(self.landing, self._answer_draw(answer.version))
-            assert self._told.values is not None
-            values.copy_(self._told.values)
-        elif answer.nbytes and not self._models:
-            self._told.give(values)
+            self._sum.end(reply.status is ReplyStatus.OK)
+        if self._models and reply.nbytes == self.reply_bytes:
+            self._codec.decode(self.reply_buffer, values, self._reply_key(reply.push_number))
+        elif reply.nbytes == self.reply_bytes:
+            self._reference.apply_update(self.reply_buffer, self._reply_key(reply.version))
+            assert self._reference.values is not None
+            values.copy_(self._reference.values)
+        elif reply.nbytes and not self._models:
+            self._reference.reset(values)
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """What was not said, and what has been told."""
-        parts = {"residual": self._residual, "told": self._told.values}
+        """Residual and reference."""
+        parts = {"residual": self._residual, "told": self._reference.values}
         return {name: None if part is None else part.clone() for name, part in parts.items()}
 
-    def load_state_dict(self, state: dict[str, Any], told: bool) -> None:
-        """Take back what `state_dict` gave; without `told` only what was not said."""
+    def load_state_dict(self, state: dict[str, Any], with_reference: bool) -> None:
+        """Restore a state of `state_dict`; without `with_reference` its residual only."""
         if self._residual is not None:
             self._residual.copy_(state["residual"])
-        if told:
-            self._told.values = None if state["told"] is None else state["told"].clone()
+        if with_reference:
+            self._reference.values = None if state["told"] is None else state["told"].clone()
 
 
-class ServerCodes(_Side):
-    """A server's side, of all clients.
+class ServerDeltaCodec(_DeltaCodec):
+    """Server side, for all clients.
 
     Attributes
     ----------
-    sum
-        How pushes are summed; None: they are decoded one by one.
+    code_sum
+        Sums pushes without decoding them; None: they are decoded one by one.
     """
 
-    def __init__(self, coder: Coder, shard: int, mode: str) -> None:
-        super().__init__(coder, shard, mode)
-        self.sum = ServerSum(coder) if mode == "sync" else None
-        self._told: dict[str, Told] = {}
-        self._pulls: dict[str, np.ndarray | None] = {}
+    def __init__(self, codec: PointToPointCodec, shard: int, mode: str) -> None:
+        super().__init__(codec, shard, mode)
+        self.code_sum = CodeSumServer(codec) if mode == "sync" else None
+        self._references: dict[str, SharedReference] = {}
+        self._differences: dict[str, np.ndarray | None] = {}
 
-    def takes(self, head: Head, clients: int) -> bool:
-        """Whether a push has as many bytes as its code, or its part of a sum; of so many clients at most."""
-        if self.sum is None:
-            return head.nbytes == self.push_bytes
-        if not head.weight:
-            return head.nbytes == 0
-        if not 0 < head.terms <= clients:  # it will be told how many
-            return head.nbytes <= self._coder.zeros().nbytes
-        return self.sum.fits(head.nbytes, head.part, head.terms)
+    def accepts(self, header: Header, clients: int) -> bool:
+        """Whether a push has the size of a code, or of a part of a sum of at most `clients` clients."""
+        if self.code_sum is None:
+            return header.nbytes == self.push_bytes
+        if not header.weight:
+            return header.nbytes == 0
+        if not 0 < header.terms <= clients:  # the reply will hold the right number
+            return header.nbytes <= self._codec.zeros().nbytes
+        return self.code_sum.has_valid_size(header.nbytes, header.part, header.terms)
 
-    def hear(self, client: str, number: int, body: np.ndarray, values: Tensor) -> bool:
-        """Make `values` what was pushed, which is there already if it was no code.
+    def decode_push(self, client: str, number: int, body: np.ndarray, values: Tensor) -> bool:
+        """Decode a push into `values`; if it was no code, they hold it already.
 
-        Returns whether it could be read: there may be nothing that it is the difference to. Raises, of
-        whatever kind, for what is no code.
+        Returns False if the push is a difference to a reference that the server lacks. Raises an exception of
+        any type for an invalid code.
         """
-        coded, draw = body.nbytes == self.push_bytes, self.push_draw(number)
+        is_code, key = body.nbytes == self.push_bytes, self.push_key(number)
         if not self._models:
-            if coded:
-                self._coder.read(body, values, draw)
+            if is_code:
+                self._codec.decode(body, values, key)
             return True
-        told = self._told_to(client)
-        if not coded:
-            told.give(values)
-        elif told.values is None:
+        reference = self._reference_of(client)
+        if not is_code:
+            reference.reset(values)
+        elif reference.values is None:
             return False
         else:
-            told.hear(body, draw)
-            values.copy_(told.values)
+            reference.apply_update(body, key)
+            values.copy_(reference.values)
         return True
 
-    def draw_near(self, centre: Tensor, pulls: Sequence[tuple[str, int, Tensor]]) -> None:
-        """Add to the values by how much each client's model is drawn to them, as far as its code says.
+    def apply_elastic(self, centre: Tensor, differences: Sequence[tuple[str, int, Tensor]]) -> None:
+        """Encode each client's elastic difference, and add it as decoded to the centre.
 
         Parameters
         ----------
         centre
-            The values.
-        pulls
-            Client, number of its push, and by how much, which becomes what the code says.
+            Values of the shard, updated in place.
+        differences
+            Name of a client, number of its push, and its elastic difference, replaced by the decoded one.
         """
-        for client, number, pull in pulls:
-            self._pulls[client] = self._coder.write_near(pull, self._answer_draw(number))
-            centre += pull
+        for client, number, difference in differences:
+            self._differences[client] = self._codec.encode_scaled(difference, self._reply_key(number))
+            centre += difference
 
-    def answer(self, client: str, head: Head, values: Tensor) -> np.ndarray | None:
-        """The code of an answer with these values; None: they must be told as they are."""
+    def encode_reply(self, client: str, header: Header, values: Tensor) -> np.ndarray | None:
+        """Code of a reply with these values; None: the values themselves must be sent."""
         if self._models:
-            return self._pulls.get(client)
-        told = self._told_to(client)
-        if head.state is State.LATE:  # it is far from them
-            told.give(values)
+            return self._differences.get(client)
+        reference = self._reference_of(client)
+        if header.status is ReplyStatus.LATE:  # the client is far from these values
+            reference.reset(values)
             return None
-        return told.tell(values, self._answer_draw(head.version))
+        return reference.encode_update(values, self._reply_key(header.version))
 
     def forget(self, client: str) -> None:
-        """Nobody knows what it has heard."""
-        self._told.pop(client, None)
+        """Remove a client's reference: which reply it received last is unknown."""
+        self._references.pop(client, None)
 
-    def _told_to(self, client: str) -> Told:
-        return self._told.setdefault(client, Told(self._coder))
+    def _reference_of(self, client: str) -> SharedReference:
+        return self._references.setdefault(client, SharedReference(self._codec))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What each client has been told, or has told."""
-        return {name: told.values.clone() for name, told in self._told.items() if told.values is not None}
+        """References of all clients."""
+        return {name: r.values.clone() for name, r in self._references.items() if r.values is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
-        self._told.clear()
+        """Restore a state of `state_dict`."""
+        self._references.clear()
         for name, values in state.items():
-            self._told_to(name).give(values)
+            self._reference_of(name).reset(values)

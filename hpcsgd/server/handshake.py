@@ -1,4 +1,4 @@
-"""What a client says of the model and of itself before it is let in; nothing of it is believed."""
+"""Validates a client's handshake (identity, model layout, compression). All fields are untrusted."""
 
 from __future__ import annotations
 
@@ -8,133 +8,135 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hpcsgd.compress import Compressor, Stretch, build
-from hpcsgd.compress.point_to_point import Coder
-from hpcsgd.mpi.world import first_difference
-from hpcsgd.server.delta_coding import Extents, ServerCodes, coder_of
-from hpcsgd.server.protocol import Malformed
+from hpcsgd.compress import Compressor, Segment, build
+from hpcsgd.compress.point_to_point import PointToPointCodec
+from hpcsgd.mpi.consistency import first_difference
+from hpcsgd.server.delta_coding import Extents, ServerDeltaCodec, shard_codec
+from hpcsgd.server.protocol import ProtocolError
 from hpcsgd.server.shard import Shard
-from hpcsgd.server.update_rules import OPTIMIZERS, Descent, Elastic, Options, Rule
+from hpcsgd.server.update_rules import OPTIMIZERS, ElasticRule, OptimizerRule, Options, UpdateRule
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-_LARGEST = 2**40  # elements of a shard
-_NAME, _TEXT = 200, 500  # characters, at most
+_MAX_ELEMENTS = 2**40  # elements of a shard
+_MAX_NAME, _MAX_TEXT = 200, 500  # characters
 
+#: Settings that are equal for all clients of a server: versions, mode, model layout, optimizer, compression.
 Contract = Mapping[str, Any]
 
 
-class Who(NamedTuple):
-    """Who a client is.
+class ClientIdentity(NamedTuple):
+    """Identity of a client.
 
     Attributes
     ----------
     name
-        As it calls itself.
-    talker, talkers
-        Which of how many ranks that talk for its group.
+        Name that it has given.
+    gateway, gateways
+        Its index among the gateway ranks of its group (see `hpcsgd.server.store`), and their number.
     options
-        Its optimizer's.
+        Options of its optimizer.
     seed
-        Of the order of its data, where it has told.
+        Seed of the order of its data; None if it has sent none.
     """
 
     name: str
-    talker: int
-    talkers: int
+    gateway: int
+    gateways: int
     options: Options
     seed: int | None
 
 
-def who(note: Mapping[str, Any]) -> Who:
-    """Who says hello; raises `Malformed` where the note does not say."""
+def parse_identity(fields: Mapping[str, Any]) -> ClientIdentity:
+    """Identity in the fields of a hello; raises `ProtocolError` if they are invalid."""
     try:
-        place, seed = (index(note["talker"]), index(note["talkers"])), note.get("seed")
-        told = seed if isinstance(seed, int) and place[0] == 0 else None
-        found = Who(note["client"], *place, note["options"], told)
-        named = found.name.isprintable() and 0 < len(found.name) <= _NAME
-        if not named or not 0 <= found.talker < found.talkers or not isinstance(found.options, list):
+        place, seed = (index(fields["talker"]), index(fields["talkers"])), fields.get("seed")
+        data_seed = seed if isinstance(seed, int) and place[0] == 0 else None
+        found = ClientIdentity(fields["client"], *place, fields["options"], data_seed)
+        has_name = found.name.isprintable() and 0 < len(found.name) <= _MAX_NAME
+        if not has_name or not 0 <= found.gateway < found.gateways or not isinstance(found.options, list):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise Malformed("its hello does not say who it is") from None
+        raise ProtocolError("its hello has no valid client name, talker, talkers or options") from None
     return found
 
 
-def difference(expected: Contract, contract: Contract) -> str:
-    """In what a contract is not as expected; "": in nothing."""
+def first_mismatch(expected: Contract, contract: Contract) -> str:
+    """First entry in which a contract differs from the expected one, with both values; "" if none does."""
     for name, value in expected.items():
         if contract.get(name) != value:
             got, wanted = first_difference([value, contract.get(name)])
-            return f"{name} differs: expected {str(wanted)[:_TEXT]}, got {str(got)[:_TEXT]}"
+            return f"{name} differs: expected {str(wanted)[:_MAX_TEXT]}, got {str(got)[:_MAX_TEXT]}"
     return ""
 
 
-def shards_of(
+def make_shards(
     contract: Contract, mode: str, alpha: float | None, server: int, servers: int
 ) -> dict[int, Shard]:
-    """The shards of one of some servers, by index, as a contract describes them; raises `Malformed`."""
-    compressor = _compressor(contract)
+    """Shards of server `server` of `servers`, by index; raises `ProtocolError` if the contract is invalid."""
+    compressor = _parse_compressor(contract)
     try:
         rows = list(enumerate(contract["shards"]))[server::servers]
-        shards = {number: _shard(number, row, contract, mode, alpha) for number, row in rows}
+        shards = {number: _parse_shard(number, row, contract, mode, alpha) for number, row in rows}
         if compressor is not None:
             for shard in shards.values():
-                shard.coding = _coding(compressor, contract, shard, mode)
+                shard.make_codec = _codec_factory(compressor, contract, shard, mode)
         return shards
     except (KeyError, IndexError, TypeError, ValueError):
-        raise Malformed("its hello describes no model") from None
+        raise ProtocolError("its hello has no valid description of the model") from None
 
 
-def _compressor(contract: Contract) -> Compressor | None:
-    """How pushes and answers are compressed."""
-    told = contract.get("compress")
-    if told is None:
+def _parse_compressor(contract: Contract) -> Compressor | None:
+    described = contract.get("compress")
+    if described is None:
         return None
     try:
-        compressor = build(told["scheme"])
+        compressor = build(described["scheme"])
         if compressor is not None:
-            Coder(compressor, Stretch(1, 1), torch.float32)  # raises here what it would later
+            PointToPointCodec(
+                compressor, Segment(1, 1), torch.float32
+            )  # raises for schemes that it cannot run
     except Exception as error:
-        raise Malformed(f"its compression cannot be used: {str(error)[:_TEXT]}") from None
+        raise ProtocolError(f"its compression cannot be used: {str(error)[:_MAX_TEXT]}") from None
     return compressor
 
 
-def _coding(
+def _codec_factory(
     compressor: Compressor, contract: Contract, shard: Shard, mode: str
-) -> Callable[[], ServerCodes | None]:
+) -> Callable[[], ServerDeltaCodec | None]:
     total = sum(index(numel) for _, numel, _ in contract["shards"])
     tensors = [(index(start), index(stop)) for start, stop in contract["compress"]["tensors"][shard.index]]
-    if total < shard.numel or not _in_order(tensors, shard.numel):
+    if total < shard.numel or not _is_ordered(tensors, shard.numel):
         raise ValueError
 
-    def make() -> ServerCodes | None:
-        coder = coder_of(compressor, shard.dtype, shard.numel, total, tensors)
-        return None if coder is None else ServerCodes(coder, shard.index, mode)
+    def make() -> ServerDeltaCodec | None:
+        codec = shard_codec(compressor, shard.dtype, shard.numel, total, tensors)
+        return None if codec is None else ServerDeltaCodec(codec, shard.index, mode)
 
     return make
 
 
-def _shard(number: int, row: Any, contract: Contract, mode: str, alpha: float | None) -> Shard:
+def _parse_shard(number: int, row: Any, contract: Contract, mode: str, alpha: float | None) -> Shard:
     dtype, numel, segments = row
-    if dtype not in _DTYPES or not 0 < index(numel) <= _LARGEST:
+    if dtype not in _DTYPES or not 0 < index(numel) <= _MAX_ELEMENTS:
         raise ValueError
-    rule: Rule = Elastic(alpha)
+    rule: UpdateRule = ElasticRule(alpha)
     if mode != "elastic":
-        rule = _descent(contract["optimizer"], segments, numel)
+        rule = _parse_optimizer_rule(contract["optimizer"], segments, numel)
     return Shard(number, getattr(torch, dtype), numel, rule)
 
 
-def _descent(optimizer: Any, segments: Any, numel: int) -> Descent:
-    stretches = [(index(start), index(stop), index(group)) for start, stop, group in segments]
-    fits = _in_order([(start, stop) for start, stop, _ in stretches], numel)
-    if optimizer not in OPTIMIZERS or not stretches or not fits:
+def _parse_optimizer_rule(optimizer: Any, segments: Any, numel: int) -> OptimizerRule:
+    spans = [(index(start), index(stop), index(group)) for start, stop, group in segments]
+    fits = _is_ordered([(start, stop) for start, stop, _ in spans], numel)
+    if optimizer not in OPTIMIZERS or not spans or not fits:
         raise ValueError
-    if any(group < 0 for _, _, group in stretches):
+    if any(group < 0 for _, _, group in spans):
         raise ValueError
-    return Descent(optimizer, stretches)
+    return OptimizerRule(optimizer, spans)
 
 
-def _in_order(extents: Extents, numel: int) -> bool:
-    """Whether [start, stop) follow each other, and end within so many elements."""
+def _is_ordered(extents: Extents, numel: int) -> bool:
+    """Whether the ranges [start, stop) are ascending, disjoint and within `numel` elements."""
     ends = [0, *(stop for _, stop in extents)]
-    one_by_one = zip(ends, extents, strict=False)
-    return all(end <= start <= stop for end, (start, stop) in one_by_one) and ends[-1] <= numel
+    consecutive = zip(ends, extents, strict=False)
+    return all(end <= start <= stop for end, (start, stop) in consecutive) and ends[-1] <= numel

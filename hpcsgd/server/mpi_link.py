@@ -1,4 +1,4 @@
-"""Links inside one MPI job: between a server and a client that are ranks of it."""
+"""Links between a server and a client that are ranks of the same MPI job."""
 
 from __future__ import annotations
 
@@ -8,75 +8,81 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
-from hpcsgd.mpi.communicator import Transport
-from hpcsgd.server.protocol import HEAD_BYTES, LAST_WORDS, Head, Link, Party
+from hpcsgd.mpi.communicator import Communicator
+from hpcsgd.server.protocol import FINAL_TYPES, HEADER_BYTES, Handler, Header, Link
 
-_HEAD, _BODY = 0, 1  # tags
-_AHEAD = 2  # messages of one link that arrive at a time
+_HEADER_TAG, _BODY_TAG = 0, 1
+_MAX_RECEIVES = 2  # messages of one link that are received at the same time
 
 
 class MPILink(Link):
-    """A link inside one MPI job.
+    """Link between two ranks of one MPI job.
 
     Parameters
     ----------
-    transport
-        A communicator for links alone; there is one between any two of its ranks.
+    communicator
+        Used by links alone; any two of its ranks have at most one.
     peer
-        The other side's rank there.
-    party, name, traffic
+        Rank of the other side.
+    handler, name, traffic
         See `Link`.
     """
 
-    lasting = True
+    permanent = True
 
     def __init__(
-        self, transport: Transport, peer: int, party: Party, name: str, traffic: Traffic | None = None
+        self,
+        communicator: Communicator,
+        peer: int,
+        handler: Handler,
+        name: str,
+        traffic: Traffic | None = None,
     ) -> None:
-        super().__init__(party, name, traffic)
-        self._transport, self._peer = transport, peer
-        self._leaving: deque[tuple[Any, object]] = deque()
-        self._buffer = np.empty(HEAD_BYTES, np.uint8)
-        self._coming: Any = None  # the next head
-        self._bodies: deque[tuple[Head, np.ndarray, Any]] = deque()
+        super().__init__(handler, name, traffic)
+        self._communicator, self._peer = communicator, peer
+        self._outgoing: deque[tuple[Any, object]] = deque()
+        self._header_buffer = np.empty(HEADER_BYTES, np.uint8)
+        self._header_request: Any = None
+        self._incoming: deque[tuple[Header, np.ndarray, Any]] = deque()
         self._closed = False
 
-    def _queue(self, head: Head, body: np.ndarray | None) -> None:
-        packed = np.frombuffer(head.pack(), np.uint8)
-        self._leaving.append((self._transport.isend(packed, self._peer, _HEAD), packed))
+    def _queue(self, header: Header, body: np.ndarray | None) -> None:
+        packed = np.frombuffer(header.pack(), np.uint8)
+        self._outgoing.append((self._communicator.isend(packed, self._peer, _HEADER_TAG), packed))
         if body is not None:
-            self._leaving.append((self._transport.isend(body, self._peer, _BODY), body))
+            self._outgoing.append((self._communicator.isend(body, self._peer, _BODY_TAG), body))
 
     def pump(self) -> bool:
         moved = False
-        while self._leaving and self._leaving[0][0].Test():
-            self._leaving.popleft()
+        while self._outgoing and self._outgoing[0][0].Test():
+            self._outgoing.popleft()
             moved = True
-        # Bodies are asked for before they are due: else the word for the next one would wait behind what
-        # this side sends meanwhile, and the two directions would take turns.
-        while self._listens() and self._coming.Test():
-            self._coming = None
-            head, body = self._expect(self._buffer.data)
-            request = self._transport.irecv(body, self._peer, _BODY) if body.size else None
-            self._bodies.append((head, body, request))
+        # The receive of a body is posted before the previous body is complete: else the rendezvous of the
+        # next one would wait behind the sends of this side, and the two directions would alternate.
+        while self._header_posted() and self._header_request.Test():
+            self._header_request = None
+            header, body = self._receive_header(self._header_buffer.data)
+            request = self._communicator.irecv(body, self._peer, _BODY_TAG) if body.size else None
+            self._incoming.append((header, body, request))
             moved = True
-        while self._bodies and (self._bodies[0][2] is None or self._bodies[0][2].Test()):
-            head, body, _ = self._bodies.popleft()
-            self._hand_over(head, body)
+        while self._incoming and (self._incoming[0][2] is None or self._incoming[0][2].Test()):
+            header, body, _ = self._incoming.popleft()
+            self._deliver(header, body)
             moved = True
         return moved
 
-    def _listens(self) -> bool:
-        """Whether a head is awaited."""
-        last = bool(self._bodies) and self._bodies[-1][0].kind in LAST_WORDS
-        if self._coming is None and not self._closed and not last and len(self._bodies) < _AHEAD:
-            self._coming = self._transport.irecv(self._buffer, self._peer, _HEAD)
-        return self._coming is not None
+    def _header_posted(self) -> bool:
+        """Post the receive of the next header if one may come; returns whether one is posted."""
+        final = bool(self._incoming) and self._incoming[-1][0].type in FINAL_TYPES
+        due = not self._closed and not final and len(self._incoming) < _MAX_RECEIVES
+        if self._header_request is None and due:
+            self._header_request = self._communicator.irecv(self._header_buffer, self._peer, _HEADER_TAG)
+        return self._header_request is not None
 
     @property
     def idle(self) -> bool:
-        return not self._leaving
+        return not self._outgoing
 
     def close(self) -> None:
-        # Who closes has heard the last word, so that no receive is posted any more.
+        # A link is closed after its final message has been received, so no receive is left posted.
         self._closed = True

@@ -1,7 +1,7 @@
-"""Links between a client and a server: messages of a head and, where it says so, the bytes of an array.
+"""Message protocol between a client and a server: fixed-size headers, and bodies of JSON or of array bytes.
 
-A link never waits: `pump` moves what can be moved. Nothing that comes from the other side is believed: a
-head that makes no sense ends the link, and memory is only given for as many bytes as its party expects.
+A link never blocks: `Link.pump` moves the bytes that can be moved now. Received bytes are untrusted: a
+malformed header ends the link, and memory is allocated only for the number of bytes that the handler expects.
 """
 
 from __future__ import annotations
@@ -20,245 +20,244 @@ from hpcsgd.diagnostics.traffic import Traffic
 
 _MAGIC = b"hps1"
 _FORMAT = struct.Struct("<4sBBHIIqqdqqq")
-HEAD_BYTES = _FORMAT.size
-NOTES = 4 * 2**20  # bytes of JSON, at most
-_LEVELS = 10  # of lists and objects in it, at most
-_LARGEST = 2**40  # number in a head
+HEADER_BYTES = _FORMAT.size
+MAX_JSON_BYTES = 4 * 2**20
+_MAX_DEPTH = 10  # of nested lists and objects in JSON
+_MAX_NUMBER = 2**40  # in a header
 
 
-class Kind(IntEnum):
-    """What a message is for."""
+class MessageType(IntEnum):
+    """Types of messages; the number is the one on the wire."""
 
-    CHALLENGE = 1  # the server's first word
-    HELLO = 2  # who the client is, and what it knows of the model
-    WELCOME = 3
-    REFUSAL = 4  # the last word, with the reason
-    PULL = 5  # what is the value?
-    FILL = 6  # here is one, if there is none yet
+    CHALLENGE = 1  # first message of the server: a nonce
+    HELLO = 2  # identity of the client, its contract and its HMAC
+    WELCOME = 3  # the client is admitted
+    REFUSAL = 4  # last message, with the reason
+    PULL = 5  # request for a shard's values
+    INIT = 6  # values for a shard that has none yet
     PUSH = 7
     PUSHPULL = 8
-    REPLY = 9  # to the last four
-    CLAIM = 10  # how many steps may I take?
-    GRANT = 11
-    OPTIONS = 12  # of the optimizer, for the pushes that follow
-    BEAT = 13  # still here
-    REST = 14  # no more pushes until further notice
-    BYE = 15
+    REPLY = 9  # to the four above
+    CLAIM = 10  # request for a quota of steps
+    GRANT = 11  # the quota
+    OPTIONS = 12  # optimizer options for the following pushes
+    HEARTBEAT = 13
+    PAUSE = 14  # no pushes until the next one
+    GOODBYE = 15
 
 
-#: What brings values; all else are notes and questions.
-VALUES = (Kind.FILL, Kind.PUSH, Kind.PUSHPULL, Kind.REPLY)
+#: Types whose bodies are values of a shard; other bodies are JSON.
+VALUE_TYPES = (MessageType.INIT, MessageType.PUSH, MessageType.PUSHPULL, MessageType.REPLY)
 
 
-LAST_WORDS = (Kind.BYE, Kind.REFUSAL)
+#: Types after which a side sends nothing more.
+FINAL_TYPES = (MessageType.GOODBYE, MessageType.REFUSAL)
 
 
-class State(IntEnum):
-    """What a reply says of what it answers."""
+class ReplyStatus(IntEnum):
+    """Result of a request, in the header of its reply."""
 
-    DONE = 0
-    EMPTY = 1  # there is no value yet
-    LATE = 2  # the push was left out: others had stopped waiting for it
-    UNREAD = 3  # its code says a difference to what is not known here: it must be pushed as it is
-    MORE = 4  # it was one part, and this is what all have said together: the next part is waited for
-    AGAIN = 5  # it must be pushed from its first part on, as one of so many
+    OK = 0
+    NO_VALUES = 1  # the shard has not been initialized
+    LATE = 2  # the push was dropped: the others had stopped waiting for it
+    NO_REFERENCE = 3  # the code is a difference to values that the server lacks: push the values themselves
+    CONTINUE = 4  # one part of a code sum, with the combination of all clients' parts: send the next part
+    RESTART = 5  # push again from the first part on, as one of `terms` clients
 
 
 @dataclass(frozen=True)
-class Head:
-    """The fixed part of a message.
+class Header:
+    """Fixed-size part of a message.
 
     Attributes
     ----------
-    kind
-        What it is for.
+    type
+        Type of the message.
     shard
-        The index of a shard, see `hpcsgd.server.store`.
-    state
-        Of a reply.
-    round
-        The number of the client's push of this shard, from 1.
+        Index of a shard, see `hpcsgd.server.store`.
+    status
+        Result, in a reply.
+    push_number
+        Number of the client's push to this shard, from 1.
     version
-        How many updates the shard has had.
+        Number of updates that the shard has had.
     weight
-        Of how many gradients a push is the mean.
-    steps, begun
-        How many the client asks for or may take, or of a pull, whether it begins to push; how many all
-        clients have begun.
+        Number of gradients whose mean is pushed.
+    steps, steps_begun
+        Steps that a client requests or is granted (in a pull: 1 if it will push); steps begun by all.
     nbytes
-        Of the body.
+        Size of the body.
     part, terms
-        Of a push in parts: which one, from 0, and of how many clients' pushes it shall be the sum.
+        In a code sum: the index of this part, from 0, and the number of clients whose pushes are summed.
     """
 
-    kind: Kind
+    type: MessageType
     shard: int = 0
-    state: State = State.DONE
-    round: int = 0
+    status: ReplyStatus = ReplyStatus.OK
+    push_number: int = 0
     version: int = 0
     weight: float = 0.0
     steps: int = 0
-    begun: int = 0
+    steps_begun: int = 0
     nbytes: int = 0
     part: int = 0
     terms: int = 0
 
     def pack(self) -> bytes:
-        rest = (self.round, self.version, self.weight, self.steps, self.begun, self.nbytes)
-        return _FORMAT.pack(_MAGIC, self.kind, self.state, self.part, self.shard, self.terms, *rest)
+        rest = (self.push_number, self.version, self.weight, self.steps, self.steps_begun, self.nbytes)
+        return _FORMAT.pack(_MAGIC, self.type, self.status, self.part, self.shard, self.terms, *rest)
 
     @staticmethod
-    def unpack(data: bytes | bytearray | memoryview) -> Head:
-        """Raises `Malformed` for what `pack` cannot have made."""
-        magic, kind, state, part, shard, terms, *rest = _FORMAT.unpack(data)
-        number, version, weight, steps, begun, nbytes = rest
-        numbers = (number, version, steps, begun, nbytes)
+    def unpack(data: bytes | bytearray | memoryview) -> Header:
+        """Raises `ProtocolError` for bytes that `pack` cannot have produced."""
+        magic, message_type, status, part, shard, terms, *rest = _FORMAT.unpack(data)
+        number, version, weight, steps, steps_begun, nbytes = rest
+        numbers = (number, version, steps, steps_begun, nbytes)
         try:
-            if magic != _MAGIC or not 0 <= min(numbers) <= max(numbers) <= _LARGEST:
+            if magic != _MAGIC or not 0 <= min(numbers) <= max(numbers) <= _MAX_NUMBER:
                 raise ValueError
             if not 0 <= weight < math.inf:
                 raise ValueError
-            fixed = (Kind(kind), shard, State(state), number, version, weight, steps, begun, nbytes)
-            return Head(*fixed, part, terms)
+            kinds = (MessageType(message_type), shard, ReplyStatus(status))
+            return Header(*kinds, number, version, weight, steps, steps_begun, nbytes, part, terms)
         except ValueError:
-            raise Malformed("it sent something that is no message of hpcsgd") from None
+            raise ProtocolError("it sent bytes that are no message of hpcsgd") from None
 
 
-class Lost(Exception):
-    """The other side is gone; the text says how that was noticed."""
+class Disconnected(Exception):
+    """The link is lost; the text is the reason."""
 
 
-class Malformed(Lost):
-    """It sent what it must not send."""
+class ProtocolError(Disconnected):
+    """The other side violated the protocol."""
 
 
-class Party(Protocol):
-    """Who uses a link."""
+class Handler(Protocol):
+    """Receiver of a link's messages."""
 
-    def landing(self, link: Link, head: Head) -> np.ndarray:
-        """Memory for the body of a message, `head.nbytes` of uint8; raises `Malformed` where none is due."""
+    def buffer_for(self, link: Link, header: Header) -> np.ndarray:
+        """Memory for a message's body, `header.nbytes` of uint8; raises `ProtocolError` if none is due."""
 
-    def take(self, link: Link, head: Head, body: np.ndarray) -> None:
-        """A message is here; raises `Malformed` for one that makes no sense."""
+    def on_message(self, link: Link, header: Header, body: np.ndarray) -> None:
+        """Handle a message; raises `ProtocolError` for an invalid one."""
 
 
 class Link:
-    """One side of a link.
+    """One end of a link.
 
     Parameters
     ----------
-    party
-        Takes the messages.
+    handler
+        Receives the messages.
     name
-        What the other side is called, for errors.
+        Name of the other side, for errors.
     traffic
-        Where to count the values that are sent; None: nowhere.
+        Counts the values that are sent; None: they are not counted.
 
     Attributes
     ----------
-    heard
-        When something came last, by `time.monotonic`.
+    last_received
+        Time of the last receipt, by `time.monotonic`.
     received, sent
         Bytes of messages.
-    lasting
-        Whether there is no other one between its two sides, ever.
+    permanent
+        Whether this is the only link that can ever exist between its two sides.
     """
 
-    lasting = False
+    permanent = False
 
-    def __init__(self, party: Party, name: str, traffic: Traffic | None = None) -> None:
-        self.party, self.name, self._traffic = party, name, traffic
-        self.heard = time.monotonic()
+    def __init__(self, handler: Handler, name: str, traffic: Traffic | None = None) -> None:
+        self.handler, self.name, self._traffic = handler, name, traffic
+        self.last_received = time.monotonic()
         self.received = self.sent = 0
-        self._head: Head | None = None
+        self._header: Header | None = None
         self._body = np.empty(0, np.uint8)
 
-    def send(self, head: Head, body: np.ndarray | None = None, plain: int | None = None) -> None:
-        """Queue a message; the body must stay unchanged until it has left.
+    def send(self, header: Header, body: np.ndarray | None = None, dense_nbytes: int | None = None) -> None:
+        """Queue a message; the body must stay unchanged until it has been sent.
 
         Parameters
         ----------
-        head, body
+        header, body
             The message.
-        plain
-            Of a code: the bytes of the values that are not sent because of it.
+        dense_nbytes
+            If the body is a code: the size of the values that it replaces.
         """
-        self.sent += HEAD_BYTES + head.nbytes
-        if self._traffic is not None and head.kind in VALUES:
-            self._traffic.sent += head.nbytes
-            self._traffic.saved += 0 if plain is None else plain - head.nbytes
-        self._queue(head, body if head.nbytes else None)
+        self.sent += HEADER_BYTES + header.nbytes
+        if self._traffic is not None and header.type in VALUE_TYPES:
+            self._traffic.sent += header.nbytes
+            self._traffic.saved += 0 if dense_nbytes is None else dense_nbytes - header.nbytes
+        self._queue(header, body if header.nbytes else None)
 
-    def _queue(self, head: Head, body: np.ndarray | None) -> None:
+    def _queue(self, header: Header, body: np.ndarray | None) -> None:
         raise NotImplementedError
 
     def pump(self) -> bool:
-        """Move what can be moved; returns whether anything was. Raises `Lost`."""
+        """Send and receive without blocking; returns whether anything moved. Raises `Disconnected`."""
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Send what can be sent now, and receive nothing: the last word before the end."""
+        """Send without blocking, and receive nothing: for a final message."""
 
     @property
     def idle(self) -> bool:
-        """Whether all that was queued has left."""
+        """Whether all queued messages have been sent."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Neither send nor receive any more."""
+        """Stop sending and receiving."""
         raise NotImplementedError
 
-    def send_note(self, kind: Kind, note: dict[str, Any]) -> None:
+    def send_json(self, message_type: MessageType, fields: dict[str, Any]) -> None:
         """Queue a message whose body is JSON."""
-        body = as_note(note)
-        self.send(Head(kind, nbytes=body.size), body)
+        body = encode_json(fields)
+        self.send(Header(message_type, nbytes=body.size), body)
 
-    def _expect(self, data: bytes | bytearray | memoryview) -> tuple[Head, np.ndarray]:
-        """A head is here; returns it, and where its body goes."""
-        self.heard = time.monotonic()
-        head = Head.unpack(data)
-        body = self.party.landing(self, head) if head.nbytes else np.empty(0, np.uint8)
-        if body.nbytes != head.nbytes:
-            raise Malformed(f"it sent {head.nbytes} bytes where {body.nbytes} were expected")
-        return head, body
+    def _receive_header(self, data: bytes | bytearray | memoryview) -> tuple[Header, np.ndarray]:
+        """Decode a header; returns it with the memory for its body."""
+        self.last_received = time.monotonic()
+        header = Header.unpack(data)
+        body = self.handler.buffer_for(self, header) if header.nbytes else np.empty(0, np.uint8)
+        if body.nbytes != header.nbytes:
+            raise ProtocolError(f"it sent {header.nbytes} bytes where {body.nbytes} were expected")
+        return header, body
 
-    def _hand_over(self, head: Head, body: np.ndarray) -> None:
-        """A message is here."""
-        self.heard = time.monotonic()
-        self.received += HEAD_BYTES + head.nbytes
-        self.party.take(self, head, body)
+    def _deliver(self, header: Header, body: np.ndarray) -> None:
+        self.last_received = time.monotonic()
+        self.received += HEADER_BYTES + header.nbytes
+        self.handler.on_message(self, header, body)
 
-    # Where messages come one after the other.
+    # For links that receive one message after the other.
 
-    def _begin(self, data: bytes | bytearray | memoryview) -> np.ndarray:
-        """A head is here; returns where its body goes."""
-        self._head, self._body = self._expect(data)
+    def _begin_message(self, data: bytes | bytearray | memoryview) -> np.ndarray:
+        """Decode a header; returns the memory for its body."""
+        self._header, self._body = self._receive_header(data)
         return self._body
 
-    def _end(self) -> None:
-        """Its body is here too."""
-        head, body, self._head = self._head, self._body, None
-        assert head is not None
-        self._hand_over(head, body)
+    def _end_message(self) -> None:
+        """Deliver the message, whose body is complete."""
+        header, body, self._header = self._header, self._body, None
+        assert header is not None
+        self._deliver(header, body)
 
 
-def as_note(note: dict[str, Any]) -> np.ndarray:
-    """JSON, as a body."""
-    return np.frombuffer(json.dumps(note).encode(), np.uint8)
+def encode_json(fields: dict[str, Any]) -> np.ndarray:
+    """JSON as the body of a message."""
+    return np.frombuffer(json.dumps(fields).encode(), np.uint8)
 
 
-def read_note(body: np.ndarray) -> dict[str, Any]:
-    """The JSON of a body."""
+def decode_json(body: np.ndarray) -> dict[str, Any]:
+    """JSON object in the body of a message; raises `ProtocolError` if there is none."""
     try:
-        note = json.loads(body.tobytes())
+        fields = json.loads(body.tobytes())
     except (ValueError, RecursionError):
-        note = None
-    if not isinstance(note, dict) or not _flat(note, _LEVELS):
-        raise Malformed("it sent a note that cannot be read")
-    return note
+        fields = None
+    if not isinstance(fields, dict) or not _is_shallow(fields, _MAX_DEPTH):
+        raise ProtocolError("it sent JSON that cannot be read")
+    return fields
 
 
-def _flat(value: Any, levels: int) -> bool:
-    """Whether lists and objects lie in each other no deeper than that: who walks through them may recurse."""
+def _is_shallow(value: Any, depth: int) -> bool:
+    """Whether lists and objects are nested at most `depth` levels: code that walks them may recurse."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(_flat(each, levels - 1) for each in inner)
+    return depth > 0 and all(_is_shallow(each, depth - 1) for each in inner)

@@ -1,84 +1,63 @@
-"""The parameter server: who is let in, who is heard, and who is waited for."""
+"""Parameter server: admits clients, tracks their leases, and answers their requests."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from hpcsgd.server import handshake as agreed
-from hpcsgd.server import step_quota, tcp_link
-from hpcsgd.server.aggregation import Counting, Record
-from hpcsgd.server.protocol import NOTES, Head, Kind, Link, Lost, Malformed, State, read_note
-from hpcsgd.server.session import Client
-from hpcsgd.server.shard import FIRST, Push, Shard
-from hpcsgd.server.update_rules import Options, Terms
+from hpcsgd.server import handshake, step_quota, tcp_link
+from hpcsgd.server.aggregation import PushAggregator, RecordUpdate
+from hpcsgd.server.policy import Policy
+from hpcsgd.server.protocol import (
+    MAX_JSON_BYTES,
+    Disconnected,
+    Header,
+    Link,
+    MessageType,
+    ProtocolError,
+    ReplyStatus,
+    decode_json,
+)
+from hpcsgd.server.session import Session
+from hpcsgd.server.shard import INITIAL_PUSH, Push, Shard
+from hpcsgd.server.update_rules import Options, UpdateContext
 
 _log = logging.getLogger("hpcsgd.server")
-_STILL = 0.5  # seconds between two looks at the clock that are no accident
-_BODIES = (Kind.PUSH, Kind.PUSHPULL, Kind.FILL)
-
-
-class Policy(NamedTuple):
-    """What all servers of a model do alike.
-
-    Attributes
-    ----------
-    mode
-        "sync": an optimizer's step with the mean gradient of all clients that count. "async": one with each
-        push. "elastic": pushes are models, which are drawn to the values and these to them.
-    alpha
-        Of the elastic rule, see `rules.Elastic`.
-    max_staleness
-        See `counting.Counting`; with 0 any mode waits for the pushes of all and counts them in together.
-    lease
-        Seconds of silence after which a client counts no more, until it is heard again.
-    secret
-        What clients must know; "": nothing.
-    """
-
-    mode: str = "sync"
-    alpha: float | None = None
-    max_staleness: int | None = None
-    lease: float = 10.0
-    secret: str = ""
-
-    @property
-    def together(self) -> bool:
-        """Whether pushes are counted in together."""
-        return self.mode == "sync" or self.max_staleness == 0
+_MIN_STALL = 0.5  # seconds between two checks of the leases, below which the server itself has not stalled
+_TYPES_WITH_BODY = (MessageType.PUSH, MessageType.PUSHPULL, MessageType.INIT)
 
 
 class Server:
-    """Some of a model's shards, and the links of all clients.
+    """One server: a part of a model's shards, and the sessions of all clients.
 
-    Everything happens in `pump` and `watch`, which never wait: nothing that a client does, or fails to do,
-    holds up the others for longer than its lease.
+    All work is done in `pump` and `check_leases`, which never block: no client can delay the others for
+    longer than its lease.
 
     Parameters
     ----------
     policy
         See `Policy`.
     index, count
-        Which of how many servers this is; shard i is that of server i % count.
+        Index of this server and number of servers; shard i is on server i % count.
     record
-        See `counting.Record`.
+        See `aggregation.RecordUpdate`.
 
     Attributes
     ----------
     contract
-        What the first client has said of the model; the others must say the same.
-    shards, clients
-        By index, and by name.
-    goal, begun
-        How many steps all clients together may begin, None: any number; and have begun.
-    rests
-        How many times a client has said that it rests.
-    heard
-        How many messages have come, but for those that only say that a client is still there.
+        Contract of the first client, which the others must match, see `handshake.Contract`.
+    shards, sessions
+        Shards by index, and sessions by the client's name.
+    step_limit, steps_begun
+        Steps that all clients together may begin (None: any number), and have begun.
+    pauses
+        Number of pauses that clients have announced.
+    messages_received
+        Number of messages of clients, without heartbeats.
     """
 
     def __init__(
@@ -86,299 +65,310 @@ class Server:
         policy: Policy,
         index: int = 0,
         count: int = 1,
-        record: Record = lambda shard, pushes, terms: None,
+        record: RecordUpdate = lambda shard, pushes, context: None,
     ) -> None:
         self.policy, self.index, self.count = policy, index, count
         self.contract: dict[str, Any] = {}
         self.shards: dict[int, Shard] = {}
-        self.clients: dict[str, Client] = {}
-        self.goal: int | None = None
-        self.begun = self.rests = self.heard = 0
-        self._record = record
-        self.counting = Counting(self.clients, policy.together, policy.max_staleness, self._grant, record)
-        self._watched = time.monotonic()
-        self._strangers: dict[Link, str] = {}  # and the nonces they were given
-        self._owners: dict[Link, Client] = {}
-        self._handlers: dict[Kind, Callable[[Client, Head, np.ndarray], None]] = {
-            Kind.PULL: self._pull,
-            Kind.FILL: self._fill,
-            Kind.PUSH: self._push,
-            Kind.PUSHPULL: self._push,
-            Kind.OPTIONS: self._take_options,
-            Kind.CLAIM: self._claim,
-            Kind.BEAT: lambda client, head, body: None,
-            Kind.REST: self._rest,
-            Kind.BYE: self._bye,
+        self.sessions: dict[str, Session] = {}
+        self.step_limit: int | None = None
+        self.steps_begun = self.pauses = self.messages_received = 0
+        self._record_update = record
+        self.aggregator = PushAggregator(
+            self.sessions, policy.synchronous, policy.max_staleness, self._grant, record
+        )
+        self._leases_checked_at = time.monotonic()
+        self._unauthenticated: dict[Link, str] = {}  # with the nonce of each
+        self._sessions_by_link: dict[Link, Session] = {}
+        self._handlers: dict[MessageType, Callable[[Session, Header, np.ndarray], None]] = {
+            MessageType.PULL: self._handle_pull,
+            MessageType.INIT: self._handle_init,
+            MessageType.PUSH: self._handle_push,
+            MessageType.PUSHPULL: self._handle_push,
+            MessageType.OPTIONS: self._handle_options,
+            MessageType.CLAIM: self._handle_claim,
+            MessageType.HEARTBEAT: lambda session, header, body: None,
+            MessageType.PAUSE: self._handle_pause,
+            MessageType.GOODBYE: self._handle_goodbye,
         }
 
     # Links.
 
-    def add(self, link: Link) -> None:
-        """Somebody, still unknown, has connected."""
-        self._strangers[link] = tcp_link.new_secret()
-        link.send_note(Kind.CHALLENGE, {"nonce": self._strangers[link]})
+    def add_link(self, link: Link) -> None:
+        """Begin the handshake on a new link."""
+        self._unauthenticated[link] = tcp_link.new_secret()
+        link.send_json(MessageType.CHALLENGE, {"nonce": self._unauthenticated[link]})
 
     @property
     def links(self) -> list[Link]:
-        """All that are open."""
-        return [*self._strangers, *self._owners]
+        """All open links."""
+        return [*self._unauthenticated, *self._sessions_by_link]
 
     def pump(self, links: Iterable[Link]) -> int:
-        """Let links move what can be moved; returns how many moved something."""
+        """Pump links; returns how many of them moved something."""
         moved = 0
         for link in links:
             try:
                 moved += link.pump()
-            except Lost as error:
-                if isinstance(error, Malformed):  # to try again would be of no use
-                    link.send_note(Kind.REFUSAL, {"reason": str(error)})
+            except Disconnected as error:
+                if isinstance(error, ProtocolError):  # a new attempt would fail too
+                    link.send_json(MessageType.REFUSAL, {"reason": str(error)})
                     link.flush()
-                self.lose(link, str(error))
+                self.disconnect(link, str(error))
                 moved += 1
         return moved
 
-    def lose(self, link: Link, why: str) -> None:
-        """A link is of no use any more."""
+    def disconnect(self, link: Link, reason: str) -> None:
+        """Close a link; its session continues with the client's next one."""
         link.close()
-        if self._strangers.pop(link, None) is not None:
-            _log.warning("%s was not let in: %s", link.name, why)
-        client = self._owners.pop(link, None)
-        if client is None:
+        if self._unauthenticated.pop(link, None) is not None:
+            _log.warning("%s was not admitted: %s", link.name, reason)
+        session = self._sessions_by_link.pop(link, None)
+        if session is None:
             return
-        client.link, client.since = None, time.monotonic()
-        client.received += link.received
-        client.sent += link.sent
-        client.owed.clear()
+        session.link, session.last_seen = None, time.monotonic()
+        session.received += link.received
+        session.sent += link.sent
+        session.pending_replies.clear()
         for shard in self.shards.values():
-            shard.waiting.pop(client.name, None)
-            if shard.codes is not None:
-                shard.codes.forget(client.name)
-        if client.done:
-            client.buffers.clear()
-            _log.info("%s is done", client.name)
+            shard.pending.pop(session.name, None)
+            if shard.codec is not None:
+                shard.codec.forget(session.name)
+        if session.done:
+            session.buffers.clear()
+            _log.info("%s is done", session.name)
         else:
-            _log.warning("%s is gone: %s", client.name, why)
-        self._leave_out(client)
+            _log.warning("%s is disconnected: %s", session.name, reason)
+        self._stop_awaiting(session)
 
-    def watch(self) -> None:
-        """Wait no longer for who has been silent for too long."""
+    def check_leases(self) -> None:
+        """Stop awaiting clients that have been silent for longer than the lease."""
         lease = self.policy.lease
-        self._make_up_for(time.monotonic() - self._watched)
-        self._watched = time.monotonic()
-        for client in self.clients.values():
-            if client.waited_for and not client.done and client.silent_for > lease:
-                text = "%s has been silent for %g s: nobody waits for it any more"
-                _log.warning(text, client.name, lease)
-                self._leave_out(client)
-        mute = [link for link in self._strangers if time.monotonic() - link.heard > lease]
-        for link in [link for link in mute if not link.lasting]:
-            self.lose(link, f"it said nothing for {lease:g} s")
+        self._extend_leases(time.monotonic() - self._leases_checked_at)
+        self._leases_checked_at = time.monotonic()
+        for session in self.sessions.values():
+            if session.alive and not session.done and session.silent_for > lease:
+                text = "%s has been silent for %g s: it is no longer awaited"
+                _log.warning(text, session.name, lease)
+                self._stop_awaiting(session)
+        silent = [link for link in self._unauthenticated if time.monotonic() - link.last_received > lease]
+        for link in [link for link in silent if not link.permanent]:
+            self.disconnect(link, f"it has sent nothing for {lease:g} s")
 
-    def _make_up_for(self, gap: float) -> None:
-        """Who has not been listened to, because the server itself stood still, was not silent."""
-        if gap > max(self.policy.lease / 4, _STILL):
-            for client in self.clients.values():
-                client.since += gap
+    def _extend_leases(self, gap: float) -> None:
+        """Extend all leases by the time in which the server itself was stalled and received nothing."""
+        if gap > max(self.policy.lease / 4, _MIN_STALL):
+            for session in self.sessions.values():
+                session.last_seen += gap
             for link in self.links:
-                link.heard = min(link.heard + gap, time.monotonic())
+                link.last_received = min(link.last_received + gap, time.monotonic())
 
-    def begin(self, goal: int | None) -> None:
-        """All clients are about to take steps, so many more in all: none may go on without the others."""
-        self.goal, self.begun = goal, 0
-        for client in self.clients.values():
-            client.resting = False
-            client.since = time.monotonic()
-            if client.link is not None:
-                client.link.heard = client.since
+    def start_steps(self, step_limit: int | None) -> None:
+        """All clients are about to take `step_limit` more steps in total: all of them are awaited."""
+        self.step_limit, self.steps_begun = step_limit, 0
+        for session in self.sessions.values():
+            session.paused = False
+            session.last_seen = time.monotonic()
+            if session.link is not None:
+                session.link.last_received = session.last_seen
 
-    def _leave_out(self, client: Client) -> None:
-        client.waited_for = False
+    def _stop_awaiting(self, session: Session) -> None:
+        session.alive = False
         for shard in self.shards.values():
-            self.counting.go_on(shard)
+            self.aggregator.advance(shard)
 
-    # What comes over them.
+    # Messages.
 
-    def landing(self, link: Link, head: Head) -> np.ndarray:
-        """See `links.Party`."""
-        if head.kind in (Kind.HELLO, Kind.OPTIONS):
-            if head.nbytes > NOTES:
-                raise Malformed(f"it sent a note of {head.nbytes} bytes, of at most {NOTES}")
-            return np.empty(head.nbytes, np.uint8)
-        if head.kind not in _BODIES:
-            raise Malformed(f"it sent {head.nbytes} bytes with a {head.kind.name}")
-        client = self._owner(link, head)
-        shard = self._shard(client, head)
-        codes = None if head.kind is Kind.FILL else shard.codes
-        if codes is not None and codes.takes(head, len(self.clients)):
-            return np.empty(head.nbytes, np.uint8)
-        if head.nbytes != shard.nbytes:
-            raise Malformed(f"it sent {head.nbytes} bytes for shard {shard.index}, which has {shard.nbytes}")
-        if head.kind is not Kind.FILL and head.round <= shard.rounds.get(client.name, 0):
-            return np.empty(head.nbytes, np.uint8)  # it has been counted in; its answer is in the buffer
-        return client.buffer(shard)
+    def buffer_for(self, link: Link, header: Header) -> np.ndarray:
+        """See `protocol.Handler`."""
+        if header.type in (MessageType.HELLO, MessageType.OPTIONS):
+            if header.nbytes > MAX_JSON_BYTES:
+                raise ProtocolError(f"it sent JSON of {header.nbytes} bytes, of at most {MAX_JSON_BYTES}")
+            return np.empty(header.nbytes, np.uint8)
+        if header.type not in _TYPES_WITH_BODY:
+            raise ProtocolError(f"it sent {header.nbytes} bytes with a {header.type.name}")
+        session = self._session_of(link, header)
+        shard = self._requested_shard(session, header)
+        codec = None if header.type is MessageType.INIT else shard.codec
+        if codec is not None and codec.accepts(header, len(self.sessions)):
+            return np.empty(header.nbytes, np.uint8)
+        _check_size(header.nbytes, shard)
+        if header.type is not MessageType.INIT and _was_handled(session, shard, header):
+            return np.empty(header.nbytes, np.uint8)  # the buffer holds its reply
+        return session.buffer(shard)
 
-    def take(self, link: Link, head: Head, body: np.ndarray) -> None:
-        """See `links.Party`."""
-        if head.kind is Kind.HELLO:
-            self._greet(link, read_note(body))
+    def on_message(self, link: Link, header: Header, body: np.ndarray) -> None:
+        """See `protocol.Handler`."""
+        if header.type is MessageType.HELLO:
+            self._handle_hello(link, decode_json(body))
             return
-        client = self._owner(link, head)
-        if head.kind not in self._handlers:
-            raise Malformed(f"it sent a {head.kind.name}, which is for servers alone")
-        if not client.waited_for:
-            client.waited_for = True
-            _log.warning("%s is back", client.name)
-        self.heard += head.kind is not Kind.BEAT
-        self._handlers[head.kind](client, head, body)
+        session = self._session_of(link, header)
+        if header.type not in self._handlers:
+            raise ProtocolError(f"it sent a {header.type.name}, which only servers send")
+        if not session.alive:
+            session.alive = True
+            _log.warning("%s is back", session.name)
+        self.messages_received += header.type is not MessageType.HEARTBEAT
+        self._handlers[header.type](session, header, body)
 
-    def _owner(self, link: Link, head: Head) -> Client:
-        client = self._owners.get(link)
-        if client is None:
-            raise Malformed(f"it sent a {head.kind.name} before it was let in")
-        return client
+    def _session_of(self, link: Link, header: Header) -> Session:
+        session = self._sessions_by_link.get(link)
+        if session is None:
+            raise ProtocolError(f"it sent a {header.type.name} before it was admitted")
+        return session
 
-    def _shard(self, client: Client, head: Head) -> Shard:
-        if head.shard not in client.shards:
-            raise Malformed(f"it sent a {head.kind.name} of shard {head.shard}, which is not its own")
-        if head.shard in client.owed:
-            raise Malformed(f"it sent a {head.kind.name} of shard {head.shard} before the last was answered")
-        return self.shards[head.shard]
+    def _requested_shard(self, session: Session, header: Header) -> Shard:
+        if header.shard not in session.shards:
+            raise ProtocolError(
+                f"it sent a {header.type.name} for shard {header.shard}, which is not its own"
+            )
+        if header.shard in session.pending_replies:
+            raise ProtocolError(
+                f"it sent a {header.type.name} for shard {header.shard} before the last reply"
+            )
+        return self.shards[header.shard]
 
-    def _greet(self, link: Link, note: dict[str, Any]) -> None:
-        nonce = self._strangers.get(link)
+    def _handle_hello(self, link: Link, fields: dict[str, Any]) -> None:
+        nonce = self._unauthenticated.get(link)
         if nonce is None:
-            raise Malformed("it said hello twice")
-        if not tcp_link.proves(self.policy.secret, nonce, note.get("proof")):
-            raise Malformed("it does not know the secret of this job")
-        client = self._admit(link, note)
-        del self._strangers[link]
-        self._owners[link] = client
-        link.send_note(
-            Kind.WELCOME,
-            {"proof": tcp_link.proof(self.policy.secret, str(note.get("nonce"))), "lease": self.policy.lease},
-        )
+            raise ProtocolError("it sent a second HELLO")
+        if not tcp_link.verify(self.policy.secret, nonce, fields.get("proof")):
+            raise ProtocolError("it does not know the secret of this job")
+        session = self._admit(link, fields)
+        del self._unauthenticated[link]
+        self._sessions_by_link[link] = session
+        response = tcp_link.hmac_response(self.policy.secret, str(fields.get("nonce")))
+        link.send_json(MessageType.WELCOME, {"proof": response, "lease": self.policy.lease})
 
-    def agree_on(self, contract: dict[str, Any]) -> None:
-        """Make the shards that a contract describes."""
+    def set_contract(self, contract: dict[str, Any]) -> None:
+        """Create the shards that a contract describes."""
         policy = self.policy
-        self.shards = agreed.shards_of(contract, policy.mode, policy.alpha, self.index, self.count)
+        self.shards = handshake.make_shards(contract, policy.mode, policy.alpha, self.index, self.count)
         self.contract = contract
 
-    def _admit(self, link: Link, note: dict[str, Any]) -> Client:
-        who, contract = agreed.who(note), note.get("contract")
+    def _admit(self, link: Link, fields: dict[str, Any]) -> Session:
+        identity, contract = handshake.parse_identity(fields), fields.get("contract")
         if not isinstance(contract, dict):
-            raise Malformed("its hello says nothing of the model")
+            raise ProtocolError("its hello has no contract")
         own = {"mode": self.policy.mode, "servers": self.count}
-        objection = agreed.difference({**own, **(self.contract if self.clients else {})}, contract)
-        if objection:
-            raise Malformed(objection)
-        if not self.clients:
-            self.agree_on(contract)
-        shards = frozenset(i for i in self.shards if (i // self.count) % who.talkers == who.talker)
-        self._try_out(who.options, shards)
-        client = self.clients.get(who.name)
-        if client is None:
-            client = self.clients[who.name] = Client(who.name, link, shards, who.options)
-            _log.info("%s has come, from %s", who.name, link.name)
-        elif client.link is not None:
-            self.lose(client.link, "it has connected anew")
+        mismatch = handshake.first_mismatch({**own, **(self.contract if self.sessions else {})}, contract)
+        if mismatch:
+            raise ProtocolError(mismatch)
+        if not self.sessions:
+            self.set_contract(contract)
+        name, gateway, gateways, options, seed = identity
+        shards = frozenset(i for i in self.shards if (i // self.count) % gateways == gateway)
+        self._validate_options(options, shards)
+        session = self.sessions.get(name)
+        if session is None:
+            session = self.sessions[name] = Session(name, link, shards, options)
+            _log.info("%s has connected, from %s", name, link.name)
+        elif session.link is not None:
+            self.disconnect(session.link, "it has opened another connection")
         else:
-            _log.info("%s has connected again, from %s", who.name, link.name)
-        client.link, client.shards, client.options, client.done = link, shards, who.options, False
-        client.has &= shards
-        client.seed = who.seed
-        return client
+            _log.info("%s has reconnected, from %s", name, link.name)
+        session.link, session.shards, session.options, session.done = link, shards, options, False
+        session.subscribed &= shards
+        session.seed = seed
+        return session
 
-    def _try_out(self, options: Options, shards: Iterable[int]) -> None:
-        # One shard of each kind is enough: the others' rules are alike.
-        kinds = {(self.shards[i].dtype, self.shards[i].rule.groups): self.shards[i] for i in shards}
-        for shard in kinds.values():
+    def _validate_options(self, options: Options, shards: Iterable[int]) -> None:
+        # One shard for each type and set of parameter groups is enough: the others have equal rules.
+        own = [self.shards[i] for i in shards]
+        distinct = {(shard.dtype, shard.rule.parameter_groups): shard for shard in own}
+        for shard in distinct.values():
             try:
-                shard.rule.try_out(options, shard.dtype)
+                shard.rule.validate(options, shard.dtype)
             except Exception as error:
-                raise Malformed(f"its optimizer does not take these options: {error!r}") from None
+                raise ProtocolError(f"its optimizer rejects these options: {error!r}") from None
 
-    def _pull(self, client: Client, head: Head, body: np.ndarray) -> None:
-        if head.steps:
-            client.resting = False
-        self.counting.pull(client, self._shard(client, head))
+    def _handle_pull(self, session: Session, header: Header, body: np.ndarray) -> None:
+        if header.steps:
+            session.paused = False
+        self.aggregator.pull(session, self._requested_shard(session, header))
 
-    def _fill(self, client: Client, head: Head, body: np.ndarray) -> None:
-        shard = self._shard(client, head)
+    def _handle_init(self, session: Session, header: Header, body: np.ndarray) -> None:
+        shard = self._requested_shard(session, header)
         if shard.centre is None:
-            first = Push(client.name, FIRST, 0.0, _whole(head, shard, body))
-            self._record(shard, [first], Terms([], 0, []))
-            shard.fill(first.values)
-        self.counting.pull(client, shard)
+            _check_size(body.nbytes, shard)
+            first = Push(session.name, INITIAL_PUSH, 0.0, body)
+            self._record_update(shard, [first], UpdateContext([], 0, []))
+            shard.initialize(first.values)
+        self.aggregator.pull(session, shard)
 
-    def _push(self, client: Client, head: Head, body: np.ndarray) -> None:
-        client.resting = False
-        shard = self._shard(client, head)
-        if shard.centre is None or head.round < 1:
-            raise Malformed(f"it pushed shard {shard.index} before it had its values")
-        values = self._read(client, shard, head, body)
+    def _handle_push(self, session: Session, header: Header, body: np.ndarray) -> None:
+        session.paused = False
+        shard = self._requested_shard(session, header)
+        if shard.centre is None or header.push_number < 1:
+            raise ProtocolError(f"it pushed shard {shard.index} before its values were initialized")
+        values = self._decode(session, shard, header, body)
         if values is not None:
-            self.counting.push(client, shard, head, values)
-        elif client.link is not None:
-            client.link.send(Head(Kind.REPLY, shard.index, State.UNREAD, round=head.round))
+            self.aggregator.push(session, shard, header, values)
+        elif session.link is not None:
+            status, number = ReplyStatus.NO_REFERENCE, header.push_number
+            session.link.send(Header(MessageType.REPLY, shard.index, status, push_number=number))
 
-    def _read(self, client: Client, shard: Shard, head: Head, body: np.ndarray) -> np.ndarray | None:
-        """What was pushed; None: this cannot be read."""
-        codes = shard.codes
-        if codes is None or not codes.takes(head, len(self.clients)):
-            if codes is not None and codes.sum is not None:
-                raise Malformed(f"it sent {body.nbytes} bytes as part {head.part} of a push")
-            body = _whole(head, shard, body)
-        if codes is None or codes.sum is not None or head.round <= shard.rounds.get(client.name, 0):
-            return body  # of what has been counted in nobody looks at the values
-        values = client.buffer(shard)
+    def _decode(self, session: Session, shard: Shard, header: Header, body: np.ndarray) -> np.ndarray | None:
+        """Values of a push, or part of a code sum; None: it is a difference to an unknown reference."""
+        codec = shard.codec
+        if codec is None or not codec.accepts(header, len(self.sessions)):
+            if codec is not None and codec.code_sum is not None:
+                raise ProtocolError(f"it sent {body.nbytes} bytes as part {header.part} of a push")
+            _check_size(body.nbytes, shard)
+        if codec is None or codec.code_sum is not None or _was_handled(session, shard, header):
+            return body  # the values of a push that was handled before are not used
+        values = session.buffer(shard)
         try:
-            return values if codes.hear(client.name, head.round, body, shard.view(values)) else None
+            decoded = codec.decode_push(session.name, header.push_number, body, shard.view(values))
+            return values if decoded else None
         except Exception as error:
-            raise Malformed(f"it sent a code that cannot be read: {error!r}") from None
+            raise ProtocolError(f"it sent an invalid code: {error!r}") from None
 
-    def _take_options(self, client: Client, head: Head, body: np.ndarray) -> None:
-        options = read_note(body).get("options")
-        if not isinstance(options, list) or len(options) != len(client.options):
-            raise Malformed("its options are not those of its optimizer")
-        self._try_out(options, client.shards)
-        client.options = options
+    def _handle_options(self, session: Session, header: Header, body: np.ndarray) -> None:
+        options = decode_json(body).get("options")
+        if not isinstance(options, list) or len(options) != len(session.options):
+            raise ProtocolError("its options do not match the groups of its optimizer")
+        self._validate_options(options, session.shards)
+        session.options = options
 
-    def _claim(self, client: Client, head: Head, body: np.ndarray) -> None:
-        client.resting = False
-        assert client.link is not None
-        client.leave = 0
-        steps, begun = self._grant(client, head.steps)
-        client.link.send(Head(Kind.GRANT, steps=steps, begun=begun))
+    def _handle_claim(self, session: Session, header: Header, body: np.ndarray) -> None:
+        session.paused = False
+        assert session.link is not None
+        session.quota = 0
+        steps, steps_begun = self._grant(session, header.steps)
+        session.link.send(Header(MessageType.GRANT, steps=steps, steps_begun=steps_begun))
 
-    def _grant(self, client: Client, steps: int) -> tuple[int, int]:
-        if self.goal is not None:
-            left = self.goal - self.begun
-            # Where all exchange at the same time they take equally many.
-            alike = self.policy.together
-            steps = (
-                min(steps, left) if alike else step_quota.share(client, steps, left, self.clients.values())
-            )
-        step_quota.note(client, steps)
-        self.begun += steps
-        return steps, self.begun
+    def _grant(self, session: Session, steps: int) -> tuple[int, int]:
+        if self.step_limit is not None:
+            remaining = self.step_limit - self.steps_begun
+            if self.policy.synchronous:  # all clients take the same number of steps
+                steps = min(steps, remaining)
+            else:
+                steps = step_quota.grant(session, steps, remaining, self.sessions.values())
+        step_quota.record(session, steps)
+        self.steps_begun += steps
+        return steps, self.steps_begun
 
-    def _rest(self, client: Client, head: Head, body: np.ndarray) -> None:
-        client.resting = True
-        self.rests += 1
+    def _handle_pause(self, session: Session, header: Header, body: np.ndarray) -> None:
+        session.paused = True
+        self.pauses += 1
         for shard in self.shards.values():
-            self.counting.go_on(shard)
+            self.aggregator.advance(shard)
 
-    def _bye(self, client: Client, head: Head, body: np.ndarray) -> None:
-        client.done = True
-        link = client.link
+    def _handle_goodbye(self, session: Session, header: Header, body: np.ndarray) -> None:
+        session.done = True
+        link = session.link
         assert link is not None
-        link.send(Head(Kind.BYE))
+        link.send(Header(MessageType.GOODBYE))
         link.flush()
-        raise Lost("it is done")
+        raise Disconnected("it is done")
 
 
-def _whole(head: Head, shard: Shard, body: np.ndarray) -> np.ndarray:
-    if body.nbytes != shard.nbytes:
-        raise Malformed(f"it sent {body.nbytes} bytes for shard {shard.index}, which has {shard.nbytes}")
-    return body
+def _was_handled(session: Session, shard: Shard, header: Header) -> bool:
+    """Whether this push was applied or dropped before: its reply was lost."""
+    return header.push_number <= shard.last_pushes.get(session.name, 0)
+
+
+def _check_size(nbytes: int, shard: Shard) -> None:
+    if nbytes != shard.nbytes:
+        raise ProtocolError(f"it sent {nbytes} bytes for shard {shard.index}, which has {shard.nbytes}")

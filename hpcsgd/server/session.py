@@ -1,4 +1,4 @@
-"""What a server knows of one of its clients."""
+"""State that a server holds for each client."""
 
 from __future__ import annotations
 
@@ -8,91 +8,92 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hpcsgd.server.protocol import Head, Link, Malformed
+from hpcsgd.server.protocol import Header, Link, ProtocolError
 from hpcsgd.server.shard import Shard
 from hpcsgd.server.update_rules import Options
 
 
 @dataclass
-class Client:
-    """One connection's other side: a rank that talks for its group.
+class Session:
+    """State of one client: a gateway rank of a group, over all of its links.
 
     Attributes
     ----------
     name
-        As it calls itself; unique.
+        Unique name of the client.
     link
-        The connection; None: it is gone.
+        Current link; None while it is disconnected.
     shards
-        Of which it has a part in the updates.
+        Indices of the shards that it pushes and pulls.
     options
-        Its optimizer's.
-    waited_for
-        Whether updates and answers wait for its pushes.
-    resting
-        Whether it has said that none will come.
+        Options of its optimizer.
+    alive
+        Whether its lease is valid: it is connected, or has been until now, and is not silent for too long.
+    paused
+        Whether it has announced that it will not push.
     done
-        Whether it has said goodbye.
-    has
-        The shards whose values it has been given.
-    owed
-        Of each shard whose push has been counted in, the answer that waits until other clients are as far.
+        Whether it has closed its session.
+    subscribed
+        Shards whose values it has received.
+    pending_replies
+        By shard: header of the reply to a push, which waits for the pushes of other clients.
     buffers
-        Memory for one push, and its answer, of each shard.
-    behind
-        Of each push that waits, how many updates of others it has missed.
+        By shard: memory for one push and its reply.
+    pending_staleness
+        By shard: updates of others that a pending push has missed.
     staleness
-        How often a push was behind by so many updates of others.
-    left_out
-        How many pushes came too late.
+        Histogram: number of pushes by the number of updates of others that they had missed.
+    dropped
+        Number of pushes that came too late.
     received, sent
-        Bytes over links that it has had before this one.
+        Bytes over its earlier links.
     seed
-        Of the order of its data, where it has told.
-    leave, leave_at
-        How many steps it was last allowed to take, and when.
+        Seed of the order of its data; None if it has sent none.
+    quota, quota_granted_at
+        Steps that it was last granted, and when.
     step_seconds
-        What one of its steps takes; 0: not known.
-    since
-        When it came, or the server did, by `time.monotonic`.
+        Duration of one of its steps; 0 while unknown.
+    last_seen
+        While it is disconnected: when it was last connected, or the server started; by `time.monotonic`.
     """
 
     name: str
     link: Link | None
     shards: frozenset[int]
     options: Options
-    waited_for: bool = True
-    resting: bool = True
+    alive: bool = True
+    paused: bool = True
     done: bool = False
-    has: set[int] = field(default_factory=set)
-    owed: dict[int, Head] = field(default_factory=dict)
+    subscribed: set[int] = field(default_factory=set)
+    pending_replies: dict[int, Header] = field(default_factory=dict)
     buffers: dict[int, np.ndarray] = field(default_factory=dict)
-    behind: dict[int, int] = field(default_factory=dict)
+    pending_staleness: dict[int, int] = field(default_factory=dict)
     staleness: Counter[int] = field(default_factory=Counter)
-    left_out: int = 0
+    dropped: int = 0
     received: int = 0
     sent: int = 0
     seed: int | None = None
-    leave: int = 0
-    leave_at: float = 0.0
+    quota: int = 0
+    quota_granted_at: float = 0.0
     step_seconds: float = 0.0
-    since: float = field(default_factory=time.monotonic)
+    last_seen: float = field(default_factory=time.monotonic)
 
     @property
-    def counts(self) -> bool:
-        """Whether others wait for it."""
-        return self.waited_for and not self.resting and not self.done
+    def is_awaited(self) -> bool:
+        """Whether updates and replies wait for its pushes."""
+        return self.alive and not self.paused and not self.done
 
     @property
     def silent_for(self) -> float:
-        """Seconds since something came from it."""
-        return time.monotonic() - (self.since if self.link is None else self.link.heard)
+        """Seconds since its last message."""
+        return time.monotonic() - (self.last_seen if self.link is None else self.link.last_received)
 
     def buffer(self, shard: Shard) -> np.ndarray:
-        """Memory for a push of a shard, and its answer."""
+        """Memory for a push to a shard, and for its reply."""
         if shard.index not in self.buffers:
             try:
                 self.buffers[shard.index] = np.empty(shard.nbytes, np.uint8)
             except (MemoryError, ValueError):
-                raise Malformed(f"there is no memory for the {shard.nbytes} bytes of its shard") from None
+                text = f"the server has no memory for the {shard.nbytes} bytes of its shard"
+                raise ProtocolError(text) from None
         return self.buffers[shard.index]

@@ -1,4 +1,4 @@
-"""One shard of a model: its values, and the pushes that wait to be counted in."""
+"""One shard of a model: its values and pending pushes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.server.delta_coding import ServerCodes
-from hpcsgd.server.update_rules import Rule, Terms
+from hpcsgd.server.delta_coding import ServerDeltaCodec
+from hpcsgd.server.update_rules import UpdateContext, UpdateRule
 
-#: The number of the push that brings the first values.
-FIRST = 0
+#: Number of the push that holds the initial values.
+INITIAL_PUSH = 0
 
 
 class Push(NamedTuple):
-    """What one client has pushed.
+    """One push of one client.
 
     Attributes
     ----------
     client
-        Whose it is.
+        Name of the client.
     number
-        Of the client's pushes of this shard, from 1; or `FIRST`.
+        Number of the client's push to this shard, from 1; or `INITIAL_PUSH`.
     weight
-        Of how many gradients it is the mean.
+        Number of gradients whose mean is pushed.
     values
-        (nbytes,) uint8: the push, and then its answer. Of a push that is summed as words: one part of it;
-        and then, of the first client, the sum, and of the others nothing.
+        (nbytes,) uint8: the push, and then its reply. In a code sum: one part of the push; and then the sum
+        for the first client, and an empty array for the others.
     terms
-        Of how many pushes it shall be the sum.
+        In a code sum: the number of pushes that are summed.
     """
 
     client: str
@@ -45,99 +45,99 @@ class Push(NamedTuple):
 
 @dataclass
 class Shard:
-    """The values of one bucket, on the server that has it.
+    """The values of one bucket, on the server that holds it.
 
     Attributes
     ----------
     index, dtype, numel
-        Its place among all shards; the values.
+        Index among all shards; type and number of the values.
     rule
-        How it is updated.
+        Update rule.
     centre
-        (numel,) the values; None before a client has brought some.
+        (numel,) the values: the model's, or the centre variable of EASGD; None until a client sends some.
     version
-        How many updates there were.
-    rounds
-        Of each client, the number of the last push that has been counted in or left out.
+        Number of updates.
+    last_pushes
+        By client: number of the last push that was applied or dropped.
     clocks
-        Of each client, how many pushes it has made, as if it had been there from the start.
-    left_out
-        The clients whose last push was left out.
-    waiting
-        Pushes that have not been counted in.
-    coding
-        Makes `codes`, once there are values.
-    codes
-        What is said of them in codes; None: nothing.
+        By client: number of pushes, as if it had been there from the start.
+    dropped
+        Clients whose last push was dropped.
+    pending
+        By client: push that has not been applied yet.
+    make_codec
+        Makes `codec`, once there are values.
+    codec
+        Encodes replies and decodes pushes; None: they are sent as values.
     """
 
     index: int
     dtype: torch.dtype
     numel: int
-    rule: Rule
+    rule: UpdateRule
     centre: Tensor | None = None
     version: int = 0
-    rounds: dict[str, int] = field(default_factory=dict)
+    last_pushes: dict[str, int] = field(default_factory=dict)
     clocks: dict[str, int] = field(default_factory=dict)
-    left_out: set[str] = field(default_factory=set)
-    waiting: dict[str, Push] = field(default_factory=dict)
-    coding: Callable[[], ServerCodes | None] = lambda: None
-    codes: ServerCodes | None = None
+    dropped: set[str] = field(default_factory=set)
+    pending: dict[str, Push] = field(default_factory=dict)
+    make_codec: Callable[[], ServerDeltaCodec | None] = lambda: None
+    codec: ServerDeltaCodec | None = None
 
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
     def view(self, values: np.ndarray) -> Tensor:
-        """Bytes as values of this shard."""
+        """View bytes as values of this shard."""
         return torch.from_numpy(values).view(self.dtype)
 
-    def fill(self, values: np.ndarray) -> None:
-        """Take the first values."""
-        self._begin(self.view(values).clone())
+    def initialize(self, values: np.ndarray) -> None:
+        """Set the initial values."""
+        self._set_centre(self.view(values).clone())
 
-    def _begin(self, centre: Tensor | None) -> None:
+    def _set_centre(self, centre: Tensor | None) -> None:
         self.centre = centre
-        if centre is not None and self.codes is None:
-            self.codes = self.coding()
+        if centre is not None and self.codec is None:
+            self.codec = self.make_codec()
 
-    def read(self, out: np.ndarray) -> None:
+    def copy_to(self, out: np.ndarray) -> None:
         """Copy the values to `out`."""
         assert self.centre is not None
         self.view(out).copy_(self.centre)
 
-    def count_in(self, pushes: Sequence[Push], terms: Terms) -> None:
-        """One update by some pushes."""
+    def apply(self, pushes: Sequence[Push], context: UpdateContext) -> None:
+        """Make one update of these pushes."""
         assert self.centre is not None
         values = [self.view(push.values) for push in pushes]
-        if self.codes is None or self.rule.takes_gradients:
-            self.rule.apply(self.centre, values, terms)
+        if self.codec is None or self.rule.takes_gradients:
+            self.rule.apply(self.centre, values, context)
         else:
-            self.rule.apply(self.centre.clone(), values, terms)
-            pulls = [(push.client, push.number, pull) for push, pull in zip(pushes, values, strict=True)]
-            self.codes.draw_near(self.centre, pulls)
+            self.rule.apply(self.centre.clone(), values, context)
+            differences = [(p.client, p.number, value) for p, value in zip(pushes, values, strict=True)]
+            self.codec.apply_elastic(self.centre, differences)
         self.version += 1
         for push in pushes:
-            self.rounds[push.client] = push.number
+            self.last_pushes[push.client] = push.number
             self.clocks[push.client] = self.clocks.get(push.client, 0) + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it between two updates."""
+        """State between two updates."""
         return {
             "centre": None if self.centre is None else self.centre.clone(),
             "version": self.version,
-            "rounds": dict(self.rounds),
+            "rounds": dict(self.last_pushes),
             "clocks": dict(self.clocks),
-            "left_out": sorted(self.left_out),
+            "left_out": sorted(self.dropped),
             "rule": copy.deepcopy(self.rule.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self._begin(None if state["centre"] is None else state["centre"].clone())
+        """Restore a state of `state_dict`."""
+        self._set_centre(None if state["centre"] is None else state["centre"].clone())
         self.version = int(state["version"])
-        self.rounds, self.left_out = dict(state["rounds"]), set(state["left_out"])
-        # Who is new since then is as far as the foremost.
-        foremost = max(state["clocks"].values(), default=0)
-        self.clocks = {**dict.fromkeys(self.clocks, foremost), **state["clocks"]}
+        self.last_pushes, self.dropped = dict(state["rounds"]), set(state["left_out"])
+        # Clients that the state lacks have the clock of the most advanced one.
+        newest = max(state["clocks"].values(), default=0)
+        self.clocks = {**dict.fromkeys(self.clocks, newest), **state["clocks"]}
         self.rule.load_state_dict(copy.deepcopy(state["rule"]))

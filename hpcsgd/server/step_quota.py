@@ -1,4 +1,4 @@
-"""Leave to take steps: who shares a number of steps, so that all are through at about the same time."""
+"""Step quotas: shares of a number of steps with which all clients finish at about the same time."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import math
 import time
 from collections.abc import Iterable
 
-from hpcsgd.server.session import Client
+from hpcsgd.server.session import Session
 
-#: Steps take about so long, not just so long: who would be late by less than this factor takes one more.
-_LATE = 1.5
+#: Durations of steps are estimates: a client that would finish late by less than this factor takes one more.
+_TOLERANCE = 1.5
 
 
-def note(client: Client, steps: int) -> None:
-    """A client asks for more: this is how long its last steps took; and so many it may take now."""
+def record(session: Session, steps: int) -> None:
+    """Record a grant of `steps`; the time since the last grant is the duration of its steps."""
     now = time.monotonic()
-    if client.leave:
-        client.step_seconds = (now - client.leave_at) / client.leave
-    client.leave, client.leave_at = steps, now
+    if session.quota:
+        session.step_seconds = (now - session.quota_granted_at) / session.quota
+    session.quota, session.quota_granted_at = steps, now
 
 
-def share(client: Client, steps: int, left: int, clients: Iterable[Client]) -> int:
-    """How many of the steps that are left a client may take now, at most `steps`.
+def grant(session: Session, steps: int, remaining: int, sessions: Iterable[Session]) -> int:
+    """Return the number of steps that a client may take now, at most the requested `steps`.
 
-    Less than it asks for, where it would still be at them when the others have taken the rest; none, where
-    the others will have taken all that is left before it were through with one. Of the fastest client that
-    is never true: somebody always goes on.
+    It is smaller than requested if the client would still be busy when the others have finished the remaining
+    steps, and 0 if they will finish before it could complete one. It is never 0 for the fastest client, so
+    progress is guaranteed.
     """
-    steps, own = min(steps, left), client.step_seconds
-    # Who has none under way will take none either.
-    at_it = [c for c in clients if c is not client and c.leave and c.counts]
-    others = [c.step_seconds for c in at_it if c.step_seconds]
-    if steps <= 0 or not own or not others:
+    steps, own_seconds = min(steps, remaining), session.step_seconds
+    # Clients without a quota will take no more steps.
+    running = [c for c in sessions if c is not session and c.quota and c.is_awaited]
+    other_seconds = [c.step_seconds for c in running if c.step_seconds]
+    if steps <= 0 or not own_seconds or not other_seconds:
         return max(0, steps)
-    together = sum(1 / seconds for seconds in others)
-    if own > _LATE * max(min(others), left / together):
+    combined_rate = sum(1 / seconds for seconds in other_seconds)
+    if own_seconds > _TOLERANCE * max(min(other_seconds), remaining / combined_rate):
         return 0
-    return min(steps, max(1, math.ceil(left / (own * (together + 1 / own)))))
+    return min(steps, max(1, math.ceil(remaining / (own_seconds * (combined_rate + 1 / own_seconds)))))

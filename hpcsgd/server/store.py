@@ -1,8 +1,8 @@
-"""A group's way to the parameter servers: push and pull of tensor groups, by the ranks of its first node.
+"""Key-value store on parameter servers: push and pull of tensor groups by the ranks of one group.
 
-The buckets of all keys, in their order, are shards. Shard i is kept by server i % servers, and the ranks of
-the group's first node share the talking: shard i is that of rank (i // servers) % ranks. All others of the
-group get what was pulled by a broadcast.
+The buckets of all keys, in their order, are the shards. Shard i is on server i % servers. The ranks of the
+group's first node are its gateways, the only ones with connections to the servers: gateway
+(i // servers) % gateways pushes and pulls shard i. Pulled values are broadcast to the rest of the group.
 """
 
 from __future__ import annotations
@@ -19,66 +19,67 @@ from hpcsgd.compress import spec_of
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import Work
 from hpcsgd.mpi.world import World
-from hpcsgd.server.connection import Connection, Dial, Request
-from hpcsgd.server.delta_coding import ClientCodes, Coding, coder_of
-from hpcsgd.server.protocol import Head, Kind, State
+from hpcsgd.server.connection import Connection, Connector, Request
+from hpcsgd.server.delta_coding import ClientDeltaCodec, CodingConfig, shard_codec
+from hpcsgd.server.protocol import Header, MessageType, ReplyStatus
 from hpcsgd.tensors.group import Bucket, TensorGroup
 
 Options = Sequence[Mapping[str, Any]]
 
 
 class Store:
-    """Keys and their values, which are kept by servers; its methods are collective over the group.
+    """Keys and their values on the servers; its methods are collective over the group.
 
-    Each returns at once, and is over for all of its buckets when the `Work` is. One at a time for each key.
+    Each method starts an operation and returns its `Work`, which is done when all buckets are. Each key may
+    have one operation at a time.
 
     Parameters
     ----------
     world
-        The ranks of this group.
-    dials
-        How each server is reached.
+        Ranks of this group.
+    connectors
+        One for each server.
     name
-        Of this group; no other has it.
+        Name of this group, unique among the groups.
     keys
-        For each key a tensor group with the layout of its values.
+        By key: a tensor group with the layout of the values.
     contract
-        What all groups must bring alike, by name.
+        Settings that must be equal in all groups, by name.
     options
-        Of the optimizer, for each of its groups of parameters.
+        Options of the optimizer, for each of its parameter groups. Default: none.
     segments
-        Of a bucket: (start, stop, group of parameters) of its stretches.
-    about
-        What else the servers are told of this group.
+        Returns the segments (start, stop, parameter group) of a bucket. Default: none.
+    hello_fields
+        Further fields of the hello message.
     coding
-        How what is pushed and what is answered to it is compressed; None: not at all.
+        Compression of pushes and replies; None (default): none.
 
     Attributes
     ----------
     late
-        How many pushes of this rank were of no use, for nobody had waited for them.
-    granted, begun
-        What the server has answered to the last request for steps; on the leader.
+        Number of this rank's pushes that the servers have dropped as too late.
+    granted, steps_begun
+        Steps that were granted to the last request, and steps begun by all groups; on the leader.
     """
 
     def __init__(
         self,
         world: World,
-        dials: Sequence[Dial],
+        connectors: Sequence[Connector],
         name: str,
         keys: Mapping[str, TensorGroup],
         contract: Mapping[str, Any],
         options: Options = (),
         segments: Callable[[Bucket], list[tuple[int, int, int]]] = lambda bucket: [],
-        about: Mapping[str, Any] | None = None,
-        coding: Coding | None = None,
+        hello_fields: Mapping[str, Any] | None = None,
+        coding: CodingConfig | None = None,
     ) -> None:
-        world.progress.need_thread("pushes to a server need a thread of their own")
+        world.progress.require_thread_multiple("pushes to a server are sent by the communication thread")
         self._world = world
         starts = np.cumsum([0, *map(len, keys.values())]).tolist()
-        self._first: dict[str, int] = dict(zip(keys, starts, strict=False))
-        self._talkers = [rank for rank, node in enumerate(world.gather(world.node)) if node == 0]
-        self._rounds, self._versions = [0] * starts[-1], [0] * starts[-1]
+        self._first_index: dict[str, int] = dict(zip(keys, starts, strict=False))
+        self._gateways = [rank for rank, node in enumerate(world.gather(world.node)) if node == 0]
+        self._push_numbers, self._versions = [0] * starts[-1], [0] * starts[-1]
         self._options = [dict(group) for group in options]
         self._requests: dict[int, Request] = {}
         buckets = [bucket for group in keys.values() for bucket in group]
@@ -86,110 +87,113 @@ class Store:
             (str(bucket.flat.dtype).removeprefix("torch."), bucket.numel, segments(bucket))
             for bucket in buckets
         ]
-        self._about = dict(about or {})
-        own = {"servers": len(dials), "keys": list(keys), "shards": shards, "compress": None}
+        self._hello_fields = dict(hello_fields or {})
+        own = {"servers": len(connectors), "keys": list(keys), "shards": shards, "compress": None}
         self._contract = {**contract, **own}
-        self._codes: dict[int, ClientCodes] = {}
+        self._codecs: dict[int, ClientDeltaCodec] = {}
         if coding is not None:
             self._compress(coding, buckets)
-        self.late = self.granted = self.begun = 0
-        self._connections = self._connect(dials, name) if world.rank in self._talkers else []
+        self.late = self.granted = self.steps_begun = 0
+        self._connections = self._connect(connectors, name) if world.rank in self._gateways else []
 
-    def _compress(self, coding: Coding, buckets: Sequence[Bucket]) -> None:
+    def _compress(self, coding: CodingConfig, buckets: Sequence[Bucket]) -> None:
         tensors = [[bucket.extent(view) for view in bucket.views] for bucket in buckets]
         self._contract["compress"] = {"scheme": spec_of(coding.compressor), "tensors": tensors}
         total = sum(bucket.numel for bucket in buckets)
         for index, bucket in enumerate(buckets):
-            if self._talks(index):
-                coder = coder_of(coding.compressor, bucket.flat.dtype, bucket.numel, total, tensors[index])
-                if coder is not None:
-                    self._codes[index] = ClientCodes(coder, index, coding)
+            if self._is_gateway_of(index):
+                codec = shard_codec(coding.compressor, bucket.flat.dtype, bucket.numel, total, tensors[index])
+                if codec is not None:
+                    self._codecs[index] = ClientDeltaCodec(codec, index, coding)
 
     @property
     def leader(self) -> int:
-        """The rank of the group that asks for steps."""
-        return self._talkers[0]
+        """Rank of the group that requests steps."""
+        return self._gateways[0]
 
-    def _connect(self, dials: Sequence[Dial], name: str) -> list[Connection]:
-        me = self._talkers.index(self._world.rank)
+    def _connect(self, connectors: Sequence[Connector], name: str) -> list[Connection]:
+        gateway = self._gateways.index(self._world.rank)
 
         def hello() -> dict[str, Any]:
-            who = {"client": f"{name}.{me}" if me else name, "talker": me, "talkers": len(self._talkers)}
-            return {**self._about, **who, "contract": self._contract, "options": self._options}
+            client = f"{name}.{gateway}" if gateway else name
+            identity = {"client": client, "talker": gateway, "talkers": len(self._gateways)}
+            return {**self._hello_fields, **identity, "contract": self._contract, "options": self._options}
 
-        patience = self._world.timeout
-        connections = [Connection(dial, hello, patience) for dial in dials]
+        timeout = self._world.timeout
+        connections = [Connection(connector, hello, timeout) for connector in connectors]
         for connection in connections:
-            self._world.progress.serve(connection.pump)
+            self._world.progress.add_poller(connection.pump)
         return connections
 
     # Values.
 
     def init(self, key: str, group: TensorGroup) -> Work:
-        """Start to make the values those of the servers, or these those of the group if they have none."""
-        return self._each(key, "init", group, self._fetch_or_fill)
+        """Start to pull the values, or to initialize the servers with the group's if they have none."""
+        return self._submit_each(key, "init", group, self._fetch_or_initialize)
 
-    def pull(self, key: str, group: TensorGroup, begin: bool = False) -> Work:
-        """Start to fetch the values; there are some.
+    def pull(self, key: str, group: TensorGroup, join: bool = False) -> Work:
+        """Start to pull the values of a key that has been initialized.
 
         Parameters
         ----------
         key, group
-            Which, and where they go.
-        begin
-            Whether the pushes of this group may be waited for from now on.
+            Key, and the group to which its values are written.
+        join
+            Whether the servers await pushes of this group from now on. Default False.
         """
-        return self._each(
-            key, "pull", group, lambda bucket, index: self._fetch(bucket, index, Kind.PULL, begin)
+        return self._submit_each(
+            key, "pull", group, lambda bucket, index: self._fetch(bucket, index, MessageType.PULL, join)
         )
 
     def push(self, key: str, group: TensorGroup, weight: float = 1.0) -> Work:
-        """Start to push a group, which must stay unchanged until it is over; values are not fetched.
+        """Start to push a group, which must stay unchanged until the work is done, without pulling.
 
         Parameters
         ----------
         key, group
-            Where and what: gradients or, of an elastic server, a model.
+            Key, and the gradients or (elastic) model that are pushed.
         weight
-            Of how many gradients it is the mean.
+            Number of gradients whose mean is pushed. Default 1.
         """
-        self._start(key, group, None, weight, 0)
-        return self._world.progress.submit(f"push of {key}", lambda: self._wait_for_all(key, group))
+        self._submit_pushes(key, group, None, weight, 0)
+        return self._world.progress.submit(f"push of {key}", lambda: self._await_replies(key, group))
 
     def pushpull(
         self, key: str, group: TensorGroup, into: TensorGroup, weight: float = 1.0, steps: int = 0
     ) -> Work:
-        """Start to push a group and to fetch what the server answers: the new values, or what to subtract.
+        """Start to push a group and to pull the reply: new values, or (elastic) the difference to subtract.
 
         Parameters
         ----------
         key, group, weight
             As for `push`.
         into
-            Where the answer goes: another group of the same layout.
+            Group of the same layout, to which the reply is written.
         steps
-            How many steps this group wants to take next, see `granted`; 0: nothing is asked.
+            Number of steps that this group requests, see `granted`. Default 0: none.
         """
-        self._start(key, group, into, weight, steps)
-        return self._each(key, "pushpull", into, self._finish)
+        self._submit_pushes(key, group, into, weight, steps)
+        return self._submit_each(key, "pushpull", into, self._finish_push)
 
-    def _each(self, key: str, what: str, group: TensorGroup, job: Callable[[Bucket, int], object]) -> Work:
-        """Let who talks for a bucket do something about it, and tell the group; bucket by bucket."""
+    def _submit_each(
+        self, key: str, what: str, group: TensorGroup, job: Callable[[Bucket, int], object]
+    ) -> Work:
+        """Submit a job for each bucket on its gateway, and the broadcast of its result to the group."""
         progress, work = self._world.progress, None
         for bucket in group:
-            index = self._first[key] + bucket.index
-            if self._talks(index):
-                name = f"{what} of {key}, bucket {bucket.index} at step {self._world.status.step}"
-                work = progress.submit(name, after_compute(bucket.flat.device, _bound(job, bucket, index)))
+            index = self._first_index[key] + bucket.index
+            if self._is_gateway_of(index):
+                name = f"{what} of {key}, bucket {bucket.index} at step {self._world.activity.step}"
+                work = progress.submit(name, after_compute(bucket.flat.device, _bind(job, bucket, index)))
             if self._world.size > 1:
-                work = ibroadcast(bucket, self._talker(index))
+                work = ibroadcast(bucket, self._gateway_of(index))
         return work or progress.submit(f"{what} of nothing", lambda: None)
 
-    def _talker(self, index: int) -> int:
-        return self._talkers[index // self._servers % len(self._talkers)]
+    def _gateway_of(self, index: int) -> int:
+        return self._gateways[index // self._servers % len(self._gateways)]
 
-    def _talks(self, index: int) -> bool:
-        return self._talker(index) == self._world.rank
+    def _is_gateway_of(self, index: int) -> bool:
+        return self._gateway_of(index) == self._world.rank
 
     @property
     def _servers(self) -> int:
@@ -198,175 +202,181 @@ class Store:
     def _connection(self, index: int) -> Connection:
         return self._connections[index % self._servers]
 
-    # In the communication thread, of the rank that talks for the shard.
+    # In the communication thread of the shard's gateway.
 
-    def _start(
+    def _submit_pushes(
         self, key: str, group: TensorGroup, into: TensorGroup | None, weight: float, steps: int
     ) -> None:
         for bucket in group:
-            index = self._first[key] + bucket.index
-            if self._talks(index):
+            index = self._first_index[key] + bucket.index
+            if self._is_gateway_of(index):
                 target = None if into is None else into.buckets[bucket.index]
-                job = lambda b=bucket, t=target, i=index: self._push(b, t, i, weight, steps)  # noqa: E731
-                name = f"push of {key}, bucket {bucket.index} at step {self._world.status.step}"
+                job = lambda b=bucket, t=target, i=index: self._send_push(b, t, i, weight, steps)  # noqa: E731
+                name = f"push of {key}, bucket {bucket.index} at step {self._world.activity.step}"
                 self._world.progress.submit(name, after_compute(bucket.flat.device, job))
 
-    def _push(self, bucket: Bucket, into: Bucket | None, index: int, weight: float, steps: int) -> None:
+    def _send_push(self, bucket: Bucket, into: Bucket | None, index: int, weight: float, steps: int) -> None:
         _to_host(bucket)
-        self._rounds[index] += 1
-        head = Head(
-            Kind.PUSH if into is None else Kind.PUSHPULL,
+        self._push_numbers[index] += 1
+        header = Header(
+            MessageType.PUSH if into is None else MessageType.PUSHPULL,
             index,
-            round=self._rounds[index],
+            push_number=self._push_numbers[index],
             version=self._versions[index],
             weight=weight,
             steps=steps if index == 0 else 0,
             nbytes=bucket.nbytes,
         )
-        request = Request(head, _bytes(bucket), None if into is None else _bytes(into))
-        if index in self._codes:
-            request = self._codes[index].begin(request, bucket.host)
+        request = Request(header, _bytes(bucket), None if into is None else _bytes(into))
+        if index in self._codecs:
+            request = self._codecs[index].encode_push(request, bucket.host)
             self._world.traffic.saved += bucket.nbytes
-        self._ask(request)
+        self._send(request)
 
-    def _ask(self, request: Request) -> None:
-        index = request.head.shard
+    def _send(self, request: Request) -> None:
+        index = request.header.shard
         self._requests[index] = request
-        if index in self._codes:
-            self._world.traffic.saved -= request.head.nbytes
-        self._connection(index).ask(request)
+        if index in self._codecs:
+            self._world.traffic.saved -= request.header.nbytes
+        self._connection(index).send_request(request)
 
-    def _follow_up(self) -> None:
-        """Go on with the pushes whose answers were not the last."""
+    def _continue_pushes(self) -> None:
+        """Send the next requests of pushes that need several."""
         for index, request in list(self._requests.items()):
-            if request.done and index in self._codes:
-                following = self._codes[index].follow(request)
-                if following is not None:
-                    self._ask(following)
+            if request.done and index in self._codecs:
+                next_request = self._codecs[index].next_request(request)
+                if next_request is not None:
+                    self._send(next_request)
 
-    def _finish(self, bucket: Bucket, index: int) -> None:
-        self._settle(index, bucket)
+    def _finish_push(self, bucket: Bucket, index: int) -> None:
+        self._await_reply(index, bucket)
         _to_device(bucket)
         bucket.clear_gaps(slice(0, bucket.numel))
 
-    def _settle(self, index: int, bucket: Bucket) -> None:
-        """Wait for the last answer to a push, which goes to a bucket."""
+    def _await_reply(self, index: int, bucket: Bucket) -> None:
+        """Wait for the last reply to a push; its values go to the bucket."""
 
-        def over() -> bool:
-            self._follow_up()
+        def is_done() -> bool:
+            self._continue_pushes()
             return self._requests[index].done
 
-        what = f"the answer to a push of {bucket} (the server has not answered)"
-        self._world.waiter.until(over, what)
-        answer = self._note(self._requests.pop(index))
-        if index in self._codes:
-            self._codes[index].hear(answer, bucket.host)
+        what = f"the reply to a push of {bucket} (the server has not replied)"
+        self._world.waiter.until(is_done, what)
+        reply = self._record_reply(self._requests.pop(index))
+        if index in self._codecs:
+            self._codecs[index].decode_reply(reply, bucket.host)
 
-    def _wait_for_all(self, key: str, group: TensorGroup) -> None:
+    def _await_replies(self, key: str, group: TensorGroup) -> None:
         for bucket in group:
-            index = self._first[key] + bucket.index
-            if self._talks(index):
-                self._settle(index, bucket)
+            index = self._first_index[key] + bucket.index
+            if self._is_gateway_of(index):
+                self._await_reply(index, bucket)
 
-    def _fetch_or_fill(self, bucket: Bucket, index: int) -> None:
-        if self._fetch(bucket, index, Kind.PULL) is State.EMPTY:
+    def _fetch_or_initialize(self, bucket: Bucket, index: int) -> None:
+        if self._fetch(bucket, index, MessageType.PULL) is ReplyStatus.NO_VALUES:
             _to_host(bucket)
-            self._fetch(bucket, index, Kind.FILL)
+            self._fetch(bucket, index, MessageType.INIT)
 
-    def _fetch(self, bucket: Bucket, index: int, kind: Kind, begin: bool = False) -> State:
+    def _fetch(
+        self, bucket: Bucket, index: int, message_type: MessageType, join: bool = False
+    ) -> ReplyStatus:
         values = _bytes(bucket)
-        # What is sent must not be overwritten before all of it has arrived, whatever breaks.
-        source = values.copy() if kind is Kind.FILL else None
-        head = Head(kind, index, steps=int(begin), nbytes=bucket.nbytes if source is not None else 0)
-        request = Request(head, source, values)
-        self._connection(index).ask(request)
-        state = self._wait(request, f"the {kind.name.lower()} of {bucket}").state
-        if state is not State.EMPTY:
+        # The source must stay unchanged until all of it has arrived, even over several links.
+        source = values.copy() if message_type is MessageType.INIT else None
+        header = Header(
+            message_type, index, steps=int(join), nbytes=bucket.nbytes if source is not None else 0
+        )
+        request = Request(header, source, values)
+        self._connection(index).send_request(request)
+        status = self._wait_for(request, f"the {message_type.name.lower()} of {bucket}").status
+        if status is not ReplyStatus.NO_VALUES:
             _to_device(bucket)
-        return state
+        return status
 
-    def _wait(self, request: Request, what: str) -> Head:
-        self._world.waiter.until(lambda: request.done, f"{what} (the server has not answered)")
-        return self._note(request)
+    def _wait_for(self, request: Request, what: str) -> Header:
+        self._world.waiter.until(lambda: request.done, f"{what} (the server has not replied)")
+        return self._record_reply(request)
 
-    def _note(self, request: Request) -> Head:
-        answer = request.answer
-        assert answer is not None
-        if answer.nbytes:
-            self._versions[request.head.shard] = answer.version
-        self.late += answer.state is State.LATE
-        if request.head.steps:
-            self.granted, self.begun = answer.steps, answer.begun
-        return answer
+    def _record_reply(self, request: Request) -> Header:
+        reply = request.reply
+        assert reply is not None
+        if reply.nbytes:
+            self._versions[request.header.shard] = reply.version
+        self.late += reply.status is ReplyStatus.LATE
+        if request.header.steps:
+            self.granted, self.steps_begun = reply.steps, reply.steps_begun
+        return reply
 
-    # What is said besides.
+    # Control messages.
 
-    def claim(self, steps: int) -> Work:
-        """Start to ask for so many steps, see `granted`."""
+    def request_steps(self, steps: int) -> Work:
+        """Start to request a quota of steps, see `granted`."""
 
-        def ask() -> None:
+        def send_claim() -> None:
             if self._world.rank == self.leader:
-                request = Request(Head(Kind.CLAIM, steps=steps))
-                self._connections[0].ask(request)
-                self._wait(request, "leave to take steps")
+                request = Request(Header(MessageType.CLAIM, steps=steps))
+                self._connections[0].send_request(request)
+                self._wait_for(request, "the grant of steps")
 
-        return self._world.progress.submit("a claim of steps", ask)
+        return self._world.progress.submit("request for steps", send_claim)
 
-    def tell_options(self, options: Options) -> None:
-        """The optimizer's options have changed, for the pushes that follow."""
-        found = [dict(group) for group in options]
-        if found == self._options:
+    def set_options(self, options: Options) -> None:
+        """Set the options of the optimizer for the following pushes."""
+        new = [dict(group) for group in options]
+        if new == self._options:
             return
-        self._options = found
+        self._options = new
         for connection in self._connections:
-            connection.tell_note(Kind.OPTIONS, {"options": found})
+            connection.notify_json(MessageType.OPTIONS, {"options": new})
 
-    def rest(self) -> None:
-        """No push will come until further notice."""
+    def pause(self) -> None:
+        """Announce that no push follows until the next one."""
         for connection in self._connections:
-            connection.tell(Head(Kind.REST))
+            connection.notify(Header(MessageType.PAUSE))
 
     def close(self) -> None:
-        """Say goodbye; who is not heard within some seconds is left without one."""
+        """Close the sessions; collective. Servers that cannot be reached are not waited for."""
         progress = self._world.progress
         for connection in self._connections:
-            connection.say_goodbye()
-        progress.run("goodbye to the servers", self._wait_until_closed)
+            connection.start_close()
+        progress.run("the closing of server sessions", self._wait_until_closed)
         for connection in self._connections:
-            progress.dismiss(connection.pump)
+            progress.remove_poller(connection.pump)
         self._connections = []
 
     def _wait_until_closed(self) -> None:
-        self._world.waiter.until(lambda: all(c.closed for c in self._connections), "goodbye to the servers")
+        self._world.waiter.until(
+            lambda: all(c.closed for c in self._connections), "the closing of server sessions"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, of this rank, beside what the servers hold."""
-        codes = {index: codes.state_dict() for index, codes in self._codes.items()}
-        return {"rounds": list(self._rounds), "versions": list(self._versions), "codes": codes}
+        """State of this rank; the servers' state is not included."""
+        codes = {index: codec.state_dict() for index, codec in self._codecs.items()}
+        return {"rounds": list(self._push_numbers), "versions": list(self._versions), "codes": codes}
 
-    def load_state_dict(self, state: dict[str, Any], servers_too: bool = True) -> None:
-        """Take back what `state_dict` gave; without the servers only what compression remembers.
+    def load_state_dict(self, state: dict[str, Any], with_servers: bool = True) -> None:
+        """Restore a state of `state_dict`; if the servers' state is not restored, only the residuals.
 
         Raises
         ------
         HpcsgdError
-            Where it is that of another compression.
+            If the state belongs to another compression.
         """
-        if state["codes"].keys() != self._codes.keys():
+        if state["codes"].keys() != self._codecs.keys():
             raise HpcsgdError(
-                "the state is not one of this compression",
-                rank=self._world.name,
-                expected=f"codes of shards {sorted(self._codes)}",
-                got=f"of {sorted(state['codes'])}",
-                do="go on with the compression, and the bucket size, that the checkpoint was made with",
+                "the state belongs to another compression",
+                rank=self._world.global_rank,
+                expected=f"compressed shards {sorted(self._codecs)}",
+                got=f"compressed shards {sorted(state['codes'])}",
+                do="resume with the compress and bucket_mib that the checkpoint was written with",
             )
-        if servers_too:
-            self._rounds, self._versions = list(state["rounds"]), list(state["versions"])
-        for index, codes in self._codes.items():
-            codes.load_state_dict(state["codes"][index], servers_too)
+        if with_servers:
+            self._push_numbers, self._versions = list(state["rounds"]), list(state["versions"])
+        for index, codec in self._codecs.items():
+            codec.load_state_dict(state["codes"][index], with_servers)
 
 
-def _bound(job: Callable[[Bucket, int], object], bucket: Bucket, index: int) -> Callable[[], None]:
+def _bind(job: Callable[[Bucket, int], object], bucket: Bucket, index: int) -> Callable[[], None]:
     def run() -> None:
         job(bucket, index)
 

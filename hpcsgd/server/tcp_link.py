@@ -1,4 +1,4 @@
-"""Links between separate jobs: over TCP, found by a file, opened by who knows the secret in it."""
+"""TCP links between separate jobs; a rendezvous file holds the addresses and the secret of the servers."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.server.protocol import HEAD_BYTES, Head, Link, Lost, Party
+from hpcsgd.server.protocol import HEADER_BYTES, Disconnected, Handler, Header, Link
 
 _SIOCGIFADDR = 0x8915
-_AT_ONCE = 8 * 2**20  # bytes of one link, before others have their turn
-_ATTEMPT = 2.0  # seconds for an address to answer
-_NONCE = 32  # bytes
-_UNHEARD = 30_000  # milliseconds without an acknowledgement by the other host, until it is taken for dead
+_MAX_BYTES_PER_PUMP = 8 * 2**20  # of one link, then the others are served
+_CONNECT_TIMEOUT = 2.0  # seconds, for each address
+_NONCE_BYTES = 32
+_USER_TIMEOUT_MS = 30_000  # without an acknowledgement by the other host, then the connection is broken
 
 
 @dataclass
-class Meeting:
-    """What a file says of the servers of a job.
+class RendezvousFile:
+    """Addresses of the servers of a job and the secret by which groups authenticate, in a file.
 
     Attributes
     ----------
     secret
-        Only who knows it is let in.
+        Key of the HMACs by which clients and servers authenticate each other.
     servers
         For each server the addresses at which it may be reached, and its port.
     """
@@ -44,168 +44,172 @@ class Meeting:
     servers: list[tuple[list[str], int]]
 
     def write(self, path: Path) -> None:
-        """Make the file, for its owner alone; whole or not at all."""
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        """Write the file atomically, readable by its owner only."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(asdict(self), file)
-        os.replace(aside, path)
+        os.replace(partial, path)
 
     @staticmethod
-    def read(path: Path) -> Meeting:
-        """Raises `HpcsgdError` for a file that is not one, `OSError` where there is none."""
+    def read(path: Path) -> RendezvousFile:
+        """Raises `HpcsgdError` for a file of another kind, `OSError` for one that cannot be read."""
         text = path.read_text(errors="replace")
         try:
             found = json.loads(text)
             servers = [([str(a) for a in addresses], int(port)) for addresses, port in found["servers"]]
             if not all(0 < port < 2**16 for _, port in servers):
                 raise ValueError
-            return Meeting(str(found["secret"]), servers)
+            return RendezvousFile(str(found["secret"]), servers)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise HpcsgdError(
-                f"{path} is not a file of `hpcsgd serve --listen`", got=text[:80], do="name the right one"
+                f"{path} is not a file of `hpcsgd serve --listen`",
+                got=text[:80],
+                do="pass to --connect the file that the servers write: hpcsgd serve --listen FILE",
             ) from None
 
 
 def new_secret() -> str:
-    return secrets.token_hex(_NONCE)
+    """Random secret or nonce, as hexadecimal text."""
+    return secrets.token_hex(_NONCE_BYTES)
 
 
-def proof(secret: str, nonce: str) -> str:
-    """What only who knows the secret can make of a nonce."""
+def hmac_response(secret: str, nonce: str) -> str:
+    """HMAC-SHA256 of a nonce under the secret, in hexadecimal."""
     return hmac.digest(secret.encode(), nonce.encode(errors="surrogatepass"), "sha256").hex()
 
 
-def proves(secret: str, nonce: str, given: object) -> bool:
-    if not isinstance(given, str):
+def verify(secret: str, nonce: str, response: object) -> bool:
+    """Whether `response` is the HMAC of the nonce; in constant time."""
+    if not isinstance(response, str):
         return False
-    return hmac.compare_digest(proof(secret, nonce).encode(), given.encode(errors="surrogatepass"))
+    return hmac.compare_digest(hmac_response(secret, nonce).encode(), response.encode(errors="surrogatepass"))
 
 
 def listen(address: str = "") -> socket.socket:
-    """A socket that others can connect to, on a free port."""
+    """Listening socket on a free port."""
     listener = socket.create_server((address, 0), backlog=128)
     listener.setblocking(False)
     return listener
 
 
 def addresses() -> list[str]:
-    """The IPv4 addresses of this host, those that others can reach first."""
+    """IPv4 addresses of this host, the loopback last."""
     found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                found.append(socket.inet_ntoa(answer[20:24]))
+                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                found.append(socket.inet_ntoa(reply[20:24]))
     return sorted(found, key=lambda address: address.startswith("127."))
 
 
 def connect(hosts: list[str], port: int) -> socket.socket:
-    """Connect to the first address that answers; raises `OSError` where none does."""
+    """Connect to the first address that accepts; raises `OSError` if none does."""
     errors = []
     for host in hosts:
         try:
-            connection = socket.create_connection((host, port), timeout=_ATTEMPT)
+            connection = socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT)
         except OSError as error:
             errors.append(f"{host}:{port}: {error}")
             continue
         if connection.getsockname() != connection.getpeername():
             return connection
-        # Where nobody listens, a host may by chance connect to itself.
+        # With no listener on the port, a host may by chance connect to itself.
         connection.close()
-        errors.append(f"{host}:{port}: nobody is there")
+        errors.append(f"{host}:{port}: no server listens there")
     raise OSError("; ".join(errors))
 
 
-class SocketLink(Link):
-    """A link over TCP.
+class TCPLink(Link):
+    """Link over TCP.
 
     Parameters
     ----------
     connection
-        A connected socket, which is the link's from now on.
-    party, name, traffic
+        A connected socket, which the link owns and closes.
+    handler, name, traffic
         See `Link`.
     """
 
     def __init__(
-        self, connection: socket.socket, party: Party, name: str, traffic: Traffic | None = None
+        self, connection: socket.socket, handler: Handler, name: str, traffic: Traffic | None = None
     ) -> None:
-        super().__init__(party, name, traffic)
+        super().__init__(handler, name, traffic)
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNHEARD)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
         self._socket = connection
-        self._leaving: deque[memoryview] = deque()
-        self._buffer = bytearray(HEAD_BYTES)
-        self._space = memoryview(self._buffer)  # what is yet to come of a head or body
+        self._outgoing: deque[memoryview] = deque()
+        self._buffer = bytearray(HEADER_BYTES)
+        self._unfilled = memoryview(self._buffer)  # rest of the header or body that is being received
 
     def fileno(self) -> int:
         """For `selectors`."""
         return self._socket.fileno()
 
-    def _queue(self, head: Head, body: np.ndarray | None) -> None:
-        self._leaving.append(memoryview(head.pack()))
+    def _queue(self, header: Header, body: np.ndarray | None) -> None:
+        self._outgoing.append(memoryview(header.pack()))
         if body is not None:
-            self._leaving.append(memoryview(body))  # type: ignore[arg-type]
+            self._outgoing.append(memoryview(body))  # type: ignore[arg-type]
 
     def pump(self) -> bool:
-        moved = self._push_out()
-        return self._take_in() or moved
+        moved = self._send_pending()
+        return self._receive() or moved
 
     def flush(self) -> None:
-        with contextlib.suppress(Lost):
-            self._push_out()
+        with contextlib.suppress(Disconnected):
+            self._send_pending()
 
-    def _push_out(self) -> bool:
+    def _send_pending(self) -> bool:
         moved = 0
-        while self._leaving and moved < _AT_ONCE:
+        while self._outgoing and moved < _MAX_BYTES_PER_PUMP:
             try:
-                count = self._socket.send(self._leaving[0])
+                count = self._socket.send(self._outgoing[0])
             except BlockingIOError:
                 break
             except OSError as error:
-                raise _broken(error) from None
+                raise _connection_error(error) from None
             moved += count
-            if count == len(self._leaving[0]):
-                self._leaving.popleft()
+            if count == len(self._outgoing[0]):
+                self._outgoing.popleft()
             else:
-                self._leaving[0] = self._leaving[0][count:]
+                self._outgoing[0] = self._outgoing[0][count:]
         return moved > 0
 
-    def _take_in(self) -> bool:
+    def _receive(self) -> bool:
         moved = 0
-        while moved < _AT_ONCE:
+        while moved < _MAX_BYTES_PER_PUMP:
             try:
-                count = self._socket.recv_into(self._space)
+                count = self._socket.recv_into(self._unfilled)
             except BlockingIOError:
                 break
             except OSError as error:
-                raise _broken(error) from None
+                raise _connection_error(error) from None
             if count == 0:
-                raise Lost("it closed the connection")
-            self.heard = time.monotonic()
+                raise Disconnected("it closed the connection")
+            self.last_received = time.monotonic()
             moved += count
-            self._space = self._space[count:]
-            if not self._space:
-                self._arrived()
+            self._unfilled = self._unfilled[count:]
+            if not self._unfilled:
+                self._on_filled()
         return moved > 0
 
-    def _arrived(self) -> None:
-        if self._head is None:
-            body = self._begin(self._buffer)
+    def _on_filled(self) -> None:
+        if self._header is None:
+            body = self._begin_message(self._buffer)
             if body.size:
-                self._space = memoryview(body)  # type: ignore[arg-type]
+                self._unfilled = memoryview(body)  # type: ignore[arg-type]
                 return
-        self._space = memoryview(self._buffer)
-        self._end()
+        self._unfilled = memoryview(self._buffer)
+        self._end_message()
 
     @property
     def idle(self) -> bool:
-        return not self._leaving
+        return not self._outgoing
 
     def close(self) -> None:
         self._socket.close()
 
 
-def _broken(error: OSError) -> Lost:
-    return Lost(f"the connection broke: {error.strerror or error}")
+def _connection_error(error: OSError) -> Disconnected:
+    return Disconnected(f"the connection broke: {error.strerror or error}")

@@ -1,8 +1,8 @@
-"""What a server must not forget: its state, and a log of all updates since.
+"""Persistent state of a server: snapshots, and a write-ahead log of the updates since the last one.
 
-An update is in the log before it is made, and so before any client hears of it. A log that is replayed makes
-the same updates again, with the same arithmetic. What is written is in the hands of the operating system, and
-survives the end of this process by any signal; a crash of the machine may lose the last seconds.
+An update is in the log before it is made, and so before any reply to its pushes. Replaying a log makes the
+same updates with the same arithmetic. The log is written without fsync: it survives the end of the process by
+any signal, but a crash of the machine may lose the last seconds.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import torch
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.server.server import Server
-from hpcsgd.server.session import Client
-from hpcsgd.server.shard import FIRST, Push, Shard
-from hpcsgd.server.update_rules import Terms
+from hpcsgd.server.session import Session
+from hpcsgd.server.shard import INITIAL_PUSH, Push, Shard
+from hpcsgd.server.update_rules import UpdateContext
 
-_SIZES = struct.Struct("<IQ")  # bytes of the note and of the values
+_SIZES = struct.Struct("<IQ")  # bytes of the JSON and of the values
 _MARK_BYTES = 4
-_AHEAD = 64 * 2**20  # bytes; to write where the file has its blocks already is several times faster
-Note = dict[str, Any]
+_PREALLOCATED_BYTES = 64 * 2**20  # writing to allocated blocks is several times faster
+Record = dict[str, Any]
 
 
-class Log:
-    """A file of notes and values, which grows at its end.
+class LogFile:
+    """Append-only file of records: JSON and the bytes of arrays.
 
-    A note has a checksum, values have none: that would take longer than to write them. The mark behind a
-    record is written last, and says that it is whole.
+    The JSON has a checksum; the arrays have none, for computing it would take longer than writing them. The
+    mark at the end of a record is written last and shows that the record is complete.
 
     Parameters
     ----------
@@ -44,16 +44,16 @@ class Log:
     Attributes
     ----------
     nbytes
-        How long it is.
+        Length of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         self.nbytes = self._reserved = 0
 
-    def append(self, note: Note, values: list[np.ndarray]) -> None:
-        """Write a record: a note and the bytes of arrays; it survives this process once this returns."""
-        text = json.dumps(note).encode()
+    def append(self, record: Record, values: list[np.ndarray]) -> None:
+        """Write a record; it survives this process once this returns."""
+        text = json.dumps(record).encode()
         sizes = _SIZES.pack(len(text), sum(value.nbytes for value in values))
         mark = _checksum(sizes, text)
         try:
@@ -62,30 +62,30 @@ class Log:
             raise HpcsgdError(
                 "the log of updates cannot be written",
                 got=error,
-                do="mend this and start the server again: nothing that it has acknowledged is lost",
+                do="fix the cause and restart the server; acknowledged updates are kept",
             ) from error
 
     def _write(self, parts: Sequence[Any]) -> None:
-        left = [memoryview(part).cast("B") for part in parts]
-        end = self.nbytes + sum(map(len, left))
+        remaining = [memoryview(part).cast("B") for part in parts]
+        end = self.nbytes + sum(map(len, remaining))
         if end > self._reserved:
-            os.posix_fallocate(self._file, self.nbytes, end + _AHEAD - self.nbytes)
-            self._reserved = end + _AHEAD
+            os.posix_fallocate(self._file, self.nbytes, end + _PREALLOCATED_BYTES - self.nbytes)
+            self._reserved = end + _PREALLOCATED_BYTES
         while self.nbytes < end:
-            written = os.writev(self._file, left)
+            written = os.writev(self._file, remaining)
             self.nbytes += written
-            while left and written >= len(left[0]):
-                written -= len(left.pop(0))
-            if left:
-                left[0] = left[0][written:]
+            while remaining and written >= len(remaining[0]):
+                written -= len(remaining.pop(0))
+            if remaining:
+                remaining[0] = remaining[0][written:]
 
     def close(self) -> None:
         os.ftruncate(self._file, self.nbytes)
         os.close(self._file)
 
 
-def read_log(path: Path) -> Iterator[tuple[Note, np.ndarray]]:
-    """The whole records of a log; a last one that the end of its server has torn is left out."""
+def read_log(path: Path) -> Iterator[tuple[Record, np.ndarray]]:
+    """Yield the complete records of a log; an incomplete last one is skipped."""
     with path.open("rb") as file:
         while len(start := file.read(_MARK_BYTES + _SIZES.size)) == _MARK_BYTES + _SIZES.size:
             mark, sizes = start[:_MARK_BYTES], start[_MARK_BYTES:]
@@ -103,71 +103,72 @@ def _checksum(sizes: bytes, text: bytes) -> bytes:
     return zlib.crc32(text, zlib.crc32(sizes)).to_bytes(_MARK_BYTES, "little")
 
 
-class Keeping:
-    """Writes down what happens to a server, so that another one can go on from there.
+class UpdateLog:
+    """Write-ahead log of a server, from which a restarted one continues.
 
     Parameters
     ----------
     folder
-        Holds the logs: ``log-00000003`` is what came after state 3.
+        Folder of the log files: ``log-00000003`` has the records since state 3.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._log: Log | None = None
+        self._log: LogFile | None = None
         self._server: Server | None = None
-        self._noted: Note = {}
+        self._recorded: Record = {}
 
     @property
     def nbytes(self) -> int:
-        """Of the log that is being written."""
+        """Length of the current log file."""
         return 0 if self._log is None else self._log.nbytes
 
     def numbers(self) -> list[int]:
-        """Of the logs that there are, oldest first."""
+        """Numbers of the existing log files, oldest first."""
         return sorted(int(path.name[4:]) for path in self._folder.glob("log-????????"))
 
     def replay(self, server: Server, since: int) -> int:
-        """Do again what happened after state `since`; returns how many updates these were."""
+        """Replay all records since state `since`; returns the number of updates."""
         updates = 0
         for number in self.numbers():
             if number >= since:
-                for note, values in read_log(self._path(number)):
-                    updates += _redo(server, note, values)
+                for record, values in read_log(self._path(number)):
+                    updates += _replay(server, record, values)
         return updates
 
-    def begin(self, server: Server, number: int) -> None:
-        """From now on write down what comes after state `number`."""
+    def start(self, server: Server, number: int) -> None:
+        """Start the log file of the records since state `number`."""
         if self._log is not None:
             self._log.close()
-        self._server, self._noted = server, {}
-        self._log = Log(self._path(number))
-        self.note()
+        self._server, self._recorded = server, {}
+        self._log = LogFile(self._path(number))
+        self.record_sessions()
 
-    def forget(self, before: int) -> None:
-        """Remove the logs that a state has made superfluous."""
+    def remove_before(self, before: int) -> None:
+        """Remove the log files of states before `before`."""
         for number in self.numbers():
             if number < before:
                 self._path(number).unlink()
 
-    def note(self) -> None:
-        """Write down what has become of the clients, if it is new."""
+    def record_sessions(self) -> None:
+        """Write the contract and the sessions, if they have changed."""
         server = self._server
         assert self._log is not None and server is not None
-        told = {"contract": server.contract, "clients": [about(c) for c in server.clients.values()]}
-        new = {name: value for name, value in told.items() if value != self._noted.get(name)}
-        if new:
-            self._log.append(new, [])
-            self._noted = told
+        sessions = [session_record(session) for session in server.sessions.values()]
+        record = {"contract": server.contract, "clients": sessions}
+        changed = {name: value for name, value in record.items() if value != self._recorded.get(name)}
+        if changed:
+            self._log.append(changed, [])
+            self._recorded = record
 
-    def record(self, shard: Shard, pushes: list[Push], terms: Terms) -> None:
-        """Write down an update that is about to be made, see `counting.Record`."""
+    def record_update(self, shard: Shard, pushes: list[Push], context: UpdateContext) -> None:
+        """Write an update that is about to be made, see `aggregation.RecordUpdate`."""
         assert self._log is not None and self._server is not None
-        if self._server.contract is not self._noted["contract"]:
-            self.note()
-        told = [(p.client, p.number, p.weight, shard.clocks.get(p.client, 0)) for p in pushes]
-        note = {"shard": shard.index, "version": shard.version, "pushes": told, "terms": terms}
-        self._log.append(note, [push.values for push in pushes])
+        if self._server.contract is not self._recorded["contract"]:
+            self.record_sessions()
+        rows = [(p.client, p.number, p.weight, shard.clocks.get(p.client, 0)) for p in pushes]
+        record = {"shard": shard.index, "version": shard.version, "pushes": rows, "terms": context}
+        self._log.append(record, [push.values for push in pushes])
 
     def close(self) -> None:
         if self._log is not None:
@@ -177,104 +178,104 @@ class Keeping:
         return self._folder / f"log-{number:08d}"
 
 
-def _redo(server: Server, note: Note, values: np.ndarray) -> int:
-    _agree(server, note.get("contract"))
-    for told in note.get("clients", ()):
-        _take_client(server, told)
-    if "shard" not in note:
+def _replay(server: Server, record: Record, values: np.ndarray) -> int:
+    _set_contract(server, record.get("contract"))
+    for fields in record.get("clients", ()):
+        _restore_session(server, fields)
+    if "shard" not in record:
         return 0
-    shard = server.shards[note["shard"]]
-    if shard.version != note["version"]:
+    shard = server.shards[record["shard"]]
+    if shard.version != record["version"]:
         raise HpcsgdError(
-            "the log of updates does not go on where the state ends",
+            "the log of updates does not continue the state",
             expected=f"update {shard.version} of shard {shard.index}",
-            got=f"update {note['version']}",
-            do="the folder is damaged: begin anew with another one",
+            got=f"update {record['version']}",
+            do="the folder is damaged: start the servers with another --checkpoint folder",
         )
     pushes = []
-    # Of pushes that were summed as words the first has brought the sum, and the others nothing.
+    # In a code sum the first push has the sum, and the others have no values.
     bodies, nothing = iter(values.reshape(-1, shard.nbytes)), np.empty(0, np.uint8)
-    for name, number, weight, clock in note["pushes"]:
+    for name, number, weight, clock in record["pushes"]:
         body = next(bodies, nothing)
-        if number == FIRST:
-            shard.fill(body)
+        if number == INITIAL_PUSH:
+            shard.initialize(body)
             return 0
-        client = _client(server, name)
-        server.counting.enter(client, shard)
-        client.resting, shard.clocks[name] = False, clock
-        shard.left_out.discard(name)
-        brought = client.buffer(shard)[: body.size]
-        brought[:] = body
-        pushes.append(Push(name, number, weight, brought))
-    shard.count_in(pushes, Terms(*note["terms"]))
+        session = _session(server, name)
+        server.aggregator.subscribe(session, shard)
+        session.paused, shard.clocks[name] = False, clock
+        shard.dropped.discard(name)
+        copied = session.buffer(shard)[: body.size]
+        copied[:] = body
+        pushes.append(Push(name, number, weight, copied))
+    shard.apply(pushes, UpdateContext(*record["terms"]))
     return 1
 
 
-def about(client: Client) -> Note:
-    """Who a client is, and whether it is waited for."""
+def session_record(session: Session) -> Record:
+    """Name and state of a session, as they are stored."""
     return {
-        "name": client.name,
-        "has": sorted(client.has),
-        "waited_for": client.waited_for,
-        "resting": client.resting,
-        "done": client.done,
+        "name": session.name,
+        "has": sorted(session.subscribed),
+        "waited_for": session.alive,
+        "resting": session.paused,
+        "done": session.done,
     }
 
 
-def state(server: Server) -> dict[str, Any]:
-    """All that a server knows between two messages, in memory of its own.
+def server_state(server: Server) -> dict[str, Any]:
+    """Snapshot of a server's state between two messages, in memory of its own.
 
-    Of elastic servers these are also the last answers to each client: a push that comes again, because its
-    answer was lost, has been counted and gets the same.
+    An elastic server's state includes the last reply to each client: a push that is repeated because its
+    reply was lost has been applied, and gets the same reply.
     """
     clients = []
-    for client in server.clients.values():
-        answers = {
-            index: torch.from_numpy(client.buffers[index].copy())
+    for session in server.sessions.values():
+        replies = {
+            index: torch.from_numpy(session.buffers[index].copy())
             for index, shard in server.shards.items()
-            if index in client.buffers and not shard.rule.takes_gradients
+            if index in session.buffers and not shard.rule.takes_gradients
         }
-        figures = {"staleness": dict(client.staleness), "left_out": client.left_out}
-        clients.append({**about(client), **figures, "answers": answers})
+        counts = {"staleness": dict(session.staleness), "left_out": session.dropped}
+        clients.append({**session_record(session), **counts, "answers": replies})
     return {
         "contract": json.dumps(server.contract),
         "shards": {index: shard.state_dict() for index, shard in server.shards.items()},
-        "begun": server.begun,
+        "begun": server.steps_begun,
         "clients": clients,
-        "staleness": dict(server.counting.staleness),
-        "left_out": server.counting.left_out,
+        "staleness": dict(server.aggregator.staleness),
+        "left_out": server.aggregator.dropped,
     }
 
 
-def restore(server: Server, saved: dict[str, Any]) -> None:
-    """Make a new server what one of the same mode, index and count was when `state` was called."""
-    _agree(server, json.loads(saved["contract"]))
+def restore_server(server: Server, saved: dict[str, Any]) -> None:
+    """Restore a state of `server_state` in a new server of the same mode, index and count."""
+    _set_contract(server, json.loads(saved["contract"]))
     for index, shard in server.shards.items():
         shard.load_state_dict(saved["shards"][index])
-    server.begun = saved["begun"]
-    server.counting.staleness.update(saved["staleness"])
-    server.counting.left_out = saved["left_out"]
-    for told in saved["clients"]:
-        client = _take_client(server, told)
-        client.staleness.update(told["staleness"])
-        client.left_out = told["left_out"]
-        for index, answer in told["answers"].items():
-            client.buffer(server.shards[index])[:] = answer.numpy()
+    server.steps_begun = saved["begun"]
+    server.aggregator.staleness.update(saved["staleness"])
+    server.aggregator.dropped = saved["left_out"]
+    for fields in saved["clients"]:
+        session = _restore_session(server, fields)
+        session.staleness.update(fields["staleness"])
+        session.dropped = fields["left_out"]
+        for index, reply in fields["answers"].items():
+            session.buffer(server.shards[index])[:] = reply.numpy()
 
 
-def _agree(server: Server, contract: dict[str, Any] | None) -> None:
+def _set_contract(server: Server, contract: dict[str, Any] | None) -> None:
     if contract and contract != server.contract:
-        server.agree_on(contract)
+        server.set_contract(contract)
 
 
-def _client(server: Server, name: str) -> Client:
-    return server.clients.setdefault(name, Client(name, None, frozenset(), []))
+def _session(server: Server, name: str) -> Session:
+    return server.sessions.setdefault(name, Session(name, None, frozenset(), []))
 
 
-def _take_client(server: Server, told: Note) -> Client:
-    """Its shards and options are told by itself when it comes back."""
-    client = _client(server, told["name"])
-    for index in told["has"]:
-        server.counting.enter(client, server.shards[index])
-    client.waited_for, client.resting, client.done = told["waited_for"], told["resting"], told["done"]
-    return client
+def _restore_session(server: Server, fields: Record) -> Session:
+    """Restore a session; its shards and options are sent again by the client when it reconnects."""
+    session = _session(server, fields["name"])
+    for index in fields["has"]:
+        server.aggregator.subscribe(session, server.shards[index])
+    session.alive, session.paused, session.done = fields["waited_for"], fields["resting"], fields["done"]
+    return session

@@ -1,4 +1,4 @@
-"""What a server does with what its clients push: a step of an optimizer, or the elastic force."""
+"""Update rules of a shard: optimizer steps with pushed gradients, or elastic averaging of pushed models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption
-from hpcsgd.tensors.weighted_sum import combine
+from hpcsgd.tensors.weighted_sum import weighted_sum
 
-#: Their updates treat each element alike, so a shard may cut a model anywhere.
+#: Optimizers whose updates are elementwise, so that shards may cut a model anywhere.
 OPTIMIZERS = (
     "SGD",
     "Adam",
@@ -28,20 +28,20 @@ OPTIMIZERS = (
     "ASGD",
     "Rprop",
 )
-Options = Sequence[Mapping[str, Any]]  # of each group of parameters
+Options = Sequence[Mapping[str, Any]]  # one for each parameter group
 
 
-class Terms(NamedTuple):
-    """What an update depends on besides the values and the pushes.
+class UpdateContext(NamedTuple):
+    """Inputs of an update besides the values and the pushes.
 
     Attributes
     ----------
     weights
-        Of how many gradients each push is the mean.
+        Number of gradients whose mean is pushed, for each push.
     clients
-        How many clients count.
+        Number of awaited clients.
     options
-        The optimizer's, of each group of parameters.
+        Options of the optimizer, for each parameter group.
     """
 
     weights: list[float]
@@ -49,61 +49,61 @@ class Terms(NamedTuple):
     options: Options
 
 
-class Rule(Protocol):
-    """How one shard is updated.
+class UpdateRule(Protocol):
+    """Update rule of one shard.
 
     Attributes
     ----------
     takes_gradients
-        Whether pushes are gradients, and answers the values: a push is then of no use once the others have
-        gone on without it. Else a push is always of use, and its answer is written over it.
-    groups
-        Which options it takes.
+        Whether pushes are gradients and replies are the new values: a late push is then dropped. Else no push
+        is ever dropped, and its reply replaces it in memory.
+    parameter_groups
+        Indices of the parameter groups whose options it uses.
     """
 
     takes_gradients: bool
-    groups: frozenset[int]
+    parameter_groups: frozenset[int]
 
-    def apply(self, centre: Tensor, pushes: Sequence[Tensor], terms: Terms) -> None:
-        """Update the values, (numel,), by pushes like them, in this order; these may be overwritten."""
+    def apply(self, centre: Tensor, pushes: Sequence[Tensor], context: UpdateContext) -> None:
+        """Update `centre`, (numel,), by pushes of this shape, in their order; they may be overwritten."""
 
-    def try_out(self, options: Options, dtype: torch.dtype) -> None:
-        """Raises, of whatever kind, what an update with these options would."""
+    def validate(self, options: Options, dtype: torch.dtype) -> None:
+        """Raise the exception, of any type, that an update with these options would raise."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the values."""
+        """State besides the values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore a state of `state_dict`."""
 
 
-class Descent:
-    """A step of a `torch.optim` optimizer with the mean gradient; the answer is the new value.
+class OptimizerRule:
+    """Step of a `torch.optim` optimizer with the mean gradient; the reply is the new value.
 
     Parameters
     ----------
     name
         One of `OPTIMIZERS`.
     segments
-        (start, stop, group) of each stretch of the shard and the group of parameters that it belongs to.
+        Segments (start, stop, parameter group) of the shard.
     """
 
     takes_gradients = True
 
     def __init__(self, name: str, segments: Sequence[tuple[int, int, int]]) -> None:
-        self._kind, self._segments = getattr(torch.optim, name), segments
-        self.groups = frozenset(number for _, _, number in segments)
+        self._optimizer_class, self._segments = getattr(torch.optim, name), segments
+        self.parameter_groups = frozenset(number for _, _, number in segments)
         self._parts: list[Tensor] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._saved: dict[str, Any] | None = None
 
-    def apply(self, centre: Tensor, pushes: Sequence[Tensor], terms: Terms) -> None:
-        # Of weight 0 are gradients that are not finite.
-        counted = [(push, weight) for push, weight in zip(pushes, terms.weights, strict=True) if weight]
-        if not counted:
+    def apply(self, centre: Tensor, pushes: Sequence[Tensor], context: UpdateContext) -> None:
+        # Gradients that are not finite have weight 0.
+        weighted = [(push, weight) for push, weight in zip(pushes, context.weights, strict=True) if weight]
+        if not weighted:
             return
-        gradient, options = average(counted), terms.options
-        optimizer = self._optimizer_of(centre, options)
+        gradient, options = weighted_mean(weighted), context.options
+        optimizer = self._get_optimizer(centre, options)
         for part, (start, stop, _), group in zip(
             self._parts, self._segments, optimizer.param_groups, strict=True
         ):
@@ -111,23 +111,24 @@ class Descent:
             group.update({key: v for key, v in options[group["number"]].items() if key != "params"})
         optimizer.step()
 
-    def try_out(self, options: Options, dtype: torch.dtype) -> None:
+    def validate(self, options: Options, dtype: torch.dtype) -> None:
         state = self.state_dict().get("state", {})
         for number, position in {group: i for i, (_, _, group) in enumerate(self._segments)}.items():
-            one = torch.zeros(1, dtype=dtype)
-            one.grad = torch.zeros_like(one)
-            trial = self._kind([one], **options[number])
-            trial.state[one].update({key: _first(v) for key, v in state.get(position, {}).items()})
+            element = torch.zeros(1, dtype=dtype)
+            element.grad = torch.zeros_like(element)
+            trial = self._optimizer_class([element], **options[number])
+            saved = state.get(position, {}).items()
+            trial.state[element].update({key: _first_element(value) for key, value in saved})
             trial.step()
 
-    def _optimizer_of(self, centre: Tensor, options: Options) -> torch.optim.Optimizer:
+    def _get_optimizer(self, centre: Tensor, options: Options) -> torch.optim.Optimizer:
         if self._optimizer is None:
             self._parts = [centre[start:stop] for start, stop, _ in self._segments]
-            groups = [
+            parameter_groups = [
                 {**options[number], "params": [part], "number": number}
                 for part, (_, _, number) in zip(self._parts, self._segments, strict=True)
             ]
-            self._optimizer = self._kind(groups, lr=options[0]["lr"])
+            self._optimizer = self._optimizer_class(parameter_groups, lr=options[0]["lr"])
             if self._saved is not None:
                 self._optimizer.load_state_dict(self._saved)
         return self._optimizer
@@ -143,91 +144,91 @@ class Descent:
         self._saved, self._optimizer = state or None, None
 
 
-class Elastic:
-    """c <- c + sum of e_i, e_i = alpha (x_i - c), see arXiv 1412.6651; the answers are the e_i.
+class ElasticRule:
+    """Elastic averaging (EASGD, arXiv 1412.6651): c <- c + sum e_i, e_i = alpha (x_i - c); replies are e_i.
 
     Parameters
     ----------
     alpha
-        The share of its distance by which a model is drawn to the centre, and the centre to it; None: 0.9
-        divided by the number of clients that count.
+        Fraction of its distance to the centre by which a model moves to it, and the centre to the model;
+        None (default): 0.9 divided by the number of awaited clients.
     """
 
     takes_gradients = False
-    groups: frozenset[int] = frozenset()
+    parameter_groups: frozenset[int] = frozenset()
 
     def __init__(self, alpha: float | None = None) -> None:
         self._alpha = alpha
 
-    def apply(self, centre: Tensor, pushes: Sequence[Tensor], terms: Terms) -> None:
-        alpha = 0.9 / max(1, terms.clients) if self._alpha is None else self._alpha
+    def apply(self, centre: Tensor, pushes: Sequence[Tensor], context: UpdateContext) -> None:
+        alpha = 0.9 / max(1, context.clients) if self._alpha is None else self._alpha
         if centre.element_size() >= 4:
             values = centre.numpy()
-            _kernels().attract(values, _addresses(pushes), values.dtype.type(alpha))
+            _kernels().elastic_update(values, _addresses(pushes), values.dtype.type(alpha))
             return
         before = centre.clone()
         for push in pushes:
             centre.add_(push.sub_(before).mul_(alpha))
 
-    def try_out(self, options: Options, dtype: torch.dtype) -> None:
-        """It takes none."""
+    def validate(self, options: Options, dtype: torch.dtype) -> None:
+        """It uses no options."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is none."""
+        """It has no state."""
 
 
-def average(pushes: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The weighted mean of pushes, added up in this order; written over the first one."""
+def weighted_mean(pushes: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Weighted mean of pushes, summed in this order; it overwrites the first push."""
     (out, first), tensors = pushes[0], [push for push, _ in pushes]
     if len(pushes) > 1 and out.element_size() >= 4 and all(weight == first for _, weight in pushes):
         values = out.numpy()
-        _kernels().add_up(values, _addresses(tensors), values.dtype.type(1.0 / len(pushes)))
+        _kernels().sum_pushes(values, _addresses(tensors), values.dtype.type(1.0 / len(pushes)))
     elif len(pushes) > 1:
         total = sum(weight for _, weight in pushes)
-        combine(out, [(push, weight / total) for push, weight in pushes])
+        weighted_sum(out, [(push, weight / total) for push, weight in pushes])
     return out
 
 
-def describe(optimizer: torch.optim.Optimizer) -> tuple[str, list[dict[str, Any]]]:
-    """The name and the options of an optimizer, as a server can be told them.
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> tuple[str, list[dict[str, Any]]]:
+    """Name and JSON-compatible options of an optimizer.
 
     Raises
     ------
     BadOption
-        For one that is no optimizer of `OPTIMIZERS`.
+        If it is not one of `OPTIMIZERS`.
     """
     name = type(optimizer).__name__
     if name not in OPTIMIZERS or type(optimizer) is not getattr(torch.optim, name):
         raise BadOption(
             f"a parameter server cannot take steps of {type(optimizer).__name__}",
-            expected="one of torch.optim whose update treats each element alike",
-            do="use one of: " + ", ".join(OPTIMIZERS) + "; or mode elastic, where groups have any",
+            expected="an optimizer of torch.optim with elementwise updates",
+            do=f"use one of: {', '.join(OPTIMIZERS)}; or mode=elastic, which works with any optimizer",
             everywhere=True,
         )
     known = inspect.signature(type(optimizer)).parameters
-    groups = [
-        {key: _plain(value) for key, value in group.items() if key in known and key != "params"}
+    parameter_groups = [
+        {key: _to_json_value(value) for key, value in group.items() if key in known and key != "params"}
         for group in optimizer.param_groups
     ]
     fuses = "fused" in known and all(
-        group.get("fused") is None and not group.get("foreach") for group in groups
+        group.get("fused") is None and not group.get("foreach") for group in parameter_groups
     )
-    for group in groups if fuses else ():
+    for group in parameter_groups if fuses else ():
         group["fused"] = True  # one pass over memory
-    return name, groups
+    return name, parameter_groups
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     if isinstance(value, Tensor):
         return float(value)
     return list(value) if isinstance(value, tuple) else value
 
 
-def _first(value: Any) -> Any:
-    """Of an optimizer's state what belongs to the first element."""
+def _first_element(value: Any) -> Any:
+    """Part of an optimizer's state that belongs to the first element."""
     if isinstance(value, Tensor):
         return (value[:1] if value.ndim else value).clone()
     return value

@@ -1,38 +1,38 @@
-"""How much a server has to do."""
+"""Utilization of a server."""
 
 from __future__ import annotations
 
 import time
 
 
-class Load:
-    """Counts what a server finds when it looks at its links, and how long it takes over it."""
+class Utilization:
+    """Measures the queue length and the busy time of a server."""
 
     def __init__(self) -> None:
-        self._forget()
+        self._reset()
 
-    def looked(self, found: int, seconds: float) -> None:
-        """It has looked at its links and `found` had something, which took so long."""
-        self._busy += seconds
-        if found:
-            self._looks += 1
-            self._found += found
+    def record_poll(self, ready: int, seconds: float) -> None:
+        """Record a poll of all links, of which `ready` had messages; handling them took `seconds`."""
+        self._busy_seconds += seconds
+        if ready:
+            self._polls += 1
+            self._ready += ready
 
-    def figures(self) -> dict[str, float]:
-        """Since the last call.
+    def metrics(self) -> dict[str, float]:
+        """Metrics since the last call.
 
         Returns
         -------
         dict
-            `queue`: how many links had something, in the mean over the looks at which one had; `load`: the
-            share of the time in which the server was at work.
+            "queue": mean number of links with messages, over the polls at which any had one; "load": busy
+            fraction of the time.
         """
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        figures = {"queue": self._found / max(1, self._looks), "load": min(1.0, self._busy / seconds)}
-        self._forget()
-        return figures
+        metrics = {"queue": self._ready / max(1, self._polls), "load": min(1.0, self._busy_seconds / seconds)}
+        self._reset()
+        return metrics
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._since = time.perf_counter()
-        self._busy = 0.0
-        self._looks = self._found = 0
+        self._busy_seconds = 0.0
+        self._polls = self._ready = 0

@@ -1,4 +1,4 @@
-"""The methods of distributed SGD, one file each."""
+"""Strategies: the methods of distributed SGD, one file or folder each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hpcsgd.strategies.adpsgd.strategy import ADPSGD
 from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.backup_workers.strategy import BackupWorkers
 from hpcsgd.strategies.base import Strategy
-from hpcsgd.strategies.context import Setting
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.dsgd import DSGD
 from hpcsgd.strategies.lasgd.strategy import LASGD
 from hpcsgd.strategies.local_sgd import LocalSGD
@@ -26,12 +26,12 @@ __all__ = [
     "BackupWorkers",
     "LocalSGD",
     "ParameterServer",
-    "Setting",
     "Strategy",
+    "StrategyContext",
     "Teleportation",
 ]
 
-#: What `--strategy` knows.
+#: The methods by the name that `--strategy` uses.
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "allreduce": AllReduce,
     "local": LocalSGD,

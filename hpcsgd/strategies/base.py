@@ -1,4 +1,4 @@
-"""What a strategy is: when ranks communicate, and what."""
+"""`Strategy`, the interface of all methods: when ranks communicate, and which tensors."""
 
 from __future__ import annotations
 
@@ -6,86 +6,88 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from hpcsgd.strategies.context import Setting
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.tensors.group import Bucket
 
 
 class Strategy:
-    """One method of distributed SGD; a subclass overrides what it does differently from training alone.
+    """One method of distributed SGD; the base class is training without communication.
 
-    All methods are called on every rank, by the thread that runs the user's loop.
+    All methods are called on every rank, by the compute thread (the one that runs the user's loop).
 
     Attributes
     ----------
-    lockstep
-        Whether every peer takes every step. Else `turns` says whose turn it is, the loaders begin
-        again when they are through, and `step` itself counts `setting.step` up.
+    context
+        The context of the run, set by `attach`.
+    synchronous
+        Whether every peer takes every step. If not, `peer_schedule` yields the local peer of the next step,
+        loaders are started again at their end, and `step` itself advances `context.step`.
     """
 
-    setting: Setting
-    lockstep = True
+    context: StrategyContext
+    synchronous = True
 
     def options(self) -> dict[str, object]:
-        """The options that all ranks must agree on, by name."""
+        """Return the options by name; they must be equal on all ranks."""
         return {}
 
     def workers(self, ranks: int) -> int:
-        """How many of so many ranks compute gradients: the first ones."""
+        """Return how many of `ranks` ranks compute gradients: always the first ones."""
         return ranks
 
-    def fit(self, peers: int) -> None:
-        """Ask for no more than so few peers can do, because others have died."""
+    def clamp_to(self, peers: int) -> None:
+        """Reduce options to values that `peers` peers allow, after ranks have failed."""
 
-    def attach(self, setting: Setting) -> None:
-        """Take up a model; it has the same values on all ranks."""
-        self.setting = setting
+    def attach(self, context: StrategyContext) -> None:
+        """Start with the model of `context`, which has the same values on all ranks; collective."""
+        self.context = context
 
     def detach(self) -> None:
-        """Leave the model in memory of its own, without hooks; nothing is in flight any more."""
+        """Finish all communication, remove hooks and give the model memory of its own; collective."""
 
-    def enter(self, turn: int) -> None:
-        """Let the module show the model of this rank's peer number `turn`."""
+    def select_peer(self, index: int) -> None:
+        """Make the module's parameters those of local peer `index`."""
 
-    def turns(self, end: int) -> Iterator[int]:
-        """Where not in lockstep: which of this rank's peers is to take a step next, until step `end`.
+    def peer_schedule(self, end: int) -> Iterator[int]:
+        """Yield the index of the local peer of each next step, until iteration `end`; asynchronous only.
 
-        Its model is in place when it is yielded; `step` has been called when the next one is asked for.
+        The caller puts the peer's model in place and calls `step` before it asks for the next index.
         """
         raise NotImplementedError
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Inside, backward adds to the gradients and starts no communication."""
+        """Context manager for backward passes that add to the gradients and start no communication."""
         return nullcontext()
 
     def bucket_ready(self, bucket: Bucket) -> None:
-        """The gradients of a bucket are complete; called in bucket order, from within backward."""
+        """Handle a bucket whose gradients are complete; called in bucket order, from within backward."""
 
     def synchronize(self) -> None:
-        """Bring the gradients to what the optimizer shall see; idempotent until the next backward."""
+        """Complete the reduction of the gradients; idempotent until the next backward pass."""
 
     def step(self, update: Callable[[], None]) -> None:
-        """One training step; `update` lets the optimizer change the model."""
+        """Take one training step; `update` makes the optimizer change the model."""
         update()
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the model is the consensus of all ranks; afterwards training goes on from its own."""
+        """Context manager in which the model is the consensus of all peers; collective."""
         return nullcontext()
 
     def consensus_distance(self) -> float:
-        """Root mean square over ranks of the distance of their models from the mean model."""
+        """Return the root mean square over peers of the models' distances from the consensus; collective."""
         return 0.0
 
     def model_step(self) -> int:
-        """Which step's model this rank has: an older one where it rests; -1: that of the start."""
-        return self.setting.step
+        """Return the step of this rank's model: an earlier one if the rank is idle; -1: the initial model."""
+        return self.context.step
 
-    def figures(self) -> dict[str, Any]:
-        """What this method adds to a record of metrics, of this rank, since the last call."""
+    def metrics(self) -> dict[str, Any]:
+        """Return this rank's additional fields of a metrics record, measured since the last call."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beyond model and optimizer."""
+        """Return the state for a checkpoint beyond those of model and optimizer."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""

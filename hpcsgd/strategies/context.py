@@ -1,8 +1,9 @@
-"""What a `Run` gives its strategy."""
+"""`StrategyContext`: the state that a `Run` shares with its strategy (ranks, model, options, step)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +11,16 @@ import torch
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
+from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 
 if TYPE_CHECKING:
     from hpcsgd.compress import Compressor
     from hpcsgd.tensors.gradients import Named
 
 
-class Setting:
-    """What a `Run` hands to its strategy.
+@dataclass(kw_only=True, eq=False, repr=False)
+class StrategyContext:
+    """The input of a strategy: given to `Strategy.attach`, and updated by `Run` during training.
 
     Attributes
     ----------
@@ -25,88 +28,98 @@ class Setting:
         The ranks.
     parameters
         (name, parameter) pairs of the model, without duplicates, in the model's order.
-    bucket_mib, algorithm, unused, compress, seed, nonfinite, optimizer
-        The run's of these names.
-    peers
-        Who takes part: the ranks, or with virtual nodes several peers a rank.
-    turn
-        Which of this rank's peers computes now, from 0.
-    step
-        The number of the step that is being taken, from 0.
-    taken
-        Whether the peer whose turn it is has taken its step.
-    having
-        For each peer, whether it has a batch of its own in this step, or repeats one to keep step.
+    bucket_mib, algorithm, unused, compress, seed, nonfinite, virtual_nodes, optimizer
+        The options of `Run` with these names.
     unscale
-        Takes the scale of a GradScaler from the gradients; False: this step shall be left out.
+        Divides the gradients by the scale of a GradScaler; returns False if this step must be skipped.
+    step
+        Number of the step that is being taken, from 0.
+    peers
+        All peers that train: one a rank, or several with virtual nodes.
+    current_peer_index
+        Index, from 0, of the local peer whose model, optimizer state and buffers are in place.
+    step_taken
+        Whether this peer has taken the step for which it got its last batch.
+    has_batch
+        For each peer, whether it has a batch of its own in this step (else it repeats one with weight 0).
     """
 
-    def __init__(
-        self,
-        world: World,
-        parameters: Named,
-        bucket_mib: float,
-        algorithm: str,
-        unused: str,
-        compress: Compressor | None = None,
-        seed: int = 0,
-        nonfinite: str = "error",
-        virtual_nodes: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        self.world = world
-        self.peers = Peers(world, virtual_nodes)
-        self.turn = self.step = 0
-        self.taken = False
-        self.parameters = parameters
-        self.bucket_mib = bucket_mib
-        self.algorithm = algorithm
-        self.unused = unused
-        self.compress = compress
-        self.seed = seed
-        self.nonfinite = nonfinite
-        self.optimizer = optimizer
-        self.unscale: Callable[[], bool] = lambda: True
+    world: World
+    parameters: Named
+    bucket_mib: float = DEFAULT_BUCKET_MIB
+    algorithm: str = "auto"
+    unused: str = "zeros"
+    compress: Compressor | None = None
+    seed: int = 0
+    nonfinite: str = "error"
+    virtual_nodes: int | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    unscale: Callable[[], bool] = lambda: True
+    step: int = 0
+    peers: Peers = field(init=False)
+    current_peer_index: int = field(default=0, init=False)
+    step_taken: bool = field(default=False, init=False)
+    has_batch: list[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.peers = Peers(self.world, self.virtual_nodes)
         self.begin_step()
+
+    def on(self, world: World) -> StrategyContext:
+        """Return a copy for some of the ranks, one peer each, with a step count of its own."""
+        return replace(self, world=world, virtual_nodes=None)
 
     @property
     def peer(self) -> int:
-        """The peer that computes now."""
-        return self.peers.local[self.turn]
+        """The peer whose model is in place."""
+        return self.peers.local[self.current_peer_index]
 
     @property
     def weight(self) -> int:
-        """1 where this peer has a batch of its own in this step, else 0."""
-        return int(self.having[self.peer])
+        """1 if this peer has a batch of its own in this step, else 0."""
+        return int(self.has_batch[self.peer])
 
     @property
-    def active(self) -> int:
-        """How many peers have a batch of their own in this step."""
-        return sum(self.having)
+    def contributors(self) -> int:
+        """Number of peers with a batch of their own in this step."""
+        return sum(self.has_batch)
 
-    def refuse(self, method: str, *, compression: bool = False, virtual_nodes: bool = False) -> None:
-        """Raise on all ranks for what a method does not do."""
+    def reject(self, method: str, *, compression: bool = False, virtual_nodes: bool = False) -> None:
+        """Raise on all ranks if the run uses a feature that a method does not support.
+
+        Parameters
+        ----------
+        method
+            Name of the method, for the error.
+        compression, virtual_nodes
+            True: not supported. Default False.
+
+        Raises
+        ------
+        BadOption
+            On all ranks.
+        """
         if compression and self.compress is not None:
             raise BadOption(
                 f"{method} sends whole models and cannot compress them",
                 got=f"compress={self.compress}",
-                do="use the strategy allreduce or local, or no compression",
+                do="use strategy allreduce, local, lasgd or ps, or set compress to none",
                 everywhere=True,
             )
-        if virtual_nodes and self.peers.each > 1:
+        if virtual_nodes and self.peers.per_rank > 1:
             raise BadOption(
                 f"{method} has no virtual nodes",
                 got=f"{self.peers.size} nodes on {self.world.size} ranks",
-                do="use a gossip method, dsgd say",
+                do="use a gossip strategy (dsgd, sgp, backup, teleport), or do not set virtual_nodes",
                 everywhere=True,
             )
 
     def begin_step(self) -> None:
-        """Expect the batches of the next step."""
-        self.having = [True] * self.peers.size
-        self._told = False
+        """Reset `has_batch` for the next step."""
+        self.has_batch = [True] * self.peers.size
+        self._batches_set = False
 
-    def batch(self, having: list[bool]) -> None:
-        """Note which ranks have this batch; the first one of a step decides, the rest add to it."""
-        if not self._told:
-            self.having, self._told = having, True
+    def set_batches(self, has_batch: list[bool]) -> None:
+        """Record which peers have a batch; of the batches of one step only the first call has an effect."""
+        if not self._batches_set:
+            self.has_batch, self._batches_set = has_batch, True

@@ -1,4 +1,4 @@
-"""What the methods share whose peers all take a step and then exchange models in a topology."""
+"""`Gossip`: base class of the synchronous methods whose peers exchange models with their neighbours."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ import torch
 from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.staging import after_compute
 from hpcsgd.mpi.progress import Work
-from hpcsgd.strategies.context import Setting
-from hpcsgd.strategies.replicas import OwnModels
+from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.strategies.replicas import ReplicaStrategy
 from hpcsgd.topology import build
 
 
-class Gossip(OwnModels):
-    """A method whose peers keep step and exchange models with their neighbours after each step.
+class Gossip(ReplicaStrategy):
+    """A synchronous method in which every peer takes a step and then exchanges models in a topology.
 
     Parameters
     ----------
     topology
-        Whom each peer exchanges with, as NAME or NAME:key=value+key=value of `hpcsgd.topology`, of which
-        matrix t mod period is the one of step t.
+        NAME or NAME:key=value+key=value of `hpcsgd.topology`; step t uses its matrix t mod period.
     overlap
-        Exchange while forward and backward run; costs memory of one more model.
+        Exchange models while forward and backward run. Takes the memory of one more model.
+
+    Attributes
+    ----------
+    title
+        Name of the method in errors.
+    graph
+        The topology over the peers of the run.
     """
 
-    #: Its name in errors.
     title: ClassVar[str]
 
     def __init__(self, topology: str, overlap: bool) -> None:
@@ -36,23 +41,23 @@ class Gossip(OwnModels):
     def options(self) -> dict[str, object]:
         return {"topology": self.topology, "overlap": self.overlap}
 
-    def attach(self, setting: Setting) -> None:
-        setting.refuse(self.title, compression=True)
-        self.graph = setting.world.together(lambda: build(self.topology, setting.peers.size))
-        super().attach(setting)
-        self._exchange = Exchange(setting.peers, self.parameters.groups)
-        #: For each local peer, what an exchange that began after the last step brings.
-        self._brought = [
+    def attach(self, context: StrategyContext) -> None:
+        context.reject(self.title, compression=True)
+        self.graph = context.world.collectively(lambda: build(self.topology, context.peers.size))
+        super().attach(context)
+        self._exchange = Exchange(context.peers, self.parameters.groups)
+        #: For each local peer the result of the exchange that was started after the last step.
+        self._received = [
             [torch.empty_like(bucket.host) for bucket in group] if self.overlap else []
             for group in self.parameters.groups
         ]
-        self._ahead: Work | None = None
+        self._exchange_in_flight: Work | None = None
 
     def detach(self) -> None:
-        del self._exchange, self._ahead
+        del self._exchange, self._exchange_in_flight
         super().detach()
 
     def _submit(self, what: str, step: int, job: Callable[[int], None]) -> Work:
-        """Hand `job(step)` to the communication thread; on a GPU it comes after what is queued there."""
-        world = self.setting.world
+        """Run `job(step)` in the communication thread, on a GPU after all work that is queued there now."""
+        world = self.context.world
         return world.progress.submit(f"{what} at step {step}", after_compute(world.device, lambda: job(step)))

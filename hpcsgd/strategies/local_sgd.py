@@ -1,4 +1,4 @@
-"""Local SGD: steps alone, and every so often the mean of the models."""
+"""Local SGD: local steps, and the mean of all models after every period."""
 
 from __future__ import annotations
 
@@ -7,87 +7,97 @@ from typing import Any
 
 from torch import Tensor
 
-from hpcsgd.collectives.reducer import reduction
+from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.errors import BadOption
-from hpcsgd.strategies.context import Setting
-from hpcsgd.strategies.replicas import OwnModels
+from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.strategies.replicas import ReplicaStrategy
 
 
-class LocalSGD(OwnModels):
-    """Each rank takes `period` steps of its own, then all models become their mean.
+class LocalSGD(ReplicaStrategy):
+    """Local SGD: every rank takes `period` local steps, then all models are replaced by their mean.
 
-    Momentum and other optimizer state stay local. A rank that has run out of batches weighs less, by the
-    steps it did not take. With period 1 and plain SGD this is `AllReduce`. With compression the ranks average
-    what their models have changed since the last average, which all of them keep (as Basu et al., arXiv
-    1906.02367); memory of two more models with error feedback, of one without.
+    Momentum and other optimizer state stay local. Models are weighted by the steps their ranks have taken
+    since the last average, so a rank that has run out of batches weighs less. With period 1 and plain SGD
+    this equals `AllReduce`. With compression the ranks average the changes of their models since the last
+    average, of which each holds a copy (as Basu et al., arXiv 1906.02367): memory of two more models with
+    error feedback, of one without.
 
     Parameters
     ----------
     period
         Steps between two averages, at least 1. Default 8.
+
+    Raises
+    ------
+    BadOption
+        `period` below 1.
     """
 
     def __init__(self, period: int = 8) -> None:
         if period < 1:
-            raise BadOption("period of local SGD", expected="at least 1 step", got=period)
+            raise BadOption(
+                "option period of local SGD is out of range", expected="at least 1 step", got=period
+            )
         self.period = period
 
     def options(self) -> dict[str, object]:
         return {"period": self.period}
 
-    def attach(self, setting: Setting) -> None:
-        setting.refuse("local SGD", virtual_nodes=True)
-        super().attach(setting)
-        self._since = 0
-        self._own_steps = [0] * setting.world.size
-        self._reduction = reduction(
-            self.parameters.group, setting.algorithm, setting.compress, setting.seed, what="change"
+    def attach(self, context: StrategyContext) -> None:
+        context.reject("local SGD", virtual_nodes=True)
+        super().attach(context)
+        self._steps_since_average = 0
+        self._steps_of_rank = [0] * context.world.size
+        self._reducer = make_reducer(
+            self.parameters.group, context.algorithm, context.compress, context.seed, kind="change"
         )
-        self._average_before: list[Tensor] = (
-            self.parameters.copy() if setting.compress and setting.world.size > 1 else []
+        self._last_average: list[Tensor] = (
+            self.parameters.copy() if context.compress and context.world.size > 1 else []
         )
 
     def detach(self) -> None:
-        del self._reduction
+        del self._reducer
         super().detach()
 
     def step(self, update: Callable[[], None]) -> None:
-        if self.setting.weight:
+        if self.context.weight:
             update()
-        self._since += 1
-        self._own_steps = [a + b for a, b in zip(self._own_steps, self.setting.having, strict=True)]
-        if self._since == self.period:
+        self._steps_since_average += 1
+        self._steps_of_rank = [
+            a + b for a, b in zip(self._steps_of_rank, self.context.has_batch, strict=True)
+        ]
+        if self._steps_since_average == self.period:
             self._average()
-            self._since = 0
-            self._own_steps = [0] * self.setting.world.size
+            self._steps_since_average = 0
+            self._steps_of_rank = [0] * self.context.world.size
 
     def _average(self) -> None:
-        """The mean of the models, weighted by steps where ranks took unequal numbers of them."""
+        """Replace the model by the mean of all, weighted by steps if these are not equally many."""
         buckets = self.parameters.group.buckets
-        for bucket, before in zip(buckets, self._average_before, strict=False):
+        for bucket, before in zip(buckets, self._last_average, strict=False):
             bucket.flat.sub_(before)
-        scale = 1.0 / self.setting.world.size
-        if len(set(self._own_steps)) > 1:
+        scale = 1.0 / self.context.world.size
+        if len(set(self._steps_of_rank)) > 1:
             scale = 1.0
-            share = self._own_steps[self.setting.world.rank] / sum(self._own_steps)
+            weight = self._steps_of_rank[self.context.world.rank] / sum(self._steps_of_rank)
             for bucket in buckets:
-                bucket.flat.mul_(share)
+                bucket.flat.mul_(weight)
         for bucket in buckets:
-            self._reduction.start(bucket, scale)
-        self._reduction.finish()
-        for bucket, before in zip(buckets, self._average_before, strict=False):
+            self._reducer.start(bucket, scale)
+        self._reducer.finish()
+        for bucket, before in zip(buckets, self._last_average, strict=False):
             before.copy_(bucket.flat.add_(before))
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "since": self._since,
-            "own_steps": list(self._own_steps),
-            "average_before": [before.cpu().clone() for before in self._average_before],
-            "reduction": self._reduction.state_dict(),
+            "since": self._steps_since_average,
+            "own_steps": list(self._steps_of_rank),
+            "average_before": [before.cpu().clone() for before in self._last_average],
+            "reduction": self._reducer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._since, self._own_steps = int(state["since"]), list(state["own_steps"])
-        for before, saved in zip(self._average_before, state["average_before"], strict=True):
+        self._steps_since_average, self._steps_of_rank = int(state["since"]), list(state["own_steps"])
+        for before, saved in zip(self._last_average, state["average_before"], strict=True):
             before.copy_(saved)
-        self._reduction.load_state_dict(state["reduction"])
+        self._reducer.load_state_dict(state["reduction"])

@@ -1,4 +1,4 @@
-"""The weights of push-sum averaging, which every rank computes for all peers."""
+"""Weights of push-sum averaging; every rank computes those of all peers, so no message carries them."""
 
 from __future__ import annotations
 
@@ -7,43 +7,45 @@ import numpy as np
 from hpcsgd.topology import Topology
 
 
-class Weights:
-    """One weight a peer, 1 at first, of which each step hands shares to the readers.
+class PushSumWeights:
+    """One weight a peer, initially 1, that each step splits evenly over the peer and its readers.
 
     Parameters
     ----------
     graph
-        Who reads whom at which step.
+        The topology: its readers of a peer at a step are the receivers of the peer's shares.
 
     Attributes
     ----------
-    here, away
-        Of each peer, float64: its weight, and what is on its way to it. All add up to the number of peers.
+    local, in_flight
+        float64 of shape (peers,): each peer's weight, and the shares that have been sent to it but not
+        merged. They sum to the number of peers.
     """
 
     def __init__(self, graph: Topology) -> None:
-        self.here, self.away = np.ones(graph.size), np.zeros(graph.size)
+        self.local, self.in_flight = np.ones(graph.size), np.zeros(graph.size)
         own = np.eye(graph.size, dtype=bool)
         self._links = [(graph.matrix(step) > 0) | own for step in range(graph.period)]
-        self._parts = [links.sum(axis=0) for links in self._links]
+        self._receivers = [links.sum(axis=0) for links in self._links]
 
-    def part(self, peer: int, step: int) -> float:
-        """What of a peer goes to each of its readers, and stays with itself, at a step."""
-        return 1.0 / float(self._parts[step % len(self._parts)][peer])
+    def share(self, peer: int, step: int) -> float:
+        """Return the share of a peer that each of its readers gets, and that it retains, at a step."""
+        return 1.0 / float(self._receivers[step % len(self._receivers)][peer])
 
     def push(self, step: int) -> None:
-        """The weights after a step whose shares arrive at once."""
-        self.here = self._arriving(step, self.here)
+        """Advance the weights by a step whose shares are merged within it."""
+        self.local = self._arriving(step, self.local)
 
     def push_with_delay(self, step: int) -> None:
-        """The weights after a step whose shares are then on their way, while those of the last arrive."""
-        kept = self.here / self._parts[step % len(self._parts)]
-        self.here, self.away = kept + self.away, self._arriving(step, self.here) - kept
+        """Advance the weights by a step that sends shares and merges those of the step before."""
+        retained = self.local / self._receivers[step % len(self._receivers)]
+        self.local, self.in_flight = retained + self.in_flight, self._arriving(step, self.local) - retained
 
     def _arriving(self, step: int, weights: np.ndarray) -> np.ndarray:
-        # Each sum is divided once: where all have as many readers as sources, 1 remains exactly 1.
-        links, parts = self._links[step % len(self._links)], self._parts[step % len(self._parts)]
+        # Each sum is divided once: if all have as many readers as sources, 1 remains exactly 1.
+        number = step % len(self._links)
+        links, receivers = self._links[number], self._receivers[number]
         arriving = np.zeros(len(weights))
-        for number in np.unique(parts):
-            arriving += links[:, parts == number] @ weights[parts == number] / number
+        for count in np.unique(receivers):
+            arriving += links[:, receivers == count] @ weights[receivers == count] / count
         return arriving

@@ -1,4 +1,4 @@
-"""What the methods share whose peers have models of their own."""
+"""`ReplicaStrategy`: base class of the methods in which every peer has a model of its own."""
 
 from __future__ import annotations
 
@@ -8,33 +8,39 @@ from contextlib import AbstractContextManager, contextmanager
 
 from hpcsgd.collectives import allreduce
 from hpcsgd.strategies.base import Strategy
-from hpcsgd.strategies.context import Setting
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.tensors.parameters import Parameters
-from hpcsgd.tensors.weighted_sum import combine
+from hpcsgd.tensors.weighted_sum import weighted_sum
 
 
-class OwnModels(Strategy):
-    """A method whose peers each have a model, in a tensor group; consensus is their weighted mean."""
+class ReplicaStrategy(Strategy):
+    """A method with one model a peer, each in a tensor group; the consensus is their weighted mean.
+
+    Attributes
+    ----------
+    parameters
+        The models of the local peers.
+    """
 
     parameters: Parameters
 
-    def attach(self, setting: Setting) -> None:
-        super().attach(setting)
+    def attach(self, context: StrategyContext) -> None:
+        super().attach(context)
         self.parameters = Parameters(
-            setting.world, setting.parameters, setting.bucket_mib, setting.peers.each
+            context.world, context.parameters, context.bucket_mib, context.peers.per_rank
         )
 
     def detach(self) -> None:
-        self.enter(0)
+        self.select_peer(0)
         self.parameters.release()
-        del self.parameters  # the last views of the shared window, which can then be freed
+        del self.parameters  # the last views of the shared memory, which can then be freed
 
-    def enter(self, turn: int) -> None:
-        self.parameters.enter(turn)
+    def select_peer(self, index: int) -> None:
+        self.parameters.select(index)
 
-    def share(self, peer: int) -> float:
-        """How much a peer's model counts in the consensus; over all peers these add up to 1."""
-        return 1.0 / self.setting.peers.size
+    def consensus_weight(self, peer: int) -> float:
+        """Return the weight of a peer's model in the consensus; the weights of all peers sum to 1."""
+        return 1.0 / self.context.peers.size
 
     def averaged(self) -> AbstractContextManager[None]:
         return self._averaged()
@@ -42,28 +48,29 @@ class OwnModels(Strategy):
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         parameters = self.parameters
-        self.setting.world.progress.drain()  # what is on its way reads and writes the models
+        self.context.world.progress.drain()  # communication in flight reads and writes the models
         own = parameters.copy()
-        shares = [self.share(peer) for peer in self.setting.peers.local]
+        weights = [self.consensus_weight(peer) for peer in self.context.peers.local]
         for bucket in parameters.group:
             models = [group.buckets[bucket.index].flat for group in parameters.groups]
-            combine(bucket.flat, list(zip(models, shares, strict=True)))
-        allreduce(parameters.group, 1.0, self.setting.algorithm)
+            weighted_sum(bucket.flat, list(zip(models, weights, strict=True)))
+        allreduce(parameters.group, 1.0, self.context.algorithm)
         try:
             yield
         finally:
             parameters.restore(own)
 
     def consensus_distance(self) -> float:
-        """Root mean square of the distances of the models from the consensus, weighted as in it."""
-        setting, squared = self.setting, 0.0
-        turn, groups = setting.turn, self.parameters.groups
+        """Return the root of the squared distances from the consensus, weighted as in it; collective."""
+        context, squared = self.context, 0.0
+        current, groups = context.current_peer_index, self.parameters.groups
         own = self.parameters.copy()
         with self.averaged():
             mean = self.parameters.copy()
-            for index, peer in enumerate(setting.peers.local):
-                values = own if index == turn else [bucket.flat for bucket in groups[index]]
+            for index, peer in enumerate(context.peers.local):
+                # The group of the current peer holds the consensus meanwhile.
+                values = own if index == current else [bucket.flat for bucket in groups[index]]
                 pairs = zip(mean, values, strict=True)
                 distance = sum(float((a - b).double().square().sum()) for a, b in pairs)
-                squared += self.share(peer) * distance
-        return math.sqrt(sum(setting.world.gather(squared)))
+                squared += self.consensus_weight(peer) * distance
+        return math.sqrt(sum(context.world.gather(squared)))

@@ -1,1 +1,1 @@
-"""Tensor groups: many tensors in one flat buffer, cut in buckets; gradient hooks; weighted sums."""
+"""Tensor groups (tensors in one flat buffer, divided into buckets), gradient hooks, weighted sums."""

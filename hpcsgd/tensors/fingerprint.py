@@ -1,4 +1,4 @@
-"""What programs that work together must have in common."""
+"""Descriptions of packages and tensors, which must be equal in all programs of a training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from torch import Tensor
 
 
-def versions() -> dict[str, object]:
-    """Of the packages that results depend on."""
+def package_versions() -> dict[str, object]:
+    """Return the versions of the packages that affect results."""
     found: dict[str, object] = {}
     for name in ("hpcsgd", "torch", "numpy", "numba"):
         try:
@@ -18,7 +18,7 @@ def versions() -> dict[str, object]:
     return found
 
 
-def describe(name: str, tensor: Tensor) -> str:
-    """A parameter or buffer in one line."""
+def describe_tensor(name: str, tensor: Tensor) -> str:
+    """Describe a parameter or buffer in one line: name, shape, dtype, and whether it is trained."""
     trained = "trained" if tensor.requires_grad else "fixed"
     return f"{name} {tuple(tensor.shape)} {tensor.dtype} {trained}"

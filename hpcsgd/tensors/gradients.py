@@ -1,4 +1,4 @@
-"""The gradients of a model as a tensor group that backward fills."""
+"""The gradients of a model as a tensor group, which backward fills."""
 
 from __future__ import annotations
 
@@ -14,30 +14,37 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class Gradients:
-    """Collects gradients in a tensor group and says, bucket by bucket, when they are complete.
+    """Collects gradients in a tensor group and reports each bucket when it is complete.
 
-    Buckets are filled from the last parameter to the first, the order in which backward finds them,
-    and are reported strictly in that order: it is the same on every rank, whatever order autograd takes.
+    Buckets are filled from the last parameter to the first, the order of backward, and are reported strictly
+    in that order, which is thus equal on all ranks, in whatever order autograd computes gradients.
 
     Parameters
     ----------
     world
         The ranks.
     parameters
-        (name, parameter) pairs, without duplicates; those that require no gradient are left out.
-    ready
-        Called with each bucket when its gradients are complete, from within backward, or from `finish`.
+        (name, parameter) pairs, without duplicates; those that require no gradient are ignored.
+    on_ready
+        Called with each bucket when its gradients are complete, from within backward or `finish`.
     bucket_mib
-        Size of a bucket in MiB.
+        Size of a bucket in MiB. Default 4.
     unused
-        What a parameter that got no gradient contributes: "zeros", or "error".
+        Treatment of a parameter without a gradient: "zeros" (default), or "error".
+
+    Attributes
+    ----------
+    group
+        The gradients.
+    accumulating
+        While True, gradients are added up, and buckets are not reported.
     """
 
     def __init__(
         self,
         world: World,
         parameters: Named,
-        ready: Callable[[Bucket], None],
+        on_ready: Callable[[Bucket], None],
         bucket_mib: float = DEFAULT_BUCKET_MIB,
         unused: str = "zeros",
     ) -> None:
@@ -45,23 +52,28 @@ class Gradients:
         self.group = TensorGroup(world, trainable, bucket_mib)
         self.accumulating = False
         self._parameters = trainable
-        self._ready = ready
+        self._on_ready = on_ready
         self._unused = unused
         self._bucket_of = {n: bucket for bucket in self.group for n in bucket.names}
         self._finished = False
         self._next = 0
-        self._arrived: set[str] = set()
-        self._lacking: list[int] = []
-        self.start_over()
+        self._complete: set[str] = set()
+        self._missing_counts: list[int] = []
+        self.reset()
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._hook(name))  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(self._make_hook(name))  # type: ignore[no-untyped-call]
             for name, p in trainable
         ]
 
     def finish(self) -> None:
-        """Report the buckets that are left; a parameter without a gradient contributes zeros.
+        """Report the remaining buckets; a parameter without a gradient contributes zeros.
 
-        From here on to `start_over` further gradients are an error, and this does nothing.
+        From here on until `reset`, further gradients are an error, and this method does nothing.
+
+        Raises
+        ------
+        HpcsgdError
+            A parameter has no gradient, and `unused` is "error".
         """
         if self._finished:
             return
@@ -70,43 +82,43 @@ class Gradients:
         if missing and self._unused == "error":
             raise HpcsgdError(
                 f"parameters without a gradient: {', '.join(missing)}",
-                rank=self.group.world.name,
+                rank=self.group.world.global_rank,
                 got="unused='error'",
-                do="use them in the loss, freeze them, or let them count as zeros (unused='zeros')",
+                do="use them in the loss, freeze them, or let them contribute zeros (unused='zeros')",
             )
         for name, p in self._parameters:
-            # Alone, a parameter without a gradient stays without: the optimizer then leaves it be.
+            # On a single rank, a parameter without a gradient keeps none, so the optimizer skips it.
             if p.grad is not None or self.group.world.size > 1:
-                self._take(name, p)
+                self._bind(name, p)
         for bucket in self.group.buckets[self._next :]:
-            self._ready(bucket)
+            self._on_ready(bucket)
 
-    def start_over(self) -> None:
-        """Expect the gradients of the next step."""
+    def reset(self) -> None:
+        """Prepare for the gradients of the next step."""
         self._finished = False
         self._next = 0
-        self._arrived.clear()
-        self._lacking = [len(bucket.names) for bucket in self.group]
+        self._complete.clear()
+        self._missing_counts = [len(bucket.names) for bucket in self.group]
 
     def release(self) -> None:
-        """Remove the hooks and give every gradient memory of its own."""
+        """Remove the hooks and copy every gradient to memory of its own."""
         for hook in self._hooks:
             hook.remove()
         for _, p in self._parameters:
             if p.grad is not None:
                 p.grad = p.grad.clone()
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
+    def _make_hook(self, name: str) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:
             self._check_expected(name)
-            self._take(name, parameter)
+            self._bind(name, parameter)
             if not self.accumulating:
-                self._arrive(name)
+                self._mark_complete(name)
 
         return on_gradient
 
-    def _take(self, name: str, parameter: Tensor) -> None:
-        """Make the parameter's gradient the view of the group, with what has been accumulated."""
+    def _bind(self, name: str, parameter: Tensor) -> None:
+        """Replace the parameter's gradient by the view of the group, with the accumulated values."""
         view, gradient = self.group.views[name], parameter.grad
         if gradient is view:
             return
@@ -115,7 +127,7 @@ class Gradients:
         elif gradient.is_sparse:
             raise HpcsgdError(
                 f"the gradient of {name} is sparse",
-                rank=self.group.world.name,
+                rank=self.group.world.global_rank,
                 expected="a dense gradient",
                 do="build the embedding with sparse=False",
             )
@@ -124,17 +136,17 @@ class Gradients:
         parameter.grad = view
 
     def _check_expected(self, name: str) -> None:
-        if name in self._arrived or self._finished:
+        if name in self._complete or self._finished:
             raise HpcsgdError(
                 f"a second gradient for {name} before step()",
-                rank=self.group.world.name,
+                rank=self.group.world.global_rank,
                 do="call run.step() after each backward(); to add up several, run all but the last "
                 "inside `with run.accumulate():`",
             )
 
-    def _arrive(self, name: str) -> None:
-        self._arrived.add(name)
-        self._lacking[self._bucket_of[name].index] -= 1
-        while self._next < len(self._lacking) and self._lacking[self._next] == 0:
-            self._ready(self.group.buckets[self._next])
+    def _mark_complete(self, name: str) -> None:
+        self._complete.add(name)
+        self._missing_counts[self._bucket_of[name].index] -= 1
+        while self._next < len(self._missing_counts) and self._missing_counts[self._next] == 0:
+            self._on_ready(self.group.buckets[self._next])
             self._next += 1

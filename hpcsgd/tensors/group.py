@@ -1,4 +1,4 @@
-"""Tensor groups: many tensors as views of one flat buffer, cut in buckets."""
+"""Tensor groups: tensors as views of one flat buffer, divided into buckets."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption
-from hpcsgd.mpi.shared_memory import Window
+from hpcsgd.mpi.shared_memory import SharedMemory
 from hpcsgd.mpi.world import World
 
-#: What can be averaged; a group of anything else can only be broadcast and gathered.
+#: Dtypes that can be averaged; groups of other dtypes can only be broadcast and gathered.
 SUMMABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DEFAULT_BUCKET_MIB = 4.0
-#: Words of packed codes are added as unsigned numbers.
+#: Words of packed codes are added as unsigned integers.
 _KERNEL_DTYPES: dict[torch.dtype, type[np.generic]] = {
     torch.float32: np.float32,
     torch.float64: np.float64,
@@ -29,27 +29,29 @@ ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
 @dataclass
 class Bucket:
-    """A stretch of a group's flat buffer that is communicated as one message.
+    """Consecutive tensors of a group that are communicated together.
 
     Attributes
     ----------
+    world
+        The ranks.
     index
-        Its place in the order of communication, the same on every rank.
+        Position in the order of communication, equal on all ranks.
     names, views
-        The tensors in it, views of `flat`.
+        Its tensors, as views of `flat`.
     flat
         1-D tensor of all its elements on the group's device, zero in the gaps that align the views.
     host
-        The same on the host: what is communicated. On a CPU it is `flat` itself.
+        The copy in host memory, which is communicated. On a CPU it is `flat` itself.
     rows
-        1-D tensors: this bucket of every rank of the node, in place; empty without shared memory.
+        1-D tensors: this bucket of each rank of the node, in shared memory; empty without it.
     start
-        Where it begins in the group's rows, in elements of its dtype.
-    mine
-        The part of it that this rank reduces for the ranks of its node.
+        Index of its first element in the rows of the group, in elements of its dtype.
+    own_part
+        The part that this rank reduces for the ranks of its node.
     matrix
-        The whole rows of the node's ranks, (ranks on the node, elements), for the kernels; not of half
-        precisions.
+        The complete rows of the node's ranks, (ranks on the node, elements), for the kernels; None for half
+        precisions and without shared memory.
     """
 
     world: World
@@ -60,7 +62,7 @@ class Bucket:
     host: Tensor
     rows: list[Tensor] = field(default_factory=list)
     start: int = 0
-    mine: slice = field(default_factory=lambda: slice(0))
+    own_part: slice = field(default_factory=lambda: slice(0))
     matrix: np.ndarray | None = None
 
     @property
@@ -72,16 +74,16 @@ class Bucket:
         return self.flat.numel() * self.flat.element_size()
 
     def extent(self, view: Tensor) -> tuple[int, int]:
-        """The elements of `flat`, [start, stop), that one of `views` has."""
+        """Return the elements [start, stop) of `flat` that belong to one of `views`."""
         start = int(view.storage_offset()) - int(self.flat.storage_offset())
         return start, start + view.numel()
 
     def part(self, index: int, parts: int) -> slice:
-        """The elements of one of `parts` nearly equal slices, cut at cache lines."""
-        return cut(self.flat, index, parts)
+        """Return slice number `index` of `parts` nearly equal ones, aligned to cache lines."""
+        return aligned_part(self.flat, index, parts)
 
     def clear_gaps(self, part: slice) -> None:
-        """Make the gaps between tensors zero again, in this part of the bucket."""
+        """Set the gaps between tensors to zero in a part of the bucket."""
         begin = 0
         for start, stop in [*map(self.extent, self.views), (self.numel, 0)]:
             first, last = max(begin, part.start), min(start, part.stop)
@@ -94,29 +96,34 @@ class Bucket:
 
 
 class TensorGroup:
-    """Tensors of one model as views of one flat buffer; the object that every collective takes.
+    """The tensors of a model as views of one flat buffer; the argument of every collective.
 
-    On the host the buffer lies in memory that the node's ranks share, where that can be had.
+    On the host the buffer lies in shared memory of the node's ranks, if available.
 
     Parameters
     ----------
     world
-        The ranks; all of them make the same group.
+        The ranks; all of them must create the same group.
     tensors
-        (name, tensor) pairs: they give names, shapes, strides and dtypes (also mixed); the order of
-        the group is the order of communication.
+        (name, tensor) pairs, which define names, shapes, strides and dtypes (also mixed), and the order of
+        communication.
     bucket_mib
         Size of a bucket in MiB; a larger tensor has a bucket of its own. Default 4.
     staged
-        Whether the model's memory and the communicated memory are apart; default: on a GPU, where the
+        Whether the model's memory and the communicated memory are separate. Default: on a GPU, where the
         latter is pinned.
 
     Attributes
     ----------
     views
-        One tensor per name, zero at the start, with the shape and strides of the model tensor.
+        One tensor a name, zero at the start, with the shape and strides of the model tensor.
     buckets
-        The stretches of the buffer, in order. A bucket holds one dtype.
+        The buckets, in order. Each holds one dtype.
+
+    Raises
+    ------
+    BadOption
+        `bucket_mib` is not above 0.
     """
 
     def __init__(
@@ -128,14 +135,14 @@ class TensorGroup:
         staged: bool | None = None,
     ) -> None:
         if not bucket_mib > 0:
-            raise BadOption("bucket size", expected="MiB, above 0", got=bucket_mib)
+            raise BadOption("bucket size (bucket_mib)", expected="MiB, above 0", got=bucket_mib)
         self.world = world
         templates = list(tensors)
         plans = _plan(templates, bucket_mib * 2**20)
         self.nbytes = sum(nbytes for _, nbytes in plans)
-        window = world.window(max(self.nbytes, ALIGNMENT))
-        # Every rank of the job takes the same path, so one node without a window is enough to go without.
-        self._window = window if all(world.gather(window is not None)) else None
+        shared_rows = world.local.allocate(max(self.nbytes, ALIGNMENT))
+        # All ranks of the job take the same path: if one node has no shared memory, no node uses it.
+        self._shared_rows = shared_rows if all(world.gather(shared_rows is not None)) else None
         host = self._host_memory()
         staged = world.device.type != "cpu" if staged is None else staged
         device_memory = torch.zeros_like(host, device=world.device) if staged else host
@@ -152,8 +159,8 @@ class TensorGroup:
 
     @property
     def shared(self) -> bool:
-        """Whether ranks see each other's buffers on the nodes that have several; the same on all."""
-        return self._window is not None and self.world.widest > 1
+        """Whether the ranks of a node share their buffers, and some node has several; equal on all ranks."""
+        return self._shared_rows is not None and self.world.max_local_size > 1
 
     def __len__(self) -> int:
         return len(self.buckets)
@@ -162,8 +169,8 @@ class TensorGroup:
         return iter(self.buckets)
 
     def _host_memory(self) -> Tensor:
-        if self._window is not None:
-            memory = torch.from_numpy(self._window.row)
+        if self._shared_rows is not None:
+            memory = torch.from_numpy(self._shared_rows.row)
             if self.world.device.type == "cuda":
                 _pin(memory)
             return memory
@@ -193,19 +200,21 @@ class TensorGroup:
             flat,
             flat if device_memory is host else host[offset : offset + nbytes].view(dtype),
             start=offset // dtype.itemsize,
-            mine=cut(flat, self.world.local_rank, self.world.local_size),
+            own_part=aligned_part(flat, self.world.local_rank, self.world.local_size),
         )
         if self.shared:
-            window: Window | None = self._window
-            assert window is not None
-            bucket.rows = [torch.from_numpy(row)[offset : offset + nbytes].view(dtype) for row in window.rows]
+            shared_rows: SharedMemory | None = self._shared_rows
+            assert shared_rows is not None
+            bucket.rows = [
+                torch.from_numpy(row)[offset : offset + nbytes].view(dtype) for row in shared_rows.rows
+            ]
             if dtype in _KERNEL_DTYPES:
-                bucket.matrix = window.rows.view(_KERNEL_DTYPES[dtype])
+                bucket.matrix = shared_rows.rows.view(_KERNEL_DTYPES[dtype])
         return bucket
 
 
-def cut(flat: Tensor, index: int, parts: int) -> slice:
-    """The elements of one of `parts` nearly equal slices of a 1-D tensor, cut at cache lines."""
+def aligned_part(flat: Tensor, index: int, parts: int) -> slice:
+    """Return slice number `index` of `parts` nearly equal ones of a 1-D tensor, aligned to cache lines."""
     line = ALIGNMENT // flat.element_size()
     lines = -(-flat.numel() // line)
     first, last = lines * index // parts, lines * (index + 1) // parts
@@ -215,7 +224,7 @@ def cut(flat: Tensor, index: int, parts: int) -> slice:
 def _plan(
     templates: Sequence[tuple[str, Tensor]], limit: float
 ) -> list[tuple[list[tuple[str, Tensor]], int]]:
-    """Members and bytes of each bucket: in the given order, a new one at each change of dtype."""
+    """Return the members and bytes of each bucket: in the given order, a new one at each change of dtype."""
     plans: list[tuple[list[tuple[str, Tensor]], int]] = []
     for name, tensor in templates:
         nbytes = _aligned(tensor) * tensor.element_size()
@@ -229,21 +238,21 @@ def _plan(
 
 
 def _aligned(tensor: Tensor) -> int:
-    """Elements that a tensor takes up in the buffer."""
+    """Return the number of elements that a tensor occupies in the buffer."""
     line = ALIGNMENT // tensor.element_size()
     return math.ceil(tensor.numel() / line) * line
 
 
 def _view(flat: Tensor, position: int, like: Tensor) -> Tensor:
-    stretch = flat[position : position + like.numel()]
+    span = flat[position : position + like.numel()]
     if torch.empty_like(like, device="meta").stride() == like.stride():
         # Dense, maybe channels_last: with the same strides autograd and optimizers keep their fast paths.
-        return stretch.as_strided(like.size(), like.stride())
-    return stretch.view(like.size())
+        return span.as_strided(like.size(), like.stride())
+    return span.view(like.size())
 
 
 def _pin(memory: Tensor) -> None:
-    """Let the GPU copy straight to and from memory that MPI allocated."""
+    """Pin memory, so that the GPU can access it directly."""
     cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(code) != 0:

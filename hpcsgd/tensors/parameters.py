@@ -1,4 +1,4 @@
-"""The parameters of a model as a tensor group, which optimizer and collectives both write."""
+"""The parameters of a model as a tensor group, written by both the optimizer and the collectives."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, TensorGroup
 
 
 class Parameters:
-    """Moves the trained parameters into a group; the module and its optimizer keep the same objects.
+    """Moves the trained parameters into a tensor group; module and optimizer keep the same parameter objects.
 
     Parameters
     ----------
     world
         The ranks.
     parameters
-        (name, parameter) pairs, without duplicates; those that require no gradient stay where they are.
+        (name, parameter) pairs, without duplicates; those that require no gradient are not moved.
     bucket_mib
-        Size of a bucket in MiB.
+        Size of a bucket in MiB. Default 4.
     copies
-        Groups, with the same values at first, of which the module shows one at a time. Default 1.
+        Number of groups, with equal initial values; the module uses one at a time. Default 1.
 
     Attributes
     ----------
     groups
-        All of them.
+        All groups.
     group
-        The one that the module shows; the first at the start.
+        The group that the module uses; initially the first.
     """
 
     def __init__(
@@ -40,29 +40,29 @@ class Parameters:
         for group in self.groups:
             for name, parameter in self._parameters:
                 group.views[name].copy_(parameter.data)
-        self.enter(0)
+        self.select(0)
 
-    def enter(self, index: int) -> None:
-        """Let the module show a group."""
+    def select(self, index: int) -> None:
+        """Make the module use group number `index`."""
         self.group = self.groups[index]
         for name, parameter in self._parameters:
             parameter.data = self.group.views[name]
 
     def release(self) -> None:
-        """Give every parameter memory of its own."""
+        """Copy every parameter to memory of its own."""
         for _, parameter in self._parameters:
             parameter.data = parameter.data.clone()
 
     def copy(self) -> list[Tensor]:
-        """The values now, one flat tensor a bucket."""
+        """Return a copy of the values, one flat tensor a bucket."""
         return [bucket.flat.clone() for bucket in self.group]
 
     def restore(self, values: list[Tensor]) -> None:
-        """Take back what `copy` gave."""
+        """Restore the values of `copy`."""
         for bucket, value in zip(self.group, values, strict=True):
             bucket.flat.copy_(value)
 
     def squared_distance(self, values: list[Tensor]) -> float:
-        """The squared 2-norm of the difference between the model and `values`, in float64."""
+        """Return the squared 2-norm, in float64, of the difference between the model and `values`."""
         pairs = zip(self.group, values, strict=True)
         return sum(float(torch.linalg.vector_norm((b.flat - v).double()) ** 2) for b, v in pairs)

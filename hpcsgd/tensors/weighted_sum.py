@@ -1,4 +1,4 @@
-"""Weighted sums of flat tensors, with the same bits wherever they lie."""
+"""Weighted sums of flat tensors, bit-identical wherever the tensors lie."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK = 64 * 1024  # elements that are added up at a time, in the second-level cache
+_CHUNK = 64 * 1024  # elements that are summed at a time: they fit the second-level cache
 
 
-def combine(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
-    """out <- the weighted sum of 1-D tensors, of which it may itself be one.
+def weighted_sum(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
+    """Set `out` to the weighted sum of 1-D tensors, of which `out` may be one.
 
-    Added up in the order given, half precisions in float32, each element for itself: the same bits
-    wherever the tensors lie.
+    Terms are added in the given order, half precisions in float32, and each element independently of the
+    others, so the result does not depend on where the tensors lie.
+
+    Parameters
+    ----------
+    out
+        (numel,), a floating dtype.
+    terms
+        (tensor, weight) pairs; tensors are of the shape and dtype of `out`.
     """
     if out.device.type == "cpu" and out.element_size() >= 4:
-        _mix_kernel()(
+        _kernel()(
             out.numpy(),
             np.array([tensor.data_ptr() for tensor, _ in terms], np.int64),
             np.array([weight for _, weight in terms], out.numpy().dtype),
@@ -30,14 +37,14 @@ def combine(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
     total = torch.empty(min(_CHUNK, out.numel()), dtype=wide, device=out.device)
     for start in range(0, out.numel(), _CHUNK):
         stop = min(start + _CHUNK, out.numel())
-        piece = total[: stop - start].zero_()
+        chunk = total[: stop - start].zero_()
         for tensor, weight in terms:
-            piece.add_(tensor[start:stop], alpha=weight)
-        out[start:stop] = piece
+            chunk.add_(tensor[start:stop], alpha=weight)
+        out[start:stop] = chunk
 
 
 @functools.cache
-def _mix_kernel() -> Any:
-    from hpcsgd.kernels.sums import weighted_sum
+def _kernel() -> Any:
+    from hpcsgd.kernels.sums import weighted_sum as kernel
 
-    return weighted_sum.mix
+    return kernel.weighted_sum

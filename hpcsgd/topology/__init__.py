@@ -1,4 +1,4 @@
-"""Topologies of gossip: mixing matrices over the peers, one file a family. NumPy alone: no MPI, no torch."""
+"""Topologies of gossip: mixing matrices over peers, one file a family. Needs NumPy only, no MPI or torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hpcsgd import registry
 from hpcsgd.topology.base import Graph, Topology
 from hpcsgd.topology.base_k import BaseGraph
 from hpcsgd.topology.complete import Complete
-from hpcsgd.topology.edge_list import File
-from hpcsgd.topology.exponential import Exponential, OnePeerExponential
+from hpcsgd.topology.edge_list import EdgeList
+from hpcsgd.topology.exponential import ExponentialGraph, OnePeerExponentialGraph
 from hpcsgd.topology.hypercube import Hypercube
 from hpcsgd.topology.mixing import metropolis
 from hpcsgd.topology.random_regular import RandomRegular
@@ -21,11 +21,11 @@ __all__ = [
     "TOPOLOGIES",
     "BaseGraph",
     "Complete",
-    "Exponential",
-    "File",
+    "EdgeList",
+    "ExponentialGraph",
     "Graph",
     "Hypercube",
-    "OnePeerExponential",
+    "OnePeerExponentialGraph",
     "RandomRegular",
     "Ring",
     "Star",
@@ -35,38 +35,38 @@ __all__ = [
     "metropolis",
 ]
 
-#: What a strategy's option `topology` and `hpcsgd topology` know.
+#: The topologies of a strategy's option `topology` and of `hpcsgd topology`.
 TOPOLOGIES: dict[str, Callable[..., Topology]] = {
     "ring": Ring,
     "torus": Torus,
     "star": Star,
     "complete": Complete,
     "hypercube": Hypercube,
-    "exponential": Exponential,
-    "one-peer-exponential": OnePeerExponential,
+    "exponential": ExponentialGraph,
+    "one-peer-exponential": OnePeerExponentialGraph,
     "base": BaseGraph,
     "random-regular": RandomRegular,
-    "file": File,
+    "file": EdgeList,
 }
 
 
 def build(spec: str, size: int) -> Topology:
-    """Make a topology from ``NAME`` or ``NAME:key=value+key=value`` and check its matrices.
+    """Create a topology from ``NAME`` or ``NAME:key=value+key=value`` and check its matrices.
 
     Parameters
     ----------
     spec
-        A name of `TOPOLOGIES` and its options, with ``+`` between them because a strategy separates its
-        own options by commas.
+        A name of `TOPOLOGIES` and its options, separated by ``+`` because a strategy separates its own
+        options by commas.
     size
-        Peers.
+        Number of peers.
 
     Raises
     ------
     BadOption
-        Unknown name or option, or no such topology over so many peers.
+        The name or an option is unknown, or the topology does not exist for `size` peers.
     HpcsgdError
-        Its matrices are not doubly stochastic, or not connected over a period.
+        The matrices are not doubly stochastic, or not connected over a period.
     """
     topology = registry.build(TOPOLOGIES, spec.replace("+", ","), "topology", size=size)
     topology.matrix()

@@ -1,4 +1,4 @@
-"""Who mixes models with whom, and with which weights."""
+"""Interface of topologies: sequences of mixing matrices over the peers of a gossip method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.topology.graphs import spanning
-from hpcsgd.topology.mixing import TOLERANCE, Link, Matrix, check, metropolis, unreached
+from hpcsgd.topology.mixing import TOLERANCE, Link, Matrix, check_mixing_matrix, metropolis, unreachable
 
 Point: TypeAlias = tuple[float, float]
 
@@ -19,20 +19,20 @@ Point: TypeAlias = tuple[float, float]
 class Topology(ABC):
     """A sequence of mixing matrices over the peers of a gossip method.
 
-    A subclass writes `build`, or `Graph.links`; where its matrices vary it also sets `period`. They are
-    checked on first use: doubly stochastic, and connected over a period.
+    A subclass implements `build`, or `Graph.links`, and sets `period` if its matrices vary. The matrices are
+    checked on first use: they must be doubly stochastic, and connected over a period.
 
     Parameters
     ----------
     size
-        Peers, at least 1.
+        Number of peers, at least 1.
 
     Attributes
     ----------
     size
-        Peers.
+        Number of peers.
     period
-        After so many steps the sequence of matrices repeats.
+        Number of steps after which the sequence of matrices repeats.
     directed
         Whether W_ij may differ from W_ji.
 
@@ -53,20 +53,20 @@ class Topology(ABC):
 
     @abstractmethod
     def build(self, step: int) -> Matrix:
-        """The mixing matrix of a step from 0 to `period` - 1, made anew."""
+        """Return the mixing matrix of a step from 0 to `period` - 1, as a new array."""
 
     def matrix(self, step: int = 0) -> Matrix:
-        """The mixing matrix of a step: x_i <- sum_j W[i, j] x_j.
+        """Return the mixing matrix of a step: x_i <- sum_j W[i, j] x_j.
 
         Parameters
         ----------
         step
-            Any step of a run; matrices repeat after `period`.
+            Any step of a run; matrices repeat after `period`. Default 0.
 
         Returns
         -------
         ndarray, float64, shape (size, size)
-            Read-only and the same object at each call.
+            Read-only, and the same object in each call.
 
         Raises
         ------
@@ -76,54 +76,56 @@ class Topology(ABC):
         return self._matrices[step % self.period]
 
     def row(self, peer: int, step: int = 0) -> list[tuple[int, float]]:
-        """The (source, weight) pairs that make a peer's next model, itself included, by source."""
-        return list(self._around(peer, step)[0])
+        """Return the (source, weight) pairs of a peer's next model, itself included, ascending by source."""
+        return list(self._neighbourhood(peer, step)[0])
 
     def sources(self, peer: int, step: int = 0) -> list[int]:
-        """The other peers whose models a peer reads, ascending."""
-        return list(self._around(peer, step)[1])
+        """Return the other peers whose models a peer reads, ascending."""
+        return list(self._neighbourhood(peer, step)[1])
 
     def readers(self, peer: int, step: int = 0) -> list[int]:
-        """The other peers that read a peer's model, ascending."""
-        return list(self._around(peer, step)[2])
+        """Return the other peers that read a peer's model, ascending."""
+        return list(self._neighbourhood(peer, step)[2])
 
     def edges(self) -> list[Link]:
-        """All pairs (a, b), a < b, that mix in some step of a period, in whichever direction; sorted."""
+        """Return all pairs (a, b), a < b, that mix in a step of a period, in either direction; sorted."""
         used = reduce(np.logical_or, (matrix > 0 for matrix in self._matrices))
         return [(int(a), int(b)) for a, b in np.argwhere(np.triu(used | used.T, 1))]
 
     def spanning(self) -> list[Link]:
-        """Edges that join all peers: a Hamiltonian path where a short search finds one, else a tree.
+        """Return edges that connect all peers: a Hamiltonian path if a short search finds one, else a tree.
 
-        The path 0, 1, 2, ... is taken where it exists; a tree is that of a breadth-first search from
-        peer 0. Each edge is a pair (a, b) with a < b; a path's edges come in its order. Always the same
-        for one topology. It is the set P of DTUR (Xiong et al., arXiv 2102.06280).
+        The path 0, 1, 2, ... is used where it exists; the tree is that of a breadth-first search from peer 0.
+        Each edge is a pair (a, b) with a < b; the edges of a path are in its order. The result is
+        deterministic. It is the set P of DTUR (Xiong et al., arXiv 2102.06280).
         """
         return spanning(self.size, self.edges())
 
     def product(self) -> Matrix:
-        """What one period does in all: W(period - 1) ... W(1) W(0), float64 of shape (size, size)."""
+        """Return the product of one period, W(period - 1) ... W(1) W(0), float64 of shape (size, size)."""
         return reduce(lambda done, matrix: matrix @ done, self._matrices)
 
     def second_singular_value(self) -> float:
-        """What one period leaves, at most, of the L2 distance of the models from their mean.
+        """Return the factor by which one period reduces the consensus distance, in the worst case.
 
-        It is 0 where it is below 1e-12: a root of a rounding error would look like a slow topology.
+        The consensus distance is the L2 distance of the models from their mean.
+
+        Values below 1e-12 are returned as 0: the root of a rounding error would look like a slow topology.
         """
         value = float(np.linalg.norm(self.product() - 1 / self.size, 2))
         return value if value > TOLERANCE else 0.0
 
     def spectral_gap(self) -> float:
-        """The share of the disagreement that a step removes, at least, on average over a period.
+        """Return the spectral gap of a step: the minimum decrease of the consensus distance, as a fraction.
 
-        It is 1 - s ** (1 / period), where s is the second largest singular value of one period's product
-        and the disagreement is the L2 distance of the models from their mean. For one symmetric matrix
-        it is the usual 1 - max(abs(lambda_2), abs(lambda_n)). 1 means: exact mean after a period.
+        It is 1 - s ** (1 / period), where s is the second largest singular value of the product of one
+        period, and the consensus distance is the L2 distance of the models from their mean. For one symmetric
+        matrix it is the usual 1 - max(abs(lambda_2), abs(lambda_n)). 1 means the exact mean after a period.
         """
         return 1 - float(self.second_singular_value() ** (1 / self.period))
 
     def layout(self) -> list[Point]:
-        """Where to draw each peer: on a circle, clockwise from the top."""
+        """Return the position of each peer in a drawing: on a circle, clockwise from the top."""
         angles = 2 * np.pi * np.arange(self.size) / self.size
         return list(zip(np.sin(angles).tolist(), np.cos(angles).tolist(), strict=True))
 
@@ -140,21 +142,22 @@ class Topology(ABC):
         matrices = tuple(self.build(step) for step in range(self.period))
         for step, matrix in enumerate(matrices):
             where = f" at step {step}" if self.period > 1 else ""
-            check(matrix, self.size, self.directed, f"{self!r}{where}")
+            check_mixing_matrix(matrix, self.size, self.directed, f"{self!r}{where}")
             matrix.flags.writeable = False
-        if apart := unreached(matrices):
-            do = "add links: peers that are not joined never agree"
-            got = f"none to peer {apart[0]}"
+        if apart := unreachable(matrices):
             raise HpcsgdError(
-                f"{self!r} is not connected", expected="a way from peer 0 to all", got=got, do=do
+                f"{self!r} is not connected",
+                expected="a path from peer 0 to every peer",
+                got=f"no path to peer {apart[0]}",
+                do="add links: models of peers that are not connected never converge to their mean",
             )
         return matrices
 
-    def _around(self, peer: int, step: int) -> tuple[list[tuple[int, float]], list[int], list[int]]:
+    def _neighbourhood(self, peer: int, step: int) -> tuple[list[tuple[int, float]], list[int], list[int]]:
         key = peer, step % self.period
         if key not in self._neighbours:
             if not 0 <= peer < self.size:
-                raise HpcsgdError("no such peer", expected=f"0 to {self.size - 1}", got=peer)
+                raise HpcsgdError(f"{self!r} has no such peer", expected=f"0 to {self.size - 1}", got=peer)
             matrix = self.matrix(step)
             weights, reading = matrix[peer], np.flatnonzero(matrix[:, peer])
             row = [(int(j), float(weights[j])) for j in np.flatnonzero(weights)]
@@ -169,13 +172,13 @@ class Graph(Topology):
     Parameters
     ----------
     size
-        Peers, at least 1.
+        Number of peers, at least 1.
     """
 
     @abstractmethod
     def links(self, step: int) -> Iterable[Link]:
-        """The pairs of peers that mix at a step from 0 to `period` - 1."""
+        """Return the pairs of peers that mix at a step from 0 to `period` - 1."""
 
     def build(self, step: int) -> Matrix:
-        """The Metropolis-Hastings weights of the step's links."""
+        """Return the Metropolis-Hastings weights of the step's links."""
         return metropolis(self.size, self.links(step))

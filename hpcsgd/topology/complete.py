@@ -15,9 +15,9 @@ class Complete(Graph):
     Parameters
     ----------
     size
-        Peers.
+        Number of peers.
     """
 
     def links(self, step: int) -> Iterator[Link]:
-        """All pairs."""
+        """Return all pairs."""
         return combinations(range(self.size), 2)

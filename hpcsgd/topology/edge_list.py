@@ -1,4 +1,4 @@
-"""A graph from a file."""
+"""A graph from a file with its edges."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from hpcsgd.topology.base import Graph
 from hpcsgd.topology.mixing import Link
 
 
-class File(Graph):
+class EdgeList(Graph):
     """The undirected graph of an edge list.
 
     Parameters
     ----------
     size
-        Peers, numbered from 0 in the file.
+        Number of peers, which are numbered from 0 in the file.
     path
-        A text file: on each line two peers, with a space between them, that mix; # starts a comment.
+        A text file with an edge on each line: two peers, separated by a space; # starts a comment.
 
     Raises
     ------
     BadOption
         The file cannot be read, or a line is not two different peers.
     HpcsgdError
-        The graph does not join all peers (on first use).
+        The graph is not connected (on first use).
     """
 
     def __init__(self, size: int, path: Path) -> None:
@@ -32,24 +32,24 @@ class File(Graph):
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            expected = "a text file with two peers on each line: 0 1"
-            raise BadOption(f"cannot read {path}", expected=expected, got=error) from error
+            expected = "a text file with two peers on each line, such as: 0 1"
+            raise BadOption(f"cannot read edge list {path}", expected=expected, got=error) from error
         self._links = []
         for number, line in enumerate(lines, 1):
             if text := line.partition("#")[0].strip():
                 self._links.append(_link(text, size, f"{path}, line {number}"))
 
     def links(self, step: int) -> list[Link]:
-        """The lines of the file."""
+        """Return the edges of the file."""
         return self._links
 
 
 def _link(text: str, size: int, where: str) -> Link:
-    expected = f"two different peers of 0 to {size - 1}, with a space between them"
+    expected = f"two different peers of 0 to {size - 1}, separated by a space"
     try:
         a, b = map(int, text.split())
     except ValueError:
-        raise BadOption(f"{where}: no link", expected=expected, got=repr(text)) from None
+        raise BadOption(f"{where}: not a link", expected=expected, got=repr(text)) from None
     if a == b or not (0 <= a < size and 0 <= b < size):
         do = f"use {max(a, b) + 1} peers" if min(a, b) >= 0 and a != b else None
         raise BadOption(f"{where}: no such link", expected=expected, got=repr(text), do=do)

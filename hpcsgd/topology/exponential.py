@@ -1,4 +1,4 @@
-"""The exponential graph, static and one peer at a time (Ying et al., arXiv 2110.13363)."""
+"""The exponential graph, static and one-peer (Ying et al., arXiv 2110.13363)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hpcsgd.topology.base import Topology
 from hpcsgd.topology.mixing import Matrix
 
 
-class Exponential(Topology):
-    """Peer i reads i - 1, i - 2, i - 4, ... modulo the number of peers, all with the same weight.
+class ExponentialGraph(Topology):
+    """Peer i reads i - 1, i - 2, i - 4, ... modulo the number of peers, all with equal weights.
 
     Directed and static: Ying et al., "Exponential Graph is Provably Efficient for Decentralized Deep
     Training", arXiv 2110.13363.
@@ -17,27 +17,27 @@ class Exponential(Topology):
     Parameters
     ----------
     size
-        Peers.
+        Number of peers.
     """
 
     directed = True
 
     def build(self, step: int) -> Matrix:
-        """Each source and the peer itself: 1 / (sources + 1)."""
+        """Return the weights: 1 / (sources + 1) for each source and the peer itself."""
         strides = [1 << power for power in range(_powers(self.size))]
         return sum((_shift(self.size, stride) for stride in strides), np.eye(self.size)) / (len(strides) + 1)
 
 
-class OnePeerExponential(Topology):
-    """At step t peer i reads i - 2 ** (t mod p) alone, p = ceil(log2(size)), with weight 1/2.
+class OnePeerExponentialGraph(Topology):
+    """At step t peer i reads only i - 2 ** (t mod p), p = ceil(log2(size)), with weight 1/2.
 
-    Directed and time-varying. After p steps the exact mean where `size` is a power of two (Ying et al.,
-    arXiv 2110.13363); the graph of stochastic gradient push (Assran et al., arXiv 1811.10792).
+    Directed and time-varying. After p steps the exact mean, if `size` is a power of two (Ying et al., arXiv
+    2110.13363); the graph of stochastic gradient push (Assran et al., arXiv 1811.10792).
 
     Parameters
     ----------
     size
-        Peers.
+        Number of peers.
     """
 
     directed = True
@@ -47,15 +47,15 @@ class OnePeerExponential(Topology):
         self.period = max(1, _powers(size))
 
     def build(self, step: int) -> Matrix:
-        """Half its own model and half that of the step's source."""
+        """Return the weights: 1/2 for the peer itself and 1/2 for the step's source."""
         return (np.eye(self.size) + _shift(self.size, 1 << step)) / 2
 
 
 def _powers(size: int) -> int:
-    """How many powers of two lie below `size`."""
+    """Return the number of powers of two below `size`."""
     return (size - 1).bit_length()
 
 
 def _shift(size: int, stride: int) -> Matrix:
-    """The matrix in which i reads i - stride."""
+    """Return the matrix in which i reads i - stride."""
     return np.roll(np.eye(size), stride, axis=0)

@@ -1,4 +1,4 @@
-"""Reach, spanning trees and Hamiltonian paths of undirected graphs."""
+"""Connectivity, spanning trees and Hamiltonian paths of undirected graphs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import pairwise
 Link = tuple[int, int]
 Adjacency = list[list[int]]
 
-#: Vertices that the searches for a Hamiltonian path, one from each, visit before they give up.
-_PATIENCE = 20_000
+#: Vertices visited by the searches for a Hamiltonian path, one from each vertex, before they give up.
+_VISIT_LIMIT = 20_000
 
 
 def adjacency(size: int, links: Iterable[Link]) -> Adjacency:
-    """The neighbours of each vertex, ascending."""
+    """Return the neighbours of each vertex, ascending."""
     sets: list[set[int]] = [set() for _ in range(size)]
     for a, b in links:
         sets[a].add(b)
@@ -21,8 +21,8 @@ def adjacency(size: int, links: Iterable[Link]) -> Adjacency:
     return [sorted(near) for near in sets]
 
 
-def tree(near: Adjacency) -> list[Link]:
-    """The edges of a breadth-first search from vertex 0, each from where the search came."""
+def breadth_first_tree(near: Adjacency) -> list[Link]:
+    """Return the edges of a breadth-first search from vertex 0, each in the direction of the search."""
     seen, queue, found = {0}, [0], []
     for a in queue:
         for b in near[a]:
@@ -33,49 +33,49 @@ def tree(near: Adjacency) -> list[Link]:
     return found
 
 
-def connected(size: int, links: Iterable[Link]) -> bool:
-    """Whether links join all vertices."""
-    return len(tree(adjacency(size, links))) == size - 1
+def is_connected(size: int, links: Iterable[Link]) -> bool:
+    """Return whether the graph is connected."""
+    return len(breadth_first_tree(adjacency(size, links))) == size - 1
 
 
 def spanning(size: int, links: Sequence[Link]) -> list[Link]:
-    """The edges (a, b), a < b, of a Hamiltonian path if a bounded search finds one, else of a tree."""
+    """Return the edges (a, b), a < b, of a Hamiltonian path if a bounded search finds one, else of a tree."""
     near = adjacency(size, links)
     path = hamiltonian_path(near)
-    return [(min(link), max(link)) for link in (tree(near) if path is None else pairwise(path))]
+    return [(min(link), max(link)) for link in (breadth_first_tree(near) if path is None else pairwise(path))]
 
 
 def hamiltonian_path(near: Adjacency) -> list[int] | None:
-    """A path through all vertices: 0, 1, 2, ... where it exists, else what a bounded search finds."""
+    """Return a path through all vertices: 0, 1, 2, ... if it exists, else the result of a bounded search."""
     if all(b in near[a] for a, b in pairwise(range(len(near)))):
         return list(range(len(near)))
     if sum(len(neighbours) == 1 for neighbours in near) > 2:
-        return None  # each such vertex would have to be an end
+        return None  # each of these vertices would have to be an end of the path
     starts = sorted(range(len(near)), key=lambda vertex: len(near[vertex]))
-    patience = _PATIENCE // len(near) + len(near)
-    return next((path for start in starts if (path := _path_from(start, near, patience))), None)
+    visits_left = _VISIT_LIMIT // len(near) + len(near)
+    return next((path for start in starts if (path := _path_from(start, near, visits_left))), None)
 
 
-def _path_from(start: int, near: Adjacency, patience: int) -> list[int] | None:
-    """A depth-first search; a fresh start is worth more than patience with a bad one."""
+def _path_from(start: int, near: Adjacency, visits_left: int) -> list[int] | None:
+    """Search depth-first within a limit: another start is more promising than a long search."""
     path, seen = [start], {start}
-    open_ends = [_nexts(start, near, seen)]
-    while open_ends and patience:
+    candidates = [_unvisited(start, near, seen)]
+    while candidates and visits_left:
         if len(path) == len(near):
             return path
-        vertex = next(open_ends[-1], None)
+        vertex = next(candidates[-1], None)
         if vertex is None:
-            open_ends.pop()
+            candidates.pop()
             seen.discard(path.pop())
             continue
-        patience -= 1
+        visits_left -= 1
         path.append(vertex)
         seen.add(vertex)
-        open_ends.append(_nexts(vertex, near, seen))
+        candidates.append(_unvisited(vertex, near, seen))
     return None
 
 
-def _nexts(vertex: int, near: Adjacency, seen: set[int]) -> Iterator[int]:
-    """Where to go next, the one with the fewest ways on first (Warnsdorff's rule)."""
-    ways = {b: sum(c not in seen for c in near[b]) for b in near[vertex] if b not in seen}
-    return iter(sorted(ways, key=lambda b: (ways[b], b)))
+def _unvisited(vertex: int, near: Adjacency, seen: set[int]) -> Iterator[int]:
+    """Return unvisited neighbours, those with the fewest unvisited neighbours first (Warnsdorff's rule)."""
+    onward = {b: sum(c not in seen for c in near[b]) for b in near[vertex] if b not in seen}
+    return iter(sorted(onward, key=lambda b: (onward[b], b)))

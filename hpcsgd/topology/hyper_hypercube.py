@@ -1,4 +1,4 @@
-"""Rounds of links with weights, and the k-peer hyper-hypercube of Takezawa et al. (arXiv 2305.11420)."""
+"""Weighted links of a step, and the k-peer hyper-hypercube of Takezawa et al. (arXiv 2305.11420)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TypeAlias
 
 from hpcsgd.topology.mixing import Link
 
-#: The weight of each link of one round; what a peer gives to no link stays with itself.
-Round: TypeAlias = dict[Link, float]
+#: The weight of each link of one step; the rest of a peer's weight is its own.
+WeightedLinks: TypeAlias = dict[Link, float]
 
 
-def factors(count: int, largest: int) -> list[int] | None:
-    """`count` as a product of factors of at most `largest`, ascending; None where it is not one."""
+def factorise(count: int, largest: int) -> list[int] | None:
+    """Return factors of at most `largest`, ascending, whose product is `count`; None if there are none."""
     found = []
     for factor in range(largest, 1, -1):
         while count % factor == 0:
@@ -22,34 +22,34 @@ def factors(count: int, largest: int) -> list[int] | None:
     return found[::-1] if count == 1 else None
 
 
-def clique(peers: Sequence[int]) -> Round:
-    """All of some peers take their mean."""
+def clique(peers: Sequence[int]) -> WeightedLinks:
+    """Return the links by which peers take their mean in one step."""
     return dict.fromkeys(combinations(peers, 2), 1 / max(1, len(peers)))
 
 
-def merged(rounds: Iterable[Round]) -> Round:
-    """Rounds over different peers, at once."""
-    return {link: weight for part in rounds for link, weight in part.items()}
+def union(parts: Iterable[WeightedLinks]) -> WeightedLinks:
+    """Return the union of links over disjoint peers."""
+    return {link: weight for part in parts for link, weight in part.items()}
 
 
-def hyper_hypercube(peers: Sequence[int], degree: int) -> list[Round]:
-    """Rounds after which all of some peers have their exact mean.
+def hyper_hypercube(peers: Sequence[int], degree: int) -> list[WeightedLinks]:
+    """Return the links of steps after which the peers hold their exact mean.
 
     Parameters
     ----------
     peers
-        As many as a product of factors of at most `degree` + 1.
+        The peers; their number is a product of factors of at most `degree` + 1.
     degree
-        The most links of a peer in a round.
+        Maximum number of links of a peer in a step.
 
     Returns
     -------
-    list of Round
-        One for each factor: cliques of so many peers, at the stride of the product of those before.
+    list of WeightedLinks
+        One for each factor: cliques of that many peers, whose stride is the product of the previous factors.
     """
-    rounds, stride = [], 1
-    for factor in factors(len(peers), degree + 1) or ():
+    steps, stride = [], 1
+    for factor in factorise(len(peers), degree + 1) or ():
         firsts = (i for i in range(len(peers)) if i // stride % factor == 0)
-        rounds.append(merged(clique(peers[i : i + factor * stride : stride]) for i in firsts))
+        steps.append(union(clique(peers[i : i + factor * stride : stride]) for i in firsts))
         stride *= factor
-    return rounds
+    return steps

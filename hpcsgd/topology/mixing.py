@@ -1,4 +1,4 @@
-"""Metropolis-Hastings weights of a graph, and what a mixing matrix must satisfy."""
+"""Metropolis-Hastings weights of a graph, and the properties of a mixing matrix."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from hpcsgd.errors import HpcsgdError
 Matrix = NDArray[np.float64]
 Link = tuple[int, int]
 
-#: A sum of weights, or a product of mixing matrices, this near to its value has it.
+#: Tolerance of comparisons of sums of weights and products of mixing matrices.
 TOLERANCE = 1e-12
 
 
 def metropolis(size: int, links: Iterable[Link]) -> Matrix:
-    """Metropolis-Hastings weights: W_ij = 1 / (1 + max(deg_i, deg_j)) on each link, W_ii takes the rest.
+    """Return Metropolis-Hastings weights: W_ij = 1 / (1 + max(deg_i, deg_j)) on links, the rest in W_ii.
 
     Parameters
     ----------
     size
-        Peers.
+        Number of peers.
     links
-        Pairs of peers that exchange their models, in any order; a pair given twice counts once.
+        Pairs of peers that exchange their models, in any order; duplicates are ignored.
 
     Returns
     -------
@@ -35,13 +35,13 @@ def metropolis(size: int, links: Iterable[Link]) -> Matrix:
     Raises
     ------
     HpcsgdError
-        A link from a peer to itself, or to one that does not exist.
+        A link joins a peer to itself, or to one that does not exist.
     """
     pairs = sorted({(min(link), max(link)) for link in links})
     for a, b in pairs:
         if a == b or a < 0 or b >= size:
             raise HpcsgdError(
-                f"no link can join {a} and {b}", expected=f"two different peers of 0 to {size - 1}"
+                f"link ({a}, {b}) is invalid", expected=f"two different peers of 0 to {size - 1}"
             )
     matrix = np.zeros((size, size))
     if pairs:
@@ -55,26 +55,31 @@ def metropolis(size: int, links: Iterable[Link]) -> Matrix:
 def metropolis_among(
     near: Sequence[Sequence[int]], members: Sequence[int]
 ) -> dict[int, list[tuple[int, float]]]:
-    """The rows of `metropolis` for the links between some peers: for each of these (other, weight) pairs.
+    """Return the rows of `metropolis` for the links between some peers.
 
     Parameters
     ----------
     near
-        The neighbours of each of all peers.
+        The neighbours of every peer.
     members
-        Those that exchange their models, each of which counts itself too; ascending by other.
+        The peers that exchange their models.
+
+    Returns
+    -------
+    dict
+        For each member its (other, weight) pairs, itself included, ascending by other.
     """
     inside = set(members)
-    met = {peer: [other for other in near[peer] if other in inside] for peer in members}
+    neighbours = {peer: [other for other in near[peer] if other in inside] for peer in members}
     rows = {}
-    for peer, others in met.items():
-        row = {other: 1 / (1 + max(len(others), len(met[other]))) for other in others}
+    for peer, others in neighbours.items():
+        row = {other: 1 / (1 + max(len(others), len(neighbours[other]))) for other in others}
         row[peer] = 1 - sum(row.values())
         rows[peer] = sorted(row.items())
     return rows
 
 
-def check(matrix: Matrix, size: int, directed: bool, name: str) -> None:
+def check_mixing_matrix(matrix: Matrix, size: int, directed: bool, name: str) -> None:
     """Raise unless a matrix is a mixing matrix: doubly stochastic, and symmetric unless directed.
 
     Parameters
@@ -82,42 +87,42 @@ def check(matrix: Matrix, size: int, directed: bool, name: str) -> None:
     matrix
         Float64, shape (size, size).
     size
-        Peers.
+        Number of peers.
     directed
         Whether W_ij may differ from W_ji.
     name
-        What has this matrix, for the error.
+        Name of the topology, for the error.
 
     Raises
     ------
     HpcsgdError
-        Wrong shape, a negative weight or one that is no number, a row or column whose sum is not 1, or
-        W_ij other than W_ji.
+        The shape is wrong, a weight is negative or NaN, a row or column does not sum to 1, or W_ij differs
+        from W_ji.
     """
     if matrix.shape != (size, size):
-        raise HpcsgdError(f"{name}: wrong shape", expected=(size, size), got=matrix.shape)
+        raise HpcsgdError(f"{name}: wrong shape of W", expected=(size, size), got=matrix.shape)
     for i, j in np.argwhere(~(matrix >= 0))[:1]:
         raise HpcsgdError(f"{name}: weight W[{i}, {j}]", expected="at least 0", got=matrix[i, j])
     for axis, line in ((1, "row"), (0, "column")):
         sums = matrix.sum(axis=axis)
         for index in np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))[:1]:
-            do = "give W doubly stochastic: otherwise mixing moves the mean of the models"
+            do = "return a doubly stochastic W: otherwise mixing changes the mean of the models"
             raise HpcsgdError(f"{name}: sum of {line} {index}", expected=1, got=sums[index], do=do)
     for i, j in np.argwhere(np.abs(matrix - matrix.T) > TOLERANCE)[: 0 if directed else 1]:
-        do = "give W symmetric, or set directed = True"
+        do = "return a symmetric W, or set directed = True"
         raise HpcsgdError(f"{name}: W[{i}, {j}]", expected=f"{matrix[j, i]}", got=matrix[i, j], do=do)
 
 
-def unreached(matrices: Sequence[Matrix]) -> list[int]:
-    """The peers that peer 0 cannot reach over some mixing matrices, taken together.
+def unreachable(matrices: Sequence[Matrix]) -> list[int]:
+    """Return the peers without a path from peer 0 over all the mixing matrices together.
 
-    In a doubly stochastic matrix who can be reached in one direction can be reached in both.
+    In a doubly stochastic matrix a peer that is reachable in one direction is reachable in both.
     """
-    joined = reduce(np.add, matrices) > 0
-    seen = np.zeros(len(joined), bool)
+    linked = reduce(np.add, matrices) > 0
+    seen = np.zeros(len(linked), bool)
     new = seen.copy()
     new[0] = True
     while new.any():
         seen |= new
-        new = joined[new].any(axis=0) & ~seen
+        new = linked[new].any(axis=0) & ~seen
     return [int(peer) for peer in np.flatnonzero(~seen)]

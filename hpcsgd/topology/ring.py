@@ -9,14 +9,14 @@ from hpcsgd.topology.mixing import Link
 
 
 class Ring(Graph):
-    """Each peer mixes with the one before and the one after it.
+    """Each peer mixes with its predecessor and its successor.
 
     Parameters
     ----------
     size
-        Peers.
+        Number of peers.
     """
 
     def links(self, step: int) -> Iterator[Link]:
-        """(i, i + 1), and (size - 1, 0)."""
+        """Return (i, i + 1), and (size - 1, 0)."""
         return ((i, (i + 1) % self.size) for i in range(self.size) if self.size > 1)

@@ -9,14 +9,14 @@ from hpcsgd.topology.mixing import Link
 
 
 class Star(Graph):
-    """Each peer mixes with peer 0 alone.
+    """Each peer mixes with peer 0 only.
 
     Parameters
     ----------
     size
-        Peers.
+        Number of peers.
     """
 
     def links(self, step: int) -> Iterator[Link]:
-        """(0, i)."""
+        """Return (0, i)."""
         return ((0, i) for i in range(1, self.size))

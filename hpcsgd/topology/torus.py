@@ -11,15 +11,15 @@ from hpcsgd.topology.mixing import Link
 
 
 class Torus(Graph):
-    """A grid with wrap-around: each peer mixes with the four beside it.
+    """A grid with wrap-around: each peer mixes with its four neighbours.
 
     Parameters
     ----------
     size
-        Peers; peer `columns * row + column` stands at (row, column).
+        Number of peers; peer `columns * row + column` is at (row, column).
     rows
-        Rows of the grid, a divisor of `size`. 0: as near to a square as the factors of `size` allow; one
-        row, a ring, where it is prime.
+        Rows of the grid, a divisor of `size`. 0 (default): as close to a square as the factors of `size`
+        allow; one row, a ring, if it is prime.
 
     Raises
     ------
@@ -32,12 +32,12 @@ class Torus(Graph):
         sides = [side for side in range(1, size + 1) if size % side == 0]
         if rows and rows not in sides:
             expected = f"one of {', '.join(map(str, sides))}, or 0 to choose one"
-            raise BadOption(f"no torus of {size} peers has so many rows", expected=expected, got=rows)
+            raise BadOption(f"option rows does not divide the {size} peers", expected=expected, got=rows)
         self.rows = rows or max(side for side in sides if side <= isqrt(size))
         self.columns = size // self.rows
 
     def links(self, step: int) -> Iterator[Link]:
-        """To the right and down, where that is another peer."""
+        """Return the links to the right and down, if they lead to another peer."""
         for peer in range(self.size):
             row, column = divmod(peer, self.columns)
             right = row * self.columns + (column + 1) % self.columns
@@ -45,6 +45,6 @@ class Torus(Graph):
             yield from ((peer, other) for other in (right, down) if other != peer)
 
     def layout(self) -> list[Point]:
-        """The grid, peer 0 at the top left."""
-        places = (divmod(peer, self.columns) for peer in range(self.size))
-        return [(float(column), float(-row)) for row, column in places]
+        """Return the positions in the grid, peer 0 at the top left."""
+        positions = (divmod(peer, self.columns) for peer in range(self.size))
+        return [(float(column), float(-row)) for row, column in positions]

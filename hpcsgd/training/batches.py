@@ -1,4 +1,4 @@
-"""Batches for all peers: as many for each, whatever its loader holds, or as many as the method wants."""
+"""Batches for all peers: equally many a peer for synchronous strategies, on demand for asynchronous ones."""
 
 from __future__ import annotations
 
@@ -11,98 +11,120 @@ from torch.utils.data import DataLoader
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.base import Strategy
-from hpcsgd.strategies.context import Setting
-from hpcsgd.training.virtual_nodes import Turns
+from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.training.virtual_nodes import VirtualNodes
 
 Batch = TypeVar("Batch")
 _END = object()
 
 
-def in_step(loaders: Sequence[Iterable[Batch]], setting: Setting, uneven: str) -> Iterator[Batch]:
-    """The loaders' batches, as many for every peer.
+def synchronous_batches(
+    loaders: Sequence[Iterable[Batch]], context: StrategyContext, uneven: str
+) -> Iterator[Batch]:
+    """Yield the batches of one epoch, equally many for every peer.
 
-    Where loaders have a length it is compared once an epoch and taken at its word; else the ranks tell
-    each other before each step whether they have one more batch.
+    If all loaders have a length, the lengths are gathered once an epoch and trusted; else the ranks
+    exchange before each step whether they have one more batch.
 
     Parameters
     ----------
     loaders
-        Of this rank's peers, which take turns.
-    setting
-        Its `weight` and `active` are kept up to date for the strategy.
+        One for each local peer; batches are yielded for one peer after the other.
+    context
+        Its `has_batch` is set before each batch.
     uneven
-        "join": a peer that has run out repeats its last batch with weight 0, so that the user's loop,
-        schedulers and counters go on alike on all ranks. "stop": all end with the first.
+        "join": a peer without further batches repeats its last one with weight 0, so that the user's
+        loop, schedulers and counters advance equally on all ranks. "stop": the epoch ends for all peers
+        with the shortest loader.
+
+    Raises
+    ------
+    HpcsgdError
+        A loader has no batch at all where others have some, has no `len()` although there are virtual
+        nodes, or yields another number of batches than its `len()`.
     """
     for loader in loaders:
         _warn_of_forks(loader)
     join = uneven == "join"
-    mine = [(_length(loader), hasattr(loader, "filler")) for loader in loaders]
-    told = [entry for entries in setting.world.gather(mine, "an epoch's start") for entry in entries]
-    if any(size is None for size, _ in told):
+    own = [(_length(loader), hasattr(loader, "filler")) for loader in loaders]
+    entries = [entry for rank in context.world.gather(own, "an epoch's start") for entry in rank]
+    if any(length is None for length, _ in entries):
         if len(loaders) > 1:
-            raise _unsized(setting)
-        plan = _tell_each_step(loaders[0], setting, join and not all(filler for _, filler in told))
+            raise _unsized(context)
+        plan = _agree_each_step(loaders[0], context, join and not all(filler for _, filler in entries))
     else:
-        lengths = [size for size, _ in told]
+        lengths = [length for length, _ in entries]
         if join and any(lengths):
-            _check_none_empty([size > 0 or filler for size, filler in told])
-        plan = _from_lengths(loaders, lengths, setting)
+            _check_none_empty([length > 0 or filler for length, filler in entries])
+        plan = _from_lengths(loaders, lengths, context)
     last: list[object] = [_END] * len(loaders)
     try:
-        for batch, having in plan:
-            if not join and not all(having):
+        for batch, has_batch in plan:
+            if not join and not all(has_batch):
                 return
-            turn = setting.turn
+            index = context.current_peer_index
             if batch is not _END:
-                last[turn] = batch
-            elif last[turn] is _END:
-                # It resumes where this peer had run out: the loader knows what it would repeat.
-                last[turn] = loaders[turn].filler()  # type: ignore[attr-defined]
-            setting.batch(having)
-            yield last[turn]  # type: ignore[misc]
+                last[index] = batch
+            elif last[index] is _END:
+                # Resumed after the end of this peer's batches: only the loader can supply one to repeat.
+                last[index] = loaders[index].filler()  # type: ignore[attr-defined]
+            context.set_batches(has_batch)
+            yield last[index]  # type: ignore[misc]
     finally:
-        setting.begin_step()
+        context.begin_step()
 
 
-class Endless:
-    """Batches for peers that do not keep step, in the order in which the strategy wants them.
+class AsynchronousBatches:
+    """Batches in the order in which an asynchronous strategy schedules the local peers.
 
     Parameters
     ----------
-    setting, strategy, turns
-        The run's.
+    context, strategy, virtual_nodes
+        Those of the run.
     """
 
-    def __init__(self, setting: Setting, strategy: Strategy, turns: Turns) -> None:
-        self._setting, self._strategy, self._turns = setting, strategy, turns
+    def __init__(self, context: StrategyContext, strategy: Strategy, virtual_nodes: VirtualNodes) -> None:
+        self._context, self._strategy, self._virtual_nodes = context, strategy, virtual_nodes
         self._loaders: list[Iterable[Any]] = []
         self._iterators: list[Iterator[Any]] = []
 
     def batches(self, loaders: Sequence[Iterable[Batch]], steps: int | None) -> Iterator[Batch]:
-        """Batches until `steps` more have been taken; the same loaders go on where they were."""
-        setting = self._setting
+        """Yield batches until `steps` more steps have been taken.
+
+        Parameters
+        ----------
+        loaders
+            One for each local peer. With the same loaders as in the last call the iteration continues in
+            the middle of them; at its end a loader is started again.
+        steps
+            None: the number of batches of the longest loader of all ranks.
+
+        Raises
+        ------
+        HpcsgdError
+            A loader is empty or an iterator that is exhausted, or `steps` is None and one has no `len()`.
+        """
+        context = self._context
         if [id(loader) for loader in loaders] != [id(loader) for loader in self._loaders]:
             for loader in loaders:
                 _warn_of_forks(loader)
-            self._loaders, self._iterators = list(loaders), [_again(setting, each) for each in loaders]
-        lengths = setting.world.gather([_length(loader) for loader in loaders], "the start of some steps")
+            self._loaders, self._iterators = list(loaders), [_repeat(context, each) for each in loaders]
+        lengths = context.world.gather([_length(loader) for loader in loaders], "the start of some steps")
         flat = [length for entries in lengths for length in entries]
         if steps is None and None in flat:
-            raise _unsized(setting)
-        end = setting.step + (max(flat) if steps is None else steps)
+            raise _unsized(context)
+        end = context.step + (max(flat) if steps is None else steps)
         try:
-            for turn in self._strategy.turns(end):
-                self._turns.enter(turn)
-                setting.taken = False
-                while not setting.taken:  # several of them, where gradients are accumulated
-                    yield next(self._iterators[turn])
+            for index in self._strategy.peer_schedule(end):
+                self._virtual_nodes.select_peer(index)
+                context.step_taken = False
+                while not context.step_taken:  # several batches a step if gradients are accumulated
+                    yield next(self._iterators[index])
         finally:
-            setting.begin_step()
+            context.begin_step()
 
 
-def _again(setting: Setting, loader: Iterable[Batch]) -> Iterator[Batch]:
-    """The loader's batches, again and again."""
+def _repeat(context: StrategyContext, loader: Iterable[Batch]) -> Iterator[Batch]:
     while True:
         empty = True
         for batch in loader:
@@ -110,10 +132,11 @@ def _again(setting: Setting, loader: Iterable[Batch]) -> Iterator[Batch]:
             yield batch
         if empty or iter(loader) is loader:
             raise HpcsgdError(
-                "the loader is through" if not empty else "the loader has no batch at all",
-                rank=setting.world.rank,
-                expected="a loader that can begin again: this method's peers do not take equally many steps",
-                do="pass the loader itself, not an iterator of it",
+                "the loader has no batch at all" if empty else "the loader is exhausted",
+                rank=context.world.rank,
+                expected="a loader that can be iterated over again: with an asynchronous strategy a rank may "
+                "take more steps than its loader has batches",
+                do="pass the loader itself to run.batches(), not iter(loader)",
             )
 
 
@@ -121,11 +144,11 @@ def _length(loader: object) -> int | None:
     return len(loader) if isinstance(loader, Sized) else None
 
 
-def _unsized(setting: Setting) -> HpcsgdError:
+def _unsized(context: StrategyContext) -> HpcsgdError:
     return HpcsgdError(
         "a loader has no length",
-        expected="loaders with len(): with virtual nodes, and where peers do not keep step",
-        do="give it __len__, or say run.batches(loader, steps=...) where peers do not keep step",
+        expected="loaders with len(), which virtual nodes and asynchronous strategies need",
+        do="define its __len__; with an asynchronous strategy run.batches(loader, steps=...) will do",
         everywhere=True,
     )
 
@@ -138,64 +161,64 @@ def _warn_of_forks(loader: object) -> None:
         and multiprocessing.get_start_method() == "fork"
     ):
         warnings.warn(
-            "this DataLoader forks its workers after MPI has started, which can crash or hang: give it "
-            "multiprocessing_context='forkserver'",
+            "this DataLoader forks its workers after MPI was initialised, which can crash or hang: create it "
+            "with multiprocessing_context='forkserver'",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
 def _from_lengths(
-    loaders: Sequence[Iterable[object]], lengths: list[int], setting: Setting
+    loaders: Sequence[Iterable[object]], lengths: list[int], context: StrategyContext
 ) -> Iterator[tuple[object, list[bool]]]:
     batches = [iter(loader) for loader in loaders]
-    mine = [lengths[peer] for peer in setting.peers.local]
-    drawn = [0] * len(loaders)
-    while drawn[setting.turn] < max(lengths):
-        turn = setting.turn
-        step, length = drawn[turn], mine[turn]
-        batch = next(batches[turn], _END) if step < length else _END
+    own = [lengths[peer] for peer in context.peers.local]
+    taken = [0] * len(loaders)
+    while taken[context.current_peer_index] < max(lengths):
+        index = context.current_peer_index
+        step, length = taken[index], own[index]
+        batch = next(batches[index], _END) if step < length else _END
         if step < length and batch is _END:
-            raise _miscounted(setting, length, str(step))
-        drawn[turn] += 1
+            raise _wrong_length(context, length, str(step))
+        taken[index] += 1
         yield batch, [step < length for length in lengths]
-    for own, length in zip(batches, mine, strict=True):
-        if next(own, _END) is not _END:
-            raise _miscounted(setting, length, f"more than {length}")
+    for remaining, length in zip(batches, own, strict=True):
+        if next(remaining, _END) is not _END:
+            raise _wrong_length(context, length, f"more than {length}")
 
 
-def _tell_each_step(
-    loader: Iterable[object], setting: Setting, must_have_one: bool
+def _agree_each_step(
+    loader: Iterable[object], context: StrategyContext, must_have_one: bool
 ) -> Iterator[tuple[object, list[bool]]]:
     batches = iter(loader)
     first = True
     while True:
         batch = next(batches, _END)
-        having = setting.world.gather(batch is not _END, "whether each rank has one more batch")
-        if not any(having):
+        has_batch = context.world.gather(batch is not _END, "the check whether each rank has one more batch")
+        if not any(has_batch):
             return
         if first and must_have_one:
-            _check_none_empty(having)
+            _check_none_empty(has_batch)
         first = False
-        yield batch, having
+        yield batch, has_batch
 
 
-def _check_none_empty(having: list[bool]) -> None:
-    if not all(having):
+def _check_none_empty(has_batch: list[bool]) -> None:
+    if not all(has_batch):
         raise HpcsgdError(
-            "the loader has no batch at all, that of other ranks has",
-            rank=[rank for rank, has in enumerate(having) if not has],
+            "the loader has no batch at all, those of other ranks have some",
+            rank=[rank for rank, has in enumerate(has_batch) if not has],
             expected="at least one batch on every rank",
-            do="give each rank some data, or run with uneven='stop'",
+            do="give each rank a part of the data, or pass uneven='stop' to Run",
             everywhere=True,
         )
 
 
-def _miscounted(setting: Setting, promised: int, found: str) -> HpcsgdError:
+def _wrong_length(context: StrategyContext, length: int, found: str) -> HpcsgdError:
     return HpcsgdError(
         "the loader's len() is not the number of its batches",
-        rank=setting.world.rank,
-        expected=f"{promised} batches, its len()",
+        rank=context.world.rank,
+        expected=f"{length} batches, its len()",
         got=found,
-        do="correct its __len__, or hide it (pass iter(loader)): the ranks then ask before each step",
+        do="correct its __len__, or pass iter(loader): the ranks then check before each step who has a batch",
     )

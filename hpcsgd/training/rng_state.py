@@ -1,4 +1,4 @@
-"""The random generators of this process: seeded, saved and restored together."""
+"""The global random generators of Python, NumPy and torch: seeded, saved and restored together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 def seed(number: int) -> None:
     """Seed Python's, NumPy's and torch's global generators."""
     random.seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002 - for models of the user's own that draw from it
+    np.random.seed(number % 2**32)  # noqa: NPY002 - user models may draw from it
     torch.manual_seed(number)
 
 
 def state() -> dict[str, Any]:
-    """Their states, in types that a checkpoint may hold."""
+    """Return the states of all generators, CUDA included, in types that a checkpoint may hold."""
     kind, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
@@ -29,7 +29,7 @@ def state() -> dict[str, Any]:
 
 
 def restore(saved: dict[str, Any]) -> None:
-    """Go on from what `state` gave."""
+    """Set all generators to the states that `state` returned."""
     torch.set_rng_state(saved["torch"])
     if saved["cuda"]:
         torch.cuda.set_rng_state_all(saved["cuda"])

@@ -1,4 +1,4 @@
-"""Run: a model, an optimizer and a strategy on the ranks of one job."""
+"""`Run`: trains one model with an optimizer and a strategy on all ranks of a job."""
 
 from __future__ import annotations
 
@@ -15,61 +15,63 @@ from hpcsgd import collectives
 from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import AllReduce, Setting, Strategy
-from hpcsgd.tensors.fingerprint import describe, versions
+from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
+from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
 from hpcsgd.training import batches, rng_state, step_trace
-from hpcsgd.training.virtual_nodes import Turns
+from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
 class Run:
     """Trains one model on all ranks.
 
-    The model of rank 0 is copied to all ranks; the optimizer may already have state. Use `run.step()` in
-    place of `optimizer.step()` and iterate over `run.batches(loader)` in place of `loader`. With one
+    The model of rank 0 is copied to all ranks; the optimizer may already have state. Call `run.step()`
+    instead of `optimizer.step()` and iterate over `run.batches(loader)` instead of `loader`. With one
     rank this is plain training, bit for bit.
 
     Parameters
     ----------
     model
-        Any module; its parameters and buffers stay the same objects.
+        Any module; its parameters and buffers remain the same objects.
     optimizer
         Any `torch.optim` optimizer of the model's parameters.
     strategy
-        The method; default `AllReduce()`.
+        The method of distributed SGD. Default `AllReduce()`.
     comm
-        The user's own mpi4py communicator, which is duplicated, or a `World`, which is used as it is.
-        Default `MPI.COMM_WORLD`.
+        An mpi4py communicator, which is duplicated, or a `World`, which is used as it is. Default
+        `MPI.COMM_WORLD`.
     bucket_mib
-        Size in MiB of the pieces that are communicated at a time. Default 4.
+        Size of a bucket, the unit of communication, in MiB. Default 4.
     algorithm
-        The all-reduce, see `hpcsgd.collectives.iallreduce`. Default "auto".
+        The all-reduce algorithm, see `hpcsgd.collectives.iallreduce`. Default "auto".
     buffers
-        What `averaged()` does with buffers such as BatchNorm's running statistics: "broadcast" those of
+        Treatment of buffers such as BatchNorm's running statistics by `averaged()`: "broadcast" those of
         rank 0 (default), "average" the floating-point ones, or leave them "local".
     unused
-        A parameter that got no gradient contributes "zeros" (default) or is an "error".
+        Treatment of a parameter without gradient: it contributes "zeros" (default) or is an "error".
     uneven
-        Ranks with fewer batches "join" the others' remaining steps with weight 0 (default), or all
-        "stop" with the first that runs out.
+        Treatment of loaders of different lengths: ranks with fewer batches "join" the remaining steps of
+        the others with weight 0 (default), or all "stop" at the end of the shortest.
     compress
-        How what the strategy reduces is compressed, see `hpcsgd.compress`; default: not at all.
+        Compression scheme of the strategy's reductions, see `hpcsgd.compress`. Default: no compression.
     seed
-        Of the random numbers that compression and strategies draw. Default 0.
+        Seed of the random numbers of compression and strategy. Default 0.
     nonfinite
         With compression, NaN or infinity in a gradient is an "error" that names parameter, rank and step
         (default), or all ranks "skip" the step, as GradScaler needs.
     virtual_nodes
-        Peers of a gossip method in all, a multiple of the number of ranks: each rank then trains several
-        models, in turn, with the results of as many ranks. Default: one a rank.
+        Total number of peers of a gossip strategy, a multiple of the number of ranks: each rank then trains
+        several models, one after the other, with the same result as one rank for each. Default: one a rank.
 
     Raises
     ------
     Disagreement
-        On all ranks, where these brought different models, settings or versions.
+        On all ranks, if their models, options or versions differ.
+    BadOption
+        An option has a value that does not exist, or that the strategy does not support.
     """
 
-    #: torch's GradScaler then leaves unscaling and skipping to `step`, which happens on every rank.
+    #: Makes torch's GradScaler leave unscaling and skipping to `step`, which runs on every rank.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -103,10 +105,10 @@ class Run:
         self._buffers, self._uneven = buffers, uneven
         self._closed = False
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(self.world.threads)
-        self.world.agree(
+            torch.set_num_threads(self.world.local.threads)
+        self.world.check_consistent(
             {
-                **versions(),
+                **package_versions(),
                 "strategy": type(self.strategy).__name__,
                 **{f"strategy option {k}": v for k, v in self.strategy.options().items()},
                 "optimizer": type(optimizer).__name__,
@@ -119,140 +121,143 @@ class Run:
                 "seed": seed,
                 "nonfinite": nonfinite,
                 "virtual_nodes": virtual_nodes,
-                "list of parameters": [describe(n, p) for n, p in parameters],
-                "list of buffers": [describe(n, b) for n, b in model.named_buffers()],
+                "list of parameters": [describe_tensor(n, p) for n, p in parameters],
+                "list of buffers": [describe_tensor(n, b) for n, b in model.named_buffers()],
             }
         )
         self._copy_from_rank_0([*parameters, *model.named_buffers()])
-        self._setting = Setting(
-            self.world,
-            parameters,
-            bucket_mib,
-            algorithm,
-            unused,
-            compress,
-            seed,
-            nonfinite,
-            virtual_nodes,
-            optimizer,
+        self._context = StrategyContext(
+            world=self.world,
+            parameters=parameters,
+            bucket_mib=bucket_mib,
+            algorithm=algorithm,
+            unused=unused,
+            compress=compress,
+            seed=seed,
+            nonfinite=nonfinite,
+            virtual_nodes=virtual_nodes,
+            optimizer=optimizer,
+            unscale=self._unscale,
         )
-        self._count(0)
-        self._setting.unscale = self._unscale
-        self.strategy.attach(self._setting)
-        self._turns = Turns(model, optimizer, self.strategy, self._setting)
-        self._endless = batches.Endless(self._setting, self.strategy, self._turns)
+        self._set_steps(0)
+        self.strategy.attach(self._context)
+        self._virtual_nodes = VirtualNodes(model, optimizer, self.strategy, self._context)
+        self._asynchronous_batches = batches.AsynchronousBatches(
+            self._context, self.strategy, self._virtual_nodes
+        )
 
     @property
     def steps(self) -> int:
-        """Steps taken so far; of a method whose peers do not keep step, the iterations of all together."""
-        return self._setting.step
+        """Steps taken so far; of an asynchronous strategy the iterations of all peers together."""
+        return self._context.step
 
     @property
     def workers(self) -> int:
-        """How many ranks compute gradients: all but the last ones, which serve. Split data in so many."""
+        """Number of ranks that compute gradients (all but parameter servers): the number of data shards."""
         return self.strategy.workers(self.world.size)
 
     @property
     def worker(self) -> int:
-        """This rank among the workers; a server's loader is never asked for a batch."""
+        """Index of this rank among the workers, its data shard; the loader of a server is never used."""
         return self.world.rank % self.workers
 
     @property
     def peers(self) -> range:
-        """The peers that live on this rank: its rank, or with virtual nodes several."""
-        return self._setting.peers.local
+        """The peers of this rank: its own number, or with virtual nodes several."""
+        return self._context.peers.local
 
     @property
     def weight(self) -> int:
-        """1, or 0 where this peer only repeats a batch to keep step with others that have more."""
-        return self._setting.weight
+        """Weight of the current batch: 1, or 0 if it only repeats the last one because others have more."""
+        return self._context.weight
 
     def each_peer(self) -> Iterator[int]:
-        """Put every peer of this rank in place in turn, for seeding the generators say."""
-        return self._turns.each()
+        """Put every peer of this rank in place, one after the other, for example to seed its generators."""
+        return self._virtual_nodes.each()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's, with synchronised gradients: for `GradScaler` and clipping utilities."""
+        """The optimizer's parameter groups with synchronised gradients, for `GradScaler` and clipping."""
         self.synchronize()
         return self.optimizer.param_groups
 
     def batches(
         self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None = None
     ) -> Iterator[Any]:
-        """The loader's batches; every rank gets as many, so that no rank ever waits for one that left.
+        """Yield the loader's batches, equally many on every rank: no rank waits for one that has finished.
 
-        With a method whose peers do not keep step, a rank gets a batch whenever one of its peers is to
-        take a step, until `steps` more have been taken; a loader that is through begins again.
+        With an asynchronous strategy a rank gets a batch whenever one of its peers is scheduled, until
+        `steps` more steps have been taken; at its end the loader is started again.
 
         Parameters
         ----------
         loader
-            This rank's batches; with virtual nodes a list of loaders, one a peer of this rank.
+            The batches of this rank; with virtual nodes a list of loaders, one for each peer of this rank.
         steps
-            How many steps, for a method whose peers do not keep step; default: the batches of the longest
-            loader of all.
+            Number of steps of an asynchronous strategy. Default: the batches of the longest loader of all
+            ranks. Ignored by synchronous strategies.
 
         Raises
         ------
         HpcsgdError
-            Where a rank has no batch at all, or a loader's `len()` is not what it yields.
+            A rank has no batch at all, or a loader yields another number of batches than its `len()`.
         """
         loaders = self._loaders(loader)
-        if self.strategy.lockstep:
-            found = batches.in_step(loaders, self._setting, self._uneven)
+        if self.strategy.synchronous:
+            found = batches.synchronous_batches(loaders, self._context, self._uneven)
         else:
-            found = self._endless.batches(loaders, steps)
-        return step_trace.traced(found, self.model, self.world.trace) if self.world.trace.on else found
+            found = self._asynchronous_batches.batches(loaders, steps)
+        return step_trace.trace_steps(found, self.model, self.world.tracer) if self.world.tracer.on else found
 
     def _loaders(self, loader: Any) -> list[Iterable[Any]]:
-        each = self._setting.peers.each
+        each = self._context.peers.per_rank
         if each == 1:
             return [loader]
         if not isinstance(loader, list | tuple) or len(loader) != each:
             raise BadOption(
-                "virtual nodes have a loader each",
+                "virtual nodes need a loader each",
                 expected=f"a list of {each} loaders, for peers {self.peers[0]} to {self.peers[-1]}",
                 got=f"{type(loader).__name__}" + (f" of {len(loader)}" if hasattr(loader, "__len__") else ""),
+                do="call run.batches([loader, ...]), one loader for each of run.peers",
                 everywhere=True,
             )
         return list(loader)
 
     def accumulate(self) -> Any:
-        """Context: backward adds to the gradients without communication; not for the last one of a step."""
+        """Context manager for all backward passes of a step but the last: gradients add up locally."""
         return self.strategy.accumulate()
 
     def synchronize(self) -> None:
-        """Bring the gradients to what the optimizer will see; needed before clipping or reading them."""
+        """Complete the reduction of the gradients; needed before they are clipped or read."""
         self.strategy.synchronize()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The optimizer's."""
+        """Call `zero_grad` of the optimizer."""
         self.optimizer.zero_grad(set_to_none)
 
     def step(self) -> None:
-        """Take one step with the peer whose turn it is."""
-        setting, number = self._setting, self._setting.step
+        """Take one training step with the current peer."""
+        context, number = self._context, self._context.step
         self.strategy.step(self._update)
-        if self.strategy.lockstep:
-            self._turns.enter((setting.turn + 1) % setting.peers.each)
-            if setting.turn == 0:
-                self._count(setting.step + 1)
-        setting.taken = True
-        setting.begin_step()
-        self.world.status.step = setting.step
-        self.world.trace.end_step(number)
+        if self.strategy.synchronous:
+            self._virtual_nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
+            if context.current_peer_index == 0:
+                self._set_steps(context.step + 1)
+        context.step_taken = True
+        context.begin_step()
+        self.world.activity.step = context.step
+        self.world.tracer.end_step(number)
 
-    def _count(self, steps: int) -> None:
-        self._setting.step = self.world.status.step = steps
+    def _set_steps(self, steps: int) -> None:
+        self._context.step = self.world.activity.step = steps
 
     def _update(self) -> None:
         if self._unscale():
-            with self.world.trace.span("update", "compute"):
+            with self.world.tracer.span("update", "compute"):
                 self.optimizer.step()
 
     def _unscale(self) -> bool:
-        # GradScaler leaves these two here for the time of the call.
+        # GradScaler sets these two attributes on its "optimizer" during the call of step().
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
@@ -266,55 +271,56 @@ class Run:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the consensus model in place, for evaluation; afterwards training goes on from its own."""
-        self._turns.enter(0)
+        """Put the consensus model in place for evaluation, then restore the own one; collective."""
+        self._virtual_nodes.select_peer(0)
         self._synchronize_buffers()
         with self.strategy.averaged():
             yield
 
     def consensus_distance(self) -> float:
-        """Root mean square over ranks of ||x_i - mean x||; collective."""
-        self._turns.enter(0)
+        """Root mean square over peers of ||x_i - mean x||; collective."""
+        self._virtual_nodes.select_peer(0)
         return self.strategy.consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that going on needs: model, optimizer, strategy, number of steps; of this rank."""
-        state = {"steps": self.steps, **self._own(), "strategy": self.strategy.state_dict()}
+        """Return the state of this rank: model, optimizer, strategy, number of steps."""
+        state = {"steps": self.steps, **self._peer_state(), "strategy": self.strategy.state_dict()}
         state["model_step"] = self.strategy.model_step()
         if len(self.peers) > 1:
             state["peers"] = [
-                {**copy.deepcopy(self._own()), "generators": rng_state.state()} for _ in self.each_peer()
+                {**copy.deepcopy(self._peer_state()), "generators": rng_state.state()}
+                for _ in self.each_peer()
             ]
         return state
 
-    def _own(self) -> dict[str, Any]:
+    def _peer_state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave on this rank; collective.
+        """Restore the state that `state_dict` returned on this rank; collective.
 
         Raises
         ------
         Disagreement
-            Where the ranks bring states of different steps.
+            The states of the ranks are of different steps.
         """
-        self.world.agree({"number of steps in the state": state["steps"]})
+        self.world.check_consistent({"number of steps in the state": state["steps"]})
         self.world.progress.drain()
         for own, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
             self.model.load_state_dict(own["model"])
             self.optimizer.load_state_dict(own["optimizer"])
             if "generators" in own:
                 rng_state.restore(own["generators"])
-        self._count(int(state["steps"]))
+        self._set_steps(int(state["steps"]))
         self.strategy.load_state_dict(state["strategy"])
 
     def close(self) -> None:
-        """Finish what is in flight and give the model memory of its own; collective, idempotent."""
+        """Finish all communication and give the model memory of its own; collective, idempotent."""
         if self._closed:
             return
         self._closed = True
         self.world.progress.drain()
-        self._turns.enter(0)
+        self._virtual_nodes.select_peer(0)
         self.strategy.detach()
         if self._owns_world:
             self.world.close()
@@ -323,7 +329,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an exception the other ranks are elsewhere: a collective close would wait for them.
+        # After an exception the other ranks do not close: a collective call would wait for them.
         if kind is None:
             self.close()
 
@@ -346,7 +352,7 @@ class Run:
         if self._buffers == "local" or not tensors:
             return
         if self._buffers == "average":
-            self._turns.average_buffers()
+            self._virtual_nodes.average_buffers()
             floating = [(n, b) for n, b in tensors if b.dtype in SUMMABLE]
             group = TensorGroup(self.world, floating)
             for name, buffer in floating:
@@ -356,7 +362,7 @@ class Run:
                 buffer.copy_(group.views[name])
             tensors = [(n, b) for n, b in tensors if b.dtype not in SUMMABLE]
         self._copy_from_rank_0(tensors)
-        self._turns.spread_buffers()
+        self._virtual_nodes.broadcast_buffers()
 
 
 def _check(option: str, value: str, valid: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What the compute thread does in a step, for the trace: batch, forward, backward."""
+"""Trace spans of the compute thread: batch, forward and backward of each step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcsgd.diagnostics.trace import Off
+from hpcsgd.diagnostics.trace import NullTracer
 
 
-def traced(batches: Iterator[Any], model: nn.Module, trace: Off) -> Iterator[Any]:
-    """The batches; what happens between two of them is traced as a step."""
-    with closing(batches), _passes(model, trace):  # type: ignore[type-var]
+def trace_steps(batches: Iterator[Any], model: nn.Module, trace: NullTracer) -> Iterator[Any]:
+    """Yield the batches, and record the time from one to the next as a step of the trace."""
+    with closing(batches), _traced_passes(model, trace):  # type: ignore[type-var]
         try:
             while True:
                 trace.begin_step()
@@ -30,8 +30,8 @@ def traced(batches: Iterator[Any], model: nn.Module, trace: Off) -> Iterator[Any
 
 
 @contextmanager
-def _passes(model: nn.Module, trace: Off) -> Iterator[None]:
-    """Inside, passes of the model are traced; on a GPU the time that it takes to queue them."""
+def _traced_passes(model: nn.Module, trace: NullTracer) -> Iterator[None]:
+    """Record forward and backward passes of the model; on a GPU the time that it takes to queue them."""
     began = [0.0]
 
     def before(*_: object) -> None:

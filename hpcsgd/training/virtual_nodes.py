@@ -1,4 +1,4 @@
-"""The peers of one rank, which take turns on one module and one optimizer (virtual nodes)."""
+"""Virtual nodes: several peers of one rank share one module and one optimizer, one peer at a time."""
 
 from __future__ import annotations
 
@@ -10,74 +10,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcsgd.strategies import Setting, Strategy
+from hpcsgd.strategies import Strategy, StrategyContext
 from hpcsgd.training import rng_state
 
 
-class Turns:
-    """Gives module, optimizer and random generators what belongs to the peer whose turn it is.
+class VirtualNodes:
+    """Puts the state of one local peer in place: model, buffers, optimizer state and random generators.
 
-    Models are the strategy's; buffers, the optimizer's state and the generators' are kept here. With one
-    peer a rank nothing is ever touched.
+    The strategy stores the parameters; buffers, optimizer states and generator states are stored here.
+    With one peer a rank nothing is ever swapped.
 
     Parameters
     ----------
     model, optimizer
-        The run's.
-    strategy, setting
-        Attached; the turn is kept in the setting.
+        Those of the run.
+    strategy, context
+        The attached strategy, and its context, whose `current_peer_index` is updated.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Strategy, setting: Setting
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Strategy, context: StrategyContext
     ) -> None:
         self._model, self._optimizer = model, optimizer
-        self._strategy, self._setting = strategy, setting
-        each = setting.peers.each
+        self._strategy, self._context = strategy, context
+        each = context.peers.per_rank
         self._buffers: list[list[Tensor]] = []
         if each == 1:
             return
         self._buffers = [[b.clone() for b in model.buffers()] for _ in range(each)]
         self._states = [self._copied_state() for _ in range(each)]
         self._generators = [rng_state.state() for _ in range(each)]
-        self._show(setting.turn)
+        self._put_in_place(context.current_peer_index)
 
     def _copied_state(self) -> defaultdict[Tensor, Any]:
         state = self._optimizer.state
         return defaultdict(dict, {key: copy.deepcopy(value) for key, value in state.items()})
 
-    def enter(self, turn: int) -> None:
-        """Let a peer of this rank have its turn."""
-        now = self._setting.turn
-        if turn == now:
+    def select_peer(self, index: int) -> None:
+        """Store the state of the current peer and put that of local peer `index` in place."""
+        current = self._context.current_peer_index
+        if index == current:
             return
-        self._states[now] = self._optimizer.state
-        self._generators[now] = rng_state.state()
-        self._setting.turn = turn
-        self._strategy.enter(turn)
-        self._show(turn)
-        rng_state.restore(self._generators[turn])
+        self._states[current] = self._optimizer.state
+        self._generators[current] = rng_state.state()
+        self._context.current_peer_index = index
+        self._strategy.select_peer(index)
+        self._put_in_place(index)
+        rng_state.restore(self._generators[index])
 
     def each(self) -> Iterator[int]:
-        """Every peer of this rank in turn; the first one's turn afterwards."""
-        for turn, peer in enumerate(self._setting.peers.local):
-            self.enter(turn)
+        """Put every local peer in place and yield its number; the first one is in place at the end."""
+        for index, peer in enumerate(self._context.peers.local):
+            self.select_peer(index)
             yield peer
-        self.enter(0)
+        self.select_peer(0)
 
     def average_buffers(self) -> None:
-        """Give the first peer the mean of the floating-point buffers of all on this rank."""
+        """Overwrite the first peer's floating-point buffers with their mean over the local peers."""
         for values in zip(*self._buffers, strict=True):
             if values[0].is_floating_point():
                 values[0].copy_(torch.stack(values).mean(0))
 
-    def spread_buffers(self) -> None:
-        """Give all peers of this rank the buffers of the first."""
+    def broadcast_buffers(self) -> None:
+        """Copy the buffers of the first local peer to all others."""
         for own in self._buffers[1:]:
             for target, source in zip(own, self._buffers[0], strict=True):
                 target.copy_(source)
 
-    def _show(self, turn: int) -> None:
-        self._optimizer.state = self._states[turn]
-        for buffer, own in zip(self._model.buffers(), self._buffers[turn], strict=True):
+    def _put_in_place(self, index: int) -> None:
+        self._optimizer.state = self._states[index]
+        for buffer, own in zip(self._model.buffers(), self._buffers[index], strict=True):
             buffer.data = own

@@ -1,1 +1,1 @@
-"""Kernels of the compression schemes: quantise, rotate and sample; one specification for host and GPU."""
+"""Kernels of the compression schemes (quantise, rotate, sample), with one specification for host and GPU."""

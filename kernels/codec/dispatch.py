@@ -1,4 +1,4 @@
-"""Which kernels work on a tensor: those of the host, or those of its GPU."""
+"""Selection of host or GPU kernels by device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-def ops(device: torch.device) -> Any:
-    """The module of kernels for tensors on `device`: `host`, or `device` with the same functions."""
+def kernels_for(device: torch.device) -> Any:
+    """Return the module of kernels for tensors on `device`: `host`, or `device` with the same functions."""
     if device.type == "cpu":
         from hpcsgd.kernels.codec import host
 

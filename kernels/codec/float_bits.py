@@ -1,4 +1,4 @@
-"""Bits of numbers in host kernels: the hash, float32 as bits, and scales from norms."""
+"""Bit-level arithmetic of host kernels: the hash, float32 as bits, and scales from norms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXPONENT_ONE = 254  # twice the exponent field of 1.0
 
 @intrinsic  # type: ignore[untyped-decorator]
 def bits_of(_: Any, number: Any) -> Any:
-    """The bits of a float32 as uint32."""
+    """Return the bits of a float32 as uint32."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
@@ -30,8 +30,8 @@ def bits_of(_: Any, number: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def number_of(_: Any, bits: Any) -> Any:
-    """The float32 of these bits (uint32)."""
+def float_of(_: Any, bits: Any) -> Any:
+    """Return the float32 with these bits (uint32)."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(types.float32))
@@ -40,7 +40,7 @@ def number_of(_: Any, bits: Any) -> Any:
 
 
 def _as_word(words, value):  # type: ignore[no-untyped-def]
-    """`value` (uint32) in the type of `words`."""
+    """Return `value` (uint32) in the type of `words`."""
     return words.dtype.type(value)
 
 
@@ -54,24 +54,24 @@ def _as_word_compiled(words, value):  # type: ignore[no-untyped-def]
 as_word: Any = _as_word
 
 
-def _at(values, j):  # type: ignore[no-untyped-def]
-    """Element j of an array; a number is the same everywhere."""
+def _element(values, j):  # type: ignore[no-untyped-def]
+    """Return element j of an array, or the number itself if `values` is a number."""
     return values[j] if isinstance(values, np.ndarray) else values
 
 
-@overload(_at, inline="always")
-def _at_compiled(values, j):  # type: ignore[no-untyped-def]
+@overload(_element, inline="always")
+def _element_compiled(values, j):  # type: ignore[no-untyped-def]
     if isinstance(values, types.Array):
         return lambda values, j: values[j]
     return lambda values, j: values
 
 
-at: Any = _at
+element: Any = _element
 
 
 @jit
-def hashed(index, key0, key1):  # type: ignore[no-untyped-def]
-    """32 random bits for an element."""
+def hash32(index, key0, key1):  # type: ignore[no-untyped-def]
+    """Return the 32-bit hash of an element's index under a key."""
     h = np.uint32((index ^ key0) * _A)
     h ^= h >> np.uint32(16)
     h = np.uint32(np.uint32(h + key1) * _B)
@@ -81,23 +81,23 @@ def hashed(index, key0, key1):  # type: ignore[no-untyped-def]
 
 
 @jit
-def random(index, key0, key1):  # type: ignore[no-untyped-def]
-    """A number of [0, 1) for an element: 24 bits of its hash."""
-    return np.float32(np.int32(hashed(index, key0, key1) >> _SHIFT)) * _UNIT
+def uniform(index, key0, key1):  # type: ignore[no-untyped-def]
+    """Return a float32 of [0, 1) for an element: 24 bits of its hash."""
+    return np.float32(np.int32(hash32(index, key0, key1) >> _SHIFT)) * _UNIT
 
 
 @jit
-def scales(norm):  # type: ignore[no-untyped-def]
-    """(pre, base, post) of a row's norm (uint16): norm * pre = base, near 1; post = 1 / pre."""
+def scale_of(norm):  # type: ignore[no-untyped-def]
+    """Return (pre, base, post) of a row's norm (uint16): norm * pre = base, near 1; post = 1 / pre."""
     bits = np.uint32(norm)
     field: Any = min(max(_EXPONENT_ONE - np.int32(bits >> np.uint32(7)), 1), 253)
     exponent = np.uint32(field)
-    pre = number_of(np.uint32(exponent << np.uint32(23)))
-    post = number_of(np.uint32(np.uint32(np.uint32(_EXPONENT_ONE) - exponent) << np.uint32(23)))
-    return pre, number_of(np.uint32(bits << np.uint32(16))) * pre, post
+    pre = float_of(np.uint32(exponent << np.uint32(23)))
+    post = float_of(np.uint32(np.uint32(np.uint32(_EXPONENT_ONE) - exponent) << np.uint32(23)))
+    return pre, float_of(np.uint32(bits << np.uint32(16))) * pre, post
 
 
 @jit
-def inverse(levels, base):  # type: ignore[no-untyped-def]
-    """Levels per unit; a row of zeros has none."""
+def inverse_of(levels, base):  # type: ignore[no-untyped-def]
+    """Return levels per unit; 0 for a row of zeros."""
     return levels / base if base > np.float32(0) else np.float32(0)

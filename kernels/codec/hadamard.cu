@@ -1,24 +1,24 @@
-// The rotation of `rotate` for a GPU, with the same bits; see `spec`. A block of threads has a tile.
+// The rotation of `hadamard` on a GPU, bit for bit; see `spec`. A block of threads transforms a tile.
 //
-// A thread has a column of 32 rows in registers: first of neighbours, then, through shared memory, of rows
-// 32 apart. There, groups of 32 rows lie apart by half the banks more, so that no two threads meet in one.
+// A thread holds a column of 32 rows in registers: first consecutive rows, then, through shared memory, rows
+// 32 apart. There, groups of 32 rows are padded by half the banks, which avoids bank conflicts.
 
 const int COLUMNS = ROTATION_COLUMNS;
-const int NEAR = 32;
-const int APART = NEAR * COLUMNS + COLUMNS;
+const int REGISTER_ROWS = 32;
+const int GROUP_STRIDE = REGISTER_ROWS * COLUMNS + COLUMNS;
 const u32 SIGN = 0x80000000u;
 
 extern __shared__ float shared_memory[];
 
-// Butterflies between the first `rows` values: neighbours first, halves last.
-__device__ inline void transform(float (&v)[NEAR], int rows)
+// Butterflies between the first `rows` values: neighbours first, the two halves last.
+__device__ inline void transform(float (&v)[REGISTER_ROWS], int rows)
 {
     #pragma unroll
-    for (int h = 1; h < NEAR; h *= 2) {
+    for (int h = 1; h < REGISTER_ROWS; h *= 2) {
         if (h >= rows)
             break;
         #pragma unroll
-        for (int k = 0; k < NEAR; ++k)
+        for (int k = 0; k < REGISTER_ROWS; ++k)
             if (!(k & h)) {
                 float a = v[k], b = v[k + h];
                 v[k] = a + b;
@@ -27,12 +27,12 @@ __device__ inline void transform(float (&v)[NEAR], int rows)
     }
 }
 
-__device__ inline float flipped(float x, u32 index, u32 key0, u32 key1)
+__device__ inline float flip_sign(float x, u32 index, u32 key0, u32 key1)
 {
-    return number_of(bits_of(x) ^ (hashed(index, key0, key1) & SIGN));
+    return float_of(bits_of(x) ^ (hash32(index, key0, key1) & SIGN));
 }
 
-// Rows of the tile that this block of threads has, and its first element; 1 for what no tile covers.
+// The number of rows of this block's tile, and its first element; 1 row for the rest that no tile covers.
 __device__ inline int find_tile(i64 numel, i64 &begin)
 {
     i64 size = ROTATION_ROWS * COLUMNS, whole = numel / size;
@@ -57,50 +57,50 @@ __device__ void rotate(const X *x, i64 numel, u32 key0, u32 key1, u32 counter, Y
     counter += (u32)begin;
     if (rows == 1) {
         for (int j = threadIdx.x; j < numel - begin; j += blockDim.x)
-            out[j] = from_float<Y>(flipped(to_float(x[j]), counter + j, key0, key1));
+            out[j] = from_float<Y>(flip_sign(to_float(x[j]), counter + j, key0, key1));
         return;
     }
     int column = threadIdx.x % COLUMNS, group = threadIdx.x / COLUMNS;
-    int near = rows < NEAR ? rows : NEAR, far = rows / NEAR;
-    float scale = (float)(1 / sqrt((double)rows)), v[NEAR];
+    int inner_rows = rows < REGISTER_ROWS ? rows : REGISTER_ROWS, outer_rows = rows / REGISTER_ROWS;
+    float scale = (float)(1 / sqrt((double)rows)), v[REGISTER_ROWS];
 
-    if (group * NEAR < rows) {
-        int first = group * NEAR * COLUMNS + column;
+    if (group * REGISTER_ROWS < rows) {
+        int first = group * REGISTER_ROWS * COLUMNS + column;
         #pragma unroll
-        for (int k = 0; k < NEAR; ++k)
-            v[k] = k < near ? to_float(x[first + k * COLUMNS]) * scale : 0.0f;
+        for (int k = 0; k < REGISTER_ROWS; ++k)
+            v[k] = k < inner_rows ? to_float(x[first + k * COLUMNS]) * scale : 0.0f;
         if (!inverse)
             #pragma unroll
-            for (int k = 0; k < NEAR; ++k)
-                v[k] = flipped(v[k], counter + first + k * COLUMNS, key0, key1);
-        transform(v, near);
+            for (int k = 0; k < REGISTER_ROWS; ++k)
+                v[k] = flip_sign(v[k], counter + first + k * COLUMNS, key0, key1);
+        transform(v, inner_rows);
         #pragma unroll
-        for (int k = 0; k < NEAR; ++k)
-            shared_memory[group * APART + k * COLUMNS + column] = v[k];
+        for (int k = 0; k < REGISTER_ROWS; ++k)
+            shared_memory[group * GROUP_STRIDE + k * COLUMNS + column] = v[k];
     }
     __syncthreads();
-    if (group < near) {
+    if (group < inner_rows) {
         int first = group * COLUMNS + column;
         #pragma unroll
-        for (int k = 0; k < NEAR; ++k)
-            v[k] = k == 0 || k < far ? shared_memory[k * APART + first] : 0.0f;
-        transform(v, far);
+        for (int k = 0; k < REGISTER_ROWS; ++k)
+            v[k] = k == 0 || k < outer_rows ? shared_memory[k * GROUP_STRIDE + first] : 0.0f;
+        transform(v, outer_rows);
         #pragma unroll
-        for (int k = 0; k < NEAR; ++k) {
-            int j = k * NEAR * COLUMNS + first;
-            if (k == 0 || k < far)
-                out[j] = from_float<Y>(inverse ? flipped(v[k], counter + j, key0, key1) : v[k]);
+        for (int k = 0; k < REGISTER_ROWS; ++k) {
+            int j = k * REGISTER_ROWS * COLUMNS + first;
+            if (k == 0 || k < outer_rows)
+                out[j] = from_float<Y>(inverse ? flip_sign(v[k], counter + j, key0, key1) : v[k]);
         }
     }
 }
 
 #define KERNELS(name, X)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(NEAR *COLUMNS, 2)                                                  \
+    extern "C" __global__ void __launch_bounds__(REGISTER_ROWS *COLUMNS, 2)                                       \
         rotate_##name(const X *x, i64 numel, u32 key0, u32 key1, u32 counter, float *out)                         \
     {                                                                                                             \
         rotate<X, float, false>(x, numel, key0, key1, counter, out);                                              \
     }                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(NEAR *COLUMNS, 2)                                                  \
+    extern "C" __global__ void __launch_bounds__(REGISTER_ROWS *COLUMNS, 2)                                       \
         unrotate_##name(const float *x, i64 numel, u32 key0, u32 key1, u32 counter, X *out)                       \
     {                                                                                                             \
         rotate<float, X, true>(x, numel, key0, key1, counter, out);                                               \
@@ -108,4 +108,4 @@ __device__ void rotate(const X *x, i64 numel, u32 key0, u32 key1, u32 counter, Y
 
 KERNELS(float32, float)
 KERNELS(float16, Half)
-KERNELS(bfloat16, Brain)
+KERNELS(bfloat16, BFloat16)

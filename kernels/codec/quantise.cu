@@ -1,13 +1,13 @@
-// The kernels of `quantise` for a GPU, with the same arguments and the same bits; see `spec`.
+// The kernels of `quantise` on a GPU, with the same arguments and identical bits; see `spec`.
 //
-// A thread has four consecutive words of a tile, or four elements in each of some rows, so that a warp
-// reads and writes consecutive memory; it loads BATCH rows before it works on the first of them.
+// A thread processes four consecutive words of a tile, or four elements in each of several rows, so that a
+// warp reads and writes consecutive memory; it loads BATCH rows before it processes the first of them.
 
 const int BATCH = 2;
 const int MASK_ROWS = 32;
 const int WARP = 32;
-const u32 EVERYBODY = 0xffffffffu;
-const u32 INFINITE = 0x7f800000u;
+const u32 FULL_WARP = 0xffffffffu;
+const u32 INFINITY_BITS = 0x7f800000u;
 
 __device__ inline i64 end_of_row(i64 r, i64 row, i64 numel)
 {
@@ -25,19 +25,19 @@ __device__ inline void load_rows(
 
 __device__ inline u32 round_up(u32 bits)
 {
-    if (bits >= INFINITE)
+    if (bits >= INFINITY_BITS)
         return NOT_FINITE;
     u32 up = (bits + 0xffff) >> 16;
     return up < LARGEST_NORM ? up : LARGEST_NORM;
 }
 
-// The sum over a warp of four sums of each thread.
+// The sum over a warp of four partial sums of each thread.
 __device__ inline double total(double (&s)[4])
 {
     for (int h = WARP / 2; h > 0; h /= 2)
         #pragma unroll
         for (int m = 0; m < 4; ++m)
-            s[m] += __shfl_xor_sync(EVERYBODY, s[m], h);
+            s[m] += __shfl_xor_sync(FULL_WARP, s[m], h);
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
@@ -45,13 +45,13 @@ template <bool aligned, class X>
 __device__ void row_norms(
     const X *x, const float *residual, i64 numel, i64 row, i64 rows, bool euclidean, unsigned short *norms)
 {
-    int lane = threadIdx.x % WARP;
+    int thread = threadIdx.x % WARP;
     for (i64 r = thread_index() / WARP; r < rows; r += thread_count() / WARP) {
         i64 stop = end_of_row(r, row, numel);
         u32 largest = 0;
         double squares[4] = {};
         #pragma unroll 4
-        for (i64 at = r * row + 4 * lane; at < stop; at += 4 * WARP) {
+        for (i64 at = r * row + 4 * thread; at < stop; at += 4 * WARP) {
             Four<float> v;
             load_sum<aligned>(x, residual, at, stop, v);
             #pragma unroll
@@ -63,20 +63,20 @@ __device__ void row_norms(
             }
         }
         for (int h = WARP / 2; h > 0; h /= 2) {
-            u32 other = __shfl_xor_sync(EVERYBODY, largest, h);
+            u32 other = __shfl_xor_sync(FULL_WARP, largest, h);
             largest = other > largest ? other : largest;
         }
-        if (euclidean && largest < INFINITE) {
-            float length = (float)sqrt(total(squares)), most = number_of(LARGEST_NORM << 16);
+        if (euclidean && largest < INFINITY_BITS) {
+            float length = (float)sqrt(total(squares)), most = float_of(LARGEST_NORM << 16);
             u32 bits = bits_of(length < most ? length : most);
             largest = bits > largest ? bits : largest;
         }
-        if (lane == 0)
+        if (thread == 0)
             norms[r] = (unsigned short)round_up(largest);
     }
 }
 
-// A thread has the bits of 32 rows, of one scale.
+// A thread computes the bits of 32 rows, for one scale.
 template <bool aligned, class X>
 __device__ void choose_scales(
     const X *x, const float *residual, const unsigned short *norms, i64 numel, i64 row, i64 rows,
@@ -113,14 +113,14 @@ __device__ void choose_scales(
 }
 
 // Levels per unit of four elements of row r.
-template <bool several, bool aligned>
+template <bool multiscale, bool aligned>
 __device__ inline void inverses_of(
     const float *levels, int scales, float base, const u32 *masks, i64 mask_words, i64 r, i64 row, i64 j,
     Four<float> &inverses)
 {
     float first = inverse_of(levels[0], base);
     inverses = Four<float>{{first, first, first, first}};
-    for (int k = 1; several && k < scales; ++k) {
+    for (int k = 1; multiscale && k < scales; ++k) {
         float inverse = inverse_of(levels[k], base);
         Four<u32> mask;
         load<aligned>(masks + (k - 1) * mask_words + r / MASK_ROWS * row, j, row, mask);
@@ -131,7 +131,7 @@ __device__ inline void inverses_of(
     }
 }
 
-template <class X, class W, bool several, bool aligned>
+template <class X, class W, bool multiscale, bool aligned>
 __device__ void encode(
     const X *x, float *residual, const unsigned short *norms, i64 numel, i64 row, i64 tiles, int lanes, int width,
     const float *levels, int scales, const u32 *masks, i64 mask_words, u32 key0, u32 key1, u32 offset, W *words)
@@ -152,8 +152,9 @@ __device__ void encode(
                 if (first + b >= lanes || at >= stop)
                     break;
                 Scale scale = scale_of(norms[r + b]);
-                Four<float> inverse, rest;
-                inverses_of<several, aligned>(levels, scales, scale.base, masks, mask_words, r + b, row, j, inverse);
+                Four<float> inverse, remainder;
+                inverses_of<multiscale, aligned>(
+                    levels, scales, scale.base, masks, mask_words, r + b, row, j, inverse);
                 #pragma unroll
                 for (int m = 0; m < 4; ++m) {
                     float y = v[b].v[m] * scale.pre * inverse.v[m], low = floorf(y);
@@ -161,19 +162,19 @@ __device__ void encode(
                         low += 1.0f;
                     float code = low < -top ? -top : low > top ? top : low;
                     float step = inverse.v[m] > 0 ? 1.0f / inverse.v[m] : 0.0f;
-                    rest.v[m] = v[b].v[m] - code * step * scale.post;
+                    remainder.v[m] = v[b].v[m] - code * step * scale.post;
                     if (at + m < stop)
                         word.v[m] |= (W)(u32)(int)(code + top) << ((first + b) * width);
                 }
                 if (residual)
-                    store<aligned>(residual, at, stop, rest);
+                    store<aligned>(residual, at, stop, remainder);
             }
         }
         store<aligned>(words + tile * row, j, row, word);
     }
 }
 
-template <class X, class W, bool several, bool aligned>
+template <class X, class W, bool multiscale, bool aligned>
 __device__ void decode(
     const W *words, const unsigned short *norms, i64 numel, i64 row, i64 tiles, int lanes, int width,
     const float *levels, int scales, const u32 *masks, i64 mask_words, int terms, float factor, X *out)
@@ -194,7 +195,7 @@ __device__ void decode(
             Scale scale = scale_of(norms[r]);
             Four<float> inverse;
             Four<X> value;
-            inverses_of<several, aligned>(levels, scales, scale.base, masks, mask_words, r, row, j, inverse);
+            inverses_of<multiscale, aligned>(levels, scales, scale.base, masks, mask_words, r, row, j, inverse);
             #pragma unroll
             for (int m = 0; m < 4; ++m) {
                 int code = (int)((u32)(word.v[m] >> (lane * width) & lane_mask) - bias);
@@ -215,14 +216,14 @@ __device__ void decode(
                 : row_norms<false>(x, residual, numel, row, rows, euclidean, norms);                              \
     }                                                                                                             \
     extern "C" __global__ void choose_scales_##x_name(                                                            \
-        const X *x, const float *residual, const unsigned short *norms, i64 numel, i64 row, i64 rows, int aligned, \
+        const X *x, const float *residual, const unsigned short *norms, i64 numel, i64 row, i64 rows, int aligned,\
         const float *levels, int scales, u32 *masks)                                                              \
     {                                                                                                             \
         aligned ? choose_scales<true>(x, residual, norms, numel, row, rows, levels, scales, masks)                \
                 : choose_scales<false>(x, residual, norms, numel, row, rows, levels, scales, masks);              \
     }
 
-// Four bodies: one scale or several, aligned or not.
+// Four instances: one scale or several, aligned or not.
 #define DISPATCH(function, X, W, ...)                                                                             \
     if (scales > 1)                                                                                               \
         aligned ? function<X, W, true, true>(__VA_ARGS__) : function<X, W, true, false>(__VA_ARGS__);             \
@@ -254,4 +255,4 @@ __device__ void decode(
 
 KERNELS(float32, float)
 KERNELS(float16, Half)
-KERNELS(bfloat16, Brain)
+KERNELS(bfloat16, BFloat16)

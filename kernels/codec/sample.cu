@@ -1,4 +1,4 @@
-// The coordinates of `sample` for a GPU; see `spec`.
+// The coordinates of `sample` on a GPU; see `spec`.
 
 struct Coordinate { i64 index; float length; };
 
@@ -6,16 +6,16 @@ __device__ inline Coordinate coordinate(i64 i, i64 numel, i64 count, u32 key0, u
 {
     i64 begin = i * numel / count, end = (i + 1) * numel / count;
     u64 length = (u64)(end - begin);
-    return Coordinate{begin + (i64)(hashed((u32)i, key0, key1) * length >> 32), (float)length};
+    return Coordinate{begin + (i64)(hash32((u32)i, key0, key1) * length >> 32), (float)length};
 }
 
 #define KERNELS(name, X)                                                                                          \
-    extern "C" __global__ void pick_##name(const X *x, i64 numel, i64 count, u32 key0, u32 key1, float *out)      \
+    extern "C" __global__ void take_sample_##name(const X *x, i64 numel, i64 count, u32 key0, u32 key1, float *out)\
     {                                                                                                             \
         for (i64 i = thread_index(); i < count; i += thread_count())                                              \
             out[i] = to_float(x[coordinate(i, numel, count, key0, key1).index]);                                  \
     }                                                                                                             \
-    extern "C" __global__ void place_##name(                                                                      \
+    extern "C" __global__ void put_sample_##name(                                                                 \
         const float *values, i64 numel, i64 count, u32 key0, u32 key1, int by_length, X *out)                     \
     {                                                                                                             \
         for (i64 i = thread_index(); i < count; i += thread_count()) {                                            \
@@ -26,4 +26,4 @@ __device__ inline Coordinate coordinate(i64 i, i64 numel, i64 count, u32 key0, u
 
 KERNELS(float32, float)
 KERNELS(float16, Half)
-KERNELS(bfloat16, Brain)
+KERNELS(bfloat16, BFloat16)

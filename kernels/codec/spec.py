@@ -1,46 +1,46 @@
-"""What host and device kernels agree on, so that both give the same bits.
+"""Specification of the codec kernels, which host and device implement with identical bits.
 
-**Rows and tiles.** A stretch of gradient is cut in rows of `row` consecutive elements, and `lanes` rows
-make a tile of `row` words: word j of a tile holds element j of each of its rows, row l in lane l. So
-every inner loop runs over consecutive memory with one scale and one shift.
+**Rows and tiles.** A segment of gradient is divided into rows of `row` consecutive elements, and `lanes`
+rows form a tile of `row` words: word j of a tile holds element j of each of its rows, row l in lane l.
+Every inner loop thus runs over consecutive memory with one scale and one shift.
 
-**Lanes.** A code lies in [-levels, levels] and is stored plus `levels`. The lane of a word is wide
-enough for the sum over all terms, so one addition of unsigned words adds all lanes, and never carries.
+**Lanes.** A code lies in [-levels, levels] and is stored with an offset of `levels`. A lane is wide enough
+for the sum over all terms, so one addition of unsigned words adds all lanes without a carry between them.
 
-**Scales.** A row's norm travels as the upper 16 bits of a float32 (bfloat16), rounded up. A code is
-x * pre * inverse, rounded at random, where pre is the power of two that brings the norm near 1: so
-nothing under- or overflows, from the smallest denormal to the largest number.
+**Scales.** A row's norm is transmitted as the upper 16 bits of a float32 (bfloat16), rounded up. A code is
+x * pre * inverse, stochastically rounded, where pre is the power of two that scales the norm to about 1, so
+that nothing under- or overflows, from the smallest denormal to the largest number.
 
-**Random numbers.** 24 bits of a hash of the element's index under a key of 64 bits: no state, the same in
+**Random numbers.** 24 bits of a hash of the element's index under a key of 64 bits: stateless, and equal in
 any order of evaluation, on any device, and after a restart.
 
-**Euclidean norms.** Squares in float64 are summed in 128 sums, element j of a row in sum j % 128; then, for
-h = 64, 32, ..., 1, sum k + h is added to sum k < h. The root is rounded to float32.
+**Euclidean norms.** Squares are summed in float64 in 128 partial sums, element j of a row in sum j % 128;
+then, for h = 64, 32, ..., 1, sum k + h is added to sum k < h. The root is rounded to float32.
 
-**Rotation.** From the start of a stretch on, tiles of `ROTATION_ROWS` rows of `ROTATION_COLUMNS` consecutive
-elements; then, as long as two rows are left, a tile of the largest power of two of rows that fits. The input
-is multiplied by the float32 nearest to 1 / sqrt(rows). Then, for h = 1, 2, 4, ..., rows r and r + h become
-their sum and difference. Signs are the highest bit of an element's hash: before the transform, or after it
-to undo one. What is left after the last tile has signs only.
+**Rotation.** From the start of a segment on, tiles of `ROTATION_ROWS` rows of `ROTATION_COLUMNS` consecutive
+elements; then, while two rows are left, a tile of the largest power of two of rows that fits. The input is
+multiplied by the float32 nearest to 1 / sqrt(rows). Then, for h = 1, 2, 4, ..., rows r and r + h are
+replaced by their sum and difference. The sign of an element is the highest bit of its hash, applied before
+the transform, or after it in the inverse. The rest after the last tile has signs only.
 
-**Coordinates.** Of d elements k are drawn: of each stretch [i * d // k, (i + 1) * d // k) the one at the hash
-of i times the stretch's length, divided by 2^32.
+**Coordinates.** To sample k of d elements, interval i is [i * d // k, (i + 1) * d // k), and the sampled
+element has the offset hash(i) * length // 2^32 in it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Of the hash: h = (i ^ key0) * A; h ^= h >> 16; h += key1; h *= B; h ^= h >> 15; h *= C; h ^= h >> 15.
+#: The hash: h = (i ^ key0) * A; h ^= h >> 16; h += key1; h *= B; h ^= h >> 15; h *= C; h ^= h >> 15.
 HASH_A, HASH_B, HASH_C = 0x9E3779B1, 0x21F0AAAD, 0x735A2D97
 RANDOM_BITS = 24
-#: A row's norm from here on is not finite (the bits of infinity in bfloat16); the largest finite one.
+#: Norms from here on are not finite (the bits of infinity in bfloat16); the largest finite norm.
 NOT_FINITE, LARGEST_NORM = 0x7F80, 0x7F7F
-#: Elements of a row are a multiple of this: 16 bytes of float32.
+#: The elements of a row are a multiple of this: 16 bytes of float32.
 ROW_ALIGNMENT = 4
-#: Sums side by side of the squares of a row.
+#: Partial sums of the squares of a row.
 SQUARE_SUMS = 128
-#: A tile of the rotation: up to so many rows of so many consecutive elements.
+#: A tile of the rotation: consecutive elements of a row, and the maximum number of rows.
 ROTATION_COLUMNS, ROTATION_ROWS = 16, 1024
 
 _MASK = 2**64 - 1
@@ -48,14 +48,14 @@ _MASK = 2**64 - 1
 
 @dataclass(frozen=True)
 class Lanes:
-    """How codes lie in a word.
+    """Division of a word into lanes, one code in each.
 
     Attributes
     ----------
     width
         Bits of a lane.
     count
-        Lanes in a word.
+        Lanes of a word.
     word
         Bits of a word: 32 or 64.
     """
@@ -69,27 +69,27 @@ class Lanes:
         return self.word / self.count
 
 
-def lanes(levels: int, terms: int) -> Lanes:
-    """The lanes in which codes of [-levels, levels] of `terms` ranks can be summed.
+def lanes_for(levels: int, terms: int) -> Lanes:
+    """Return the lanes in which codes of [-levels, levels] can be summed over `terms` ranks.
 
     Raises
     ------
     ValueError
-        Where a lane would be wider than a word of 32 bits, so that nothing is gained.
+        A lane would need more than 32 bits, which saves nothing over float32.
     """
     width = (2 * levels * terms).bit_length()
     if width > 32:
         raise ValueError(
             f"{levels} levels of {terms} ranks need lanes of {width} bits, which is more than a float32"
         )
-    # The word that wastes less; of equals the shorter one, of which a vector register holds more.
+    # The word with fewer unused bits; if equal the shorter, of which a vector register holds more.
     word = min((32, 64), key=lambda bits: bits / (bits // width))
     return Lanes(width, word // width, word)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Rows and tiles of a stretch of elements.
+class Tiling:
+    """Division of a segment into rows and tiles.
 
     Attributes
     ----------
@@ -109,11 +109,11 @@ class Layout:
     tiles: int
 
     @staticmethod
-    def of(numel: int, lanes: int, longest_row: int) -> Layout:
-        """Rows of at most `longest_row` elements, as equal as their alignment allows."""
+    def of(numel: int, lanes: int, longest_row: int) -> Tiling:
+        """Return rows of at most `longest_row` elements, as equal as their alignment allows."""
         tiles = -(-numel // (lanes * longest_row))
         row = -(-numel // max(1, lanes * tiles))
-        return Layout(numel, lanes, -(-row // ROW_ALIGNMENT) * ROW_ALIGNMENT, tiles)
+        return Tiling(numel, lanes, -(-row // ROW_ALIGNMENT) * ROW_ALIGNMENT, tiles)
 
     @property
     def rows(self) -> int:
@@ -124,13 +124,13 @@ class Layout:
         return self.tiles * self.row
 
     def elements(self, first_tile: int, last_tile: int) -> slice:
-        """The elements of a range of tiles."""
+        """Return the elements of a range of tiles."""
         size = self.lanes * self.row
         return slice(min(first_tile * size, self.numel), min(last_tile * size, self.numel))
 
 
 def key(*parts: int) -> tuple[int, int]:
-    """The 64-bit key of a stream of random numbers, as two words; any change of a part changes it all."""
+    """Return the 64-bit key of a stream of random numbers as two words; it depends on every part."""
     state = 0
     for part in parts:
         state = _mix((state + part + 0x9E3779B97F4A7C15) & _MASK)
@@ -138,14 +138,14 @@ def key(*parts: int) -> tuple[int, int]:
 
 
 def _mix(z: int) -> int:
-    """SplitMix64's finaliser."""
+    """Apply the finaliser of SplitMix64."""
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
     return z ^ (z >> 31)
 
 
 def header() -> str:
-    """The constants as C preprocessor definitions, which the `.cu` files are compiled with."""
+    """Return the constants as C preprocessor definitions for the `.cu` files."""
     constants = {
         "HASH_A": HASH_A,
         "HASH_B": HASH_B,

@@ -1,13 +1,13 @@
-"""The passes over the buffers that average a model while it trains, each of which reads and writes once.
+"""Passes over the buffers of asynchronous averaging (LASGD); each reads and writes every element once.
 
-Of one bucket `model` is what trains, `shot` the snapshot of it that a round averages, `average` what the
-round works on in place, and `gain` what the model has gained from rounds and not yet merged. All are 1-D,
-contiguous and alike: float32, float64, float16 or bfloat16, in host memory or in that of one GPU. There a
-call only puts work on torch's current stream.
+Buffers of a bucket: `model`, which is being trained; `snapshot` of it, which a round averages; `average`,
+which the round reduces in place; and `correction`, the sum of finished rounds' corrections that are not yet
+applied to the model. All are 1-D, contiguous, and of the same length and type: float32, float64, float16 or
+bfloat16, in host memory or on one GPU, where a call only enqueues work on torch's current stream.
 
 Every operation is rounded once, in the type of the tensors; half precisions are computed in float32 and
-rounded when they are stored. Host and GPU give the same bits, but for which NaN it is, and the order in
-which squares are added up.
+rounded when stored. Host and GPU give identical bits, except for the payload of NaN and the order in which
+squares are added.
 """
 
 from __future__ import annotations
@@ -24,120 +24,121 @@ from torch import Tensor
 from hpcsgd.kernels import cuda_loader
 from hpcsgd.kernels.codec.spec import SQUARE_SUMS
 from hpcsgd.kernels.jit import jit
-from hpcsgd.kernels.parallel import PIECE, in_pieces
+from hpcsgd.kernels.parallel import CHUNK, in_chunks
 
 _ACCESS, _WARP = 16, 32
-#: Elements of half precision at a time: in the cache, and just too few for torch to start threads of its own.
-_CHUNK = 31 * 1024
+#: Elements of half precision at a time: they fit the cache and are too few for torch to use threads.
+_HALF_CHUNK = 31 * 1024
 
 
-def snapshot(model: Tensor, gain: Tensor, average: Tensor, shot: Tensor) -> None:
-    """average <- shot <- model + gain.
+def take_snapshot(model: Tensor, correction: Tensor, average: Tensor, snapshot: Tensor) -> None:
+    """Set average <- snapshot <- model + correction.
 
-    Where `gain` is zero these are the model's bits, but that -0.0 + 0.0 is 0.0.
+    Where `correction` is zero the result is the model bit for bit, except that -0.0 becomes 0.0.
     """
     if _on_gpu(model):
-        _launch("snapshot", model, gain, average, shot)
+        _launch("take_snapshot", model, correction, average, snapshot)
     else:
-        _on_host(_snapshot, _snapshot_half, model, gain, average, shot)
+        _on_host(_take_snapshot, _take_snapshot_half, model, correction, average, snapshot)
 
 
-def advance(average: Tensor, shot: Tensor, gain: Tensor, share: float = 1.0) -> float | Tensor:
-    """gain <- gain + share * (average - shot).
+def accumulate(average: Tensor, snapshot: Tensor, correction: Tensor, share: float = 1.0) -> float | Tensor:
+    """Set correction <- correction + share * (average - snapshot).
 
     Returns
     -------
     float or Tensor
-        The sum of squares of average - shot in float64; of tensors on a GPU a tensor () there. It is the
-        same for the same tensors, whatever the number of threads.
+        Sum of squares of average - snapshot, in float64; a tensor of shape () on the GPU for tensors there.
+        It does not depend on the number of threads.
     """
-    if not _on_gpu(gain):
-        exact = np.float64 if gain.dtype == torch.float64 else np.float32
-        whole, half = (partial(function, exact(share)) for function in (_advance, _advance_half))
-        return float(sum(_on_host(whole, half, average, shot, gain)))
-    warps = cuda_loader.blocks(gain.device, _shares(gain)) * cuda_loader.THREADS // _WARP
-    squares = torch.empty(warps, dtype=torch.float64, device=gain.device)
-    _launch("advance", average, shot, gain, squares, np.float64(share))
+    if not _on_gpu(correction):
+        exact = np.float64 if correction.dtype == torch.float64 else np.float32
+        full, half = (partial(function, exact(share)) for function in (_accumulate, _accumulate_half))
+        return float(sum(_on_host(full, half, average, snapshot, correction)))
+    blocks = cuda_loader.grid_size(correction.device, _accesses(correction))
+    warps = blocks * cuda_loader.BLOCK_THREADS // _WARP
+    squares = torch.empty(warps, dtype=torch.float64, device=correction.device)
+    _launch("accumulate", average, snapshot, correction, squares, np.float64(share))
     return squares.sum()
 
 
-def merge(model: Tensor, gain: Tensor) -> None:
-    """model <- model + gain; gain <- 0."""
+def apply_correction(model: Tensor, correction: Tensor) -> None:
+    """Set model <- model + correction, then correction <- 0."""
     if _on_gpu(model):
-        _launch("merge", model, gain)
+        _launch("apply_correction", model, correction)
     else:
-        _on_host(_merge, _merge_half, model, gain)
+        _on_host(_apply_correction, _apply_correction_half, model, correction)
 
 
 def warm_up(dtypes: Iterable[torch.dtype], device: torch.device) -> None:
-    """Compile what tensors of these types on `device` need, or load it from the cache."""
+    """Compile the kernels for tensors of these types on `device`, or load them from the cache."""
     for dtype in set(dtypes):
         one = torch.zeros(1, dtype=dtype, device=device)
-        snapshot(one, one.clone(), one.clone(), one.clone())
-        advance(one.clone(), one.clone(), one)
-        merge(one, one.clone())
+        take_snapshot(one, one.clone(), one.clone(), one.clone())
+        accumulate(one.clone(), one.clone(), one)
+        apply_correction(one, one.clone())
 
 
 @jit
-def _snapshot(model, gain, average, shot):  # type: ignore[no-untyped-def]
+def _take_snapshot(model, correction, average, snapshot):  # type: ignore[no-untyped-def]
     for i in range(model.size):
-        value = model[i] + gain[i]
-        shot[i] = value
+        value = model[i] + correction[i]
+        snapshot[i] = value
         average[i] = value
 
 
 @jit
-def _advance(share, average, shot, gain):  # type: ignore[no-untyped-def]
-    """Add up squares in sums side by side, so that the additions of one do not wait for each other."""
+def _accumulate(share, average, snapshot, correction):  # type: ignore[no-untyped-def]
+    """Squares go to several partial sums, so that the additions do not depend on one another."""
     sums = np.zeros(SQUARE_SUMS, np.float64)
-    for first in range(0, gain.size, SQUARE_SUMS):
+    for first in range(0, correction.size, SQUARE_SUMS):
         last = first + SQUARE_SUMS
-        to, start, out = average[first:last], shot[first:last], gain[first:last]
+        new, old, out = average[first:last], snapshot[first:last], correction[first:last]
         for k in range(out.size):
-            step = to[k] - start[k]
-            out[k] += share * step
-            sums[k] += np.float64(step) * np.float64(step)
+            change = new[k] - old[k]
+            out[k] += share * change
+            sums[k] += np.float64(change) * np.float64(change)
     return sums.sum()
 
 
 @jit
-def _merge(model, gain):  # type: ignore[no-untyped-def]
+def _apply_correction(model, correction):  # type: ignore[no-untyped-def]
     for i in range(model.size):
-        model[i] += gain[i]
-        gain[i] = 0
+        model[i] += correction[i]
+        correction[i] = 0
 
 
-def _snapshot_half(model: Tensor, gain: Tensor, average: Tensor, shot: Tensor) -> None:
-    torch.add(model, gain, out=shot)
-    average.copy_(shot)
+def _take_snapshot_half(model: Tensor, correction: Tensor, average: Tensor, snapshot: Tensor) -> None:
+    torch.add(model, correction, out=snapshot)
+    average.copy_(snapshot)
 
 
-def _advance_half(share: Any, average: Tensor, shot: Tensor, gain: Tensor) -> float:
-    wide = [tensor.to(torch.float32) for tensor in (average, shot, gain)]
-    squares = _advance(share, *[tensor.numpy() for tensor in wide])
-    gain.copy_(wide[-1])
+def _accumulate_half(share: Any, average: Tensor, snapshot: Tensor, correction: Tensor) -> float:
+    wide = [tensor.to(torch.float32) for tensor in (average, snapshot, correction)]
+    squares = _accumulate(share, *[tensor.numpy() for tensor in wide])
+    correction.copy_(wide[-1])
     return float(squares)
 
 
-def _merge_half(model: Tensor, gain: Tensor) -> None:
-    model.add_(gain)
-    gain.zero_()
+def _apply_correction_half(model: Tensor, correction: Tensor) -> None:
+    model.add_(correction)
+    correction.zero_()
 
 
-def _on_host(whole: Callable[..., Any], half: Callable[..., Any], *tensors: Tensor) -> list[Any]:
-    """What the calls return that do it piece by piece: of `half` on tensors of half precision."""
+def _on_host(full: Callable[..., Any], half: Callable[..., Any], *tensors: Tensor) -> list[Any]:
+    """Run `full` (or `half`, on half precisions) chunk by chunk; returns the results of all calls."""
     numel = tensors[0].numel()
-    results: list[list[Any]] = [[]] * -(-numel // PIECE)
+    results: list[list[Any]] = [[]] * -(-numel // CHUNK)
 
-    def piece(first: int, last: int) -> None:
+    def process(first: int, last: int) -> None:
         parts = [tensor[first:last] for tensor in tensors]
         if parts[0].element_size() >= 4:
-            results[first // PIECE] = [whole(*[part.numpy() for part in parts])]
+            results[first // CHUNK] = [full(*[part.numpy() for part in parts])]
         else:
-            chunks = zip(*[torch.split(part, _CHUNK) for part in parts], strict=True)
-            results[first // PIECE] = [half(*chunk) for chunk in chunks]
+            chunks = zip(*[torch.split(part, _HALF_CHUNK) for part in parts], strict=True)
+            results[first // CHUNK] = [half(*chunk) for chunk in chunks]
 
-    for _ in in_pieces(piece, numel, PIECE):
+    for _ in in_chunks(process, numel, CHUNK):
         pass
     return list(itertools.chain.from_iterable(results))
 
@@ -146,8 +147,8 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _shares(tensor: Tensor) -> int:
-    """A thread has as many elements as one access."""
+def _accesses(tensor: Tensor) -> int:
+    """Return the number of memory accesses of a tensor; each thread makes one at a time."""
     return -(-tensor.nbytes // _ACCESS)
 
 
@@ -156,6 +157,5 @@ def _launch(kernel: str, *arguments: Tensor | np.float64) -> None:
     first = tensors[0]
     aligned = all(tensor.data_ptr() % _ACCESS == 0 for tensor in tensors)
     fixed = np.int64(first.numel()), np.int32(aligned)
-    cuda_loader.spread(
-        "sums/model_delta", f"{kernel}_{cuda_loader.name(first)}", first, _shares(first), *fixed, *arguments
-    )
+    name = f"{kernel}_{cuda_loader.dtype_name(first)}"
+    cuda_loader.launch_strided("sums/model_delta", name, first, _accesses(first), *fixed, *arguments)

@@ -1,9 +1,9 @@
-"""Sums over the rows of a shared matrix: row r is the buffer of rank r on this node.
+"""Sums over the rows of a shared matrix: row r is the buffer of local rank r.
 
-Every kernel goes over its part in blocks that stay in the first-level cache: the memory sees each row
-read once and written once, in long streams, whatever the number of rows. Rows are added in rank order,
-so the result depends on nothing but the input, and the part's one owner writes it for all: all ranks
-hold the same bits. There are at least two rows.
+Every kernel processes its part in blocks that stay in the first-level cache: each row is read once and
+written once, in long streams, whatever the number of rows. Rows are added in rank order, so the result
+depends on the input alone, and the owner of a part writes it for all ranks: all hold identical bits.
+There are at least two rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _sum_block(rows, start, stop, scale, block):  # type: ignore[no-untyped-def]
         row = rows[rank, start:stop]
         for i in range(size):
             block[i] += row[i]
-    # The scale rides along with the last row: a pass of its own is a fifth of the time at two ranks.
+    # The last row is added and scaled in one pass: a pass of its own is a fifth of the time at two ranks.
     row = rows[last, start:stop]
     for i in range(size):
         block[i] = (block[i] + row[i]) * scale
@@ -40,7 +40,7 @@ def _sum_block(rows, start, stop, scale, block):  # type: ignore[no-untyped-def]
 
 @jit
 def reduce_part(rows, start, stop, scale, me):  # type: ignore[no-untyped-def]
-    """Row `me` [start, stop) becomes `scale` times the sum of all rows there."""
+    """Set row `me` [start, stop) to `scale` times the sum of all rows there."""
     block = np.empty(_BLOCK, rows.dtype)
     for s in range(start, stop, _BLOCK):
         e = min(s + _BLOCK, stop)
@@ -52,7 +52,7 @@ def reduce_part(rows, start, stop, scale, me):  # type: ignore[no-untyped-def]
 
 @jit
 def reduce_part_to_all(rows, start, stop, scale):  # type: ignore[no-untyped-def]
-    """All rows [start, stop) become `scale` times their sum."""
+    """Set all rows [start, stop) to `scale` times their sum."""
     block = np.empty(_BLOCK, rows.dtype)
     for s in range(start, stop, _BLOCK):
         e = min(s + _BLOCK, stop)
@@ -67,10 +67,10 @@ def reduce_part_to_all(rows, start, stop, scale):  # type: ignore[no-untyped-def
 def allreduce(  # type: ignore[no-untyped-def]
     phase, target, flags, rows, start, stop, scale, me, spins, microseconds
 ):
-    """All-reduce the rows; [start, stop) is the part that rank `me` reduces for all.
+    """All-reduce the rows; [start, stop) is the part that rank `me` reduces for all ranks.
 
-    Two barriers and the reduction in one call, so that a small bucket costs one crossing from Python.
-    Where a barrier is not complete within `microseconds` it returns the phase to go on from.
+    Two barriers and the reduction in one call, so that a small bucket costs one call from Python. If a
+    barrier is not complete within `microseconds`, the call returns the phase to resume from.
 
     Returns
     -------
@@ -82,14 +82,14 @@ def allreduce(  # type: ignore[no-untyped-def]
         target = barrier.arrive(flags, ranks, me)
         phase = WAIT_ALL_READY
     if phase == WAIT_ALL_READY:
-        if not barrier.completed(flags, target, spins, microseconds):
+        if not barrier.wait(flags, target, spins, microseconds):
             return phase, target
         phase = REDUCE
     if phase == REDUCE:
         reduce_part_to_all(rows, start, stop, scale)
         target = barrier.arrive(flags, ranks, me)
         phase = WAIT_ALL_REDUCED
-    if not barrier.completed(flags, target, spins, microseconds):
+    if not barrier.wait(flags, target, spins, microseconds):
         return phase, target
     return DONE, target
 
@@ -98,38 +98,38 @@ def allreduce(  # type: ignore[no-untyped-def]
 def allreduce_small(  # type: ignore[no-untyped-def]
     phase, target, flags, slots, rows, start, stop, scale, me, spins, microseconds
 ):
-    """All-reduce [start, stop) of row `me`; `slots` is where all ranks put theirs for the others.
+    """All-reduce [start, stop) of row `me` by way of `slots` (ranks, elements), which all ranks read.
 
-    As `allreduce`, but with one barrier: each rank adds up everything for itself, in rank order.
+    As `allreduce`, but with one barrier: each rank sums all slots itself, in rank order.
     """
     ranks, size = rows.shape[0], stop - start
-    mine = rows[me, start:stop]
+    own = rows[me, start:stop]
     if phase == ENTER:
         slot = slots[me]
         for i in range(size):
-            slot[i] = mine[i]
+            slot[i] = own[i]
         target = barrier.arrive(flags, ranks, me)
         phase = WAIT_ALL_READY
-    if not barrier.completed(flags, target, spins, microseconds):
+    if not barrier.wait(flags, target, spins, microseconds):
         return phase, target
     first, second = slots[0], slots[1]
     for i in range(size):
-        mine[i] = first[i] + second[i]
+        own[i] = first[i] + second[i]
     for rank in range(2, ranks):
         slot = slots[rank]
         for i in range(size):
-            mine[i] += slot[i]
+            own[i] += slot[i]
     for i in range(size):
-        mine[i] *= scale
+        own[i] *= scale
     return DONE, target
 
 
 def warm_up() -> None:
-    """Compile what a float32 all-reduce calls, or load it from the cache, before it is timed."""
+    """Compile the kernels of a float32 all-reduce, or load them from the cache, before anything is timed."""
     flags = np.zeros(barrier.flags_size(2) // 4, np.int32)
     rows = np.zeros((2, 1), np.float32)
     reduce_part(rows, 0, 1, np.float32(1), 0)
     reduce_part_to_all(rows, 0, 1, np.float32(1))
-    barrier.completed(flags, int(barrier.arrive(flags, 2, 0)), 0, 0)
+    barrier.wait(flags, int(barrier.arrive(flags, 2, 0)), 0, 0)
     allreduce(ENTER, 0, flags, rows, 0, 1, np.float32(1), 1, 0, 0)
     allreduce_small(ENTER, 0, flags, rows, rows, 0, 1, np.float32(1), 1, 0, 0)

@@ -1,6 +1,6 @@
-"""What a parameter server does to its values: one pass over them and over what its clients have pushed.
+"""Updates of a parameter server: one pass over its values and the pushes of its clients.
 
-Pushes are given by the addresses of arrays like the values, in the order in which they count.
+Pushes are given as addresses of arrays like the values, in the order in which they are added.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import numpy as np
 from hpcsgd.kernels.jit import jit
 from hpcsgd.kernels.sums.weighted_sum import carray, pointer
 
-_BLOCK = 2048  # elements that are worked on at a time, in the first-level cache
+_BLOCK = 2048  # elements that are processed at a time, in the first-level cache
 
 
 @jit
-def add_up(out, addresses, scale):  # type: ignore[no-untyped-def]
-    """out <- scale times the sum of the pushes, of which `out` may be one."""
+def sum_pushes(out, addresses, scale):  # type: ignore[no-untyped-def]
+    """Set out <- scale times the sum of the pushes; `out` may be one of them."""
     total = np.empty(_BLOCK, out.dtype)
     for start in range(0, out.size, _BLOCK):
         stop = min(start + _BLOCK, out.size)
@@ -33,8 +33,8 @@ def add_up(out, addresses, scale):  # type: ignore[no-untyped-def]
 
 
 @jit
-def attract(centre, addresses, alpha):  # type: ignore[no-untyped-def]
-    """centre <- centre + the sum of e[k] = alpha (push[k] - centre before), and push[k] <- e[k]."""
+def elastic_update(centre, addresses, alpha):  # type: ignore[no-untyped-def]
+    """Set centre <- centre + sum of e[k] = alpha (push[k] - old centre), and push[k] <- e[k]."""
     before = np.empty(_BLOCK, centre.dtype)
     for start in range(0, centre.size, _BLOCK):
         stop = min(start + _BLOCK, centre.size)
@@ -51,9 +51,9 @@ def attract(centre, addresses, alpha):  # type: ignore[no-untyped-def]
 
 
 def warm_up() -> None:
-    """Compile both for float32, before anything is timed."""
+    """Compile both kernels for float32, before anything is timed."""
     values = np.zeros(1, np.float32)
     push = np.zeros(1, np.float32)
     addresses = np.array([push.ctypes.data], np.int64)
-    add_up(values, addresses, np.float32(1))
-    attract(values, addresses, np.float32(1))
+    sum_pushes(values, addresses, np.float32(1))
+    elastic_update(values, addresses, np.float32(1))

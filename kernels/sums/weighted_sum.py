@@ -1,4 +1,4 @@
-"""Weighted sums of whole models, each of which is read once."""
+"""Weighted sum of arrays, each of which is read once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hpcsgd.kernels.sync.atomics import intrinsic
 
 carray: Any = numba.carray  # type: ignore[attr-defined]
 
-_BLOCK = 2048  # elements that are added up at a time, in the first-level cache
+_BLOCK = 2048  # elements that are summed at a time, in the first-level cache
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def pointer(_: Any, address: Any, like: Any) -> Any:
-    """The address of an element as a pointer to elements like those of an array."""
+    """Convert an address to a pointer to elements of the type of the array `like`."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -28,11 +28,11 @@ def pointer(_: Any, address: Any, like: Any) -> Any:
 
 
 @jit
-def mix(out, addresses, weights):  # type: ignore[no-untyped-def]
-    """out <- sum of weights[k] times the array of `out.size` elements at addresses[k], in this order.
+def weighted_sum(out, addresses, weights):  # type: ignore[no-untyped-def]
+    """Set out <- sum of weights[k] times the array of `out.size` elements at addresses[k], in this order.
 
-    `out` may itself be one of them. One rounding for each product and each sum, in the type of `out`: the
-    same bits wherever the arrays lie.
+    `out` may be one of the arrays. Each product and each sum is rounded once, in the type of `out`, so the
+    result does not depend on where the arrays lie.
     """
     total = np.empty(_BLOCK, out.dtype)
     for start in range(0, out.size, _BLOCK):

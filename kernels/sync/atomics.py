@@ -1,7 +1,7 @@
-"""Atomic 32-bit words in shared memory, and a sleep on one of them (Linux futex).
+"""Atomic 32-bit words in shared memory, and waiting on one of them (Linux futex).
 
-numba has no atomics for the host; these intrinsics emit LLVM's own, so the memory order is the
-hardware's business on every architecture and not a property of one compiler version.
+numba has no host atomics; these intrinsics emit LLVM's, so memory ordering holds on every architecture
+and does not depend on the compiler version.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from numba import extending, types
 
 from hpcsgd.kernels.jit import jit
 
-_FUTEX_WAIT, _FUTEX_WAKE, _EVERYBODY = 0, 1, 2**31 - 1
+_FUTEX_WAIT, _FUTEX_WAKE, _ALL_WAITERS = 0, 1, 2**31 - 1
 _SYSCALL_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
 _FUTEX = _SYSCALL_NUMBERS.get(platform.machine(), 0) if sys.platform == "linux" else 0
-_NAP_MICROSECONDS = 50
+_POLL_MICROSECONDS = 50
 
 intrinsic: Any = extending.intrinsic
 
-# numba types these objects as if Python called them, but it is compiled code that does.
+# numba types these objects as if Python called them; compiled code does.
 _syscall: Any = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 _usleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
@@ -36,7 +36,7 @@ def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load(_: Any, words: Any, index: Any) -> Any:
-    """Read `words[index]` (int32); what its writer did before is visible after."""
+    """Load `words[index]` (int32), sequentially consistent: earlier writes of its writer are visible."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.load_atomic(_pointer(context, builder, signature, arguments), "seq_cst", 4)
@@ -46,7 +46,7 @@ def load(_: Any, words: Any, index: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def store(_: Any, words: Any, index: Any, value: Any) -> Any:
-    """Write `words[index] = value` (int32); all earlier writes are visible to who reads it."""
+    """Store `words[index] = value` (int32), sequentially consistent: publishes all earlier writes."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _pointer(context, builder, signature, arguments)
@@ -58,7 +58,7 @@ def store(_: Any, words: Any, index: Any, value: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def add(_: Any, words: Any, index: Any, value: Any) -> Any:
-    """Add to `words[index]` (int32) and return what was there before."""
+    """Add to `words[index]` (int32) and return the previous value."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _pointer(context, builder, signature, arguments)
@@ -77,10 +77,10 @@ def _address(_: Any, words: Any, index: Any) -> Any:
 
 
 @jit
-def sleep_while(words, index, value, microseconds):  # type: ignore[no-untyped-def]
-    """Sleep while `words[index] == value`, at most `microseconds`; may wake early."""
+def futex_wait(words, index, value, microseconds):  # type: ignore[no-untyped-def]
+    """Sleep while `words[index] == value`, at most `microseconds`; spurious wake-ups are possible."""
     if _FUTEX == 0:
-        _usleep(np.uint32(_NAP_MICROSECONDS))
+        _usleep(np.uint32(_POLL_MICROSECONDS))
         return
     timeout = np.empty(2, np.int64)
     timeout[0] = microseconds // 1_000_000
@@ -90,13 +90,13 @@ def sleep_while(words, index, value, microseconds):  # type: ignore[no-untyped-d
 
 
 @jit
-def give_way():  # type: ignore[no-untyped-def]
-    """Let another thread that is ready have this core."""
+def yield_core():  # type: ignore[no-untyped-def]
+    """Yield this core to another runnable thread."""
     _sched_yield()
 
 
 @jit
-def wake(words, index):  # type: ignore[no-untyped-def]
-    """Wake every process that sleeps on `words[index]`."""
+def futex_wake(words, index):  # type: ignore[no-untyped-def]
+    """Wake all processes that sleep on `words[index]`."""
     if _FUTEX != 0:
-        _syscall(_FUTEX, _address(words, index), _FUTEX_WAKE, _EVERYBODY, 0, 0, 0)
+        _syscall(_FUTEX, _address(words, index), _FUTEX_WAKE, _ALL_WAITERS, 0, 0, 0)

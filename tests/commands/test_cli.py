@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hpcsgd.commands.train.settings import FIELDS
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import launcher
 
-# A machine without MPI; torch is hidden too until it may be imported.
+# A machine without MPI; torch is hidden too, except for the help of train, which lists the models.
 HELP = """
 import sys
 sys.modules["mpi4py"] = sys.modules["torch"] = None
@@ -27,8 +28,11 @@ def show(*words):
         assert end.code == 0, (words, end.code)
     print("=====")
 
-for words in (["--help"], ["--version"], ["report", "--help"], ["bench", "--help"]):
-    show(*words)
+show("--help")
+show("--version")
+for command in ("bench", "doctor", "report", "sbatch", "serve", "topology", "trace", "tune"):
+    show(command, "--help")
+show("tune", "teleportation", "--help")
 del sys.modules["torch"]
 show("train", "--help")
 """
@@ -37,9 +41,10 @@ show("train", "--help")
 def test_help_needs_no_mpi() -> None:
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=50)
     assert done.returncode == 0 and not done.stderr, done
-    top, version, report, bench, train, _ = done.stdout.split("=====\n")
-    assert all(name in top for name in ("train", "report", "bench"))
+    top, version, bench, _, report, *others, train, _ = done.stdout.split("=====\n")
+    assert all(f"\n  {name} " in top for name in cli.cli.commands)
     assert version.startswith("hpcsgd") and "RUNS" in report and "allreduce" in bench
+    assert len(others) == 6 and all(text.startswith("Usage: ") for text in others)
     for name in FIELDS:
         assert f"--{name.replace('_', '-')} " in train
     rows = [
@@ -53,6 +58,11 @@ def test_help_needs_no_mpi() -> None:
     for row in [*rows, "sgd:momentum=0", "module:callable"]:
         assert row in train
     assert "lr=" not in train and "params=" not in train
+
+
+def test_folder_has_one_entry_for_each_command() -> None:
+    entries = {path.stem for path in Path(cli.__file__).parent.iterdir()}
+    assert entries - {"__init__", "__pycache__", "README", "cli", "signals"} == set(cli.cli.commands)
 
 
 def leave(monkeypatch: pytest.MonkeyPatch, rank: int, error: Exception) -> Any:
@@ -70,12 +80,12 @@ def leave(monkeypatch: pytest.MonkeyPatch, rank: int, error: Exception) -> Any:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("mpi", [False, True])
-def test_an_error_of_all_ranks_is_said_by_one(
+def test_an_error_of_all_ranks_is_printed_by_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, mpi: bool
 ) -> None:
     monkeypatch.setattr(cli, "_mpi_is_up", lambda: mpi)
-    assert leave(monkeypatch, rank, HpcsgdError("broken", do="mend it", everywhere=mpi)) == 2
-    assert capsys.readouterr().err == ("" if rank else "hpcsgd: broken\n  do:       mend it\n")
+    assert leave(monkeypatch, rank, HpcsgdError("broken", do="repair it", everywhere=mpi)) == 2
+    assert capsys.readouterr().err == ("" if rank else "hpcsgd: broken\n  do:       repair it\n")
 
 
 def test_an_error_of_one_rank_is_left_to_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

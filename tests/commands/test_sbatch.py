@@ -1,4 +1,4 @@
-"""Job scripts: what they ask of Slurm, what they run, and what is refused."""
+"""SlurmJob scripts for Slurm: their directives, their commands, and the options that are refused."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsgd.commands import cli, sbatch
-from hpcsgd.commands.sbatch import Job
+from hpcsgd.commands.sbatch import SlurmJob
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi import launcher
 
 JOBS = Path(__file__).parents[2] / "jobs"
-STANDARD = [Job(), Job(requeue=True), Job(array=0)]
+STANDARD = [SlurmJob(), SlurmJob(requeue=True), SlurmJob(array=0)]
 
 
 def asked(text: str) -> dict[str, str]:
@@ -37,12 +37,12 @@ def trained(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("job", STANDARD, ids=sbatch.file_name)
-def test_the_scripts_in_jobs_are_what_is_printed(job: Job) -> None:
+def test_the_scripts_in_jobs_are_what_is_printed(job: SlurmJob) -> None:
     assert (JOBS / sbatch.file_name(job)).read_text() == sbatch.script(job)
 
 
 jobs = st.builds(
-    Job,
+    SlurmJob,
     nodes=st.integers(1, 99),
     ranks_per_node=st.integers(1, 99),
     cpus=st.integers(1, 99),
@@ -53,7 +53,7 @@ jobs = st.builds(
     requeue=st.booleans(),
     array=st.none() | st.integers(1, 50),
     partition=st.sampled_from(["", "long"]),
-    words=st.lists(st.text(st.characters(codec="ascii", exclude_categories=["C"]))).map(
+    arguments=st.lists(st.text(st.characters(codec="ascii", exclude_categories=["C"]))).map(
         lambda words: ("sweep file.toml", *words)
     ),
 )
@@ -61,7 +61,7 @@ jobs = st.builds(
 
 @given(jobs)
 @settings(max_examples=60, deadline=None)
-def test_everything_that_is_asked_for_is_in_the_script(job: Job) -> None:
+def test_everything_that_is_asked_for_is_in_the_script(job: SlurmJob) -> None:
     text = sbatch.script(job)
     found = asked(text)
     assert found["nodes"] == str(job.nodes) and found["ntasks-per-node"] == str(job.ranks_per_node)
@@ -74,20 +74,20 @@ def test_everything_that_is_asked_for_is_in_the_script(job: Job) -> None:
     assert f"${{MPI_TYPE:-{job.mpi}}}" in text
     words = trained(text)
     assert words[:2] == ["hpcsgd", "train"] and words[-1] == "$@"
-    own = job.words if job.array is None else job.words[1:]
+    own = job.arguments if job.array is None else job.arguments[1:]
     assert tuple(words[-1 - len(own) : -1]) == own
     assert ("--config" in words[: len(words) - len(own)]) == (job.array is not None)
 
 
 ALL = [
     *STANDARD,
-    replace(STANDARD[1], gpus=4, mpi="mpiexec", words=("--data", "it's $HOME")),
-    Job(array=3, requeue=True, words=("a b.toml", "--seed", "1")),
+    replace(STANDARD[1], gpus=4, mpi="mpiexec", arguments=("--data", "it's $HOME")),
+    SlurmJob(array=3, requeue=True, arguments=("a b.toml", "--seed", "1")),
 ]
 
 
 @pytest.mark.parametrize("job", ALL)
-def test_bash_and_shellcheck_have_no_objection(job: Job, tmp_path: Path) -> None:
+def test_bash_and_shellcheck_have_no_objection(job: SlurmJob, tmp_path: Path) -> None:
     path = tmp_path / "job.sbatch"
     path.write_text(sbatch.script(job))
     subprocess.run(["bash", "-n", path], check=True)
@@ -128,7 +128,7 @@ def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int) -> No
 )
 def test_what_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(BadOption, match=message):
-        Job(**wrong)  # type: ignore[arg-type]
+        SlurmJob(**wrong)  # type: ignore[arg-type]
 
 
 #: Stand-ins; the real srun hands signals on too.
@@ -184,13 +184,13 @@ def test_the_command(
 
     words = ["--nodes", "4", "--ranks-per-node", "8", "--requeue", "--", "--data", "text:limit=1"]
     assert call("train", *words) == 0
-    job = Job(nodes=4, ranks_per_node=8, requeue=True, words=("--data", "text:limit=1"))
+    job = SlurmJob(nodes=4, ranks_per_node=8, requeue=True, arguments=("--data", "text:limit=1"))
     assert capsys.readouterr().out == sbatch.script(job)
 
     sweep, out = tmp_path / "sweep.toml", tmp_path / "job.sbatch"
     sweep.write_text("epochs = 1\n[[run]]\nseed = 1\n[[run]]\nseed = 2\n")
     assert call("sweep", "-o", str(out), str(sweep)) == 0
-    assert out.read_text() == sbatch.script(Job(array=2, words=(str(sweep),)))
+    assert out.read_text() == sbatch.script(SlurmJob(array=2, arguments=(str(sweep),)))
 
     sweep.write_text("[[run]]\nsed = 1\n")
     for wrong, message in {

@@ -1,4 +1,4 @@
-"""Signals are noted, whenever they come, and end nothing."""
+"""Signals are recorded, whenever they arrive, and end nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from hpcsgd.commands import signals
-from hpcsgd.commands.signals import Signals
+from hpcsgd.commands.signals import SignalRecorder
 
 
 @pytest.fixture(autouse=True)
@@ -19,23 +19,23 @@ def restored() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_noted_inside_and_as_before_outside(number: signal.Signals) -> None:
-    before, noted = signal.getsignal(number), Signals()
-    with noted.noted():
-        assert noted.caught is None
+def test_recorded_while_installed_and_default_action_restored_afterwards(number: signal.Signals) -> None:
+    before, recorder = signal.getsignal(number), SignalRecorder()
+    with recorder.installed():
+        assert recorder.received is None
         signal.raise_signal(number)
-        assert noted.caught == number
+        assert recorder.received == number
     assert signal.getsignal(number) is before
 
 
 def test_a_warning_that_comes_too_early_or_too_late_ends_nothing() -> None:
-    signals.keep()
+    signals.defer_sigusr1()
     signal.raise_signal(signal.SIGUSR1)
-    first, second = Signals(), Signals()
-    with first.noted():
-        assert first.caught == signal.SIGUSR1
-    with second.noted():
-        assert second.caught is None, "it was for the first"
+    first, second = SignalRecorder(), SignalRecorder()
+    with first.installed():
+        assert first.received == signal.SIGUSR1
+    with second.installed():
+        assert second.received is None, "it was for the first"
     signal.raise_signal(signal.SIGUSR1)
-    with second.noted():
-        assert second.caught == signal.SIGUSR1
+    with second.installed():
+        assert second.received == signal.SIGUSR1

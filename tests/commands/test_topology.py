@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from hpcsgd.commands.cli import cli
-from hpcsgd.commands.topology.tables import steps_to_halve, traffic
+from hpcsgd.commands.topology.tables import count_messages, steps_to_halve
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.topology import TOPOLOGIES
 from tests.support.launch import run_alone
@@ -67,9 +67,9 @@ def test_steps_to_halve_halve_any_disagreement(spec: str) -> None:
 def test_traffic_counts_each_model_once_for_who_reads_it() -> None:
     topology = made("base", 7)
     read = [[len(topology.sources(i, t)) for i in range(7)] for t in range(topology.period)]
-    counted = traffic(topology)
-    assert (counted.least, counted.most) == (np.min(read), np.max(read))
-    assert counted.messages == pytest.approx(np.sum(read) / topology.period)
+    counts = count_messages(topology)
+    assert (counts.least, counts.most) == (np.min(read), np.max(read))
+    assert counts.messages == pytest.approx(np.sum(read) / topology.period)
 
 
 @pytest.mark.parametrize(

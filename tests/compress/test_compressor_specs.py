@@ -1,4 +1,4 @@
-"""Specs of compression: what is written is what is built, and errors list what is valid."""
+"""Specs of compression: parsing, printing, and errors that list valid values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpcsgd.compress import (
     PowerSGD,
     QSGDMaxNorm,
     QSGDMaxNormMultiScale,
-    Stretch,
+    Segment,
     build,
 )
 from hpcsgd.errors import BadOption
@@ -26,13 +26,13 @@ def test_none_is_no_compressor(spec: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
-def test_every_name_builds_and_says_what_it_is(name: str) -> None:
+def test_every_name_builds_a_compressor_that_prints_its_options(name: str) -> None:
     compressor = build(name)
     assert compressor is not None
     text = str(compressor)
     assert text.startswith(type(compressor).__name__)
     assert all(f"{key}={value}" in text for key, value in compressor.options().items())
-    assert compressor.codec(Stretch(100, 2)).sums is not None
+    assert compressor.codec(Segment(100, 2)).sum_buffers is not None
 
 
 def test_options_are_those_of_the_spec() -> None:
@@ -48,13 +48,13 @@ def test_wrappers_stand_before_and_nest() -> None:
     both = build("ef+hadamard+maxnorm:bits=4")
     assert isinstance(both, ErrorFeedback) and isinstance(both.inner, Hadamard)
     assert isinstance(both.inner.inner, QSGDMaxNorm) and both.inner.inner.bits == 4
-    assert both.feedback and not both.inner.feedback and not both.whole
+    assert both.feedback and not both.inner.feedback and not both.needs_whole_tensors
     power = build("ef+powersgd")
-    assert power.whole and power.feedback
+    assert power.needs_whole_tensors and power.feedback
     assert build("hadamard+ef+multiscale").feedback
 
 
-def test_what_differs_is_written_differently() -> None:
+def test_different_compressors_have_different_texts() -> None:
     """Ranks compare the text."""
     texts = [
         "maxnorm", "maxnorm:bits=5", "maxnorm:block=64", "maxnorm:scale=tensor", "maxnorm:norm=euclidean",
@@ -79,7 +79,7 @@ def test_what_differs_is_written_differently() -> None:
         ("", ["name"]),
     ],
 )
-def test_errors_say_what_is_valid(spec: str, parts: list[str]) -> None:
+def test_errors_list_valid_values(spec: str, parts: list[str]) -> None:
     with pytest.raises(BadOption) as error:
         build(spec)
     assert all(part in str(error.value) for part in parts), error.value
@@ -124,8 +124,8 @@ def test_help_shows_each_scheme_with_its_defaults() -> None:
     assert all(summary for _, summary in rows.values())
 
 
-def test_a_share_of_k_is_sent_of_each_stretch() -> None:
+def test_each_segment_sends_its_share_of_k() -> None:
     compressor = build("randk:k=100")
-    sizes = [compressor.codec(Stretch(1000, 2, share=share)).sums[0][0] for share in (1.0, 0.5, 0.25, 1e-9)]
-    assert sizes == [100, 50, 25, 1]
-    assert PowerSGD(3).codec(Stretch(400, 2, tensors=((0, (20, 20)),))).sums[0][0] == 60
+    codecs = [compressor.codec(Segment(1000, 2, share=share)) for share in (1.0, 0.5, 0.25, 1e-9)]
+    assert [codec.sum_buffers[0][0] for codec in codecs] == [100, 50, 25, 1]
+    assert PowerSGD(3).codec(Segment(400, 2, tensors=((0, (20, 20)),))).sum_buffers[0][0] == 60

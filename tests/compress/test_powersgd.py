@@ -9,27 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import PowerSGD, Stretch
+from hpcsgd.compress import PowerSGD, Segment
 from tests.support.simulated_codecs import Lockstep
 
 SHAPES = ((24, 16), (9,), (8, 3, 5), (1, 40), (30, 30))
 
 
-def stretch_of(ranks: int) -> Stretch:
+def segment_of(ranks: int) -> Segment:
     """With gaps between the tensors."""
     tensors, end = [], 0
     for shape in SHAPES:
         tensors.append((end, shape))
         end += torch.Size(shape).numel() + 7
-    return Stretch(end, ranks, tensors=tuple(tensors))
+    return Segment(end, ranks, tensors=tuple(tensors))
 
 
 def of_rank(rank: int, ranks: int, seed: int = 0) -> Tensor:
     """Matrices whose sum over the ranks has rank `rank`: all of them have the same columns."""
     generator = torch.Generator().manual_seed(seed)
-    stretch = stretch_of(ranks)
-    rows = torch.randn(ranks, stretch.numel, generator=generator)
-    for start, shape in stretch.tensors:
+    segment = segment_of(ranks)
+    rows = torch.randn(ranks, segment.numel, generator=generator)
+    for start, shape in segment.tensors:
         if len(shape) > 1:
             height = shape[0]
             width = torch.Size(shape).numel() // height
@@ -49,21 +49,21 @@ def relative(out: Tensor, expected: Tensor) -> float:
 def test_exact_where_the_rank_suffices(rank: int, ranks: int) -> None:
     rows = of_rank(rank, ranks)
     for feedback in (False, True):
-        lock = Lockstep(PowerSGD(rank), stretch_of(ranks), feedback)
+        lock = Lockstep(PowerSGD(rank), segment_of(ranks), feedback)
         for step in range(3):
             assert relative(lock.reduce(rows, step, 1 / ranks)[0], rows.mean(0)) < 1e-5
             assert not feedback or max(float(rest.norm()) for rest in lock.residuals) < 1e-4
 
 
-def test_what_is_no_large_matrix_is_sent_as_it_is() -> None:
-    stretch, rows = (
-        stretch_of(2),
-        torch.randn(2, stretch_of(2).numel, generator=torch.Generator().manual_seed(1)),
+def test_tensors_other_than_large_matrices_are_sent_uncompressed() -> None:
+    segment, rows = (
+        segment_of(2),
+        torch.randn(2, segment_of(2).numel, generator=torch.Generator().manual_seed(1)),
     )
-    lock = Lockstep(PowerSGD(4), stretch, True)
+    lock = Lockstep(PowerSGD(4), segment, True)
     out = lock.reduce(rows)[0]
-    inside = torch.zeros(stretch.numel, dtype=torch.bool)
-    for start, shape in stretch.tensors:
+    inside = torch.zeros(segment.numel, dtype=torch.bool)
+    for start, shape in segment.tensors:
         size = torch.Size(shape).numel()
         if len(shape) > 1 and 4 * (shape[0] + size // shape[0]) < size:
             inside[start : start + size] = True
@@ -74,12 +74,12 @@ def test_what_is_no_large_matrix_is_sent_as_it_is() -> None:
 
 def test_the_factors_of_the_last_step_are_a_warm_start() -> None:
     ranks, rank = 3, 2
-    rows, stretch = torch.randn(ranks, 900, generator=torch.Generator().manual_seed(2)), ((0, (30, 30)),)
+    rows, segment = torch.randn(ranks, 900, generator=torch.Generator().manual_seed(2)), ((0, (30, 30)),)
     u, s, v = torch.linalg.svd(rows.mean(0).view(30, 30))
     s *= 0.8 ** torch.arange(30)
     rows += (u * s @ v).flatten() - rows.mean(0)
     best = float(s[rank:].norm())
-    lock = Lockstep(PowerSGD(rank), Stretch(900, ranks, tensors=stretch), False)
+    lock = Lockstep(PowerSGD(rank), Segment(900, ranks, tensors=segment), False)
     errors = [float((lock.reduce(rows, step, 1 / ranks)[0] - rows.mean(0)).norm()) for step in range(40)]
     assert errors[0] > 1.05 * best and errors[-1] < 1.005 * best
     assert all(later < earlier * (1 + 1e-5) for earlier, later in pairwise(errors))
@@ -87,19 +87,19 @@ def test_the_factors_of_the_last_step_are_a_warm_start() -> None:
 
 def test_feedback_sends_everything_in_the_end() -> None:
     rows = torch.randn(2, 900, generator=torch.Generator().manual_seed(3))
-    stretch = Stretch(900, 2, tensors=((0, (30, 30)),))
-    lock = Lockstep(PowerSGD(2), stretch, True)
+    segment = Segment(900, 2, tensors=((0, (30, 30)),))
+    lock = Lockstep(PowerSGD(2), segment, True)
     total = torch.zeros(900)
     for step in range(60):
         total += lock.reduce(rows, step, 1 / 2)[0]
     assert relative(total / 60, rows.mean(0)) < 0.2
-    alone = Lockstep(PowerSGD(2), stretch, False)
+    alone = Lockstep(PowerSGD(2), segment, False)
     assert relative(sum(alone.reduce(rows, t, 1 / 2)[0] for t in range(60)) / 60, rows.mean(0)) > 0.5
 
 
 def test_a_resumed_codec_goes_on_with_the_same_bits() -> None:
     rows = of_rank(5, 2)
-    straight, resumed = (Lockstep(PowerSGD(2), stretch_of(2), False) for _ in range(2))
+    straight, resumed = (Lockstep(PowerSGD(2), segment_of(2), False) for _ in range(2))
     for step in range(3):
         straight.reduce(rows, step)
     states = [copy.deepcopy(codec.state_dict()) for codec in straight.codecs]
@@ -111,9 +111,9 @@ def test_a_resumed_codec_goes_on_with_the_same_bits() -> None:
     assert torch.equal(resumed.reduce(rows, 3), expected)
 
 
-def test_zeros_are_forgotten() -> None:
+def test_a_gradient_of_zeros_does_not_affect_later_steps() -> None:
     rows = of_rank(2, 2)
-    lock = Lockstep(PowerSGD(2), stretch_of(2), False)
+    lock = Lockstep(PowerSGD(2), segment_of(2), False)
     lock.reduce(rows, 0)
     assert not lock.reduce(torch.zeros_like(rows), 1).any()
     for step in (2, 3):

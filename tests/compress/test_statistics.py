@@ -1,4 +1,4 @@
-"""Monte Carlo: expectation, variance and independence of what compression draws at random."""
+"""Monte Carlo: expectation, variance and independence of the random numbers of compression."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcsgd.compress import Stretch, build
+from hpcsgd.compress import Segment, build
 from tests.support.simulated_codecs import Lockstep
 
 NUMEL = 1024
@@ -41,7 +41,7 @@ def means(spec: str, rows: torch.Tensor, trials: int, seed: int = 3) -> torch.Te
     """The mean of the ranks as compression gives it, (trials, numel), float64."""
     ranks, numel = rows.shape
     lock = Lockstep(
-        build(spec), Stretch(numel, ranks, tensors=((0, (numel // 2,)), (numel // 2, (4,)))), False, seed
+        build(spec), Segment(numel, ranks, tensors=((0, (numel // 2,)), (numel // 2, (4,)))), False, seed
     )
     return torch.stack([lock.reduce(rows, step, 1 / ranks)[0].double() for step in range(trials)])
 
@@ -130,7 +130,7 @@ def test_the_error_falls_with_the_number_of_ranks(spec: str) -> None:
 
 def test_ranks_and_steps_round_independently() -> None:
     one = gradients(1)
-    lock = Lockstep(build("maxnorm:bits=2"), Stretch(NUMEL, 2), True)
+    lock = Lockstep(build("maxnorm:bits=2"), Segment(NUMEL, 2), True)
     rests = []
     for step in range(100):
         for residual in lock.residuals:

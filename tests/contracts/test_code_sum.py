@@ -1,4 +1,4 @@
-"""Sums of codes at a server: the bits of an all-reduce, and nothing lost but who has gone."""
+"""Sums of codes at a server: the bits of an all-reduce, also when clients leave during a sum."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Draw, Stretch, build
-from hpcsgd.compress.point_to_point import Coder
-from hpcsgd.server.code_sum import ClientSum, ServerSum
+from hpcsgd.compress import RandomKey, Segment, build
+from hpcsgd.compress.point_to_point import PointToPointCodec
+from hpcsgd.server.code_sum import CodeSumClient, CodeSumServer
 from tests.support import compressor_rows as c
 from tests.support.simulated_codecs import Lockstep
 
@@ -19,46 +19,48 @@ NUMEL = 900
 
 
 class Job:
-    """Some clients and a server, which forget nothing between two sums."""
+    """Clients and a server that keep their state between two sums."""
 
     def __init__(self, row: c.Row, clients: int, numel: int = NUMEL) -> None:
         compressor = build(row.spec)
         assert compressor is not None
         half = numel // 2
         tensors = ((0, (half,)), (half, (numel - half,)))
-        coder = Coder(compressor, Stretch(numel, 1, tensors=tensors), torch.float32)
-        self.lockstep = Lockstep(compressor, Stretch(numel, clients, tensors=tensors), row.feedback)
+        coder = PointToPointCodec(compressor, Segment(numel, 1, tensors=tensors), torch.float32)
+        self.lockstep = Lockstep(compressor, Segment(numel, clients, tensors=tensors), row.feedback)
         self.residuals = [torch.zeros(numel) if row.feedback else None for _ in range(clients)]
-        self.clients = [ClientSum(coder, residual) for residual in self.residuals]
-        self.server = ServerSum(coder)
+        self.clients = [CodeSumClient(coder, residual) for residual in self.residuals]
+        self.server = CodeSumServer(coder)
         self.gone: set[int] = set()
 
     def add_up(self, rows: Tensor, step: int, leaves_after: int | None = None) -> Tensor:
-        """The mean; the last client goes after so many parts."""
+        """Return the mean; the last client leaves before part `leaves_after`."""
         everyone = list(enumerate(self.clients))
-        parts = {i: client.begin(rows[i].clone(), Draw(0, step, 0, i), len(rows)) for i, client in everyone}
-        self.server.begin([str(i) for i in parts], Draw(0, step, 0, 0))
+        parts = {
+            i: client.begin(rows[i].clone(), RandomKey(0, step, 0, i), len(rows)) for i, client in everyone
+        }
+        self.server.begin([str(i) for i in parts], RandomKey(0, step, 0, 0))
         while True:
             if leaves_after == self.server.part:
                 del parts[len(rows) - 1]
-            said = [part for part in parts.values() if part is not None]
-            assert len(said) == len(parts)
-            sizes = self.server.sizes(len(rows))
-            assert all(part.nbytes == sizes[self.server.part] for part in said)
+            present = [part for part in parts.values() if part is not None]
+            assert len(present) == len(parts)
+            sizes = self.server.part_sizes(len(rows))
+            assert all(part.nbytes == sizes[self.server.part] for part in present)
             number = self.server.part
-            combination = self.server.combine(said)
+            combination = self.server.combine(present)
             last = [self.clients[i].combined_bytes for i in parts]
             if combination is None:
                 assert set(last) == {0}
                 break
             assert self.server.part == number + 1 and set(last) == {combination.nbytes}
-            parts = {i: self.clients[i].go_on(combination) for i in parts}
+            parts = {i: self.clients[i].next_part(combination) for i in parts}
         for i, client in everyone:
             client.end(i in parts)
         return self.server.end(float(len(parts)))
 
 
-def drawn(clients: int, seed: int, numel: int = NUMEL) -> Tensor:
+def random_rows(clients: int, seed: int, numel: int = NUMEL) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal((clients, numel))).float()
 
 
@@ -68,22 +70,22 @@ def test_the_sum_has_the_bits_of_an_allreduce(row: c.Row, clients: int) -> None:
     for numel in (NUMEL, 1):
         job = Job(row, clients, numel)
         for step in range(3):
-            rows = drawn(clients, step, numel)
+            rows = random_rows(clients, step, numel)
             expected = job.lockstep.reduce(rows, step, 1 / clients)[0]
             assert torch.equal(job.add_up(rows, step), expected)
-            for mine, theirs in zip(job.residuals, job.lockstep.residuals, strict=True):
-                assert mine is theirs is None or torch.equal(mine, theirs)
+            for residual, expected_residual in zip(job.residuals, job.lockstep.residuals, strict=True):
+                assert residual is expected_residual is None or torch.equal(residual, expected_residual)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.rotated], ids=str)
-def test_of_who_has_gone_on_the_way_nothing_is_added_and_it_keeps_all(row: c.Row) -> None:
-    """What is told and what is kept is what all had who are left; after each of the parts."""
+def test_client_that_leaves_a_sum_adds_nothing_and_keeps_its_residual(row: c.Row) -> None:
+    """Sum and residuals of the remaining clients add up to their gradients, for a loss after each part."""
     row = row if row.feedback else c.with_feedback(row)
-    for after in range(len(Job(row, 3).server.sizes(3))):
+    for after in range(len(Job(row, 3).server.part_sizes(3))):
         job = Job(row, 3)
-        job.add_up(drawn(3, 7), 0)
+        job.add_up(random_rows(3, 7), 0)
         before = [residual.clone() for residual in job.residuals if residual is not None]
-        rows = drawn(3, 1)
+        rows = random_rows(3, 1)
         total = 2 * job.add_up(rows, 1, leaves_after=after)
         left = [residual for residual in job.residuals if residual is not None]
         had = rows[:2].sum(0) + before[0] + before[1]
@@ -94,11 +96,11 @@ def test_of_who_has_gone_on_the_way_nothing_is_added_and_it_keeps_all(row: c.Row
 
 
 @each_row
-def test_what_is_not_finite_is_not_begun(row: c.Row) -> None:
+def test_push_that_is_not_finite_is_not_begun(row: c.Row) -> None:
     job = Job(row, 1)
-    bad = drawn(1, 1)
+    bad = random_rows(1, 1)
     bad[0, 5] = torch.nan
-    assert job.clients[0].begin(bad[0], Draw(0, 0, 0, 0), 1) is None
+    assert job.clients[0].begin(bad[0], RandomKey(0, 0, 0, 0), 1) is None
     job.clients[0].end(False)
-    rows = drawn(1, 2)
+    rows = random_rows(1, 2)
     assert torch.equal(job.add_up(rows, 1), job.lockstep.reduce(rows, 1)[0])

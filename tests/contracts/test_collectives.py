@@ -16,7 +16,7 @@ from tests.support.collective_cases import (
     DTYPES,
     LAYOUTS,
     NAMES,
-    SEGMENT_BYTES,
+    SUBCHUNK_BYTES,
     expected_sum,
     fill,
     fits,
@@ -35,8 +35,8 @@ each_algorithm = pytest.mark.parametrize("algorithm", NAMES)
 
 
 @pytest.fixture(autouse=True)
-def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring, "_SEGMENT_BYTES", SEGMENT_BYTES)
+def small_subchunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "_SUBCHUNK_BYTES", SUBCHUNK_BYTES)
 
 
 @each_layout
@@ -116,11 +116,11 @@ def test_reduce_scatter_and_allgather_are_an_allreduce(
     fill(group, world.rank)
     c.reduce_scatter(group, 1.0)
     for bucket, (_, expected) in zip(group, expected_sum(group), strict=True):
-        mine = bucket.part(world.rank, world.size)
-        scattered = values(bucket.flat[mine])
+        own = bucket.part(world.rank, world.size)
+        scattered = values(bucket.flat[own])
         padded = np.zeros(bucket.numel)
         padded[: expected.size] = expected
-        np.testing.assert_array_equal(scattered, padded[mine])
+        np.testing.assert_array_equal(scattered, padded[own])
         for rank in range(world.size):
             if rank != world.rank:
                 bucket.flat[bucket.part(rank, world.size)] = -1
@@ -151,16 +151,16 @@ def test_bytes_equal_the_formula(world_of: WorldOf, layout: tuple[int, bool], al
     group = group_of(world, [5040 * 16], torch.float32)  # 5040 lines: a whole number for each rank
     if not fits(group, algorithm) or world.size == 1:
         pytest.skip("the layout does not allow it")
-    name = c.choose(group.buckets[0]) if algorithm == "auto" else algorithm
+    name = c.choose_algorithm(group.buckets[0]) if algorithm == "auto" else algorithm
     p, size = world.size, group.nbytes
     ring = 2 * (p - 1) * size // p
     inside, nodes = world.local_size, world.nodes
-    lane = size // world.lanes if world.across else 0
+    slice_bytes = size // world.rings if world.internode else 0
     expected = {
         "library": (ring, 0),
         "ring": (ring, 0),
         "node": (0, 2 * (p - 1) * size // p),
-        "two-level": (2 * (nodes - 1) * lane // nodes, 2 * (inside - 1) * lane),
+        "two-level": (2 * (nodes - 1) * slice_bytes // nodes, 2 * (inside - 1) * slice_bytes),
     }
     before = (world.traffic.sent, world.traffic.shared)
     c.allreduce(group, algorithm=algorithm)
@@ -207,7 +207,7 @@ def test_misuse_is_an_error_on_all_ranks(world: Any) -> None:
             misuse(integers)
     with pytest.raises(BadOption, match="bucket size"):
         group_of_size(world, 0)
-    c.allreduce(group)  # nothing of that has put the ranks out of step
+    c.allreduce(group)  # the ranks are still in step
 
 
 def group_of_size(world: Any, mib: float) -> None:

@@ -11,18 +11,18 @@ import torch
 
 from hpcsgd import BadOption, TensorGroup, World
 from hpcsgd.collectives import allreduce, ring
-from hpcsgd.collectives.reducer import reduction
+from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.compress import build
 from tests.support import compressor_rows as c
-from tests.support.collective_cases import LAYOUTS, NAMES, SEGMENT_BYTES, fits, same_bits
+from tests.support.collective_cases import LAYOUTS, NAMES, SUBCHUNK_BYTES, fits, same_bits
 from tests.support.expected_reductions import SEED, Simulated, fill, inside
 
 pytestmark = pytest.mark.mpi(min_size=2)
 WorldOf = Callable[..., Any]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-#: Matrices for PowerSGD, an empty one, a single element, and a vector longer than a ring's segment.
+#: Matrices for PowerSGD, an empty one, a single element, and a vector longer than a ring's sub-chunk.
 SHAPES = [(40, 30), (7,), (0,), (1,), (61, 50), (2000,)]
-#: One of each kind, for what does not depend on options.
+#: One of each kind, for tests that do not depend on options.
 FEW = [
     c.half("bf16", 2.0**-8, 2.0**-134),
     c.with_feedback(c.multiscale()),
@@ -30,12 +30,12 @@ FEW = [
     c.with_feedback(c.topk()),
     c.with_feedback(c.rotated(c.maxnorm(3))),
 ]
-LANES = c.with_feedback(c.maxnorm(3))
+PACKED = c.with_feedback(c.maxnorm(3))
 
 
 @pytest.fixture(autouse=True)
-def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring, "_SEGMENT_BYTES", SEGMENT_BYTES)
+def small_subchunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "_SUBCHUNK_BYTES", SUBCHUNK_BYTES)
 
 
 def group_of(world: World, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> TensorGroup:
@@ -66,12 +66,12 @@ def test_the_result_is_that_of_simulated_ranks(
         compressor = build(row.spec)
         if not fits(group, algorithm) or (algorithm == "library" and row.name in ("fp16", "bf16")):
             with pytest.raises(BadOption, match="does not fit"):
-                reduction(group, algorithm, compressor, SEED)
+                make_reducer(group, algorithm, compressor, SEED)
             continue
         expected = Simulated(group, row, by_node(group, row, algorithm))
-        reducer = reduction(group, algorithm, compressor, SEED)
+        reducer = make_reducer(group, algorithm, compressor, SEED)
         for step in range(2 if remembers(row) else 1):
-            world.status.step = step
+            world.activity.step = step
             fill(group, salt=number + step)
             start_all(reducer, group, 1 / world.size)
             assert reducer.finish()
@@ -90,8 +90,8 @@ def test_gradients_of_other_dtypes(world_of: WorldOf, layout: tuple[int, bool], 
     group = group_of(world, dtype)
     for row in [*FEW, c.randk(), c.signsgd()]:
         expected = Simulated(group, row, by_node(group, row, "auto"))
-        reducer = reduction(group, "auto", build(row.spec), SEED)
-        world.status.step = 0
+        reducer = make_reducer(group, "auto", build(row.spec), SEED)
+        world.activity.step = 0
         fill(group)
         start_all(reducer, group, 1 / world.size)
         assert reducer.finish()
@@ -112,7 +112,7 @@ def test_bytes_equal_the_formula(world_of: WorldOf, layout: tuple[int, bool]) ->
         group = TensorGroup(world, tensor)
         inside = by_node(group, row, "auto")
         expected = Simulated(group, row, inside)
-        reducer = reduction(group, "auto" if inside else "ring", build(row.spec), SEED)
+        reducer = make_reducer(group, "auto" if inside else "ring", build(row.spec), SEED)
         fill(group)
         traffic, plain = world.traffic, group.nbytes
         before = traffic.sent, traffic.shared, traffic.saved
@@ -125,11 +125,11 @@ def test_bytes_equal_the_formula(world_of: WorldOf, layout: tuple[int, bool]) ->
         # Buffers end at a cache line, and shares of a rank are rounded down.
         assert abs(sum(world.gather(sent)) - expected.bytes_sent()) <= 2 * 2 * world.size * 64, row
         if inside:
-            parts = [group.buckets[0].part(rank, world.lanes) for rank in range(world.lanes)]
-            mine = parts[world.local_rank] if world.across else slice(0, 0)
-            assert shared == 2 * (world.local_size - 1) * 4 * (mine.stop - mine.start)
-            plain, terms = 4 * (mine.stop - mine.start), world.nodes
-            assert saved == (2 * (terms - 1) * plain // terms - sent if world.across else 0)
+            parts = [group.buckets[0].part(rank, world.rings) for rank in range(world.rings)]
+            own = parts[world.local_rank] if world.internode else slice(0, 0)
+            assert shared == 2 * (world.local_size - 1) * 4 * (own.stop - own.start)
+            plain, terms = 4 * (own.stop - own.start), world.nodes
+            assert saved == (2 * (terms - 1) * plain // terms - sent if world.internode else 0)
         else:
             assert shared == 0
             assert saved == 2 * (world.size - 1) * plain // world.size - sent
@@ -142,10 +142,10 @@ def test_many_buckets_in_flight_over_many_steps(world_of: WorldOf, layout: tuple
     tensors = [(f"t{i}", torch.empty(size)) for i, size in enumerate(sizes)]
     group = TensorGroup(world, tensors, 1e-9)
     for algorithm in ("auto", "ring"):
-        expected = Simulated(group, LANES, by_node(group, LANES, algorithm))
-        reducer = reduction(group, algorithm, build(LANES.spec), SEED)
+        expected = Simulated(group, PACKED, by_node(group, PACKED, algorithm))
+        reducer = make_reducer(group, algorithm, build(PACKED.spec), SEED)
         for step in range(3):
-            world.status.step = step
+            world.activity.step = step
             fill(group, step)
             start_all(reducer, group, 0.5)
             assert reducer.finish()
@@ -158,12 +158,12 @@ def test_two_reductions_at_the_same_time(world_of: WorldOf, layout: tuple[int, b
     world = world_of(*layout)
     shapes = [(2000,), (3000,), (50, 60), (2500,), (61, 41)]
     groups = [group_of(world, shapes=shapes) for _ in range(2)]
-    rows = [LANES, c.with_feedback(c.multiscale())]
+    rows = [PACKED, c.with_feedback(c.multiscale())]
     for algorithm in ("auto", "ring"):
         expected = [Simulated(g, r, by_node(g, r, algorithm)) for g, r in zip(groups, rows, strict=True)]
-        pair = [reduction(g, algorithm, build(r.spec), SEED) for g, r in zip(groups, rows, strict=True)]
+        pair = [make_reducer(g, algorithm, build(r.spec), SEED) for g, r in zip(groups, rows, strict=True)]
         for step in range(3):
-            world.status.step = step
+            world.activity.step = step
             for salt, group in enumerate(groups):
                 fill(group, 10 * step + salt)
             starts = [(reducer, bucket) for reducer, g in zip(pair, groups, strict=True) for bucket in g]
@@ -176,12 +176,12 @@ def test_two_reductions_at_the_same_time(world_of: WorldOf, layout: tuple[int, b
                 expected[salt].check(expected[salt].reduce(step, 0.5, 10 * step + salt))
 
 
-def test_a_plain_reduction_beside_it(world: Any) -> None:
+def test_a_plain_reduction_at_the_same_time(world: Any) -> None:
     group, plain = group_of(world), group_of(world)
-    reducer = reduction(group, "ring", build(LANES.spec), SEED)
-    expected = Simulated(group, LANES, False)
+    reducer = make_reducer(group, "ring", build(PACKED.spec), SEED)
+    expected = Simulated(group, PACKED, False)
     for step in range(3):
-        world.status.step = step
+        world.activity.step = step
         fill(group, step)
         for bucket in plain:
             bucket.flat.fill_(world.rank)
@@ -195,13 +195,13 @@ def test_a_plain_reduction_beside_it(world: Any) -> None:
 @pytest.mark.parametrize("layout", [(0, True), (2, True)], ids=str)
 @pytest.mark.parametrize("row", [*FEW, c.signsgd()], ids=str)
 def test_gaps_between_tensors_stay_zero(world_of: WorldOf, layout: tuple[int, bool], row: c.Row) -> None:
-    """Nobody fills them anew, so what is left there is in the next sum; a NaN for ever."""
+    """Nothing overwrites gaps, so a value left there would enter the next sum, and NaN every later one."""
     world = world_of(*layout)
     group = group_of(world)
-    reducer = reduction(group, "auto", build(row.spec), SEED, nonfinite="skip")
+    reducer = make_reducer(group, "auto", build(row.spec), SEED, nonfinite="skip")
     views, flats = group.views.values(), [bucket.flat for bucket in group]
     for step in range(3):
-        world.status.step = step
+        world.activity.step = step
         for view in views:
             view.fill_(torch.nan if step == 1 else world.rank + 1)
         start_all(reducer, group, 0.5)
@@ -218,17 +218,17 @@ def residuals(reducer: Any) -> list[Any]:
 
 
 @each_layout
-@pytest.mark.parametrize("row", [LANES, FEW[2], FEW[4]], ids=str)
-def test_what_is_not_finite_is_skipped_on_all_ranks(
+@pytest.mark.parametrize("row", [PACKED, FEW[2], FEW[4]], ids=str)
+def test_a_non_finite_bucket_is_skipped_on_all_ranks(
     world_of: WorldOf, layout: tuple[int, bool], row: c.Row
 ) -> None:
     world = world_of(*layout)
     group = group_of(world)
     expected = Simulated(group, row, by_node(group, row, "auto"))
-    reducer = reduction(group, "auto", build(row.spec), SEED, nonfinite="skip")
+    reducer = make_reducer(group, "auto", build(row.spec), SEED, nonfinite="skip")
     flagged, culprit = 1, world.size - 1
     for step in range(4):
-        world.status.step = step
+        world.activity.step = step
         fill(group, step)
         bad = (flagged, culprit) if step in (1, 2) else (-1, -1)
         if bad[1] == world.rank:
@@ -236,7 +236,7 @@ def test_what_is_not_finite_is_skipped_on_all_ranks(
         before = residuals(reducer)
         start_all(reducer, group, 0.5)
         assert reducer.finish() == (step not in (1, 2))
-        assert reducer.finish(), "told once"
+        assert reducer.finish(), "reported once"
         results = list(expected.reduce(step, 0.5, step, bad))
         if bad[1] >= 0:
             # Other buckets go through; of the flagged one all ranks have NaN, where it was.
@@ -255,16 +255,16 @@ def test_a_reduction_that_is_dropped_with_work_outstanding(
     world = world_of(*layout)
     for _ in range(3):
         group = group_of(world)
-        reducer = reduction(group, "auto", build(LANES.spec), SEED)
+        reducer = make_reducer(group, "auto", build(PACKED.spec), SEED)
         fill(group)
         start_all(reducer, group, 1.0)
         del group, reducer
     gc.collect()
     world.progress.drain()
-    world.status.step = 0
+    world.activity.step = 0
     group = group_of(world)
-    expected = Simulated(group, LANES, by_node(group, LANES, "auto"))
-    reducer = reduction(group, "auto", build(LANES.spec), SEED)
+    expected = Simulated(group, PACKED, by_node(group, PACKED, "auto"))
+    reducer = make_reducer(group, "auto", build(PACKED.spec), SEED)
     fill(group)
     start_all(reducer, group, 1.0)
     assert reducer.finish()
@@ -274,8 +274,8 @@ def test_a_reduction_that_is_dropped_with_work_outstanding(
 def test_options_that_do_not_fit_are_errors_on_all_ranks(world: Any) -> None:
     group = group_of(world)
     with pytest.raises(BadOption, match="'library' does not fit FP16") as error:
-        reduction(group, "library", build("fp16"))
+        make_reducer(group, "library", build("fp16"))
     assert "use 'auto' or 'ring'" in str(error.value)
     with pytest.raises(BadOption, match="unknown all-reduce algorithm 'rign'"):
-        reduction(group, "rign", build("maxnorm"))
-    allreduce(group)  # nothing of that has put the ranks out of step
+        make_reducer(group, "rign", build("maxnorm"))
+    allreduce(group)  # the ranks are still in step

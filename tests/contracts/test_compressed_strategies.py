@@ -1,4 +1,4 @@
-"""Strategies whose reductions are compressed: plain on one rank, alike on all, resumed, uneven, scaled."""
+"""Strategies with compressed reductions: one rank, equal models, resuming, uneven batches, GradScaler."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from hpcsgd import AllReduce, Disagreement, LocalSGD, Run, Strategy
 from hpcsgd.compress import FP16, ErrorFeedback, Float32, QSGDMaxNorm, TopK, build
 from tests.support import strategy_rows as s
 
-#: Only what is reduced is compressed; methods that send whole models refuse it.
+#: Only reductions are compressed; methods that send whole models reject compression.
 REDUCING = [row for row in s.ROWS if row.reductions(6)]
 each_row = pytest.mark.parametrize("row", REDUCING, ids=str)
-each_row_in_step = pytest.mark.parametrize("row", [row for row in REDUCING if row.make().lockstep], ids=str)
+each_row_in_step = pytest.mark.parametrize(
+    "row", [row for row in REDUCING if row.make().synchronous], ids=str
+)
 each_layout = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
 each_use = pytest.mark.parametrize(
     ("layout", "make"),
@@ -83,7 +85,7 @@ def test_one_rank_is_plain_training_bit_for_bit(alone: Any, row: s.Row, spec: st
 @pytest.mark.mpi
 @pytest.mark.parametrize("spec", SPECS)
 @each_use
-def test_ranks_stay_alike_and_learn(
+def test_models_stay_equal_on_all_ranks_and_learn(
     world_of: Callable[..., Any], layout: tuple[int, bool], make: Callable[[], Strategy], spec: str
 ) -> None:
     world = world_of(*layout)
@@ -103,7 +105,7 @@ def test_ranks_stay_alike_and_learn(
 
 
 def state_of(run: Run) -> int:
-    """Model, optimizer and what compression remembers, as one number."""
+    """Return a checksum of model, optimizer and residuals."""
     tensors: list[torch.Tensor] = []
 
     def collect(value: Any) -> None:
@@ -145,7 +147,7 @@ def test_save_resume_and_go_on_is_identical(
 @pytest.mark.mpi
 @each_layout
 @each_row
-def test_what_loses_nothing_obeys_the_recursion(
+def test_lossless_schemes_obey_the_recursion(
     world_of: Callable[..., Any], layout: tuple[int, bool], row: s.Row
 ) -> None:
     world = world_of(*layout)
@@ -175,7 +177,7 @@ def test_half_precision_of_small_whole_numbers_is_exact(
                 model((torch.arange(30.0) + step + world.rank) % 5 - 2).sum().backward()
                 run.step()
             models.append(s.vector(model))
-    # A third of a whole number has no end in binary; nodes take it before they send.
+    # A third of a whole number is not a binary fraction; nodes divide before they send.
     np.testing.assert_allclose(models[1], models[0], rtol=0 if world.size in (1, 2, 4) else 1e-3)
 
 
@@ -222,7 +224,7 @@ def test_uneven_batches(world: Any, row: s.Row, uneven: str) -> None:
 @pytest.mark.mpi(min_size=2)
 @each_layout
 @pytest.mark.parametrize("spec", ["ef+multiscale", "ef+powersgd:rank=1", "bf16"])
-def test_grad_scaler_skips_on_all_ranks_alike(
+def test_grad_scaler_skips_the_same_steps_on_all_ranks(
     world_of: Callable[..., Any], layout: tuple[int, bool], spec: str
 ) -> None:
     world = world_of(*layout)
@@ -257,7 +259,9 @@ def test_grad_scaler_skips_on_all_ranks_alike(
         (lambda: {"compress": QSGDMaxNorm(), "nonfinite": "skip"}, "nonfinite"),
     ],
 )
-def test_ranks_that_disagree_learn_it(world: Any, make: Callable[[], dict[str, Any]], text: str) -> None:
+def test_different_options_on_ranks_are_an_error(
+    world: Any, make: Callable[[], dict[str, Any]], text: str
+) -> None:
     options = make() if world.rank == 1 else {"compress": QSGDMaxNorm()}
     with pytest.raises(Disagreement, match=f"rank 1: {text}"):
         s.start(s.ROWS[0], world, **options)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Draw, build
-from hpcsgd.compress.base import finite
+from hpcsgd.compress import RandomKey, build
+from hpcsgd.compress.base import all_finite
 from tests.support import compressor_rows as c
-from tests.support.compression_invariants import lockstep, reduce_and_check, stretch_of
+from tests.support.compression_invariants import lockstep, reduce_and_check, segment_of
 from tests.support.simulated_codecs import NotFinite, buffers_of
 
 each_row = pytest.mark.parametrize("row", c.ROWS, ids=str)
@@ -52,31 +52,31 @@ def test_extreme_numbers(row: c.Row, ranks: int) -> None:
     for name, rows in extremes(ranks):
         if row.mixes and not row.rotated:
             rows /= 2  # products of factors are rounded, and may come out above the largest number
-        lock = lockstep(row, stretch_of(rows.shape[1], ranks), True)
+        lock = lockstep(row, segment_of(rows.shape[1], ranks), True)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             try:
-                rest = reduce_and_check(row, lock, rows, 0)
+                residuals = reduce_and_check(row, lock, rows, 0)
             except NotFinite:
                 # A rotation may add up more than a float32 can hold.
                 assert row.rotated and rows.double().norm(dim=1).max() > MAX, name
                 continue
         if not rows.any():
-            assert not rest.any() and not lock.reduce(rows).any(), name
+            assert not residuals.any() and not lock.reduce(rows).any(), name
 
 
 @pytest.mark.parametrize("numel", [0, 1])
 @each_row
 def test_nothing_and_a_single_element(row: c.Row, numel: int) -> None:
     for ranks in (1, 2, 64):
-        lock = lockstep(row, stretch_of(numel, ranks), True)
+        lock = lockstep(row, segment_of(numel, ranks), True)
         for step in range(2):
             reduce_and_check(row, lock, torch.full((ranks, numel), -1.5), step)
 
 
 @each_row
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_never_passes_the_first_message(row: c.Row, bad: float) -> None:
+def test_non_finite_values_stop_at_the_first_message(row: c.Row, bad: float) -> None:
     for where in (0, 2500, 4999):
         values = torch.ones(5000)
         values[where] = bad
@@ -84,20 +84,20 @@ def test_what_is_not_finite_never_passes_the_first_message(row: c.Row, bad: floa
 
 
 @pytest.mark.parametrize("row", [row for row in c.ROWS if not row.rotated], ids=str)
-def test_what_is_too_large_with_the_residual_does_not_either(row: c.Row) -> None:
+def test_an_overflow_with_the_residual_stops_at_the_first_message(row: c.Row) -> None:
     values = torch.ones(5000)
     values[1234] = 3e38
     check_that_it_stops(row, values, values.clone())
 
 
 def check_that_it_stops(row: c.Row, values: Tensor, residual: Tensor) -> None:
-    """The first message says it, and nothing has changed by then."""
+    """The first message shows it, and nothing is changed before."""
     compressor = build(row.spec)
     assert compressor is not None
-    codec = compressor.codec(stretch_of(values.numel(), 1))
+    codec = compressor.codec(segment_of(values.numel(), 1))
     before = values.clone(), residual.clone()
-    run = codec.run(values, buffers_of(codec), Draw(0, 0, 0, 0), 1.0, residual)
+    run = codec.run(values, buffers_of(codec), RandomKey(0, 0, 0, 0), 1.0, residual)
     first = next(message for message in run if message is not None)
-    assert first.op == "max" and not finite(first.data)
+    assert first.op == "max" and not all_finite(first.data)
     for now, then in zip((values, residual), before, strict=True):
         assert torch.equal(now.view(torch.int32), then.view(torch.int32))

@@ -1,4 +1,4 @@
-"""Asking how far the models are apart changes none of them, whichever peer each rank has in place."""
+"""`consensus_distance` changes no model, whichever peer each rank has in place."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hpcsgd.training.data.rng_streams import torch_stream
 
 pytestmark = pytest.mark.mpi
 
-EACH, FEATURES = 3, 8000  # too many numbers for what small messages are copied through
+EACH, FEATURES = 3, 8000  # larger than the buffers of small messages
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_every_rank_may_have_another_turn(world_of: Any, shared: bool) -> None:
+def test_consensus_distance_with_different_current_peers(world_of: Any, shared: bool) -> None:
     world = world_of(shared=shared)
     model = torch.nn.Linear(FEATURES, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -29,9 +29,9 @@ def test_every_rank_may_have_another_turn(world_of: Any, shared: bool) -> None:
             [torch.randn(FEATURES + 1, generator=torch_stream("own", p)) for p in range(EACH * world.size)]
         )
         expected = float((everyone - everyone.mean(0)).square().sum(1).mean().sqrt())
-        turn = world.rank % EACH
+        current = world.rank % EACH
         for index, _ in enumerate(run.each_peer()):
-            if index == turn:  # left early, the iteration leaves this peer in place
+            if index == current:  # this peer stays in place
                 break
         assert run.consensus_distance() == pytest.approx(expected, rel=1e-5)
         for peer in run.each_peer():

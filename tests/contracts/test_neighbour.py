@@ -1,4 +1,4 @@
-"""Neighbour exchange: exact, never another version than the one meant, nobody waited for in vain."""
+"""Neighbour exchange: exact sums of the requested versions, and deadlines that name a missing rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from hpcsgd import HpcsgdError, TensorGroup, topology
 from hpcsgd.collectives.neighbour_exchange import Exchange as Exchange_
 from hpcsgd.collectives.peers import Peers
-from hpcsgd.tensors.weighted_sum import combine
+from hpcsgd.tensors.weighted_sum import weighted_sum
 from tests.support.launch import launch
 
 LAYOUTS = [(0, True), (2, True), (0, False)]
@@ -23,8 +23,8 @@ SHAPES = [(3, 5), (1,), (70_000,), (17,)]
 class Exchange(Exchange_):
     """One whose calls are jobs, as they must be where messages are under way in the communication thread."""
 
-    def show(self, *arguments: Any) -> None:
-        self.world.progress.run("show", lambda: super(Exchange, self).show(*arguments))
+    def publish(self, *arguments: Any) -> None:
+        self.world.progress.run("publish", lambda: super(Exchange, self).publish(*arguments))
 
     def mix(self, *arguments: Any) -> None:
         self.world.progress.run("mix", lambda: super(Exchange, self).mix(*arguments))
@@ -36,7 +36,7 @@ def groups_of(peers: Peers, dtype: torch.dtype = torch.float64) -> list[TensorGr
 
 
 def value(peer: int, version: int, length: int) -> torch.Tensor:
-    """What a peer shows: whole numbers, exact in float16 too."""
+    """Return the model that a peer publishes: integers, exact in float16 too."""
     numbers = torch.arange(length) % 7
     return (numbers + peer * 8 + version % 5).double()
 
@@ -50,7 +50,7 @@ def write(group: TensorGroup, peer: int, version: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_weighted_sum_of_what_was_shown(
+def test_the_weighted_sum_of_published_models(
     world_of: Callable[..., Any], layout: tuple[int, bool], each: int, dtype: torch.dtype
 ) -> None:
     world = world_of(*layout)
@@ -67,7 +67,7 @@ def test_the_weighted_sum_of_what_was_shown(
     for version in range(3):
         for peer, group in zip(peers.local, groups, strict=True):
             write(group, peer, version)
-            exchange.show(peer, version, [r for r, t in terms.items() if r != peer and peer in dict(t)])
+            exchange.publish(peer, version, [r for r, t in terms.items() if r != peer and peer in dict(t)])
         for peer, group in zip(peers.local, groups, strict=True):
             exchange.mix(peer, version, terms[peer])
             for bucket in group:
@@ -75,13 +75,13 @@ def test_the_weighted_sum_of_what_was_shown(
                 torch.testing.assert_close(
                     bucket.flat.double(), expected, rtol=torch.finfo(dtype).eps, atol=0
                 )
-        exchange.settle()
+        exchange.flush()
     world.progress.drain()
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_irregular_exchanges_in_any_timing_never_show_another_version(
+def test_irregular_exchanges_in_any_timing_never_read_another_version(
     world_of: Callable[..., Any], layout: tuple[int, bool]
 ) -> None:
     world = world_of(*layout)
@@ -95,19 +95,19 @@ def test_irregular_exchanges_in_any_timing_never_show_another_version(
         ring = dict(zip(active, active[1:] + active[:1], strict=True))
         if me in ring and len(set(active)) > 1:
             write(group, me, version)
-            exchange.show(me, version, [p for p, source in ring.items() if source == me])
+            exchange.publish(me, version, [p for p, source in ring.items() if source == me])
             if own.random() < 0.2:
                 time.sleep(0.003 * own.random())
             exchange.mix(me, version, [(ring[me], 1.0)])
             for bucket in group:
                 assert torch.equal(bucket.flat, value(ring[me], version, bucket.numel))
-            exchange.settle()
+            exchange.flush()
     world.progress.drain()
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_slow_reader_still_sees_what_was_meant_for_it(
+def test_a_slow_reader_still_reads_the_requested_version(
     world_of: Callable[..., Any], layout: tuple[int, bool]
 ) -> None:
     world = world_of(*layout)
@@ -117,8 +117,8 @@ def test_a_slow_reader_still_sees_what_was_meant_for_it(
     for version in range(5):  # more than there are slots: rank 0 must wait for its reader
         if world.rank == 0:
             write(group, 0, version)
-            exchange.show(0, version, [1])
-            exchange.settle()
+            exchange.publish(0, version, [1])
+            exchange.flush()
         elif world.rank == 1:
             time.sleep(0.01)
             exchange.mix(1, version, [(0, 1.0)])
@@ -135,43 +135,43 @@ def test_a_model_overwritten_while_it_is_read_is_an_error(
     [group] = groups_of(peers)
     exchange = Exchange(peers, [group])
     if world.rank == 0:
-        exchange.show(0, 4, [1])
+        exchange.publish(0, 4, [1])
     if world.rank == 1:
         other: Any = exchange._kernel
 
         def overwrite(*arguments: Any) -> bool:
-            other.publish(exchange._flags[0], 0, 0, 99, 1)  # what a second, confused writer would do
+            other.publish(exchange._flags[0], 0, 0, 99, 1)  # as a second writer would by mistake
             return bool(holds(*arguments))
 
-        holds = other.holds
-        monkeypatch.setattr(other, "holds", overwrite)
+        holds = other.holds_version
+        monkeypatch.setattr(other, "holds_version", overwrite)
         with pytest.raises(HpcsgdError, match="overwritten while it was read, version 4"):
             Exchange_.mix(exchange, 1, 4, [(0, 1.0)])  # not as a job: those after it would fail too
     world.gather(None)
 
 
 @pytest.mark.mpi
-def test_versions_may_begin_again_after_clear(world: Any) -> None:
+def test_versions_may_start_again_after_reset(world: Any) -> None:
     peers = Peers(world)
     [group] = groups_of(peers)
     exchange = Exchange(peers, [group])
     graph = topology.build("ring", peers.size)
-    for turn in range(2):
+    for repeat in range(2):
         for version in range(3):
-            write(group, world.rank, version + 10 * turn)
-            exchange.show(world.rank, version, graph.readers(world.rank))
+            write(group, world.rank, version + 10 * repeat)
+            exchange.publish(world.rank, version, graph.readers(world.rank))
             exchange.mix(world.rank, version, graph.row(world.rank))
-            expected = sum(w * value(p, version + 10 * turn, 17) for p, w in graph.row(world.rank))
+            expected = sum(w * value(p, version + 10 * repeat, 17) for p, w in graph.row(world.rank))
             torch.testing.assert_close(group.views["3"], expected)
-        exchange.clear()
+        exchange.reset()
 
 
-def test_combine_is_the_sum_wherever_the_result_goes() -> None:
+def test_weighted_sum_may_overwrite_a_term() -> None:
     a, b = torch.randn(200_001, dtype=torch.float64), torch.randn(200_001, dtype=torch.float64)
     expected = 0.3 * b + 0.7 * a
     for out in (a.clone(), b.clone()):
         first, second = (a, out) if torch.equal(out, b) else (out, b)
-        combine(out, [(second, 0.3), (first, 0.7)])
+        weighted_sum(out, [(second, 0.3), (first, 0.7)])
         torch.testing.assert_close(out, expected, rtol=1e-14, atol=1e-15)
 
 
@@ -193,10 +193,10 @@ for shared in "10":
     if world.rank == 1:
         time.sleep(4)
         continue
-    exchange.show(0, 7, [1])
+    exchange.publish(0, 7, [1])
     waits = (
         lambda: exchange.mix(0, 7, [(1, 1.0)]),
-        lambda: [exchange.show(0, version, [1]) for version in (8, 9)],
+        lambda: [exchange.publish(0, version, [1]) for version in (8, 9)],
     )
     for wait in waits:
         try:
@@ -210,19 +210,19 @@ os._exit(0)
 """
 
 
-def test_who_is_missing_is_named() -> None:
+def test_the_missing_rank_is_named() -> None:
     job = launch(_MISSING, 2, timeout=60)
     assert job.stdout.count("named") == 4, job
 
 
 @pytest.mark.parametrize("length", [0, 1, 2047, 2048, 2049, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_combine_rounds_each_product_and_each_sum_once(dtype: torch.dtype, length: int) -> None:
+def test_weighted_sum_rounds_each_product_and_each_sum_once(dtype: torch.dtype, length: int) -> None:
     weights = [0.3, 1.0, -1.7]
     terms = [torch.randn(length, dtype=dtype) for _ in weights]
     expected = terms[0].numpy() * np.asarray(weights[0], terms[0].numpy().dtype)
     for term, weight in zip(terms[1:], weights[1:], strict=True):
         expected = expected + np.asarray(weight, expected.dtype) * term.numpy()
     out = terms[1]
-    combine(out, list(zip(terms, weights, strict=True)))
+    weighted_sum(out, list(zip(terms, weights, strict=True)))
     np.testing.assert_array_equal(out.numpy(), expected)

@@ -17,7 +17,7 @@ from hpcsgd.strategies import STRATEGIES
 from tests.support import strategy_rows as s
 
 each_row = pytest.mark.parametrize("row", s.ROWS, ids=str)
-each_row_in_step = pytest.mark.parametrize("row", [row for row in s.ROWS if row.make().lockstep], ids=str)
+each_row_in_step = pytest.mark.parametrize("row", [row for row in s.ROWS if row.make().synchronous], ids=str)
 Losses = Callable[[nn.Module], torch.Tensor]
 
 
@@ -146,7 +146,7 @@ def test_save_resume_and_go_on_is_identical(world: Any, row: s.Row) -> None:
 
 
 @pytest.mark.mpi
-def test_states_of_different_steps_are_refused(world: Any) -> None:
+def test_states_of_different_steps_are_rejected(world: Any) -> None:
     with s.start(s.ROWS[0], world) as run:
         state = run.state_dict()
         state["steps"] += world.rank
@@ -157,15 +157,15 @@ def test_states_of_different_steps_are_refused(world: Any) -> None:
 
 @pytest.mark.mpi
 @each_row
-def test_averaged_is_the_mean_and_gives_back_each_model(world: Any, row: s.Row) -> None:
+def test_averaged_is_the_mean_and_restores_each_model(world: Any, row: s.Row) -> None:
     with s.start(row, world) as run:
         for steps in (1, 2, 5):
             before = run.steps
             s.train(run, s.batches_of(world.rank, steps))
             own, every = s.vector(run.model), s.models_of(run)
-            shares = row.shares(world.size, before + steps)
-            mean = shares @ every
-            distance = np.sqrt(shares @ np.sum((every - mean) ** 2, axis=1))
+            weights = row.weights(world.size, before + steps)
+            mean = weights @ every
+            distance = np.sqrt(weights @ np.sum((every - mean) ** 2, axis=1))
             np.testing.assert_allclose(run.consensus_distance(), distance, rtol=1e-9, atol=1e-15)
             with run.averaged():
                 np.testing.assert_allclose(s.vector(run.model), mean, rtol=1e-12)
@@ -194,7 +194,7 @@ def test_uneven_batches(world: Any, row: s.Row, loader: Callable[..., Any], unev
             row, ranks, steps, lambda t: [t < 3 + 2 * r for r in range(ranks)], lambda _: s.LR
         )
         np.testing.assert_allclose(s.models_of(run), expected, rtol=1e-11)
-        assert s.train(run, loader(s.batches_of(world.rank, 1))) == 1  # an epoch after it is whole
+        assert s.train(run, loader(s.batches_of(world.rank, 1))) == 1  # the next epoch is complete
 
 
 @pytest.mark.mpi(min_size=2)
@@ -206,7 +206,7 @@ def test_a_rank_without_any_batch_is_named(world: Any, loader: Callable[..., Any
         assert s.train(run, loader([])) == 0
 
 
-class Liar(list[Any]):
+class WrongLength(list[Any]):
     def __init__(self, batches: list[Any], length: int) -> None:
         super().__init__(batches)
         self._length = length
@@ -219,7 +219,7 @@ class Liar(list[Any]):
 @pytest.mark.parametrize(("length", "found"), [(3, "got:      2"), (1, "more than 1")])
 def test_a_wrong_length_is_an_error(world: Any, length: int, found: str) -> None:
     with s.start(s.ROWS[1], world) as run, pytest.raises(HpcsgdError, match=found):
-        s.train(run, Liar(s.batches_of(world.rank, 2), length))
+        s.train(run, WrongLength(s.batches_of(world.rank, 2), length))
 
 
 @pytest.mark.mpi
@@ -241,8 +241,8 @@ def test_accumulated_halves_are_the_whole_batch(world: Any, row: s.Row) -> None:
 def test_a_schedule_changes_the_rate(world: Any, row: s.Row) -> None:
     with warnings.catch_warnings(), s.start(row, world) as run:
         warnings.simplefilter("error")
-        if not row.make().lockstep:
-            # A peer whose turn has not come yet follows the schedule without a step of its own.
+        if not row.make().synchronous:
+            # A peer that has not been scheduled yet follows the schedule without a step of its own.
             warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
         schedule = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.5)
         for step in range(4):
@@ -327,7 +327,7 @@ def test_bytes_equal_the_formula(world_of: Callable[..., Any], layout: tuple[int
     group = TensorGroup(world, s.regression().named_parameters())
     once = moved(lambda: collectives.allreduce(group))
     reads = [row.reads(peer, world.size, 7) for peer in range(world.size)]
-    here = set(world.members) if layout[1] else set()
+    here = set(world.local.members) if layout[1] else set()
     sent = sum(r.count(world.rank) for peer, r in enumerate(reads) if peer not in here)
     shared = sum(source in here for source in reads[world.rank])
     with s.start(row, world) as run:

@@ -1,4 +1,4 @@
-"""Virtual nodes: several peers on a rank give the bits of as many ranks."""
+"""Virtual nodes: several peers on a rank have the bits of as many ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = [row for row in s.ROWS if row.name not in WITHOUT]
 
 
 class Noisy(nn.Module):
-    """It draws random numbers, keeps statistics, and leaves a parameter unused."""
+    """A module with dropout, running statistics, and an unused parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,9 +57,9 @@ def train(run: Run, first: int, steps: int) -> None:
 
 
 def everything(run: Run) -> dict[int, dict[str, torch.Tensor]]:
-    """Parameters and buffers of all peers."""
+    """Return parameters and buffers of all peers."""
     own = {peer: copy.deepcopy(run.model.state_dict()) for peer in run.each_peer()}
-    return {peer: state for told in run.world.gather(own) for peer, state in told.items()}
+    return {peer: state for states in run.world.gather(own) for peer, state in states.items()}
 
 
 def same(some: dict[int, Any], others: dict[int, Any]) -> None:
@@ -105,14 +105,14 @@ def test_save_resume_and_go_on_with_virtual_nodes(world: Any, row: s.Row) -> Non
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", WITHOUT)
-def test_other_methods_refuse_virtual_nodes(world: Any, name: str) -> None:
+def test_other_methods_reject_virtual_nodes(world: Any, name: str) -> None:
     row = next(row for row in s.ROWS if row.name == name)
     with pytest.raises(BadOption, match="no virtual nodes"):
         begin(row, world, 2 * world.size)
 
 
 @pytest.mark.mpi(min_size=2)
-def test_nodes_that_cannot_be_shared_out_are_refused(world: Any) -> None:
+def test_numbers_of_nodes_that_ranks_do_not_divide_are_rejected(world: Any) -> None:
     with pytest.raises(BadOption, match=f"multiple of the number of ranks, {world.size}"):
         begin(ROWS[0], world, world.size + 1)
 
@@ -121,9 +121,9 @@ def test_nodes_that_cannot_be_shared_out_are_refused(world: Any) -> None:
 def test_each_virtual_node_has_a_loader(world: Any) -> None:
     with begin(ROWS[0], world, 2 * world.size) as run:
         for wrong in ([], [[]], iter("ab")):
-            with pytest.raises(BadOption, match="a loader each"):
+            with pytest.raises(BadOption, match="need a loader each"):
                 run.batches(wrong)  # type: ignore[arg-type]
 
 
-def test_every_method_is_in_one_list() -> None:
+def test_every_method_either_has_or_rejects_virtual_nodes() -> None:
     assert {row.name for row in ROWS} | set(WITHOUT) == set(STRATEGIES)

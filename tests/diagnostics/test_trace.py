@@ -1,4 +1,4 @@
-"""What is traced of one rank, how much of it, and the file that it becomes."""
+"""Events and bytes of a traced rank, their limits, and the merged file."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import torch
 import hpcsgd
 from hpcsgd import HpcsgdError, World
 from hpcsgd.diagnostics import trace, trace_file
-from hpcsgd.diagnostics.activity import Status
-from hpcsgd.diagnostics.trace import Off, Trace
+from hpcsgd.diagnostics.activity import ActivityRecord
+from hpcsgd.diagnostics.trace import NullTracer, Tracer
 from hpcsgd.diagnostics.traffic import Traffic
 
-ABOUT = {"rank": 0, "host": "here", "at": 0.0, "offset": 0.0, "error": 0.0}
+HEADER = {"rank": 0, "host": "here", "at": 0.0, "offset": 0.0, "error": 0.0}
 
 
 class Rank:
-    """A trace whose threads are told apart by name."""
+    """A tracer that distinguishes threads by name."""
 
     def __init__(self, folder: Path) -> None:
         trace_file.clear(folder)
         self.folder, self.traffic = folder, Traffic()
         file = trace_file.part_of(folder, 0).open("wb", buffering=0)
-        self.trace = Trace(
-            file, ABOUT, self.traffic, Status(), lambda: threading.current_thread().name == "other"
+        self.tracer = Tracer(
+            file, HEADER, self.traffic, ActivityRecord(), lambda: threading.current_thread().name == "other"
         )
 
-    def elsewhere(self, job: Any) -> None:
+    def in_other_thread(self, job: Any) -> None:
         thread = threading.Thread(target=job, name="other")
         thread.start()
         thread.join()
 
     def events(self) -> list[dict[str, Any]]:
-        self.trace.end({**ABOUT, "at": 1.0})
+        self.tracer.end({**HEADER, "at": 1.0})
         return [e for e in read(self.folder)["traceEvents"] if e["ph"] == "X"]
 
 
@@ -48,7 +48,7 @@ def rank(tmp_path: Path) -> Rank:
 
 
 @pytest.fixture
-def alone() -> Iterator[Any]:
+def single() -> Iterator[Any]:
     from mpi4py import MPI
 
     comm = MPI.COMM_SELF.Dup()
@@ -61,11 +61,11 @@ def read(folder: Path) -> dict[str, Any]:
     return trace
 
 
-def test_a_wait_in_a_wait_is_one_and_a_wait_in_communication_is_its_part(rank: Rank) -> None:
-    trace = rank.trace
-    with trace.span("outer", "wait"), trace.span("inner", "wait"):
+def test_nested_waits_are_one_event_and_a_wait_in_communication_is_nested(rank: Rank) -> None:
+    tracer = rank.tracer
+    with tracer.span("outer", "wait"), tracer.span("inner", "wait"):
         pass
-    with trace.span("all-reduce of bucket 3 at step 17", "communication"), trace.span("its", "wait"):
+    with tracer.span("all-reduce of bucket 3 at step 17", "communication"), tracer.span("its", "wait"):
         pass
     events = rank.events()
     assert [event["name"] for event in events] == ["outer", "its", "all-reduce"]
@@ -75,20 +75,20 @@ def test_a_wait_in_a_wait_is_one_and_a_wait_in_communication_is_its_part(rank: R
 
 
 def test_bytes_belong_to_the_innermost_span_of_the_thread(rank: Rank) -> None:
-    trace, traffic = rank.trace, rank.traffic
+    tracer, traffic = rank.tracer, rank.traffic
 
     def job() -> None:
-        with trace.span("job", "communication"):
+        with tracer.span("job", "communication"):
             traffic.sent += 1
-            with trace.span("a wait", "wait"):
+            with tracer.span("a wait", "wait"):
                 traffic.sent += 10
-                with trace.span("service", "service"):
+                with tracer.span("service", "service"):
                     traffic.shared += 100
             traffic.sent += 1000
 
     traffic.sent += 5
-    rank.elsewhere(job)
-    with trace.span("inline", "communication"):
+    rank.in_other_thread(job)
+    with tracer.span("inline", "communication"):
         traffic.sent += 7
     found = {e["name"]: e for e in rank.events()}
     bytes_of = {n: (e["args"].get("bytes_sent"), e["args"].get("bytes_shared")) for n, e in found.items()}
@@ -103,46 +103,48 @@ def test_bytes_belong_to_the_innermost_span_of_the_thread(rank: Rank) -> None:
 
 
 def test_bytes_of_two_threads_at_once_are_counted_once(rank: Rank) -> None:
-    trace, traffic = rank.trace, rank.traffic
+    tracer, traffic = rank.tracer, rank.traffic
 
     def service() -> None:
-        with trace.span("service", "service"):
+        with tracer.span("service", "service"):
             traffic.sent += 20
 
-    with trace.span("job", "communication"):
+    with tracer.span("job", "communication"):
         traffic.sent += 3
-        rank.elsewhere(service)
+        rank.in_other_thread(service)
         traffic.sent += 400
     found = {e["name"]: e["args"]["bytes_sent"] for e in rank.events()}
     assert found == {"job": 403, "service": 20}
 
 
-def test_calls_of_services_that_do_nothing_are_left_out(rank: Rank) -> None:
+def test_short_calls_of_idle_pollers_are_not_recorded(rank: Rank) -> None:
     for _ in range(50):
-        with rank.trace.span("service", "service"):
+        with rank.tracer.span("service", "service"):
             pass
-    assert len(rank.events()) < 10  # but those that the machine has held up
+    assert len(rank.events()) < 10  # except calls that the machine has delayed
 
 
-def test_a_trace_has_an_end_and_says_so(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "LIMIT", 7)
+def test_a_trace_is_limited_and_counts_the_omitted_events(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "EVENT_LIMIT", 7)
     for step in range(10):
-        rank.trace.end_step(step)
+        rank.tracer.end_step(step)
     assert [e["args"]["step"] for e in rank.events()] == list(range(7))
     assert read(rank.folder)["otherData"]["ranks"][0]["events_left_out"] == 3
 
 
-def test_memory_is_bounded_and_events_reach_the_file_meanwhile(rank: Rank) -> None:
-    for step in range(3 * trace._UNWRITTEN):
-        rank.trace.end_step(step)
-        assert len(rank.trace._events) < trace._UNWRITTEN
+def test_the_buffer_is_bounded_and_flushed(rank: Rank) -> None:
+    for step in range(3 * trace._BUFFERED_EVENTS):
+        rank.tracer.end_step(step)
+        assert len(rank.tracer._events) < trace._BUFFERED_EVENTS
     events = [e for e in read(rank.folder)["traceEvents"] if e["ph"] == "X"]
-    assert len(events) >= 2 * trace._UNWRITTEN
+    assert len(events) >= 2 * trace._BUFFERED_EVENTS
 
 
-def test_a_line_that_was_cut_off_is_left_out(rank: Rank) -> None:
-    rank.trace.end_step(0)
-    rank.trace.flush()
+def test_a_line_that_is_cut_off_is_omitted(rank: Rank) -> None:
+    rank.tracer.end_step(0)
+    rank.tracer.flush()
     with trace_file.part_of(rank.folder, 0).open("ab") as file:
         file.write(b'[[0, "step", "st')
     trace = read(rank.folder)
@@ -150,10 +152,10 @@ def test_a_line_that_was_cut_off_is_left_out(rank: Rank) -> None:
     assert not trace["otherData"]["ranks"][0]["complete"]
 
 
-def test_an_earlier_trace_is_kept(rank: Rank) -> None:
+def test_an_earlier_trace_is_renamed(rank: Rank) -> None:
     for step in range(3):
-        rank.trace.end_step(step)
-        rank.trace.flush()
+        rank.tracer.end_step(step)
+        rank.tracer.flush()
         rank = Rank(rank.folder)
     for step in range(3):
         trace = json.loads((rank.folder / f"trace-{step + 1}.json").read_text())
@@ -161,16 +163,16 @@ def test_an_earlier_trace_is_kept(rank: Rank) -> None:
     assert not rank.events()
 
 
-def test_a_trace_does_not_end_a_run(rank: Rank) -> None:
-    rank.trace._file.close()
-    rank.trace._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    rank.trace.end_step(0)
+def test_a_full_disk_ends_the_trace_with_a_warning(rank: Rank) -> None:
+    rank.tracer._file.close()
+    rank.tracer._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    rank.tracer.end_step(0)
     with pytest.warns(RuntimeWarning, match="the trace ends here"):
-        rank.trace.flush()
-    rank.trace._file.close()
+        rank.tracer.flush()
+    rank.tracer._file.close()
 
 
-def test_where_there_is_no_trace(tmp_path: Path) -> None:
+def test_merge_without_a_trace_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(HpcsgdError, match="there is no trace"):
         trace_file.merge(tmp_path)
     trace_file.clear(tmp_path)
@@ -189,11 +191,9 @@ def train(world: World, steps: int) -> None:
     run.close()
 
 
-def test_one_rank_and_a_script_of_ones_own(
-    alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hpcsgd_trace_traces_a_script(single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCSGD_TRACE", str(tmp_path))
-    with World(alone, device="cpu") as world:
+    with World(single, device="cpu") as world:
         train(world, 3)
     events = [e for e in read(tmp_path)["traceEvents"] if e["ph"] == "X" and e["tid"] == 0]
     names = [e["name"] for e in sorted(events, key=lambda e: (e["ts"], -e["dur"])) if e["cat"] != "wait"]
@@ -202,26 +202,26 @@ def test_one_rank_and_a_script_of_ones_own(
     assert not (tmp_path / "trace-parts").exists()
 
 
-def test_a_trace_that_cannot_be_merged_does_not_end_a_run(alone: Any, tmp_path: Path) -> None:
-    with World(alone, device="cpu") as world:
-        world.trace_into(tmp_path)
+def test_a_failed_merge_is_a_warning(single: Any, tmp_path: Path) -> None:
+    with World(single, device="cpu") as world:
+        world.start_trace(tmp_path)
         (tmp_path / "trace.partial").mkdir()
-        with pytest.warns(RuntimeWarning, match="stay apart"):
+        with pytest.warns(RuntimeWarning, match="parts of the trace were not merged"):
             world.close()
     (tmp_path / "trace.partial").rmdir()
     assert read(tmp_path)["otherData"]["ranks"][0]["complete"]
 
 
-def test_without_a_trace_nothing_is_written(alone: Any, tmp_path: Path) -> None:
-    with World(alone, device="cpu") as world:
-        assert type(world.trace) is Off and not world.trace.on
+def test_without_a_trace_nothing_is_written(single: Any, tmp_path: Path) -> None:
+    with World(single, device="cpu") as world:
+        assert type(world.tracer) is NullTracer and not world.tracer.on
         train(world, 2)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written(alone: Any, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(single: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with World(alone, device="cpu") as world:
+    with World(single, device="cpu") as world:
         with pytest.raises(HpcsgdError, match="file"):
-            world.trace_into(tmp_path / "file")
-        assert not world.trace.on
+            world.start_trace(tmp_path / "file")
+        assert not world.tracer.on

@@ -1,4 +1,4 @@
-"""Jobs that go wrong: they end within seconds, say why once, and leave nothing behind."""
+"""Failing jobs: they end within seconds, print one error, and leave no processes or files."""
 
 from __future__ import annotations
 
@@ -9,33 +9,10 @@ import time
 
 import pytest
 
-from tests.support.launch import Finished, has_private_shm, launch
+from tests.support.failing_jobs import BEGIN, IMPORTED, SECONDS, check_end
+from tests.support.launch import has_private_shm, launch
 
-SECONDS = 45.0  # for a job with its imports, on a machine that does other things too
-BEGIN = """
-import gc, os, sys, time
-import torch, hpcsgd
-from hpcsgd import LASGD, AllReduce, LocalSGD, Run, TensorGroup, World, collectives
-def train(strategy, steps, pause=lambda step: None, **options):
-    model = torch.nn.Linear(300, 300)
-    run = Run(model, torch.optim.SGD(model.parameters(), 0.01), strategy, **options)
-    for step in range(steps):
-        pause(step)
-        run.zero_grad()
-        model(torch.ones(2, 300)).sum().backward()
-        run.step()
-    return run
-"""
-#: For jobs with a short HPCSGD_TIMEOUT: imports take the ranks apart on a busy machine.
-IMPORTED = "World(timeout=60).close()\n"
 pytestmark = pytest.mark.timeout(150)
-
-
-def check_end(job: Finished, code: int | None = None) -> None:
-    """Ended by itself, with nothing left; `code` is the exit status, None for any failure."""
-    assert not job.timed_out, job
-    assert (job.returncode != 0) if code is None else (job.returncode == code), job
-    assert not job.left and not job.files, job
 
 
 def test_training_ends_cleanly() -> None:
@@ -55,7 +32,7 @@ def test_training_ends_cleanly() -> None:
     assert job.stdout.count("done") == 3 and not job.stderr.strip(), job
 
 
-def test_an_exception_on_one_rank_ends_all_and_is_shown_once() -> None:
+def test_an_exception_on_one_rank_ends_all_and_is_printed_once() -> None:
     script = BEGIN + (
         "def pause(step):\n"
         "    if step == 2 and rank == 1: bytearray(2**60)\n"
@@ -68,7 +45,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_shown_once() -> None:
     assert job.stderr.count("Traceback") == 1 and "rank 1 ends the job" in job.stderr, job
 
 
-def test_an_error_that_all_ranks_raise_is_shown_once() -> None:
+def test_an_error_on_all_ranks_is_printed_once() -> None:
     script = BEGIN + (
         "rank = World().rank\n"
         "model = torch.nn.Linear(2 + rank, 2)\n"
@@ -79,11 +56,11 @@ def test_an_error_that_all_ranks_raise_is_shown_once() -> None:
     assert job.stderr.count("Disagreement: ") == 1, job
 
 
-@pytest.mark.parametrize("leave", ["sys.exit(3)", "os._exit(5)"])
-def test_a_rank_that_leaves_early_ends_all(leave: str) -> None:
+@pytest.mark.parametrize("call", ["sys.exit(3)", "os._exit(5)"])
+def test_a_rank_that_exits_early_ends_all(call: str) -> None:
     script = BEGIN + (
         "def pause(step):\n"
-        f"    if step == 2 and run_rank == 1: {leave}\n"
+        f"    if step == 2 and run_rank == 1: {call}\n"
         f"{IMPORTED}run_rank = World().rank\n"
         "train(AllReduce(), 10**9, pause)\n"
     )
@@ -114,19 +91,19 @@ def test_a_killed_rank_ends_all(strategy: str) -> None:
     script = BEGIN + f"World(); print('begun', flush=True)\ntrain({strategy}, 10**9)\n"
     job = launch(script, 2, timeout=SECONDS, meanwhile=kill)
     check_end(job)
-    # Of the launcher: it ends the other ranks before they could say anything.
+    # Printed by the launcher, which ends the other ranks before they can print.
     assert "signal 9" in job.stdout + job.stderr, job
 
 
 def test_communication_outstanding_at_the_end() -> None:
-    """Some of it kept, and some dropped."""
+    """With and without references to it."""
     script = BEGIN + (
         "world = World()\n"
         "def begin():\n"
         "    group = TensorGroup(world, [('a', torch.zeros(3_000_000))], 1)\n"
         "    names = ('ring', 'node', 'library') * 3\n"
         "    return group, [collectives.iallreduce(group, None, name) for name in names]\n"
-        "kept = begin()\n"
+        "held = begin()\n"
         "begin(); gc.collect()\n"
         "print('end', flush=True)\n"
     )
@@ -135,7 +112,7 @@ def test_communication_outstanding_at_the_end() -> None:
     assert job.stdout.count("end") == 3 and not job.stderr.strip(), job
 
 
-def test_a_small_dev_shm_is_a_warning_and_the_right_result() -> None:
+def test_a_small_dev_shm_is_a_warning_and_the_result_is_correct() -> None:
     if not has_private_shm():
         pytest.skip("a /dev/shm of 4 MiB needs a mount namespace: root, or unprivileged ones")
     script = BEGIN + (

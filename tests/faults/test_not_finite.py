@@ -1,4 +1,4 @@
-"""A gradient that is not finite, with compression: an error that says where, and the job ends."""
+"""A gradient that is not finite, with compression: an error that names its place, and the end of the job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process without mpiexec: importing, training, and a launcher of another MPI."""
+"""One process without mpiexec: imports, training, and a launcher of another MPI."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_training_without_mpiexec() -> None:
     assert done.stdout.split() == ["0", "1", "4"] * 2
 
 
-def test_a_launcher_that_mpi_does_not_know_is_an_error() -> None:
+def test_a_launcher_of_another_mpi_is_an_error() -> None:
     variables = ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS"]
     code = (
         "import os\n"
-        "from mpi4py import MPI\n"  # initialised first: it would itself look for its launcher
+        "from mpi4py import MPI\n"  # initialised first, for it also reads these variables
         "import hpcsgd\n"
         f"for variable in {variables}:\n"
         "    os.environ[variable] = '4'\n"
@@ -47,6 +47,6 @@ def test_a_launcher_that_mpi_does_not_know_is_an_error() -> None:
     )
     done = run_alone(code)
     assert done.returncode != 0
-    for said, number in ((done.stdout, 4), (done.stderr, 1)):
-        assert said.count("MPI sees one rank, but more were started") == number
+    for output, number in ((done.stdout, 4), (done.stderr, 1)):
+        assert output.count("MPI sees one rank, but more were started") == number
     assert all(done.stdout.count(f"4 ranks ({variable}=4)") == 1 for variable in variables)

@@ -1,4 +1,4 @@
-"""Ranks that stand still: the others name them, say what they did last and what can be seen of them, once."""
+"""Stalled ranks: one report names them, their last activity, and their state as observed from outside."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_faults import BEGIN, IMPORTED, SECONDS, check_end
 
+from tests.support.failing_jobs import BEGIN, IMPORTED, SECONDS, check_end
 from tests.support.launch import launch
 
 pytestmark = [pytest.mark.timeout(150), pytest.mark.long]
@@ -17,7 +17,7 @@ SCRIPT = BEGIN + (
     "from hpcsgd import Teleportation\n"
     f"{IMPORTED}world = World()\n"
     "world.waiter.warn_after = 3.0\n"
-    "def hold_the_lock(seconds): ctypes.PyDLL(None).sleep(seconds)\n"
+    "def hold_lock(seconds): ctypes.PyDLL(None).sleep(seconds)\n"
     "class Slow:\n"
     "    def __len__(self): return 2\n"
     "    def __getitem__(self, index): time.sleep(1000)\n"
@@ -25,14 +25,14 @@ SCRIPT = BEGIN + (
 
 
 def test_stopped_then_in_native_code_then_in_a_data_loader() -> None:
-    """The first two go on after a while, each with one warning; the third ends the job."""
+    """The first two continue after a while, each with one warning; the third ends the job."""
     script = SCRIPT + (
         "def pause(step):\n"
         "    if world.rank != 1: return\n"
         "    if step == 2:\n"
         "        subprocess.Popen(['sh', '-c', f'sleep 7; kill -CONT {os.getpid()}'])\n"
         "        os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "    if step == 4: hold_the_lock(7)\n"
+        "    if step == 4: hold_lock(7)\n"
         "    if step == 6: next(iter(torch.utils.data.DataLoader(\n"
         "        Slow(), num_workers=1, multiprocessing_context='fork')))\n"
         "train(AllReduce(), 10**9, pause, comm=world)\n"
@@ -45,7 +45,7 @@ def test_stopped_then_in_native_code_then_in_a_data_loader() -> None:
         last = f"after all-reduce of bucket 0 at step {step - 1}; its step is {step}; it does not answer"
         assert re.search(r"rank 1 \(\S+, process \d+\) has not moved for \d s: " + last, text), job
     assert re.search(r"it is stopped \(SIGSTOP\): `kill -CONT \d+`", stopped), job
-    assert "in native code that keeps Python's lock" in native, job
+    assert "in native code that holds Python's lock" in native, job
     _, error = rest.split("rank 0 ends the job")
     assert job.stderr.count("waited 11 s for rank 1 in all-reduce of bucket 0 at step 6") == 1, job
     assert re.search(r"child \d+ \(pt_data_worker\) sleeps", error), job
@@ -55,35 +55,35 @@ def test_stopped_then_in_native_code_then_in_a_data_loader() -> None:
     assert job.stderr.count("ends the job:") == 1 and job.stderr.count("Traceback") == 1, job
 
 
-def test_native_code_that_never_gives_the_lock_back() -> None:
+def test_native_code_that_never_releases_the_lock() -> None:
     script = SCRIPT + (
         "def pause(step):\n"
-        "    if step == 2 and world.rank == 0: hold_the_lock(1000)\n"
+        "    if step == 2 and world.rank == 0: hold_lock(1000)\n"
         "train(LocalSGD(1), 10**9, pause, comm=world)\n"
     )
     job = launch(script, 2, timeout=SECONDS + 10, env={"HPCSGD_TIMEOUT": "3"})
     check_end(job)
     assert job.stderr.count("Traceback") == 1, job
     assert "rank 1 waits for rank 0 in all-reduce of bucket 0" in job.stderr, job
-    assert "it does not answer" in job.stderr and "in hold_the_lock" in job.stderr, job
+    assert "it does not answer" in job.stderr and "in hold_lock" in job.stderr, job
 
 
-#: As if every rank were on a machine of its own.
-APART = """
+#: Makes every rank appear on a machine of its own.
+SEPARATE_MACHINES = """
 import dataclasses, hpcsgd.mpi.stall_detector, hpcsgd.mpi.world
-from hpcsgd.diagnostics.activity import Neighbour, card
-def own(card):
-    if card.pid != os.getpid(): raise ProcessLookupError
-    return Neighbour(card)
+from hpcsgd.diagnostics.activity import ProcessView, this_process
+def view(info):
+    if info.pid != os.getpid(): raise ProcessLookupError
+    return ProcessView(info)
 rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")))
-hpcsgd.mpi.world.card = lambda: dataclasses.replace(card(), host=f"node{rank}")
-hpcsgd.mpi.stall_detector.Neighbour, hpcsgd.mpi.stall_detector._TELL_EVERY = own, 0.5
+hpcsgd.mpi.world.this_process = lambda: dataclasses.replace(this_process(), host=f"node{rank}")
+hpcsgd.mpi.stall_detector.ProcessView, hpcsgd.mpi.stall_detector._NOTIFY_INTERVAL = view, 0.5
 """
 
 
-def test_ranks_that_rest_by_the_method_then_one_that_sleeps_then_one_that_is_stopped() -> None:
-    """Others wait for one that moves, longer than a warning takes; then for one that does not."""
-    script = SCRIPT.replace("world = World()", f"{APART}world = World()") + (
+def test_ranks_that_idle_by_design_then_one_that_sleeps_then_one_that_is_stopped() -> None:
+    """The others wait for an active rank, longer than until a warning; then for one that is not."""
+    script = SCRIPT.replace("world = World()", f"{SEPARATE_MACHINES}world = World()") + (
         "def epoch(strategy, steps, pause):\n"
         "    model = torch.nn.Linear(3, 3)\n"
         "    run = Run(model, torch.optim.SGD(model.parameters(), 0.01), strategy, comm=world)\n"
@@ -106,15 +106,15 @@ def test_ranks_that_rest_by_the_method_then_one_that_sleeps_then_one_that_is_sto
     _, sleeping, stopped = rest.split("without progress")
     assert "rank 2 (node2, process" in sleeping and "it sleeps" in sleeping, job
     assert "ranks 0, 1 wait in a barrier" in stopped, job
-    last = r"rank 2 \(node2, process \d+\) has not moved for \d+ s: after moving models after iteration \d+; "
-    assert re.search(last + r"its step is 3; it does not answer\n +nobody on its machine answers", stopped), (
-        job
-    )
+    last = r"rank 2 \(node2, process \d+\) has not moved for \d+ s: "
+    last += r"after the transfer of models after iteration \d+; its step is 3; it does not answer\n"
+    last += r" +no rank on its machine answers"
+    assert re.search(last, stopped), job
     assert job.stderr.count("Traceback") == 1 and "waited 8 s in a barrier" in stopped, job
 
 
 def test_a_rank_without_memory_is_named() -> None:
-    """It waits in its control group for memory that nobody frees."""
+    """It waits in its control group for memory that is never freed."""
     group = Path(f"/sys/fs/cgroup/memory/hpcsgd-test-{os.getpid()}")
     try:
         group.mkdir()

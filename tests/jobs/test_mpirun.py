@@ -1,4 +1,4 @@
-"""`jobs/mpirun.sh` with a stand-in for mpiexec: which command it gives, and when it starts again."""
+"""`jobs/mpirun.sh` with a stand-in for mpiexec: its command line, and its restarts."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_ranks_start_again_on_the_hosts_that_answer(folder: Path) -> None:
         (2, 9, 3, 3, 0),
         (9, 9, 3, 4, 1),  # no more restarts
         (9, 9, 0, 1, 1),
-        (9, 0, 3, 1, 1),  # nothing to go on with
-        (9, 2, 5, 3, 1),  # twice from the same one would not help
+        (9, 0, 3, 1, 1),  # no checkpoint to restart from
+        (9, 2, 5, 3, 1),  # twice from the same checkpoint
     ],
 )
 def test_restarts(

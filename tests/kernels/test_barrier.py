@@ -25,7 +25,7 @@ def run(ranks: int, rounds: int, flags: np.ndarray, spins: int) -> np.ndarray:
         for number in range(1, rounds + 1):
             counts[me, 0] = number
             target = barrier.arrive(flags, ranks, me)
-            while not barrier.completed(flags, target, spins, 10_000):
+            while not barrier.wait(flags, target, spins, 10_000):
                 pass
             if counts[:, 0].min() < number:
                 early.append((me, number))
@@ -40,11 +40,11 @@ def run(ranks: int, rounds: int, flags: np.ndarray, spins: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("ranks", "spins"), [(1, 0), (2, 0), (2, 200), (3, 50), (5, 0)])
-def test_nobody_leaves_before_all_have_come(ranks: int, spins: int) -> None:
+def test_no_rank_passes_before_all_have_arrived(ranks: int, spins: int) -> None:
     rounds = 2000
     flags = run(ranks, rounds, flags_of(ranks), spins)
     assert flags[_GENERATION] == rounds
-    assert flags[0] == 0 and flags[2 * barrier.STRIDE] == 0, "nobody inside, nobody asleep"
+    assert flags[0] == 0 and flags[2 * barrier.STRIDE] == 0, "no rank inside, no rank asleep"
 
 
 def test_the_generation_wraps_around() -> None:
@@ -63,21 +63,21 @@ def test_the_missing_are_named(start: int) -> None:
     flags[3 * barrier.STRIDE :: barrier.STRIDE] = start
     for come, missing in [(2, [0, 1, 3]), (0, [1, 3]), (3, [1])]:
         target = int(barrier.arrive(flags, 4, come))
-        assert not barrier.completed(flags, target, 1, 100)
-        assert barrier.missing(flags, 4, target) == missing
+        assert not barrier.wait(flags, target, 1, 100)
+        assert barrier.missing_ranks(flags, 4, target) == missing
     barrier.arrive(flags, 4, 1)
-    assert barrier.completed(flags, target, 1, 100)
-    assert barrier.missing(flags, 4, target) == []
+    assert barrier.wait(flags, target, 1, 100)
+    assert barrier.missing_ranks(flags, 4, target) == []
 
 
 def test_a_wait_ends_in_time_and_a_sleeper_is_woken() -> None:
     flags = flags_of(2)
     target = barrier.arrive(flags, 2, 0)
     started = time.monotonic()
-    assert not barrier.completed(flags, target, 10, 50_000)
+    assert not barrier.wait(flags, target, 10, 50_000)
     assert time.monotonic() - started < 10
     threading.Timer(0.1, lambda: barrier.arrive(flags, 2, 1)).start()
     started = time.monotonic()
-    while not barrier.completed(flags, target, 10, 30_000_000):
+    while not barrier.wait(flags, target, 10, 30_000_000):
         assert time.monotonic() - started < 20
     assert time.monotonic() - started < 10, "woken, not timed out"

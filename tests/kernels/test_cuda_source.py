@@ -19,7 +19,16 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.kernels import cuda_loader
 from hpcsgd.kernels.codec import device, host, spec
 from hpcsgd.kernels.sums import model_delta
-from tests.support.kernel_cases import DTYPES, LENGTHS, Coded, code, coded, finish, numbers, remainders
+from tests.support.kernel_cases import (
+    DTYPES,
+    LENGTHS,
+    CodecCase,
+    finish,
+    make_case,
+    numbers,
+    residuals_for,
+    run_case,
+)
 
 pytestmark = pytest.mark.together
 KEY = spec.key(3, 1)
@@ -49,8 +58,8 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield torch.device("cuda", 0)
     else:
         monkeypatch.setattr(cuda_loader, "launch", request.getfixturevalue("launcher"))
-        monkeypatch.setattr(cuda_loader, "processors", lambda _: 1)
-        monkeypatch.setattr(cuda_loader, "_BLOCKS_OF_PROCESSOR", 3)
+        monkeypatch.setattr(cuda_loader, "multiprocessors", lambda _: 1)
+        monkeypatch.setattr(cuda_loader, "_BLOCKS_PER_MULTIPROCESSOR", 3)
         yield torch.device("cpu")
 
 
@@ -64,7 +73,7 @@ def there(tensor: Tensor, where: torch.device, shift: int = 0) -> Tensor:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """What is compared: NaN equals itself, and -0.0 is not 0.0."""
+    """As bytes, so that NaN equals itself, and -0.0 is not 0.0."""
     return tensor.cpu().view(torch.uint8)
 
 
@@ -77,7 +86,7 @@ def one_nan(tensor: Tensor) -> Tensor:
     return tensor.masked_fill(tensor.isnan(), float("nan"))
 
 
-def moved(c: Coded, where: torch.device, shift: int) -> Coded:
+def moved(c: CodecCase, where: torch.device, shift: int) -> CodecCase:
     moved = copy(c)
     for field in fields(c):
         value = getattr(c, field.name)
@@ -86,11 +95,11 @@ def moved(c: Coded, where: torch.device, shift: int) -> Coded:
     return moved
 
 
-def compare(c: Coded, where: torch.device, shift: int) -> None:
-    on_device = code(moved(c, where, shift), device)
-    on_host = code(c)
+def compare(c: CodecCase, where: torch.device, shift: int) -> None:
+    on_device = run_case(moved(c, where, shift), device)
+    on_host = run_case(c)
     for name in ("norms", "masks", "words", "out", *(["residual"] if c.residual is not None else [])):
-        assert same(getattr(on_host, name), getattr(on_device, name)), (name, c.layout, c.lanes)
+        assert same(getattr(on_host, name), getattr(on_device, name)), (name, c.tiling, c.lanes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,26 +110,26 @@ def test_codes(
 ) -> None:
     for index, numel in enumerate(LENGTHS):
         x = numbers(numel, index, dtype)
-        residual = remainders(numel, index) if feedback else None
+        residual = residuals_for(numel, index) if feedback else None
         row = (512, 16, 100, 1000)[index % 4]
-        compare(coded(x, residual, *plan, row, index % 3 == 0, index, dtype), where, index % 5)
+        compare(make_case(x, residual, *plan, row, index % 3 == 0, index, dtype), where, index % 5)
 
 
 def test_both_words_are_covered() -> None:
-    words = {(coded(torch.ones(9), None, *plan, 16).lanes.word, len(plan[0]) > 1) for plan in PLANS}
+    words = {(make_case(torch.ones(9), None, *plan, 16).lanes.word, len(plan[0]) > 1) for plan in PLANS}
     assert words == {(32, False), (64, False), (32, True), (64, True)}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-nan"), float("inf"), -float("inf"), 1e30])
-def test_norms_tell_what_is_not_finite(where: torch.device, value: float) -> None:
+def test_norms_of_non_finite_values(where: torch.device, value: float) -> None:
     x = torch.linspace(-1, 1, 1000)
     x[[3, 700]] = value
-    layout = spec.Layout.of(1000, 5, 64)
+    tiling = spec.Tiling.of(1000, 5, 64)
     for euclidean in (False, True):
-        norms = [torch.zeros(layout.rows, dtype=torch.uint16) for _ in range(2)]
-        finish(host.norms(x, None, layout, euclidean, norms[0]))
+        norms = [torch.zeros(tiling.rows, dtype=torch.uint16) for _ in range(2)]
+        finish(host.norms(x, None, tiling, euclidean, norms[0]))
         result = there(norms[1], where)
-        finish(device.norms(there(x, where), None, layout, euclidean, result))
+        finish(device.norms(there(x, where), None, tiling, euclidean, result))
         assert same(norms[0], result)
 
 
@@ -135,7 +144,7 @@ def test_rotation(where: torch.device, dtype: torch.dtype) -> None:
         finish(device.rotate(there_x, KEY, offset, there_rotated))
         # Their signs are not defined where both are not a number.
         assert same(torch.nan_to_num(rotated), torch.nan_to_num(there_rotated)), numel
-        plain = remainders(numel, index) if numel else torch.zeros(0)
+        plain = residuals_for(numel, index) if numel else torch.zeros(0)
         finish(host.unrotate(plain, KEY, offset, back))
         finish(device.unrotate(there(plain, where), KEY, offset, there_back))
         assert same(back, there_back), numel
@@ -153,14 +162,14 @@ def test_rotation_in_place(where: torch.device) -> None:
 def test_coordinates(where: torch.device, dtype: torch.dtype) -> None:
     for numel in LENGTHS:
         for count in {0, 1, numel // 7, numel // 2, numel - 1, numel}:
-            x, picked = numbers(numel, 0, dtype), torch.empty(count)
-            there_x, there_picked = there(x, where, 1), there(picked, where, 1)
-            finish(host.pick(x, KEY, picked))
-            finish(device.pick(there_x, KEY, there_picked))
-            assert same(picked, there_picked)
+            x, sampled = numbers(numel, 0, dtype), torch.empty(count)
+            there_x, there_picked = there(x, where, 1), there(sampled, where, 1)
+            finish(host.take_sample(x, KEY, sampled))
+            finish(device.take_sample(there_x, KEY, there_picked))
+            assert same(sampled, there_picked)
             for by_length, clear in ((True, True), (False, False), (True, False)):
-                finish(host.place(picked, KEY, by_length, clear, x))
-                finish(device.place(there_picked, KEY, by_length, clear, there_x))
+                finish(host.put_sample(sampled, KEY, by_length, clear, x))
+                finish(device.put_sample(there_picked, KEY, by_length, clear, there_x))
                 assert same(x, there_x), (numel, count, by_length, clear)
 
 
@@ -170,18 +179,18 @@ def test_passes_of_an_average(
     where: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shift: int
 ) -> None:
     for numel in (*LENGTHS, 0, 9001):
-        model, gain, average, shot = (
+        model, correction, average, snapshot = (
             numbers(numel, seed, dtype) if numel else torch.zeros(0, dtype=dtype) for seed in range(4)
         )
-        buffers = [model, gain, average, shot]
+        buffers = [model, correction, average, snapshot]
         there_buffers = [there(buffer, where, shift * index) for index, buffer in enumerate(buffers)]
 
-        def passes(model: Tensor, gain: Tensor, average: Tensor, shot: Tensor) -> Iterator[Any]:
-            yield model_delta.advance(average, shot, gain)
-            model_delta.snapshot(model, gain, average, shot)
+        def passes(model: Tensor, correction: Tensor, average: Tensor, snapshot: Tensor) -> Iterator[Any]:
+            yield model_delta.accumulate(average, snapshot, correction)
+            model_delta.take_snapshot(model, correction, average, snapshot)
             yield 0
-            yield model_delta.advance(average, model, gain, 0.3)
-            model_delta.merge(model, gain)
+            yield model_delta.accumulate(average, model, correction, 0.3)
+            model_delta.apply_correction(model, correction)
             yield 0
 
         on_host = passes(*buffers)
@@ -195,10 +204,10 @@ def test_passes_of_an_average(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
-def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_loader, "processors", lambda _: 1)
+def test_without_cupy_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_loader, "multiprocessors", lambda _: 1)
     with pytest.raises(HpcsgdError, match="pip install") as caught:
-        finish(device.pick(torch.zeros(4), KEY, torch.zeros(2)))
+        finish(device.take_sample(torch.zeros(4), KEY, torch.zeros(2)))
     assert "CuPy" in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""The random rotation: against a Hadamard matrix, its inverse, its norm, and what it is for."""
+"""The random rotation: against a Hadamard matrix, its inverse, its norm, and its purpose."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def unrotated(x: Tensor, dtype: torch.dtype = torch.float32, offset: int = 0) ->
 
 
 def signs(start: int, numel: int) -> np.ndarray:
-    """Those of the hash, by what `spec` says."""
+    """Signs of the hash, as specified in `spec`."""
     h = (np.arange(start, start + numel).astype(np.uint32) ^ np.uint32(KEY[0])) * np.uint32(spec.HASH_A)
     h = ((h ^ (h >> 16)) + np.uint32(KEY[1])) * np.uint32(spec.HASH_B)
     h = (h ^ (h >> 15)) * np.uint32(spec.HASH_C)
@@ -89,8 +89,8 @@ def test_a_sum_stays_a_sum() -> None:
     torch.testing.assert_close(rotated(x) + rotated(y), rotated(x + y), rtol=0, atol=3e-6)
 
 
-def test_tiles_are_independent_of_what_follows() -> None:
-    """Pieces, threads and the length behind a tile change none of its bits."""
+def test_tiles_are_independent_of_later_elements() -> None:
+    """Chunks, threads and the length behind a tile change none of its bits."""
     x = normal(300_000)
     assert torch.equal(rotated(x)[:16384], rotated(x[:16384]))
     before = torch.get_num_threads()

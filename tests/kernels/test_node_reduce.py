@@ -21,7 +21,7 @@ def rows_of(ranks: int, numel: int, dtype: type, seed: int = 0) -> np.ndarray:
 
 
 def scaled_sum(rows: np.ndarray, scale: float) -> np.ndarray:
-    """In rank order, in the rows' own precision: what the kernels promise, to the bit."""
+    """The result that the kernels guarantee bit for bit: in rank order, in the rows' own precision."""
     total = rows[0] + rows[1]
     for row in rows[2:]:
         total += row
@@ -99,5 +99,5 @@ def test_an_allreduce_that_lacks_a_rank_comes_back_to_its_caller() -> None:
     phase = target = 0
     for _ in range(3):
         phase, target = node_reduce.allreduce(phase, target, flags, rows, 0, 10, np.float32(1), 0, 5, 1000)
-        assert phase == node_reduce.WAIT_ALL_READY and barrier.missing(flags, 2, target) == [1]
+        assert phase == node_reduce.WAIT_ALL_READY and barrier.missing_ranks(flags, 2, target) == [1]
     np.testing.assert_array_equal(rows, before)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hpcsgd.kernels.codec import spec
-from hpcsgd.kernels.codec.float_bits import hashed, random
+from hpcsgd.kernels.codec.float_bits import hash32, uniform
 from hpcsgd.kernels.jit import jit
 
 SIZE = 1 << 20
@@ -16,8 +16,8 @@ SIZE = 1 << 20
 def _fill(key0, key1, start, words, numbers):  # type: ignore[no-untyped-def]
     for i in range(words.size):
         index = np.uint32(start + i)
-        words[i] = hashed(index, key0, key1)
-        numbers[i] = random(index, key0, key1)
+        words[i] = hash32(index, key0, key1)
+        numbers[i] = uniform(index, key0, key1)
 
 
 def drawn(*parts: int, start: int = 0, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +29,7 @@ def drawn(*parts: int, start: int = 0, size: int = SIZE) -> tuple[np.ndarray, np
 
 
 def chi_square(counts: np.ndarray) -> float:
-    """In standard deviations from what equal chances give."""
+    """In standard deviations from equal probabilities."""
     expected = counts.sum() / counts.size
     freedom = counts.size - 1
     return float(((counts - expected) ** 2).sum() / expected - freedom) / (2 * freedom) ** 0.5

@@ -1,4 +1,4 @@
-"""Coordinates drawn without replacement: one in each stretch, all equally likely, at any length."""
+"""Coordinates drawn without replacement: one in each interval, all equally likely, at any length."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hpcsgd.kernels.codec import host, sample, spec
 from tests.support.kernel_cases import DTYPES, finish
 
 
-def picked(x: Tensor, count: int, seed: int = 0) -> Tensor:
+def sampled(x: Tensor, count: int, seed: int = 0) -> Tensor:
     out = torch.full((count,), float("nan"))
-    finish(host.pick(x, spec.key(seed), out))
+    finish(host.take_sample(x, spec.key(seed), out))
     return out
 
 
@@ -24,25 +24,25 @@ sizes = st.integers(1, 3000).flatmap(lambda numel: st.tuples(st.just(numel), st.
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.integers(0, 100))
-def test_one_of_each_stretch(size: tuple[int, int], seed: int) -> None:
+def test_one_coordinate_of_each_interval(size: tuple[int, int], seed: int) -> None:
     numel, count = size
-    at = picked(torch.arange(numel), count, seed).long().tolist()
+    at = sampled(torch.arange(numel), count, seed).long().tolist()
     for i, index in enumerate(at):
         assert i * numel // count <= index < (i + 1) * numel // count
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.integers(0, 3))
-def test_place_puts_what_pick_took(
+def test_put_sample_writes_what_take_sample_read(
     size: tuple[int, int], dtype: torch.dtype, by_length: bool, clear: bool, shift: int
 ) -> None:
     numel, count = size
     x = torch.randn(numel + shift, generator=torch.Generator().manual_seed(numel)).to(dtype)[shift:]
-    at = picked(torch.arange(numel), count).long()
-    values = picked(x, count)
+    at = sampled(torch.arange(numel), count).long()
+    values = sampled(x, count)
     assert torch.equal(values, x[at].float())
     out = torch.full_like(x, 7)
-    finish(host.place(values, spec.key(0), by_length, clear, out))
+    finish(host.put_sample(values, spec.key(0), by_length, clear, out))
     expected = torch.full_like(x, 0 if clear else 7)
     length = [(i + 1) * numel // count - i * numel // count for i in range(count)]
     expected[at] = (values * torch.tensor(length) if by_length else values).to(dtype)
@@ -50,17 +50,17 @@ def test_place_puts_what_pick_took(
 
 
 @pytest.mark.parametrize(("numel", "count"), [(12, 3), (100, 7), (1000, 999)])
-def test_all_elements_of_a_stretch_are_equally_likely(numel: int, count: int) -> None:
+def test_all_elements_of_an_interval_are_equally_likely(numel: int, count: int) -> None:
     rounds, hits = 20_000, torch.zeros(numel, dtype=torch.float64)
     x = torch.arange(numel)
     for seed in range(rounds // count):
-        hits[picked(x, count, seed).long()] += 1
-    per_stretch = rounds // count
+        hits[sampled(x, count, seed).long()] += 1
+    per_interval = rounds // count
     chi_square = 0.0
     for i in range(count):
-        stretch = hits[i * numel // count : (i + 1) * numel // count]
+        interval = hits[i * numel // count : (i + 1) * numel // count]
         chi_square += float(
-            ((stretch - per_stretch / len(stretch)) ** 2).sum() / (per_stretch / len(stretch))
+            ((interval - per_interval / len(interval)) ** 2).sum() / (per_interval / len(interval))
         )
     freedom = numel - count
     assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
@@ -71,9 +71,9 @@ def test_by_length_the_sample_has_no_bias() -> None:
     mean, rounds, count = torch.zeros(101, dtype=torch.float64), 20_000, 13
     for seed in range(rounds):
         out = torch.empty(101)
-        finish(host.place(picked(x, count, seed), spec.key(seed), True, True, out))
+        finish(host.put_sample(sampled(x, count, seed), spec.key(seed), True, True, out))
         mean += out / rounds
-    # Of a stretch of at most 8 elements, the variance is at most 7 times the square.
+    # Of a interval of at most 8 elements, the variance is at most 7 times the square.
     assert bool(((mean - x).abs() <= 5 * x.abs() * (7 / rounds) ** 0.5).all())
 
 
@@ -88,14 +88,14 @@ def test_indices_beyond_32_bits() -> None:
     assert abs(float(position.mean()) - 0.5) < 0.002 and float(position.max()) > 0.999
 
 
-def test_pieces_change_nothing() -> None:
+def test_chunks_change_nothing() -> None:
     x = torch.randn(2_000_000, generator=torch.Generator().manual_seed(0))
-    at = picked(torch.arange(len(x)), 150_000).long()
-    values = picked(x, 150_000)
+    at = sampled(torch.arange(len(x)), 150_000).long()
+    values = sampled(x, 150_000)
     assert torch.equal(values, x[at])
     for clear in (True, False):
         out = torch.full_like(x, 3.0)
-        finish(host.place(values, spec.key(0), False, clear, out))
+        finish(host.put_sample(values, spec.key(0), False, clear, out))
         expected = torch.full_like(x, 0.0 if clear else 3.0)
         expected[at] = values
         assert torch.equal(out, expected)

@@ -2,9 +2,8 @@
 
     python tests/lab/hosts.py --hosts 4 --rate 1gbit --ppn 1 -- python -m pytest
 
-Each host is a network namespace with a host name and a /dev/shm of its own, and is joined to a
-bridge by a link that a token bucket holds to the rate. All of it goes away when the program ends or
-is interrupted.
+Each host is a network namespace with a host name and a /dev/shm of its own, connected to a bridge by a
+link that a token bucket limits to the rate. All of it is removed when the program ends or is interrupted.
 Needs root, iproute2 and MPICH.
 """
 
@@ -25,7 +24,7 @@ _BUCKET = "burst 128kb latency 50ms"
 _SECONDS_TO_END = 10.0
 _SUBNETS = range(1, 255)
 
-# What MPICH starts in place of ssh: options, the host's address, the command.
+# Started by MPICH in place of ssh, with options, the address of the host, and the command.
 _LAUNCHER = """#!/bin/bash
 while [[ "$1" == -* ]]; do shift; done
 name={name}-"${{1##*.}}"; shift
@@ -35,26 +34,26 @@ hostname $name; mount -t tmpfs tmpfs /dev/shm; $*"
 
 
 class Hosts:
-    """Network namespaces joined by links of one rate; a context that removes them again.
+    """Network namespaces connected by links of one rate; a context manager that removes them.
 
     Parameters
     ----------
     count
         Number of hosts, 1 to 253.
     rate
-        Of each host's outgoing link, in the words of `tc`: "1gbit", "100mbit".
+        The rate of each host's outgoing link, in the syntax of `tc`: "1gbit", "100mbit".
 
     Attributes
     ----------
     name
-        What the names of everything that is made begin with.
+        The prefix of all names that are created.
     """
 
     def __init__(self, count: int, rate: str) -> None:
         self.count, self.rate = count, rate
 
     def __enter__(self) -> Hosts:
-        self.name, self.subnet = _claim_a_bridge()
+        self.name, self.subnet = _create_bridge()
         try:
             self._build()
         except BaseException:
@@ -67,11 +66,11 @@ class Hosts:
 
     @property
     def addresses(self) -> list[str]:
-        """One address per host."""
+        """The address of each host."""
         return [f"{self.subnet}.{host}" for host in range(1, self.count + 1)]
 
     def command(self, ppn: int, extra: int, launcher: Path, program: list[str]) -> list[str]:
-        """The mpiexec line that starts `program` with `ppn` ranks on each host, the last `extra` more."""
+        """Return the mpiexec command for `program` with `ppn` ranks a host, and `extra` more on the last."""
         mpiexec = _beside_python("mpiexec")
         launch = ["-iface", self.name, "-launcher", "ssh", "-launcher-exec", str(launcher)]
         counts = [*[ppn] * (self.count - 1), ppn + extra]
@@ -94,7 +93,7 @@ class Hosts:
     def _remove(self) -> None:
         for host in range(1, self.count + 1):
             namespace = f"{self.name}-{host}"
-            # A namespace lives on, with its link, as long as a process does.
+            # A namespace, with its link, exists as long as a process runs in it.
             pids = subprocess.run(
                 ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
             )
@@ -107,20 +106,20 @@ class Hosts:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the program; the exit status is that of mpiexec."""
+    """Run the program; returns the exit status of mpiexec."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hosts", type=int, default=4, help="number of hosts [4]")
-    parser.add_argument("--rate", default="1gbit", help="of each link, as tc writes it [1gbit]")
+    parser.add_argument("--rate", default="1gbit", help="rate of each link, in the syntax of tc [1gbit]")
     parser.add_argument("--ppn", type=int, default=1, help="ranks per host [1]")
-    parser.add_argument("--extra", type=int, default=0, help="ranks more on the last host [0]")
-    parser.add_argument("program", nargs="+", help="after --: what each rank runs")
+    parser.add_argument("--extra", type=int, default=0, help="additional ranks on the last host [0]")
+    parser.add_argument("program", nargs="+", help="after --: the program of each rank")
     options = parser.parse_args(arguments)
     problem = obstacle()
     if problem:
         parser.error(problem)
     if not 1 <= options.hosts <= 253 or options.ppn < 1 or options.extra < 0:
         parser.error("--hosts is 1 to 253, --ppn at least 1, --extra at least 0")
-    # A shell that starts this in the background has it ignore SIGINT.
+    # A shell makes its background processes ignore SIGINT.
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
@@ -135,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def obstacle() -> str:
-    """Why hosts cannot be built here; empty where they can."""
+    """Return the reason why hosts cannot be created here, or an empty string."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for tool in ("ip", "tc", "unshare"):
@@ -154,8 +153,8 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _claim_a_bridge() -> tuple[str, str]:
-    """Make a bridge under a name that is free; several of these programs may run at once."""
+def _create_bridge() -> tuple[str, str]:
+    """Create a bridge under an unused name; several of these programs may run at once."""
     for attempt in _SUBNETS:
         number = (os.getpid() + attempt) % len(_SUBNETS)
         name = f"hpcsgd{number}"
@@ -174,7 +173,7 @@ def _launcher(name: str) -> Iterator[Path]:
 
 
 def _wait_for(command: list[str]) -> int:
-    # Without this UCX may find ways between the hosts that are no links.
+    # Without this UCX may connect the hosts by transports that bypass the links.
     job = subprocess.Popen(command, env={"UCX_TLS": "tcp,self", **os.environ})
     try:
         return job.wait()

@@ -1,10 +1,10 @@
-"""Slurm on one machine: a real controller, two nodes, and a command among them.
+"""Slurm on one machine: a real controller, two nodes, and a command run with access to them.
 
     python tests/lab/slurm.py -- sbatch --wait --wrap 'srun -N2 hostname'
 
 The nodes n1 and n2 are two slurmd on this machine, with a host name and a /dev/shm of their own. All of it
-lives in a temporary folder, listens on free ports, speaks through a munged of its own, and goes away when the
-program ends or is interrupted; several may run at once.
+uses a temporary folder, free ports and a munged of its own, and is removed when the program ends or is
+interrupted; several may run at once.
 Needs root, and Debian's slurm-wlm and munge.
 """
 
@@ -31,12 +31,12 @@ _CLIENTS = ("sbatch", "srun", "scontrol", "scancel", "squeue")
 _NODES = ("n1", "n2")
 
 _WITHIN = ("unshare", "--uts", "--ipc", "--mount", "sh", "-c")
-# Arguments: a node, slurmd, and a file of hosts. With one /dev/shm MPI's ranks of two nodes would meet in it.
+# Arguments: a node, slurmd, and a file of hosts. With a common /dev/shm MPI would treat all ranks as local.
 _NODE = """
 hostname "$0" && mount --bind "$2" /etc/hosts && mount -t tmpfs tmpfs /dev/shm && exec "$1" -D -N "$0"
 """
 
-# cred_expire: a requeued job waits as long before it starts again; 5 is the least.
+# cred_expire: a requeued job waits so long before it restarts; 5 is the minimum.
 _CONFIG = """
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -70,19 +70,19 @@ PartitionName=lab Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscrib
 
 
 class Slurm:
-    """A controller and two nodes; a context that stops them again.
+    """A controller and two nodes; a context manager that stops them.
 
     Parameters
     ----------
     cpus
-        Of each node, whatever this machine has.
+        The CPUs of each node, independent of those of this machine.
 
     Attributes
     ----------
     environment
-        What commands such as `sbatch` need to find it.
+        The environment for commands such as `sbatch`.
     folder
-        Its configuration and logs, while it runs.
+        The folder of its configuration and logs.
     """
 
     def __init__(self, cpus: int = 4) -> None:
@@ -108,7 +108,7 @@ class Slurm:
         self._stop()
 
     def run(self, *command: str | Path) -> str:
-        """What a command prints that must succeed."""
+        """Return the output of a command that must succeed."""
         done = subprocess.run(
             list(map(str, command)), env=self.environment, capture_output=True, text=True, check=False
         )
@@ -118,7 +118,7 @@ class Slurm:
     def _start(self) -> None:
         for name in ("state", *(f"spool-{node}" for node in _NODES)):
             (self.folder / name).mkdir()
-        # Jobs of other users could not read it otherwise, nor munge trust it.
+        # Otherwise jobs of other users could not read it, and munge would reject it.
         self.folder.chmod(0o755)
         self._start_munge()
         first, second, controller = _free_ports(3)
@@ -167,16 +167,16 @@ class Slurm:
         )
         return done.stdout.split()
 
-    def _wait(self, ready: Callable[[], bool], what: str) -> None:
-        give_up = time.monotonic() + _SECONDS_TO_START
+    def _wait(self, ready: Callable[[], bool], condition: str) -> None:
+        deadline = time.monotonic() + _SECONDS_TO_START
         while not ready():
             ended = [str(daemon.args) for daemon in self._running if daemon.poll() is not None]
-            if ended or time.monotonic() > give_up:
-                raise RuntimeError(f"waited for {what}; ended: {ended}\n{self.logs()}")
+            if ended or time.monotonic() > deadline:
+                raise RuntimeError(f"waited for {condition}; ended: {ended}\n{self.logs()}")
             time.sleep(0.05)
 
     def logs(self) -> str:
-        """The last lines of what each part of it wrote."""
+        """Return the last lines of each log."""
         files = sorted([*self.folder.glob("*.log"), self.folder / "output.txt"])
         texts = [(f.name, f.read_text(errors="replace").splitlines()[-15:]) for f in files if f.exists()]
         return "\n".join(line for name, lines in texts for line in [f"== {name}", *lines])
@@ -198,7 +198,7 @@ class Slurm:
         self._temporary.cleanup()
 
     def _kill_jobs(self) -> None:
-        """Jobs outlive slurmd; they and what started them know this configuration."""
+        """Kill jobs and their launchers, which outlive slurmd; their environment names this configuration."""
         mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -207,10 +207,10 @@ class Slurm:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit status is its own."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cpus", type=int, default=4, help="of each node [4]")
-    parser.add_argument("command", nargs="+", help="after --: what to run")
+    parser.add_argument("--cpus", type=int, default=4, help="CPUs of each node [4]")
+    parser.add_argument("command", nargs="+", help="after --: the command")
     options = parser.parse_args(arguments)
     problem = obstacle()
     if problem:
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def obstacle() -> str:
-    """Why Slurm cannot be started here; empty where it can."""
+    """Return the reason why Slurm cannot be started here, or an empty string."""
     if os.geteuid() != 0:
         return "slurmd needs root to start jobs"
     for tool in (*_DAEMONS, *_CLIENTS):
@@ -240,7 +240,7 @@ def _which(tool: str) -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Not of the range from which outgoing connections take theirs, at any moment."""
+    """Free ports outside the range of outgoing connections, which could take them at any moment."""
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
         while len(ports) < count:
@@ -252,9 +252,10 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _one_network() -> dict[str, str]:
-    """For MPICH: short addresses, and the same on all ranks while networks of other labs come and go.
+    """Variables that pin MPICH to one network, while networks of other labs are created and removed.
 
-    It puts them into lines of PMI; Slurm breaks lines of more than 1,024 bytes in two, and UCX has such.
+    They also keep addresses short: MPICH sends them in lines of PMI, and Slurm splits lines of more than
+    1,024 bytes, which UCX needs.
     """
     routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()]
     device = next((name for name, destination, *_ in routes if destination == "00000000"), "")

@@ -1,4 +1,4 @@
-"""Hosts on one machine: real nodes to MPI, links that are used, and nothing left afterwards."""
+"""Hosts on one machine: nodes for MPI, links of limited rate, and complete removal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAB = Path(hosts.__file__)
 
 pytestmark = pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle() or "none")
 
-#: What a job started by mpiexec tells its ranks, which is not for the ranks of another job.
+#: Prefixes of the variables of mpiexec, which must not reach the ranks of another job.
 LAUNCHERS = ("PMI", "HYD", "MPI")
 
 JOB = """
@@ -80,8 +80,8 @@ def start(*options: str, program: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def left_over(name: str) -> str:
-    """Links and namespaces of one run that still exist."""
+def remaining(name: str) -> str:
+    """Return the links and namespaces of one run that still exist."""
     seen = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
     seen += subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     return "\n".join(line for line in seen.splitlines() if re.search(rf"\b{name}(p\d|-\d|\b)", line))
@@ -103,11 +103,11 @@ def test_two_hosts_of_two_ranks(tmp_path: Path) -> None:
     assert all(low == high == 1.5 for *_, low, high, _ in ranks), "the mean of ranks 0 to 3"
     # 2 MiB over each link of 100 Mbit/s, less the burst that the token bucket lets through.
     assert min(seconds for *_, seconds in ranks) > 0.12, "the link was not used"
-    assert left_over(names.pop()) == ""
+    assert remaining(names.pop()) == ""
 
 
 @pytest.mark.timeout(120)
-def test_methods_come_to_their_end_between_hosts(tmp_path: Path) -> None:
+def test_methods_complete_between_hosts(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(UNCOMPILED + METHODS)
     job = start("--hosts", "3", "--rate", "1gbit", program=[sys.executable, str(script)])
@@ -119,7 +119,7 @@ def test_methods_come_to_their_end_between_hosts(tmp_path: Path) -> None:
     assert all(steps == "30" and float(loss) < 0.2 for _, steps, loss in lines), output
 
 
-def test_ranks_more_are_on_the_last_host() -> None:
+def test_extra_ranks_are_on_the_last_host() -> None:
     job = start(
         "--hosts", "2", "--ppn", "2", "--extra", "1", program=["bash", "-c", "echo $PMI_RANK $(hostname)"]
     )
@@ -129,29 +129,29 @@ def test_ranks_more_are_on_the_last_host() -> None:
     assert where == ["1", "1", "2", "2", "2"]
 
 
-def test_an_exit_status_is_handed_on() -> None:
+def test_the_exit_status_is_returned() -> None:
     job = start("--hosts", "1", program=["bash", "-c", "hostname; exit 3"])
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 3
-    assert left_over(output.strip().rsplit("-", 1)[0]) == ""
+    assert remaining(output.strip().rsplit("-", 1)[0]) == ""
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(how: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_removes_everything(number: signal.Signals) -> None:
     job = start("--hosts", "2", program=["bash", "-c", "hostname; sleep 1000"])
     assert job.stdout is not None
     name = job.stdout.readline().strip().rsplit("-", 1)[0]
-    assert left_over(name) != ""
+    assert remaining(name) != ""
     started = time.monotonic()
-    job.send_signal(how)
+    job.send_signal(number)
     job.communicate(timeout=60)
     assert job.returncode != 0 and time.monotonic() - started < 30
-    assert left_over(name) == ""
+    assert remaining(name) == ""
 
 
-def test_a_rate_that_tc_does_not_know() -> None:
+def test_an_invalid_rate_is_an_error() -> None:
     job = start("--hosts", "1", "--rate", "fast", program=["true"])
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 1 and "fast" in errors
     name = re.findall(r"hpcsgd\d+", errors)[0]
-    assert left_over(name) == ""
+    assert remaining(name) == ""

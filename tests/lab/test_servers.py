@@ -1,4 +1,4 @@
-"""Servers and groups that are killed, stopped, late, wrong or malicious: others go on, nothing is lost."""
+"""Servers and groups that are killed, stopped, late, wrong or malicious: the others lose no push."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from hpcsgd.server.protocol import Head, Kind
-from hpcsgd.server.tcp_link import Meeting
+from hpcsgd.server.protocol import Header, MessageType
+from hpcsgd.server.tcp_link import RendezvousFile
 from tests.support.background import Job
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.together]
 #: 13 batches an epoch.
 SMALL = ("--data", "synthetic:samples=404", "--bucket-mib", 0.05, "--checkpoint-every", 0, "--timeout", 60)
 
-REFUSED = """
+REJECTED = """
 import torch
 from hpcsgd import HpcsgdError, ParameterServer, Run
 for mode, file in (("sync", "servers"), ("async", "servers"), ("sync", "forged")):
@@ -48,25 +48,25 @@ def serve(folder: Path, mode: str, *options: object, ranks: int = 0) -> Job:
 
 
 def metrics(folder: Path, server: int = 0) -> dict[str, Any]:
-    """The newest record of a server."""
+    """Return the last metrics record of a server."""
     path = folder / "servers.checkpoint" / f"server-{server}" / "metrics.jsonl"
     return json.loads(path.read_text().splitlines()[-1])
 
 
 def steps_of(folder: Path, name: str) -> int:
-    """How many a group has taken."""
+    """Return the number of steps of a group."""
     return int(json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])["step"])
 
 
-def kept(folder: Path, server: int = 0) -> dict[str, Any]:
-    """The last checkpoint of a server."""
+def checkpoint(folder: Path, server: int = 0) -> dict[str, Any]:
+    """Return the last checkpoint of a server."""
     steps = (folder / "servers.checkpoint" / f"server-{server}").glob("step-*")
     state: dict[str, Any] = torch.load(max(steps) / "rank-0000.pt", weights_only=True)
     return state
 
 
 def kill(server: Job, *groups: Job) -> None:
-    """In the midst of the groups' work."""
+    """Kill a server while the groups train."""
     for group in groups:
         group.wait_for("epoch 2.00/")
     server.send(signal.SIGKILL)
@@ -74,41 +74,45 @@ def kill(server: Job, *groups: Job) -> None:
 
 
 def attack(port: int) -> list[socket.socket]:
-    """What no client would send, and a connection that says nothing."""
-    heads = [Head(Kind.HELLO, nbytes=2**60), Head(Kind.PUSH, 1, nbytes=2**40), Head(Kind.BYE)]
-    words = [b"GET / HTTP/1.1\r\nHost: here\r\nAccept: everything there is\r\n\r\n" * 9, b""]
-    found = []
-    for word in [*(head.pack() for head in heads), *words]:
-        found.append(socket.create_connection(("127.0.0.1", port), timeout=10))
-        found[-1].sendall(word)
-    return found
+    """Send messages that no client sends, and open a connection without any; returns the connections."""
+    headers = [
+        Header(MessageType.HELLO, nbytes=2**60),
+        Header(MessageType.PUSH, 1, nbytes=2**40),
+        Header(MessageType.GOODBYE),
+    ]
+    malformed = [b"GET / HTTP/1.1\r\nHost: here\r\nAccept: everything there is\r\n\r\n" * 9, b""]
+    connections = []
+    for message in [*(header.pack() for header in headers), *malformed]:
+        connections.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+        connections[-1].sendall(message)
+    return connections
 
 
-def test_groups_that_stall_die_come_late_or_are_refused(tmp_path: Path) -> None:
+def test_groups_that_stall_die_join_late_or_are_rejected(tmp_path: Path) -> None:
     with ExitStack() as stack:
         start = stack.enter_context
         server = start(serve(tmp_path, "sync", "--lease", 1, "--linger", 3, "--groups", 3, ranks=2))
-        # Rare evaluations: who is stopped at one keeps nobody waiting.
+        # Rare evaluations: a group that is stopped during one does not delay the others.
         stalls = start(train(tmp_path, "stalls", "sync", 1, 9999, pause=0.02, evaluate_every=8))
         stalls.wait_for("epoch 8.00/")
-        meeting = Meeting.read(tmp_path / "servers")
-        Meeting("0" * 64, meeting.servers).write(tmp_path / "forged")
+        meeting = RendezvousFile.read(tmp_path / "servers")
+        RendezvousFile("0" * 64, meeting.servers).write(tmp_path / "forged")
         connections = [connection for _, port in meeting.servers for connection in attack(port)]
         dies = start(train(tmp_path, "dies", "sync", 1, 999, pause=0.02))
-        refused = start(Job(tmp_path, "refused", script=REFUSED))
+        rejected = start(Job(tmp_path, "rejected", script=REJECTED))
         late = start(train(tmp_path, "late", "sync", 2, 2))
 
         dies.wait_for("epoch 1.00/")
         stalls.wait_for_more("test loss", 1)
         stalls.send(signal.SIGSTOP)
-        server.wait_for("has been silent for 1 s: nobody waits for it any more")
+        server.wait_for("has been silent for 1 s: it is no longer awaited")
         dies.wait_for_more("test loss", 2)
         stalls.send(signal.SIGCONT)
         server.wait_for("is back")
         dies.send(signal.SIGKILL)
-        server.wait_for("is gone: ")
+        server.wait_for("is disconnected: ")
         stalls.wait_for_more("test loss", 1)
-        assert (late.end(), refused.end()) == (0, 0), (late.text, refused.text)
+        assert (late.end(), rejected.end()) == (0, 0), (late.text, rejected.text)
         stalls.send(signal.SIGUSR1)
         assert (stalls.end(), server.end()) == (0, 0), (stalls.text, server.text)
         for connection in connections:
@@ -119,19 +123,19 @@ def test_groups_that_stall_die_come_late_or_are_refused(tmp_path: Path) -> None:
         "mode differs: expected sync, got async",
         "not know the secret",
     ):
-        assert reason in server.text and reason in refused.text, (server.text, refused.text)
-    assert "it sent something that is no message of hpcsgd" in server.text
-    assert "it said nothing for 1 s" in server.text and "a BYE before it was let in" in server.text
-    # Each of the servers says so.
-    assert server.text.count("have the same seed, 1, and draw the same batches") == 2, server.text
-    assert "nobody is here: waits up to 3 s for" in server.text
+        assert reason in server.text and reason in rejected.text, (server.text, rejected.text)
+    assert "it sent bytes that are no message of hpcsgd" in server.text
+    assert "it has sent nothing for 1 s" in server.text and "a GOODBYE before it was admitted" in server.text
+    # Each of the servers prints it.
+    assert server.text.count("have the same seed, 1, and use the same batches") == 2, server.text
+    assert "no group is connected: waits up to 3 s for" in server.text
     for number in range(2):
         clients = metrics(tmp_path, number)["clients"]
         assert sorted(client["state"] for client in clients) == ["done", "done", "gone"], clients
         assert sum(client["left_out"] for client in clients) > 0, clients
 
 
-def test_a_server_that_is_killed_and_started_again_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+def test_a_killed_server_resumes_bit_for_bit(tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     with ExitStack() as stack:
         start = stack.enter_context
@@ -147,9 +151,9 @@ def test_a_server_that_is_killed_and_started_again_is_the_same_bit_for_bit(tmp_p
         assert [job.end() for job in (*groups, *servers)] == [0] * 4, [
             job.text for job in (*groups, *servers)
         ]
-    assert "goes on after" in servers[1].text
+    assert "resumes after" in servers[1].text
     assert [set(metrics(folder)["versions"].values()) for folder in (undisturbed, killed)] == [{130}] * 2
-    a, b = kept(undisturbed)["shards"], kept(killed)["shards"]
+    a, b = checkpoint(undisturbed)["shards"], checkpoint(killed)["shards"]
     assert len(a) == len(b) > 1
     for index, shard in a.items():
         assert torch.equal(shard["centre"], b[index]["centre"])

@@ -25,18 +25,18 @@ OBSTACLE = slurm.obstacle() or (
 )
 pytestmark = [pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE or "none"), pytest.mark.together]
 
-#: Of every run: what it trains does not depend on how long its gradients take.
+#: Options of every run: the result does not depend on the times of its gradients.
 SAME = "--data synthetic:samples=64 --batch 4 --epochs 20 --log-every 1 --evaluate-every 5 --threads 1"
 STEPS, RANKS = 80, 4
-#: What may differ between two records of the same step of the same training.
+#: Fields that may differ between two records of the same step of the same training.
 TIMES = {"time", "samples_per_second", "compute_seconds", "wait_seconds", "communication_seconds"}
 
-#: Seconds for what takes a few where nothing else runs.
-WAITS = 150.0
+#: Seconds for operations that take a few on an idle machine.
+TIMEOUT = 150.0
 
 
 class Cluster:
-    """The lab, with a `hpcsgd` that starts sooner, and a working folder for its jobs."""
+    """The lab, with a `hpcsgd` that starts faster, and a working folder for its jobs."""
 
     def __init__(self, lab: Slurm, folder: Path) -> None:
         self.lab, self.folder, self.runs = lab, folder, folder / "runs"
@@ -49,13 +49,13 @@ class Cluster:
         lab.environment |= {"PATH": path, "PYTHONPATH": str(JOBS.parent), "HPCSGD_TIMEOUT": "60"}
 
     def command(self, script: str | Path, *words: str) -> list[str]:
-        """That of sbatch: options before "--", then what the script is given."""
-        options, _, given = " ".join(words).partition(" -- ")
+        """Return the sbatch command: options before "--", then the arguments of the script."""
+        options, _, arguments = " ".join(words).partition(" -- ")
         files = ["--chdir", str(self.folder), "--output", f"{self.folder}/%j.txt"]
-        return ["sbatch", "--parsable", *files, *options.split(), str(JOBS / script), *given.split()]
+        return ["sbatch", "--parsable", *files, *options.split(), str(JOBS / script), *arguments.split()]
 
     def submit(self, script: str | Path, *words: str, **variables: str) -> str:
-        """The number of the job."""
+        """Submit a job and return its number."""
         before = dict(self.lab.environment)
         self.lab.environment |= variables
         try:
@@ -64,35 +64,35 @@ class Cluster:
             self.lab.environment = before
 
     def facts(self, job: str) -> dict[str, str]:
-        """What Slurm says of a job."""
+        """Return the fields of `scontrol show job`."""
         return dict(re.findall(r"(\w+)=(\S*)", self.lab.run("scontrol", "show", "job", job)))
 
-    def ended(self, job: str, *, within: float = WAITS) -> dict[str, str]:
-        """What Slurm says of a job that has ended."""
+    def wait_for_end(self, job: str, *, within: float = TIMEOUT) -> dict[str, str]:
+        """Wait for the end of a job and return its fields."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         self.wait(lambda: self.facts(job)["JobState"] in over, job, within)
         return self.facts(job)
 
-    def wait(self, ready: Callable[[], bool], job: str, within: float = WAITS) -> None:
-        give_up = time.monotonic() + within
+    def wait(self, ready: Callable[[], bool], job: str, within: float = TIMEOUT) -> None:
+        deadline = time.monotonic() + within
         while not ready():
-            assert time.monotonic() < give_up, f"{self.facts(job)}\n{self.said(job)}\n{self.lab.logs()}"
+            assert time.monotonic() < deadline, f"{self.facts(job)}\n{self.output(job)}\n{self.lab.logs()}"
             time.sleep(0.2)
 
-    def said(self, job: str) -> str:
-        """What a job printed, in all of its slots."""
+    def output(self, job: str) -> str:
+        """Return the output of a job, in all of its time slots."""
         path = self.folder / f"{job}.txt"
         return path.read_text() if path.exists() else ""
 
-    def reaches(self, job: str, step: int) -> None:
+    def wait_for_step(self, job: str, step: int) -> None:
         """Wait until the run of a job has taken so many steps."""
         metrics = self.runs / f"hpcsgd-{job}" / "metrics.jsonl"
 
-        def taken() -> bool:
+        def reached() -> bool:
             text = metrics.read_text() if metrics.exists() else ""
             return any(int(found) >= step for found in re.findall(r'"step": (\d+)', text))
 
-        self.wait(taken, job)
+        self.wait(reached, job)
 
 
 @pytest.fixture(scope="module")
@@ -103,24 +103,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster) -> str:
-    """A job that needs longer than its time limit; begun first, because it sleeps most of the time.
+    """A job that exceeds its time limit; started first, because it sleeps most of the time.
 
-    Slurm looks at time limits every 30 seconds, and warns up to 30 seconds early: here after 29 to 59.
+    Slurm checks time limits every 30 seconds, and signals up to 30 seconds early: here after 29 to 59.
     """
     options = "--time=1 --signal=B:USR1@1 --job-name=hpcsgd --"
     return cluster.submit("requeue.sbatch", options, SAME, "--delays constant:seconds=0.8")
 
 
 @pytest.fixture(scope="module")
-def straight(cluster: Cluster, limited: str) -> Path:
-    """A run that nothing interrupts, by `sbatch --wait`."""
-    command = cluster.command("train.sbatch", "--wait --time=5 --", SAME, "--name straight")
+def uninterrupted(cluster: Cluster, limited: str) -> Path:
+    """An uninterrupted run, by `sbatch --wait`."""
+    command = cluster.command("train.sbatch", "--wait --time=5 --", SAME, "--name uninterrupted")
     done = subprocess.run(command, env=cluster.lab.environment, capture_output=True, text=True, check=False)
     job = done.stdout.strip()
-    assert done.returncode == 0, done.stderr + cluster.said(job)
-    assert f"over {RANKS} ranks on 2 nodes" in cluster.said(job)
+    assert done.returncode == 0, done.stderr + cluster.output(job)
+    assert f"over {RANKS} ranks on 2 nodes" in cluster.output(job)
     assert cluster.facts(job)["NumNodes"] == "2"
-    return cluster.runs / "straight"
+    return cluster.runs / "uninterrupted"
 
 
 def without_times(run: Path) -> list[dict[str, Any]]:
@@ -144,62 +144,60 @@ def assert_same_run(one: Path, other: Path) -> None:
     taken = [record["step"] for record in without_times(one) if record["event"] == "train"]
     assert taken == list(range(1, STEPS + 1))
     for rank in range(RANKS):
-        mine, theirs = tensors(one, rank), tensors(other, rank)
-        assert mine.keys() == theirs.keys() and len(mine) > 4
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine), f"rank {rank}"
+        a, b = tensors(one, rank), tensors(other, rank)
+        assert a.keys() == b.keys() and len(a) > 4
+        assert all(torch.equal(a[name], b[name]) for name in a), f"rank {rank}"
     assert (one / "done").exists() and (other / "done").exists()
 
 
 @pytest.mark.timeout(400)
-def test_a_run_goes_on_when_it_is_told_to_stop_and_when_it_is_killed(
-    cluster: Cluster, straight: Path
-) -> None:
+def test_a_run_resumes_after_a_signal_and_after_a_kill(cluster: Cluster, uninterrupted: Path) -> None:
     """Once through the shell, once at the ranks, once by killing all ranks."""
     words = "--delays constant:seconds=0.05 --checkpoint-every 1"
     job = cluster.submit("requeue.sbatch", "--time=5 --job-name=hpcsgd --", SAME, words)
-    ways = ["--batch --signal=USR1", "--signal=USR1", "--signal=KILL"]
-    for slot, way in enumerate(ways):
-        cluster.reaches(job, 15 * (slot + 1) + 1)
-        target = f"{job}.0" if "KILL" in way else job
-        cluster.lab.run("scancel", *way.split(), target)
+    signals = ["--batch --signal=USR1", "--signal=USR1", "--signal=KILL"]
+    for slot, options in enumerate(signals):
+        cluster.wait_for_step(job, 15 * (slot + 1) + 1)
+        target = f"{job}.0" if "KILL" in options else job
+        cluster.lab.run("scancel", *options.split(), target)
         cluster.wait(lambda n=slot: int(cluster.facts(job)["Restarts"]) > n, job)
-    facts = cluster.ended(job)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "3"), cluster.said(job)
-    assert cluster.said(job).count("SIGUSR1: checkpoint of step") == 2
-    assert_same_run(straight, cluster.runs / f"hpcsgd-{job}")
+    facts = cluster.wait_for_end(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "3"), cluster.output(job)
+    assert cluster.output(job).count("SIGUSR1: checkpoint of step") == 2
+    assert_same_run(uninterrupted, cluster.runs / f"hpcsgd-{job}")
 
 
 @pytest.mark.timeout(300)
-def test_the_mpiexec_of_the_mpi_is_told_too(cluster: Cluster, straight: Path) -> None:
+def test_a_run_under_mpiexec_resumes_after_a_signal(cluster: Cluster, uninterrupted: Path) -> None:
     words = "--delays constant:seconds=0.05"
     job = cluster.submit("requeue.sbatch", "--time=5 --", SAME, words, MPI_TYPE="mpiexec")
-    cluster.reaches(job, 10)
+    cluster.wait_for_step(job, 10)
     cluster.lab.run("scancel", "--batch", "--signal=USR1", job)
-    facts = cluster.ended(job)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), cluster.said(job)
-    assert_same_run(straight, cluster.runs / f"hpcsgd-{job}")
+    facts = cluster.wait_for_end(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
+    assert_same_run(uninterrupted, cluster.runs / f"hpcsgd-{job}")
 
 
 @pytest.mark.timeout(300)
-def test_what_cannot_get_further_is_not_requeued(cluster: Cluster) -> None:
+def test_a_job_with_a_permanent_error_is_not_requeued(cluster: Cluster) -> None:
     job = cluster.submit("requeue.sbatch", "--time=5 --", "--model nothing")
-    facts = cluster.ended(job)
-    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"), cluster.said(job)
-    assert "model 'nothing'" in cluster.said(job) and "not requeued" in cluster.said(job)
+    facts = cluster.wait_for_end(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"), cluster.output(job)
+    assert "model 'nothing'" in cluster.output(job) and "not requeued" in cluster.output(job)
 
 
 @pytest.mark.timeout(300)
-def test_what_is_cancelled_is_not_requeued(cluster: Cluster) -> None:
+def test_a_cancelled_job_is_not_requeued(cluster: Cluster) -> None:
     job = cluster.submit("requeue.sbatch", "--time=5 --", SAME, "--delays constant:seconds=1")
-    cluster.reaches(job, 1)
+    cluster.wait_for_step(job, 1)
     cluster.lab.run("scancel", job)
-    facts = cluster.ended(job)
-    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), cluster.said(job)
+    facts = cluster.wait_for_end(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
     assert not (cluster.runs / f"hpcsgd-{job}" / "done").exists()
 
 
 @pytest.mark.timeout(300)
-def test_a_sweep_is_collected_by_a_report(cluster: Cluster) -> None:
+def test_a_report_collects_a_sweep(cluster: Cluster) -> None:
     sweep = cluster.folder / "sweep.toml"
     sweep.write_text("epochs = 2\n[[run]]\nseed = 3\n[[run]]\nlearning_rate = 0.02\n")
     script = cluster.folder / "sweep.sbatch"
@@ -208,7 +206,7 @@ def test_a_sweep_is_collected_by_a_report(cluster: Cluster) -> None:
     cluster.lab.run(hpcsgd, "sbatch", "sweep", *words.split(), script, "--", sweep, "--threads", "1")
     job = cluster.submit(script, "--export=ALL")
     for element in "01":
-        assert cluster.ended(f"{job}_{element}")["JobState"] == "COMPLETED"
+        assert cluster.wait_for_end(f"{job}_{element}")["JobState"] == "COMPLETED"
     runs = sorted((cluster.runs / job).iterdir())
     assert [run.name for run in runs] == ["0", "1"] and all((run / "done").exists() for run in runs)
     table = cluster.lab.run(hpcsgd, "report", *runs, "--out", cluster.folder / "report")
@@ -217,26 +215,26 @@ def test_a_sweep_is_collected_by_a_report(cluster: Cluster) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_server_and_groups_that_are_jobs_of_their_own(cluster: Cluster) -> None:
+def test_a_server_and_groups_as_separate_jobs(cluster: Cluster) -> None:
     file = cluster.folder / "servers"
     server = cluster.submit("ps_server.sbatch", "--time=5 --", f"--listen {file} --mode elastic --linger 1")
-    # Long enough that the second comes before the first is done, and the server with it.
+    # Long enough that the second group connects before the first, and with it the server, has ended.
     words = (
         f"--connect {file} --strategy ps:mode=elastic --epochs 3 --threads 1 --delays constant:seconds=0.2"
     )
     groups = cluster.submit("ps_group.sbatch", "--time=5 --array=0-1 --", words)
     for element in "01":
-        assert cluster.ended(f"{groups}_{element}")["JobState"] == "COMPLETED"
+        assert cluster.wait_for_end(f"{groups}_{element}")["JobState"] == "COMPLETED"
         run = cluster.runs / f"{groups}-group-{element}"
         assert (run / "done").exists() and without_times(run)[-1]["accuracy"] > 0.5
-    assert cluster.ended(server)["JobState"] == "COMPLETED", cluster.said(server)
+    assert cluster.wait_for_end(server)["JobState"] == "COMPLETED", cluster.output(server)
     assert not file.exists()
 
 
 @pytest.mark.timeout(400)
-def test_a_run_of_several_time_slots_is_the_uninterrupted_one(
-    cluster: Cluster, straight: Path, limited: str
+def test_a_run_of_several_time_slots_equals_the_uninterrupted_one(
+    cluster: Cluster, uninterrupted: Path, limited: str
 ) -> None:
-    facts = cluster.ended(limited, within=390)
-    assert facts["JobState"] == "COMPLETED" and int(facts["Restarts"]) >= 1, cluster.said(limited)
-    assert_same_run(straight, cluster.runs / f"hpcsgd-{limited}")
+    facts = cluster.wait_for_end(limited, within=390)
+    assert facts["JobState"] == "COMPLETED" and int(facts["Restarts"]) >= 1, cluster.output(limited)
+    assert_same_run(uninterrupted, cluster.runs / f"hpcsgd-{limited}")

@@ -1,4 +1,4 @@
-"""What each launcher says about this process."""
+"""Rank and size from the environment variables of each launcher."""
 
 from __future__ import annotations
 

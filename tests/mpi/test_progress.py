@@ -1,4 +1,4 @@
-"""The communication thread: order, errors, waits with and without an end."""
+"""The communication thread: order of jobs, errors, pollers and deadlines."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from collections.abc import Iterator
 import pytest
 
 from hpcsgd import BadOption, DeadlineExceeded
-from hpcsgd.diagnostics.activity import Status
-from hpcsgd.mpi.progress import LISTENING, Progress
-from hpcsgd.mpi.waiting import Waiter, timeout_from_environment
+from hpcsgd.diagnostics.activity import ActivityRecord
+from hpcsgd.mpi.progress import POLL_INTERVAL, Progress
+from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks, timeout_from_environment
 
 
 @pytest.fixture
 def progress() -> Iterator[Progress]:
-    progress = Progress(Waiter(3, 20.0), Status(), threaded=True)
+    progress = Progress(DeadlineWaiter(3, 20.0), ActivityRecord(), threaded=True)
+    progress.waiter.hooks = WaitHooks(poll=progress.poll, is_background=progress.in_background)
     yield progress
     progress.stop()
 
@@ -34,7 +35,7 @@ def test_jobs_run_in_order_in_one_other_thread(progress: Progress) -> None:
     assert len({thread for _, thread in seen}) == 1 and seen[0][1] != threading.get_ident()
 
 
-def test_an_error_stays_with_its_work_and_ends_the_later_ones(progress: Progress) -> None:
+def test_a_failed_job_raises_its_error_and_all_later_jobs_fail(progress: Progress) -> None:
     begun: list[int] = []
     good = progress.submit("good", lambda: 1)
     bad = progress.submit("bad", lambda: [][1])
@@ -49,7 +50,7 @@ def test_an_error_stays_with_its_work_and_ends_the_later_ones(progress: Progress
     assert not begun and bad.test() and later.test()
 
 
-def test_a_wait_may_expire_and_then_succeed(progress: Progress) -> None:
+def test_wait_with_a_timeout_expires_and_a_later_wait_succeeds(progress: Progress) -> None:
     gate = threading.Event()
     work = progress.submit("the slow one", lambda: gate.wait(20))
     assert not work.test()
@@ -85,84 +86,85 @@ class Buffer:
     pass
 
 
-def test_a_buffer_is_dropped_before_the_work_is_done(progress: Progress) -> None:
+def test_a_buffer_is_released_before_the_work_is_complete(progress: Progress) -> None:
     buffer = Buffer()
     alive = weakref.ref(buffer)
     gate = threading.Event()
     work = progress.submit("uses it", lambda buffer=buffer: gate.wait(20) and None)
     del buffer
     gc.collect()
-    assert alive() is not None, "what is in flight lives, whoever else drops it"
+    assert alive() is not None, "a job in flight keeps its buffer alive"
     gate.set()
     work.wait()
     assert alive() is None
 
 
 def test_without_a_thread_jobs_run_at_once() -> None:
-    progress = Progress(Waiter(0, 1.0), Status(), threaded=False)
+    progress = Progress(DeadlineWaiter(0, 1.0), ActivityRecord(), threaded=False)
     assert progress.submit("now", threading.get_ident).wait() == threading.get_ident()
     work = progress.submit("bad", lambda: [][1])
     with pytest.raises(IndexError):
         work.wait()
 
 
-def test_stopping_leaves_no_thread(progress: Progress) -> None:
+def test_stop_ends_the_thread_and_a_later_job_starts_another(progress: Progress) -> None:
     thread = progress.submit("one", threading.current_thread).wait()
     progress.stop()
     progress.stop()
     assert not thread.is_alive()
-    assert progress.submit("another", lambda: 5).wait() == 5, "and it can begin again"
+    assert progress.submit("another", lambda: 5).wait() == 5, "a later job starts another thread"
 
 
-def test_a_deadline_names_rank_operation_and_the_missing() -> None:
-    waiter, asked = Waiter(2, 0.3), []
-    waiter.look_around = lambda: asked.append(1)
-    waiter.explain = lambda seconds: f"rank 1: asleep for {seconds > 0.3}"
+def test_a_deadline_error_names_rank_operation_and_missing_ranks() -> None:
+    waiter, checks = DeadlineWaiter(2, 0.3), []
+    waiter.hooks = WaitHooks(
+        check=lambda: checks.append(1), explain=lambda seconds: f"rank 1: asleep for {seconds > 0.3}"
+    )
     with pytest.raises(DeadlineExceeded) as error:
         waiter.until(lambda: False, "all-reduce of bucket 3 at step 17", lambda: [4, 1])
     text = str(error.value)
     assert "rank 2: waited 0.3 s for ranks 1, 4 in all-reduce of bucket 3 at step 17" in text
-    assert "rank 1: asleep for True" in text and "HPCSGD_TIMEOUT" in text and asked
+    assert "rank 1: asleep for True" in text and "HPCSGD_TIMEOUT" in text and checks
     assert isinstance(error.value, TimeoutError)
 
 
-def test_a_wait_ends_when_it_is_done() -> None:
+def test_a_wait_ends_when_its_condition_is_true() -> None:
     began = time.monotonic()
-    Waiter(0, 20.0).until(lambda: time.monotonic() - began > 0.1, "a moment")
+    DeadlineWaiter(0, 20.0).until(lambda: time.monotonic() - began > 0.1, "a moment")
     assert 0.1 < time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
-def test_a_timeout_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_timeout_is_an_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCSGD_TIMEOUT", text)
     with pytest.raises(BadOption, match="HPCSGD_TIMEOUT"):
         timeout_from_environment()
 
 
-def test_a_service_runs_while_idle_and_while_waiting_until_dismissed(progress: Progress) -> None:
+def test_a_poller_runs_while_idle_and_while_waiting_until_removed(progress: Progress) -> None:
     calls: list[str] = []
 
-    def service() -> float:
+    def poller() -> float:
         calls.append(threading.current_thread().name)
-        return LISTENING
+        return POLL_INTERVAL
 
-    progress.serve(service)
+    progress.add_poller(poller)
     progress.waiter.until(lambda: "hpcsgd" in calls, "the idle thread")
     main = threading.current_thread().name
     progress.waiter.until(lambda: main in calls, "a wait of this thread")
-    progress.dismiss(service)
+    progress.remove_poller(poller)
     before = len(calls)
     time.sleep(0.02)
     assert len(calls) == before
 
 
-def test_a_service_that_fails_fails_what_comes_next(progress: Progress) -> None:
-    def service() -> float:
+def test_a_failed_poller_fails_the_next_operation(progress: Progress) -> None:
+    def poller() -> float:
         if threading.current_thread() is threading.main_thread():
-            return LISTENING
+            return POLL_INTERVAL
         raise KeyError("lost")
 
-    progress.serve(service)
+    progress.add_poller(poller)
     with pytest.raises(KeyError, match="lost"):
         for _ in range(1000):
             progress.submit("a job", lambda: time.sleep(0.001)).wait()

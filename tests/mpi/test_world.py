@@ -1,4 +1,4 @@
-"""World and Run on ranks: agreement, sub-communicators, windows that are freed."""
+"""World and Run on ranks: consistency checks, sub-communicators, shared memory that is freed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def frozen() -> nn.Module:
     return model
 
 
-ODD: dict[str, tuple[Callable[[Any], Run], str]] = {
+INCONSISTENT: dict[str, tuple[Callable[[Any], Run], str]] = {
     "shape": (lambda w: start(w, net(width=4)), r"a \(4, 2\)"),
     "name": (lambda w: start(w, net("c")), r"c \(3, 2\)"),
     "dtype": (lambda w: start(w, net(dtype=torch.float64)), "torch.float64"),
@@ -59,23 +59,23 @@ ODD: dict[str, tuple[Callable[[Any], Run], str]] = {
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("field", ODD)
-def test_ranks_that_disagree_learn_it_on_all_ranks(world: Any, field: str) -> None:
-    make, text = ODD[field]
+@pytest.mark.parametrize("field", INCONSISTENT)
+def test_inconsistent_ranks_raise_on_all_ranks(world: Any, field: str) -> None:
+    begin, text = INCONSISTENT[field]
     with pytest.raises(Disagreement, match=text) as error:
-        make(world) if world.rank == 1 else start(world, net(), AllReduce())
+        begin(world) if world.rank == 1 else start(world, net(), AllReduce())
     assert str(error.value).startswith("rank 1: ") and "(rank 0)" in str(error.value)
 
 
 @pytest.mark.mpi(min_size=2)
-def test_options_of_a_strategy_are_compared(world: Any) -> None:
+def test_options_of_a_strategy_are_checked(world: Any) -> None:
     with pytest.raises(Disagreement, match="period") as error:
         start(world, net(), LocalSGD(8 if world.rank else 4))
     ranks = ", ".join(map(str, range(1, world.size)))
     assert f"{ranks}: " in str(error.value).splitlines()[0]
 
 
-def test_a_sub_communicator_of_the_user(world: Any) -> None:
+def test_a_communicator_of_the_user(world: Any) -> None:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2, MPI.COMM_WORLD.rank)
@@ -89,18 +89,18 @@ def test_a_sub_communicator_of_the_user(world: Any) -> None:
         run.step()
         assert torch.all(model.get_parameter("a").grad == (comm.size - 1) / 2)
     assert not MPI.Is_finalized()
-    assert comm.allreduce(1) == comm.size, "the user's communicator is the user's"
+    assert comm.allreduce(1) == comm.size, "the user's communicator is still valid"
     comm.Free()
 
 
-def test_closing_twice_is_closing_once(world: Any) -> None:
+def test_close_is_idempotent(world: Any) -> None:
     own = World(timeout=20)
     assert own.gather(own.rank) == list(range(world.size))
     own.close()
     own.close()
 
 
-def test_a_closed_run_leaves_the_model_in_memory_of_its_own(world: Any) -> None:
+def test_a_closed_run_moves_the_model_to_private_memory(world: Any) -> None:
     for strategy in (AllReduce(), LocalSGD(2)):
         model = net()
         run = start(world, model, strategy)
@@ -117,24 +117,24 @@ def test_a_closed_run_leaves_the_model_in_memory_of_its_own(world: Any) -> None:
         model.get_parameter("a").sum().backward()  # no hook is left
 
 
-def test_a_view_that_somebody_holds_survives(world: Any) -> None:
+def test_a_view_outlives_its_group(world: Any) -> None:
     group = TensorGroup(world, [("a", torch.zeros(1000))])
     group.views["a"].fill_(world.rank)
-    kept, array = group.views["a"][10:20], group.views["a"].numpy()
+    view, array = group.views["a"][10:20], group.views["a"].numpy()
     del group
     gc.collect()
     for _ in range(3):
         TensorGroup(world, [("b", torch.zeros(1000))]).views["b"].fill_(-1)
         gc.collect()
     world.gather("all have written")
-    assert torch.all(kept == world.rank) and np.all(array == world.rank)
+    assert torch.all(view == world.rank) and np.all(array == world.rank)
 
 
 def shared_mappings() -> int:
     return sum(" rw-s " in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
-def test_runs_on_one_world_do_not_pile_up_windows(world: Any) -> None:
+def test_runs_on_one_world_free_shared_memory(world: Any) -> None:
     counts = []
     for number in range(RUNS):
         start(world, net(), LocalSGD() if number % 2 else AllReduce()).close()
@@ -143,7 +143,7 @@ def test_runs_on_one_world_do_not_pile_up_windows(world: Any) -> None:
     assert max(counts[5:]) <= max(counts[:5]) + 2, counts
 
 
-def test_runs_with_worlds_of_their_own_do_not_pile_up_windows() -> None:
+def test_runs_with_worlds_of_their_own_free_shared_memory() -> None:
     counts = []
     for _ in range(RUNS):
         start(None, net()).close()
@@ -152,18 +152,18 @@ def test_runs_with_worlds_of_their_own_do_not_pile_up_windows() -> None:
     assert max(counts[5:]) <= max(counts[:5]) + 2, counts
 
 
-def test_nodes_are_split_as_told(world_of: Callable[..., Any]) -> None:
+def test_nodes_are_split_by_ranks_per_node(world_of: Callable[..., Any]) -> None:
     for per_node in (1, 2, 3):
         world = world_of(per_node)
         assert world.nodes == -(-world.size // per_node)
         assert world.node == world.rank // per_node
         assert world.local_rank == world.rank % per_node
-        assert world.members == [r for r in range(world.size) if r // per_node == world.node]
+        assert world.local.members == [r for r in range(world.size) if r // per_node == world.node]
 
 
-def test_gather_and_agree(world: Any) -> None:
+def test_gather_and_check_consistent(world: Any) -> None:
     assert world.gather({"rank": world.rank}) == [{"rank": r} for r in range(world.size)]
-    world.agree({"a": 1, "b": [1, 2]})
+    world.check_consistent({"a": 1, "b": [1, 2]})
 
 
 def test_overlap_with_the_users_own_mpi(world: Any) -> None:

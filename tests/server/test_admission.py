@@ -1,4 +1,4 @@
-"""Who is let in, and what it is told if not."""
+"""Admission of clients, and the reasons of refusals."""
 
 from __future__ import annotations
 
@@ -9,29 +9,37 @@ import numpy as np
 import pytest
 
 from hpcsgd.server import Policy, Server
-from hpcsgd.server.protocol import Head, Kind
-from tests.support.protocol_clients import ONES, Talker, as_bytes, contract_of, goes_on, pair, talker
+from hpcsgd.server.protocol import Header, MessageType
+from tests.support.protocol_clients import (
+    ONES,
+    ScriptedClient,
+    assert_still_serves,
+    json_body,
+    make_client,
+    make_contract,
+    pair,
+)
 
 
-def test_who_knows_the_secret_is_let_in_and_told_that_the_server_knows_it() -> None:
+def test_client_with_the_secret_is_admitted_and_verifies_the_server() -> None:
     server = Server(Policy("async", secret="s", lease=3.0))
-    assert talker(server, secret="s").let_in
-    assert list(server.clients) == ["g0"] and set(server.shards) == {0, 1}
+    assert make_client(server, secret="s").admitted
+    assert list(server.sessions) == ["g0"] and set(server.shards) == {0, 1}
 
 
 @pytest.mark.parametrize("proof", ["", "0" * 64, None, 3, ["x"], "\ud800", "é"])
-def test_who_does_not_is_refused(proof: object) -> None:
+def test_client_without_the_secret_is_refused(proof: object) -> None:
     server = Server(Policy("async", secret="s"))
-    stranger = talker(server, hello={"proof": proof})
-    assert not stranger.let_in and "secret" in stranger.reason and stranger.lost
-    assert not server.clients and not server.links and not server.contract
-    assert talker(server, secret="s").let_in
+    stranger = make_client(server, hello={"proof": proof})
+    assert not stranger.admitted and "secret" in stranger.refusal and stranger.lost
+    assert not server.sessions and not server.links and not server.contract
+    assert make_client(server, secret="s").admitted
 
 
-def test_a_nonce_that_no_text_can_be_made_of_is_only_a_nonce() -> None:
+def test_nonce_that_is_not_valid_unicode_is_accepted() -> None:
     server = Server(Policy("async"))
-    talker(server, hello={"nonce": "\ud800"})
-    assert list(server.clients) == ["g0"]
+    make_client(server, hello={"nonce": "\ud800"})
+    assert list(server.sessions) == ["g0"]
 
 
 @pytest.mark.parametrize(
@@ -45,15 +53,15 @@ def test_a_nonce_that_no_text_can_be_made_of_is_only_a_nonce() -> None:
         ({"hpcsgd": "9" * 10_000}, "hpcsgd differs: expected 1.0, got 99999"),
     ],
 )
-def test_what_differs_is_named(change: dict[str, Any], named: str) -> None:
+def test_contract_mismatch_is_named(change: dict[str, Any], named: str) -> None:
     server = Server(Policy("async"))
-    contract = contract_of([4], hpcsgd="1.0", **{"list of parameters": ["w 3x4", "b 4"]})
-    first = Talker(server, "a", contract)
-    assert first.let_in
-    other = Talker(server, "b", {**contract, **change})
-    assert not other.let_in and named in other.reason and len(other.reason) < 2000
-    assert list(server.clients) == ["a"]
-    assert Talker(server, "c", contract).let_in
+    contract = make_contract([4], hpcsgd="1.0", **{"list of parameters": ["w 3x4", "b 4"]})
+    first = ScriptedClient(server, "a", contract)
+    assert first.admitted
+    other = ScriptedClient(server, "b", {**contract, **change})
+    assert not other.admitted and named in other.refusal and len(other.refusal) < 2000
+    assert list(server.sessions) == ["a"]
+    assert ScriptedClient(server, "c", contract).admitted
 
 
 SHARDS: list[Any] = [
@@ -68,19 +76,19 @@ SHARDS: list[Any] = [
 
 
 @pytest.mark.parametrize("shards", SHARDS, ids=repr)
-def test_what_describes_no_model_is_refused_and_binds_nobody(shards: Any) -> None:
+def test_invalid_model_description_is_refused_and_has_no_effect(shards: Any) -> None:
     server = Server(Policy("async"))
-    contract = contract_of([4])
-    stranger = Talker(server, "a", {**contract, "shards": shards})
-    assert not stranger.let_in and "describes no model" in stranger.reason
-    assert talker(server).let_in
+    contract = make_contract([4])
+    stranger = ScriptedClient(server, "a", {**contract, "shards": shards})
+    assert not stranger.admitted and "no valid description of the model" in stranger.refusal
+    assert make_client(server).admitted
 
 
 @pytest.mark.parametrize("optimizer", ["LBFGS", "Optimizer", "lr_scheduler", 3, ["SGD"], None])
 def test_other_optimizers_are_refused(optimizer: Any) -> None:
     server = Server(Policy("sync"))
-    stranger = Talker(server, "a", contract_of([4], "sync", optimizer=optimizer))
-    assert not stranger.let_in and "describes no model" in stranger.reason
+    stranger = ScriptedClient(server, "a", make_contract([4], "sync", optimizer=optimizer))
+    assert not stranger.admitted and "no valid description of the model" in stranger.refusal
 
 
 @pytest.mark.parametrize(
@@ -95,62 +103,64 @@ def test_other_optimizers_are_refused(optimizer: Any) -> None:
     ],
     ids=lambda hello: repr(hello)[:40],
 )
-def test_a_hello_that_says_nothing_is_refused(hello: dict[str, Any]) -> None:
+def test_hello_without_a_valid_identity_is_refused(hello: dict[str, Any]) -> None:
     server = Server(Policy("async"))
-    stranger = talker(server, hello=hello)
-    assert not stranger.let_in and "hello" in stranger.reason
-    assert not server.clients and talker(server).let_in
+    stranger = make_client(server, hello=hello)
+    assert not stranger.admitted and "hello" in stranger.refusal
+    assert not server.sessions and make_client(server).admitted
 
 
 BAD_OPTIONS: list[Any] = [[], [3], [{}, None], [{"lr": -1}], [{"lr": "x"}], [{"speed": 1}]]
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS, ids=repr)
-def test_options_that_the_optimizer_refuses_are_refused(options: Any) -> None:
+def test_options_that_the_optimizer_rejects_are_refused(options: Any) -> None:
     server = Server(Policy("async"))
-    contract = {**contract_of([4]), "shards": [["float32", 4, [[0, 2, 0], [2, 4, 1]]]]}
+    contract = {**make_contract([4]), "shards": [["float32", 4, [[0, 2, 0], [2, 4, 1]]]]}
     good = [{"lr": 0.1}, {"lr": 0.2}]
-    stranger = Talker(server, "a", contract, options)
-    assert not stranger.let_in and "does not take these options" in stranger.reason
-    client = Talker(server, "b", contract, good)
-    client.fill(0 * ONES)
-    client.say(Head(Kind.OPTIONS), as_bytes({"options": [{"lr": 1.0}, {"lr": 0.5}]}))
+    stranger = ScriptedClient(server, "a", contract, options)
+    assert not stranger.admitted and "rejects these options" in stranger.refusal
+    client = ScriptedClient(server, "b", contract, good)
+    client.initialize(0 * ONES)
+    client.send(Header(MessageType.OPTIONS), json_body({"options": [{"lr": 1.0}, {"lr": 0.5}]}))
     client.push(ONES)
-    np.testing.assert_allclose(client.answer()[1], [-1, -1, -0.5, -0.5])
-    client.say(Head(Kind.OPTIONS), as_bytes({"options": options}))
-    assert not client.let_in and "options" in client.reason
+    np.testing.assert_allclose(client.pop_reply()[1], [-1, -1, -0.5, -0.5])
+    client.send(Header(MessageType.OPTIONS), json_body({"options": options}))
+    assert not client.admitted and "options" in client.refusal
 
 
-def test_who_connects_anew_takes_the_place_of_itself() -> None:
+def test_new_connection_replaces_the_old_one() -> None:
     server, one, _two = pair(Policy("async"))
-    old = one.far
+    old = one.server_link
     one.connect()
-    assert one.let_in and old.closed and old not in server.links
-    assert list(server.clients) == ["g0", "g1"]
-    server.pump([old])  # as where both had something in the same round
-    assert one.let_in
-    goes_on(server, one)
+    assert one.admitted and old.closed and old not in server.links
+    assert list(server.sessions) == ["g0", "g1"]
+    server.pump([old])  # as if both were readable in the same poll
+    assert one.admitted
+    assert_still_serves(server, one)
 
 
-def test_shards_are_dealt_to_servers_and_talkers() -> None:
+def test_shards_are_distributed_to_servers_and_gateways() -> None:
     sizes = [4] * 12
     for index in range(2):
         server = Server(Policy("elastic"), index, 2)
-        contract = {**contract_of(sizes, "elastic"), "servers": 2}
-        talkers = [Talker(server, f"g.{i}", contract, hello={"talker": i, "talkers": 3}) for i in range(3)]
+        contract = {**make_contract(sizes, "elastic"), "servers": 2}
+        clients = [
+            ScriptedClient(server, f"g.{i}", contract, hello={"talker": i, "talkers": 3}) for i in range(3)
+        ]
         assert set(server.shards) == set(range(index, 12, 2))
-        parts = [server.clients[each.name].shards for each in talkers]
+        parts = [server.sessions[each.name].shards for each in clients]
         assert sorted(i for part in parts for i in part) == sorted(server.shards)
         assert {len(part) for part in parts} == {2}
         other = next(iter(parts[1]))
-        talkers[0].say(Head(Kind.PULL, other))
-        assert not talkers[0].let_in and "not its own" in talkers[0].reason
+        clients[0].send(Header(MessageType.PULL, other))
+        assert not clients[0].admitted and "not its own" in clients[0].refusal
 
 
-def test_who_comes_back_with_fewer_shards_is_not_waited_for_at_the_others() -> None:
+def test_client_that_reconnects_with_fewer_shards_is_not_awaited_at_the_others() -> None:
     server, one, two = pair(Policy("sync"))
-    server.begin(None)
+    server.start_steps(None)
     two.hello.update(talker=1, talkers=2)
     two.connect()
-    two.say(Head(Kind.BEAT))
-    goes_on(server, one)
+    two.send(Header(MessageType.HEARTBEAT))
+    assert_still_serves(server, one)

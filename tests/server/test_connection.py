@@ -1,4 +1,4 @@
-"""A client's connection, over links that break at any byte: every request is answered once."""
+"""A client's connection over links that break at any byte: every request gets one reply."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.server import Policy, Server, connection, tcp_link
 from hpcsgd.server.connection import Request
-from hpcsgd.server.protocol import HEAD_BYTES, Head, Kind, Link, Party, State
-from tests.support.flaky_links import SIZE, Plugs, ask, connect, run, values
-from tests.support.protocol_clients import contract_of
+from hpcsgd.server.protocol import HEADER_BYTES, Handler, Header, Link, MessageType, ReplyStatus
+from tests.support.flaky_links import SIZE, FlakyConnector, connect, exchange, pump_until, reply_values
+from tests.support.protocol_clients import make_contract
 
 
 @pytest.fixture(autouse=True, scope="module")
 def at_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "_AGAIN", 0.0)
+        patch.setattr(connection, "_RETRY_INTERVAL", 0.0)
         yield
 
 
@@ -35,21 +35,21 @@ def at_once() -> Iterator[None]:
 @settings(max_examples=25, deadline=None)
 def test_every_request_is_answered_once(lengths: list[int], chunk: int, mode: str, pushes: int) -> None:
     server = Server(Policy(mode, 0.5))
-    dials = [Plugs(server, lengths[i::2], chunk) for i in range(2)]
-    both = [connect(dial, f"g{i}") for i, dial in enumerate(dials)]
+    connectors = [FlakyConnector(server, lengths[i::2], chunk) for i in range(2)]
+    both = [connect(connector, f"g{i}") for i, connector in enumerate(connectors)]
     models = [np.arange(SIZE, dtype=np.float32) * 4096 * (i + 1) for i in range(2)]
-    first = ask(server, both[0], Kind.PULL)
-    assert first.answer is not None and first.answer.state is State.EMPTY
-    ask(server, both[0], Kind.FILL, np.zeros(SIZE, np.float32))
+    first = exchange(server, both[0], MessageType.PULL)
+    assert first.reply is not None and first.reply.status is ReplyStatus.NO_VALUES
+    exchange(server, both[0], MessageType.INIT, np.zeros(SIZE, np.float32))
     versions = []
     for number in range(1, pushes + 1):
         for each, model in zip(both, models, strict=True):
-            request = ask(server, each, Kind.PUSHPULL, model, round=number, weight=1.0)
-            assert request.answer is not None and request.answer.state is State.DONE
-            assert request.answer.round == number
-            versions.append(request.answer.version)
+            request = exchange(server, each, MessageType.PUSHPULL, model, push_number=number, weight=1.0)
+            assert request.reply is not None and request.reply.status is ReplyStatus.OK
+            assert request.reply.push_number == number
+            versions.append(request.reply.version)
             if mode == "elastic":
-                model -= values(request)
+                model -= reply_values(request)
     shard = server.shards[0]
     assert versions == list(range(1, 2 * pushes + 1)) and shard.version == 2 * pushes
     assert shard.centre is not None
@@ -59,123 +59,130 @@ def test_every_request_is_answered_once(lengths: list[int], chunk: int, mode: st
         np.testing.assert_array_equal(found + models[0] + models[1], total)
     else:
         np.testing.assert_array_equal(found, -pushes * total)
-    for dial, each in zip(dials, both, strict=True):
-        if dial.lengths:  # until it breaks at last
-            each.say_goodbye()
-            run(server, each, until=lambda each=each: each.closed)
+    for connector, each in zip(connectors, both, strict=True):
+        if connector.link_lengths:  # else the current link never breaks
+            each.start_close()
+            pump_until(server, each, until=lambda each=each: each.closed)
 
 
 def test_requests_of_many_shards_are_under_way_at_once() -> None:
     server = Server(Policy("async"))
-    dial = Plugs(server, [900], 64)
-    own = connect(dial)
+    connector = FlakyConnector(server, [900], 64)
+    connection = connect(connector)
     bodies = [np.ones(SIZE, np.float32), np.ones(3, np.float32)]
-    for kind, more in ((Kind.FILL, {}), (Kind.PUSHPULL, {"round": 1, "weight": 1.0})):
+    for message_type, more in (
+        (MessageType.INIT, {}),
+        (MessageType.PUSHPULL, {"push_number": 1, "weight": 1.0}),
+    ):
         requests = []
         for shard, body in enumerate(bodies):
-            head = Head(kind, shard, nbytes=body.nbytes, **more)  # type: ignore[arg-type]
-            requests.append(Request(head, body.view(np.uint8), np.empty(body.nbytes, np.uint8)))
-            own.ask(requests[-1])
-        claim = Request(Head(Kind.CLAIM, steps=2))
-        own.ask(claim)
-        run(server, own, until=lambda r=requests, c=claim: all(x.done for x in (*r, c)))
-    assert dial.opened == 2
-    assert [values(request).tolist() for request in requests] == [[0.0] * SIZE, [0.0] * 3]
+            header = Header(message_type, shard, nbytes=body.nbytes, **more)  # type: ignore[arg-type]
+            requests.append(Request(header, body.view(np.uint8), np.empty(body.nbytes, np.uint8)))
+            connection.send_request(requests[-1])
+        claim = Request(Header(MessageType.CLAIM, steps=2))
+        connection.send_request(claim)
+        pump_until(server, connection, until=lambda r=requests, c=claim: all(x.done for x in (*r, c)))
+    assert connector.opened == 2
+    assert [reply_values(request).tolist() for request in requests] == [[0.0] * SIZE, [0.0] * 3]
 
 
-def test_what_was_told_holds_over_the_next_link_too() -> None:
+def test_notifications_are_repeated_on_the_next_link() -> None:
     server = Server(Policy("sync"))
-    dial = Plugs(server, [])
-    own = connect(dial)
-    ask(server, own, Kind.FILL, np.zeros(SIZE, np.float32))
-    server.begin(None)
-    client = server.clients["g"]
-    assert client.counts
-    server.lose(dial.far, "test")
-    own.tell(Head(Kind.REST))
-    own.tell_note(Kind.OPTIONS, {"options": [{"lr": 7.0}]})
-    run(server, own, until=lambda: client.resting)
-    assert client.options == [{"lr": 7.0}] and client.waited_for
-    # Which is over once it pushes again.
-    ask(server, own, Kind.PUSHPULL, np.ones(SIZE, np.float32), round=1, weight=1.0)
-    assert not client.resting
-    server.lose(dial.far, "test")
-    request = ask(server, own, Kind.PULL)
-    assert values(request).tolist() == [-7.0] * SIZE
-    assert not client.resting
+    connector = FlakyConnector(server, [])
+    connection = connect(connector)
+    exchange(server, connection, MessageType.INIT, np.zeros(SIZE, np.float32))
+    server.start_steps(None)
+    client = server.sessions["g"]
+    assert client.is_awaited
+    server.disconnect(connector.server_link, "test")
+    connection.notify(Header(MessageType.PAUSE))
+    connection.notify_json(MessageType.OPTIONS, {"options": [{"lr": 7.0}]})
+    pump_until(server, connection, until=lambda: client.paused)
+    assert client.options == [{"lr": 7.0}] and client.alive
+    # A pause ends with the next push.
+    exchange(server, connection, MessageType.PUSHPULL, np.ones(SIZE, np.float32), push_number=1, weight=1.0)
+    assert not client.paused
+    server.disconnect(connector.server_link, "test")
+    request = exchange(server, connection, MessageType.PULL)
+    assert reply_values(request).tolist() == [-7.0] * SIZE
+    assert not client.paused
 
 
-def test_the_last_answer_is_the_one_to_a_push_that_a_new_server_has_counted() -> None:
-    """A server that was started again from its state knows what it has counted."""
+def test_restored_server_replies_to_a_repeated_push_without_applying_it() -> None:
+    """The restored state holds the number of the last applied push."""
     server = Server(Policy("async"))
-    dial = Plugs(server, [])
-    own = connect(dial)
-    ask(server, own, Kind.FILL, np.zeros(SIZE, np.float32))
-    ask(server, own, Kind.PUSHPULL, np.ones(SIZE, np.float32), round=1, weight=1.0)
+    connector = FlakyConnector(server, [])
+    connection = connect(connector)
+    exchange(server, connection, MessageType.INIT, np.zeros(SIZE, np.float32))
+    exchange(server, connection, MessageType.PUSHPULL, np.ones(SIZE, np.float32), push_number=1, weight=1.0)
     again = Server(Policy("async"))
-    again.agree_on(server.contract)
+    again.set_contract(server.contract)
     for index, shard in server.shards.items():
         again.shards[index].load_state_dict(shard.state_dict())
-    again.clients["g"] = server.clients["g"]
-    server.lose(dial.far, "killed")
-    dial.served = again
+    again.sessions["g"] = server.sessions["g"]
+    server.disconnect(connector.server_link, "killed")
+    connector.server = again
     for number, version in ((1, 1), (2, 2)):
         body = np.ones(SIZE, np.float32)
-        request = ask(again, own, Kind.PUSHPULL, body, round=number, version=1, weight=1.0)
-        assert request.answer is not None and request.answer.version == version
-        assert values(request).tolist() == [-version] * SIZE
+        request = exchange(
+            again, connection, MessageType.PUSHPULL, body, push_number=number, version=1, weight=1.0
+        )
+        assert request.reply is not None and request.reply.version == version
+        assert reply_values(request).tolist() == [-version] * SIZE
 
 
-def test_it_says_that_it_is_there() -> None:
+def test_heartbeats_are_sent_within_the_lease() -> None:
     server = Server(Policy("async", lease=0.08))
-    own = connect(Plugs(server, []))
-    run(server, own, until=lambda: server.clients)
-    far = server.links[0]
-    pauses, received, deadline = [], far.received, time.monotonic() + 0.3
+    connection = connect(FlakyConnector(server, []))
+    pump_until(server, connection, until=lambda: server.sessions)
+    server_link = server.links[0]
+    pauses, received, deadline = [], server_link.received, time.monotonic() + 0.3
     while time.monotonic() < deadline:
-        pauses.append(own.pump())
+        pauses.append(connection.pump())
         server.pump(server.links)
         time.sleep(0.002)
-    assert far.received >= received + 3 * HEAD_BYTES
+    assert server_link.received >= received + 3 * HEADER_BYTES
     assert all(0 <= pause <= 0.08 / 4 for pause in pauses)
-    assert server.heard == 0  # of what it has to say
+    assert server.messages_received == 0  # heartbeats are not counted
 
 
-# Where it comes to nothing.
+# Failures.
 
 
-def test_who_is_refused_is_told_why() -> None:
+def test_refused_client_raises_the_reason() -> None:
     server = Server(Policy("async", secret="right"))
-    own = connect(Plugs(server, [], secret="wrong"))
-    with pytest.raises(HpcsgdError, match=r"does not let this group in\n.*does not know the secret"):
-        run(server, own, until=lambda: False)
-    good = connect(Plugs(server, [], secret="right"), "a")
-    run(server, good, until=lambda: server.clients)
-    other = connect(Plugs(server, [], secret="right"), "b", contract=contract_of([4]))
+    connection = connect(FlakyConnector(server, [], secret="wrong"))
+    with pytest.raises(HpcsgdError, match=r"does not admit this group\n.*does not know the secret"):
+        pump_until(server, connection, until=lambda: False)
+    good = connect(FlakyConnector(server, [], secret="right"), "a")
+    pump_until(server, good, until=lambda: server.sessions)
+    other = connect(FlakyConnector(server, [], secret="right"), "b", contract=make_contract([4]))
     with pytest.raises(HpcsgdError, match="shards differs"):
-        run(server, other, until=lambda: False)
-    ask(server, good, Kind.FILL, np.zeros(SIZE, np.float32))
+        pump_until(server, other, until=lambda: False)
+    exchange(server, good, MessageType.INIT, np.zeros(SIZE, np.float32))
 
 
-def test_who_errs_is_told_why_and_does_not_try_for_ever() -> None:
-    """As where a server was started again without what it had."""
+def test_protocol_error_raises_the_reason_and_is_not_retried() -> None:
+    """As with a server that was restarted without its state."""
     server = Server(Policy("async"))
-    own = connect(Plugs(server, []))
-    with pytest.raises(HpcsgdError, match="pushed shard 0 before it had its values"):
-        ask(server, own, Kind.PUSHPULL, np.zeros(SIZE, np.float32), round=3, weight=1.0)
+    connection = connect(FlakyConnector(server, []))
+    with pytest.raises(HpcsgdError, match="pushed shard 0 before its values were initialized"):
+        exchange(
+            server, connection, MessageType.PUSHPULL, np.zeros(SIZE, np.float32), push_number=3, weight=1.0
+        )
 
 
-class Impostor:
-    """Takes the place of a server, and says what it is told to say."""
+class FakeServer:
+    """Sends given messages in place of a server."""
 
-    def __init__(self, *words: tuple[Kind, dict[str, Any]]) -> None:
-        self.words, self.links = words, []
+    def __init__(self, *messages: tuple[MessageType, dict[str, Any]]) -> None:
+        self.messages, self.links = messages, []
         self.policy = Policy("async")
 
-    def add(self, link: Link) -> None:
+    def add_link(self, link: Link) -> None:
         self.links.append(link)
-        for kind, note in self.words:
-            link.send_note(kind, note)
+        for message_type, fields in self.messages:
+            link.send_json(message_type, fields)
 
     def pump(self, links: list[Link]) -> None:
         for link in list(links):
@@ -185,101 +192,103 @@ class Impostor:
                 self.links.remove(link)
                 link.close()
 
-    def landing(self, link: Link, head: Head) -> np.ndarray:
-        return np.empty(head.nbytes, np.uint8)
+    def buffer_for(self, link: Link, header: Header) -> np.ndarray:
+        return np.empty(header.nbytes, np.uint8)
 
-    def take(self, link: Link, head: Head, body: np.ndarray) -> None: ...
+    def on_message(self, link: Link, header: Header, body: np.ndarray) -> None: ...
 
 
-def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
+def test_server_without_the_secret_is_rejected() -> None:
     for nonce in ("x", "\ud800"):
-        fake = Impostor((Kind.CHALLENGE, {"nonce": nonce}), (Kind.WELCOME, {"proof": "x", "lease": 1.0}))
-        own = connect(Plugs(fake, [], secret="s"))  # type: ignore[arg-type]
+        fake = FakeServer(
+            (MessageType.CHALLENGE, {"nonce": nonce}), (MessageType.WELCOME, {"proof": "x", "lease": 1.0})
+        )
+        connection = connect(FlakyConnector(fake, [], secret="s"))  # type: ignore[arg-type]
         with pytest.raises(HpcsgdError, match="the server does not know the secret"):
-            run(fake, own, until=lambda: False)  # type: ignore[arg-type]
+            pump_until(fake, connection, until=lambda: False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "messages",
     [
-        [(Kind.REPLY, {})],
-        [(Kind.GRANT, {})],
-        [(Kind.BYE, {})],
-        [(Kind.BEAT, {})],
-        [(Kind.WELCOME, {"proof": tcp_link.proof("", ""), "lease": None})],
-        [(Kind.WELCOME, {"proof": tcp_link.proof("", ""), "lease": float("nan")})],
-        [(Kind.CHALLENGE, {"nonce": "x" * 5_000_000})],
+        [(MessageType.REPLY, {})],
+        [(MessageType.GRANT, {})],
+        [(MessageType.GOODBYE, {})],
+        [(MessageType.HEARTBEAT, {})],
+        [(MessageType.WELCOME, {"proof": tcp_link.hmac_response("", ""), "lease": None})],
+        [(MessageType.WELCOME, {"proof": tcp_link.hmac_response("", ""), "lease": float("nan")})],
+        [(MessageType.CHALLENGE, {"nonce": "x" * 5_000_000})],
         [],
     ],
-    ids=lambda words: words[0][0].name if words else "nothing",
+    ids=lambda messages: messages[0][0].name if messages else "nothing",
 )
-def test_a_server_that_talks_nonsense_is_tried_again_until_patience_ends(words: list[Any]) -> None:
-    fake = Impostor(*words)
-    own = connect(Plugs(fake, []), patience=0.05)  # type: ignore[arg-type]
+def test_server_that_violates_the_protocol_is_retried_until_the_timeout(messages: list[Any]) -> None:
+    fake = FakeServer(*messages)
+    connection = connect(FlakyConnector(fake, []), timeout=0.05)  # type: ignore[arg-type]
     with pytest.raises(HpcsgdError, match=r"the server cannot be reached for 0\.05 s"):
-        run(fake, own, until=lambda: time.sleep(0.001))  # type: ignore[arg-type]
+        pump_until(fake, connection, until=lambda: time.sleep(0.001))  # type: ignore[arg-type]
 
 
-def test_a_server_that_is_away_is_waited_for_with_patience() -> None:
+def test_absent_server_is_awaited_until_the_timeout() -> None:
     server = Server(Policy("async"))
 
-    class Away(Plugs):
+    class Away(FlakyConnector):
         tries = 0
 
-        def open(self, party: Party) -> tuple[Link, str]:
+        def open(self, handler: Handler) -> tuple[Link, str]:
             self.tries += 1
             if self.tries <= 5:
-                raise OSError("nobody at home")
-            return super().open(party)
+                raise OSError("connection refused")
+            return super().open(handler)
 
-    own = connect(Away(server, []))
-    ask(server, own, Kind.FILL, np.zeros(SIZE, np.float32))
+    connection = connect(Away(server, []))
+    exchange(server, connection, MessageType.INIT, np.zeros(SIZE, np.float32))
 
-    class Gone(Plugs):
-        def open(self, party: Party) -> tuple[Link, str]:
-            raise OSError("nobody at home")
+    class Gone(FlakyConnector):
+        def open(self, handler: Handler) -> tuple[Link, str]:
+            raise OSError("connection refused")
 
-    own = connect(Gone(server, []), patience=0.05)
-    with pytest.raises(HpcsgdError, match=r"cannot be reached for 0\.05 s\n.*nobody at home"):
-        run(server, own, until=lambda: time.sleep(0.001))
+    connection = connect(Gone(server, []), timeout=0.05)
+    with pytest.raises(HpcsgdError, match=r"cannot be reached for 0\.05 s\n.*connection refused"):
+        pump_until(server, connection, until=lambda: time.sleep(0.001))
 
 
-def test_patience_begins_anew_with_every_loss() -> None:
+def test_timeout_restarts_with_every_disconnect() -> None:
     server = Server(Policy("async"))
-    dial = Plugs(server, [])
-    own = connect(dial, patience=0.4)
-    ask(server, own, Kind.FILL, np.zeros(SIZE, np.float32))
+    connector = FlakyConnector(server, [])
+    connection = connect(connector, timeout=0.4)
+    exchange(server, connection, MessageType.INIT, np.zeros(SIZE, np.float32))
     time.sleep(0.45)
-    server.lose(dial.far, "test")
-    ask(server, own, Kind.PULL)
-    assert dial.opened == 2
+    server.disconnect(connector.server_link, "test")
+    exchange(server, connection, MessageType.PULL)
+    assert connector.opened == 2
 
 
-def test_goodbye() -> None:
+def test_closing_is_confirmed_by_the_server() -> None:
     server = Server(Policy("async"))
-    own = connect(Plugs(server, []))
-    assert not own.closed
-    ask(server, own, Kind.FILL, np.zeros(SIZE, np.float32))
-    own.say_goodbye()
-    assert not own.closed
-    run(server, own, until=lambda: own.closed)
-    assert server.clients["g"].done and not server.links
-    assert own.pump() > 1
+    connection = connect(FlakyConnector(server, []))
+    assert not connection.closed
+    exchange(server, connection, MessageType.INIT, np.zeros(SIZE, np.float32))
+    connection.start_close()
+    assert not connection.closed
+    pump_until(server, connection, until=lambda: connection.closed)
+    assert server.sessions["g"].done and not server.links
+    assert connection.pump() > 1
 
 
 @pytest.mark.parametrize("broken", [True, False])
-def test_goodbye_to_who_does_not_hear_it(broken: bool) -> None:
+def test_closing_without_a_server_succeeds(broken: bool) -> None:
     server = Server(Policy("async"))
-    dial = Plugs(server, [])
-    own = connect(dial)
+    connector = FlakyConnector(server, [])
+    connection = connect(connector)
     if broken:
-        ask(server, own, Kind.FILL, np.zeros(SIZE, np.float32))
-        own.say_goodbye()
-        server.lose(dial.far, "test")
-        own.pump()
+        exchange(server, connection, MessageType.INIT, np.zeros(SIZE, np.float32))
+        connection.start_close()
+        server.disconnect(connector.server_link, "test")
+        connection.pump()
     else:
-        own.pump()  # a link, and no welcome
-        own.say_goodbye()
+        connection.pump()  # a link without a welcome
+        connection.start_close()
         server.pump(server.links)
         assert not server.links
-    assert own.closed
+    assert connection.closed

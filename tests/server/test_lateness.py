@@ -1,4 +1,4 @@
-"""Who is left out of updates, for nobody has waited for it, and how it gets in again."""
+"""Late pushes: when they are dropped, and how a client rejoins the updates."""
 
 from __future__ import annotations
 
@@ -8,185 +8,185 @@ import numpy as np
 import pytest
 
 from hpcsgd.server import Policy, Server
-from hpcsgd.server.protocol import Head, Kind, State
-from tests.support.protocol_clients import centre, group
+from hpcsgd.server.protocol import Header, MessageType, ReplyStatus
+from tests.support.protocol_clients import centre, make_clients
 
 
-def test_who_is_gone_in_the_middle_of_a_round_is_not_waited_for() -> None:
+def test_client_lost_during_an_update_is_not_awaited() -> None:
     server = Server(Policy("sync"))
-    one, two, three = group(server, 3)
-    server.begin(None)
+    one, two, three = make_clients(server, 3)
+    server.start_steps(None)
     one.push(np.full(5, 1, np.float32))
     two.push(np.full(5, 5, np.float32))
-    assert not one.heard
-    server.lose(two.far, "test")
-    assert not one.heard  # for the third
-    server.lose(three.far, "test")
-    one.listen()
-    assert one.answer()[0].state is State.DONE
+    assert not one.received
+    server.disconnect(two.server_link, "test")
+    assert not one.received  # the third is awaited
+    server.disconnect(three.server_link, "test")
+    one.receive()
+    assert one.pop_reply()[0].status is ReplyStatus.OK
     np.testing.assert_array_equal(centre(server), -1)
-    # Of the second nothing was acknowledged: it asks again, and is told that it was too late.
+    # The push of the second had no reply: it is repeated, and reported late.
     two.connect()
-    two.rounds = {}
+    two.push_numbers = {}
     two.push(np.full(5, 5, np.float32))
-    head, values = two.answer()
-    assert head.state is State.LATE and head.version == 1
+    header, values = two.pop_reply()
+    assert header.status is ReplyStatus.LATE and header.version == 1
     np.testing.assert_array_equal(values, -1)
-    assert server.counting.left_out == 1
-    # From then on it counts again.
+    assert server.aggregator.dropped == 1
+    # From then on it is awaited again.
     one.push(np.full(5, 1, np.float32))
-    assert not one.heard
+    assert not one.received
     two.push(np.full(5, 3, np.float32))
     np.testing.assert_array_equal(centre(server), -3)
 
 
-def test_a_push_that_was_left_out_is_left_out_when_it_comes_again() -> None:
+def test_dropped_push_is_dropped_when_repeated() -> None:
     server = Server(Policy("sync"))
-    one, two = group(server, 2)
-    server.begin(None)
-    server.lose(two.far, "test")
+    one, two = make_clients(server, 2)
+    server.start_steps(None)
+    server.disconnect(two.server_link, "test")
     one.push(np.ones(5, np.float32))
     for _ in range(3):
         two.connect()
-        two.rounds = {}
+        two.push_numbers = {}
         two.push(np.ones(5, np.float32))
-        assert two.answer()[0].state is State.LATE
+        assert two.pop_reply()[0].status is ReplyStatus.LATE
         two.versions = {}
-    assert server.counting.left_out == 1 and server.shards[0].version == 1
+    assert server.aggregator.dropped == 1 and server.shards[0].version == 1
 
 
-def test_a_push_that_comes_again_gets_the_same_answer() -> None:
+def test_repeated_push_gets_the_same_reply() -> None:
     server = Server(Policy("elastic", alpha=0.5))
-    (talker,) = group(server, 1)
-    talker.push(np.full(5, 8, np.float32))
-    first = talker.answer()[1]
+    (client,) = make_clients(server, 1)
+    client.push(np.full(5, 8, np.float32))
+    first = client.pop_reply()[1]
     for _ in range(2):
-        talker.connect()
-        talker.rounds = {}
-        talker.push(np.full(5, 8, np.float32))
-        np.testing.assert_array_equal(talker.answer()[1], first)
+        client.connect()
+        client.push_numbers = {}
+        client.push(np.full(5, 8, np.float32))
+        np.testing.assert_array_equal(client.pop_reply()[1], first)
     np.testing.assert_array_equal(centre(server), 4)
     assert server.shards[0].version == 1
 
 
-def test_an_answer_on_its_way_is_not_written_over_by_the_same_push_again() -> None:
+def test_reply_in_flight_is_not_overwritten_by_the_repeated_push() -> None:
     server = Server(Policy("elastic", alpha=0.5))
-    (talker,) = group(server, 1)
-    head = Head(Kind.PUSHPULL, round=1, weight=1.0, nbytes=20)
-    talker.link.send(head, np.full(5, 8, np.float32))
-    talker.deliver()
-    server.lose(talker.far, "test")
-    talker.connect()
-    talker.link.send(head, np.full(5, 8, np.float32))
-    talker.deliver()  # its answer has not left
-    server.lose(talker.far, "test")
-    talker.connect()
-    talker.say(head, np.full(5, 8, np.float32))
-    np.testing.assert_array_equal(talker.answer()[1], 4)
+    (client,) = make_clients(server, 1)
+    header = Header(MessageType.PUSHPULL, push_number=1, weight=1.0, nbytes=20)
+    client.link.send(header, np.full(5, 8, np.float32))
+    client.deliver()
+    server.disconnect(client.server_link, "test")
+    client.connect()
+    client.link.send(header, np.full(5, 8, np.float32))
+    client.deliver()  # its reply has not been sent
+    server.disconnect(client.server_link, "test")
+    client.connect()
+    client.send(header, np.full(5, 8, np.float32))
+    np.testing.assert_array_equal(client.pop_reply()[1], 4)
 
 
-def test_nobody_is_let_ahead_by_asking_again() -> None:
+def test_repeated_push_does_not_bypass_the_staleness_bound() -> None:
     server = Server(Policy("async", max_staleness=1))
-    one, two = group(server, 2)
-    server.begin(None)
+    one, two = make_clients(server, 2)
+    server.start_steps(None)
     one.push(np.ones(5, np.float32))
-    assert one.answer()[0].round == 1
+    assert one.pop_reply()[0].push_number == 1
     one.push(np.ones(5, np.float32))
-    assert not one.heard
-    server.lose(one.far, "test")
+    assert not one.received
+    server.disconnect(one.server_link, "test")
     one.connect()
-    one.rounds[0] = 1
+    one.push_numbers[0] = 1
     one.push(np.ones(5, np.float32))
-    assert not one.heard and server.shards[0].version == 2
+    assert not one.received and server.shards[0].version == 2
     two.push(np.ones(5, np.float32))
-    one.listen()
-    assert one.answer()[0].version == 3
+    one.receive()
+    assert one.pop_reply()[0].version == 3
 
 
-def test_who_waits_for_the_last_that_counted_is_answered() -> None:
-    """Even where it has itself been silent meanwhile."""
+def test_reply_is_sent_when_the_last_awaited_client_pauses() -> None:
+    """Even if the client itself has been silent meanwhile."""
     server = Server(Policy("async", max_staleness=1))
-    one, two = group(server, 2)
-    server.begin(None)
+    one, two = make_clients(server, 2)
+    server.start_steps(None)
     one.push(np.ones(5, np.float32))
     one.push(np.ones(5, np.float32))
-    assert one.answer()[0].round == 1
-    one.far.heard = -math.inf
-    server.watch()
-    two.say(Head(Kind.REST))
-    one.listen()
-    assert one.answer()[0].round == 2
+    assert one.pop_reply()[0].push_number == 1
+    one.server_link.last_received = -math.inf
+    server.check_leases()
+    two.send(Header(MessageType.PAUSE))
+    one.receive()
+    assert one.pop_reply()[0].push_number == 2
 
 
-def test_who_has_fallen_far_behind_goes_on_from_where_the_others_are() -> None:
+def test_client_far_behind_continues_with_the_clock_of_the_others() -> None:
     server = Server(Policy("async", max_staleness=1))
-    one, two = group(server, 2)
-    server.begin(None)
-    two.far.heard = -math.inf
-    server.watch()
+    one, two = make_clients(server, 2)
+    server.start_steps(None)
+    two.server_link.last_received = -math.inf
+    server.check_leases()
     for _ in range(10):
         one.push(np.ones(5, np.float32))
-        assert one.answer()[0].state is State.DONE
+        assert one.pop_reply()[0].status is ReplyStatus.OK
     two.push(np.ones(5, np.float32))
-    assert two.answer()[0].state is State.LATE
+    assert two.pop_reply()[0].status is ReplyStatus.LATE
     for _ in range(5):
-        for talker in (one, two):
-            talker.push(np.ones(5, np.float32))
-            assert talker.answer()[0].state is State.DONE
-    assert max(server.counting.staleness) <= 3
+        for client in (one, two):
+            client.push(np.ones(5, np.float32))
+            assert client.pop_reply()[0].status is ReplyStatus.OK
+    assert max(server.aggregator.staleness) <= 3
 
 
 @pytest.mark.parametrize("s", [1, 2, 3])
-def test_so_far_behind_is_too_late_and_no_less(s: int) -> None:
+def test_push_is_late_beyond_the_staleness_bound(s: int) -> None:
     for pushes in range(1, s + 4):
         server = Server(Policy("async", max_staleness=s))
-        one, two = group(server, 2)
-        server.begin(None)
-        two.far.heard = -math.inf
-        server.watch()
+        one, two = make_clients(server, 2)
+        server.start_steps(None)
+        two.server_link.last_received = -math.inf
+        server.check_leases()
         for _ in range(pushes):
             one.push(np.ones(5, np.float32))
-            one.answer()
+            one.pop_reply()
         two.push(np.ones(5, np.float32))
-        assert (two.answer()[0].state is State.LATE) == (pushes > s + 1)
+        assert (two.pop_reply()[0].status is ReplyStatus.LATE) == (pushes > s + 1)
 
 
-def test_what_those_have_pushed_who_rest_makes_a_push_late_too() -> None:
+def test_pushes_of_paused_clients_make_a_push_late() -> None:
     server = Server(Policy("async", max_staleness=1))
-    one, two = group(server, 2)
-    server.begin(None)
-    two.far.heard = -math.inf
-    server.watch()
+    one, two = make_clients(server, 2)
+    server.start_steps(None)
+    two.server_link.last_received = -math.inf
+    server.check_leases()
     for _ in range(10):
         one.push(np.ones(5, np.float32))
-        one.answer()
-    one.say(Head(Kind.REST))
+        one.pop_reply()
+    one.send(Header(MessageType.PAUSE))
     two.push(np.ones(5, np.float32))
-    assert two.answer()[0].state is State.LATE
-    assert set(server.counting.staleness) == {0}
+    assert two.pop_reply()[0].status is ReplyStatus.LATE
+    assert set(server.aggregator.staleness) == {0}
 
 
-def test_to_look_at_the_values_is_not_to_take_part() -> None:
+def test_pull_without_joining_is_not_awaited() -> None:
     server = Server(Policy("sync"))
-    one, two = group(server, 2)
-    server.begin(None)
-    two.say(Head(Kind.REST))
-    two.fetch()
+    one, two = make_clients(server, 2)
+    server.start_steps(None)
+    two.send(Header(MessageType.PAUSE))
+    two.pull()
     one.push(np.ones(5, np.float32))
-    assert one.answer()[0].state is State.DONE
+    assert one.pop_reply()[0].status is ReplyStatus.OK
 
 
-def test_clients_that_a_state_does_not_know_count_too() -> None:
+def test_client_missing_in_the_state_has_the_newest_clock() -> None:
     server = Server(Policy("async", max_staleness=1))
-    (one,) = group(server, 1)
+    (one,) = make_clients(server, 1)
     for _ in range(4):
         one.push(np.ones(5, np.float32))
-        one.answer()
+        one.pop_reply()
     state = server.shards[0].state_dict()
     other = Server(Policy("async", max_staleness=1))
-    two = group(other, 2)[1]
+    two = make_clients(other, 2)[1]
     other.shards[0].load_state_dict(state)
     np.testing.assert_array_equal(centre(other), -4)
-    two.fetch()
+    two.pull()
     two.push(np.ones(5, np.float32))
-    assert two.answer()[0].state is State.DONE
+    assert two.pop_reply()[0].status is ReplyStatus.OK

@@ -1,4 +1,4 @@
-"""Steps are shared so that all clients are through at about the same time, and all steps are taken."""
+"""Step quotas: all steps are taken, and all clients finish at about the same time."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import random
 import pytest
 
 from hpcsgd.server import step_quota
-from hpcsgd.server.session import Client
+from hpcsgd.server.session import Session
 
 
-def client(name: str) -> Client:
-    found = Client(name, None, frozenset(), [])
-    found.resting = False
+def client(name: str) -> Session:
+    found = Session(name, None, frozenset(), [])
+    found.paused = False
     return found
 
 
 @pytest.mark.parametrize("seconds", [[1.0], [1, 1, 1, 1], [1, 1, 1, 4], [1, 2, 3, 50], [0.3, 7.0]], ids=str)
 @pytest.mark.parametrize("interval", [1, 8])
-def test_all_steps_are_taken_and_all_are_through_together(
+def test_all_steps_are_taken_and_clients_finish_together(
     seconds: list[float], interval: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for goal in (1, 7, 40, 333):
@@ -29,12 +29,12 @@ def test_all_steps_are_taken_and_all_are_through_together(
         asking = [(0.0, i) for i in range(len(seconds))]
         while asking:
             now, i = heapq.heappop(asking)
-            steps = step_quota.share(clients[i], interval, goal - begun, clients)
-            step_quota.note(clients[i], steps)
+            steps = step_quota.grant(clients[i], interval, goal - begun, clients)
+            step_quota.record(clients[i], steps)
             begun += steps
             if steps:
                 heapq.heappush(asking, (now + steps * seconds[i] * rng.uniform(0.95, 1.05), i))
         assert begun == goal
-        if goal == 333:  # but for the first steps, of which nobody knows how long they take
+        if goal == 333:  # except for the first steps, whose duration is unknown
             ideal = max(goal / sum(1 / s for s in seconds), interval * max(seconds))
             assert now < 1.05 * ideal + 2.5 * max(seconds)

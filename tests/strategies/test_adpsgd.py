@@ -1,4 +1,4 @@
-"""AD-PSGD whose peers do not keep step: what it conserves, who waits for whom, how it ends."""
+"""AD-PSGD with schedule=free: conserved sum, waits, end of steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, topology
-from hpcsgd.strategies.adpsgd.async_pairs import Pairwise
-from hpcsgd.strategies.adpsgd.pairing import Pairs
+from hpcsgd.strategies.adpsgd.async_pairs import PairwiseAverager
+from hpcsgd.strategies.adpsgd.pairing import BipartitePairs
 from tests.support.async_runs import (
     FEATURES,
     Job,
@@ -78,18 +78,22 @@ def test_steps_go_on_while_a_rank_is_stopped(world: Any) -> None:
 
 
 @pytest.mark.mpi
-def test_averaged_within_a_loop_has_nothing_under_way(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    show = Pairwise._show
-    # Requests leave long after they were wanted.
-    monkeypatch.setattr(Pairwise, "_show", lambda pairwise: (time.sleep(0.01), show(pairwise)))
+def test_averaged_within_a_loop_waits_for_averages_in_flight(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_snapshot = PairwiseAverager._take_snapshot
+    # Requests are sent long after they are due.
+    monkeypatch.setattr(
+        PairwiseAverager, "_take_snapshot", lambda self: (time.sleep(0.01), take_snapshot(self))
+    )
     job = job_of(world)
     with job.run:
-        # So that a new request begins with the step.
+        # A new request starts with the step.
         check_averages_within_a_loop(job, lambda number: time.sleep(0.05 * (number % 4 == 3)))
 
 
 @pytest.mark.mpi
-def test_a_state_is_taken_back(world: Any) -> None:
+def test_load_state_dict_restores_the_model(world: Any) -> None:
     first, second = job_of(world), job_of(world)
     with first.run, second.run:
         first.train(12)
@@ -105,19 +109,19 @@ def test_a_state_is_taken_back(world: Any) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("layout", [(0, True), (1, True), (0, False)], ids=str)
-def test_bytes_are_two_models_and_words_a_pair(
+def test_bytes_are_two_models_and_headers_a_pair(
     world_of: Callable[..., Any], layout: tuple[int, bool]
 ) -> None:
     world = world_of(*layout)
     job, before = job_of(world), world.traffic.sent
     with job.run as run:
         job.train(20)
-        word = 8 * (world.size + 1)
+        header = 8 * (world.size + 1)
         model = run.strategy.parameters.group.nbytes
-        sent = sum(world.gather(world.traffic.sent - before)) - 2 * (world.size - 1) * word
-        pairs, rest = divmod(sent, 2 * (model + word))
+        sent = sum(world.gather(world.traffic.sent - before)) - 2 * (world.size - 1) * header
+        pairs, rest = divmod(sent, 2 * (model + header))
         assert rest == 0 and (pairs > 0) == (world.size > 1)
-        active = len(Pairs(topology.build("star", world.size)).active)
+        active = len(BipartitePairs(topology.build("star", world.size)).active)
         assert pairs <= max(world.gather(job.taken)) * active
 
 
@@ -137,25 +141,25 @@ def test_one_rank_is_plain_training(alone: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "size"), [("ring", 2), ("ring", 6), ("star", 5), ("hypercube", 8), ("ring", 1)]
 )
-def test_every_pair_has_one_who_asks(name: str, size: int) -> None:
+def test_every_pair_has_one_active_peer(name: str, size: int) -> None:
     graph = topology.build(name, size)
-    pairs = Pairs(graph)
+    pairs = BipartitePairs(graph)
     assert all((a in pairs.active) != (b in pairs.active) for a, b in graph.edges())
     for step in range(5):
-        drawn = pairs.drawn(3, step)
-        assert sorted(asks for asks, _ in drawn) == (pairs.active if size > 1 else [])
-        assert all(answers in pairs.neighbours[asks] for asks, answers in drawn)
-    assert size < 6 or len({tuple(pairs.drawn(3, step)) for step in range(9)}) > 1
+        found = pairs.sample(3, step)
+        assert sorted(active for active, _ in found) == (pairs.active if size > 1 else [])
+        assert all(passive in pairs.neighbours[active] for active, passive in found)
+    assert size < 6 or len({tuple(pairs.sample(3, step)) for step in range(9)}) > 1
 
 
 @pytest.mark.parametrize(("name", "size"), [("ring", 5), ("complete", 3), ("one-peer-exponential", 4)])
-def test_a_graph_without_two_halves_is_refused(name: str, size: int) -> None:
+def test_a_graph_that_is_not_bipartite_is_rejected(name: str, size: int) -> None:
     with pytest.raises(BadOption, match="bipartite"):
-        Pairs(topology.build(name, size))
+        BipartitePairs(topology.build(name, size))
 
 
 @pytest.mark.mpi
-def test_what_it_cannot_do_is_refused(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_features_are_rejected(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadOption, match="schedule=drawn"):
         job_of(world, virtual_nodes=2 * world.size)
     with pytest.raises(BadOption, match="cannot compress"):

@@ -1,4 +1,4 @@
-"""Backup workers on real ranks, whose gradients take as long as they do: what is recorded, and its models."""
+"""Backup workers in real time: recorded participants, and the models that follow from them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from hpcsgd import BackupWorkers, BadOption, DeadlineExceeded, HpcsgdError, Run, World, topology
-from hpcsgd.errors import in_words
+from hpcsgd.errors import format_ranks
 from hpcsgd.strategies import delays
-from hpcsgd.strategies.backup_workers.agreement import agreement
-from hpcsgd.topology.graphs import connected
+from hpcsgd.strategies.backup_workers.agreement import make_agreement
+from hpcsgd.topology.graphs import is_connected
 
 FEATURES, LR, BATCHES = 4, 0.05, 7
 LAYOUTS = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
@@ -34,7 +34,7 @@ def loader(peer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 class Job:
-    """A run of a regression, and how many steps this rank took in each of its parts."""
+    """A run of a regression, and the number of this rank's steps in each of its parts."""
 
     def __init__(self, world: Any, **options: Any) -> None:
         torch.manual_seed(0)
@@ -57,7 +57,7 @@ class Job:
             self.taken[-1] += 1
 
     def sets(self) -> Sets:
-        """Who took part in each iteration, on which all who did agree."""
+        """Return the participants of each iteration; check that all of them recorded the same."""
         found: Sets = {}
         everyone = self.run.world.gather(list(self.strategy.record))
         for rank, record in enumerate(everyone):
@@ -69,7 +69,7 @@ class Job:
         return found
 
     def check_models(self, parts: list[int]) -> None:
-        """Those of all ranks follow from who took part, of which `parts` iterations were taken at a time."""
+        """Check all models against the recorded participants; `parts` are the iterations of each loop."""
         size, sets = self.run.world.size, self.sets()
         taken, models = zip(*self.run.world.gather((self.taken, self.vector())), strict=True)
         x, gradients = np.tile(self.start, (size, 1)), [self._gradients(peer) for peer in range(size)]
@@ -83,7 +83,7 @@ class Job:
                 np.testing.assert_allclose(mixing.sum(0), 1)
                 x = mixing @ x
             assert set(left) <= {0, 1}
-            for peer in np.flatnonzero(left):  # late for the last one
+            for peer in np.flatnonzero(left):  # too late for the last iteration
                 x[peer] -= LR * next(gradients[peer])(x[peer])
         np.testing.assert_allclose(np.stack(models), x, rtol=1e-10)
 
@@ -101,7 +101,7 @@ def links(size: int, members: list[int]) -> list[tuple[int, int]]:
 
 
 def check_epochs(size: int, sets: Sets) -> None:
-    """Each iteration uses an edge that is new in its epoch, and each epoch joins all ranks."""
+    """Check that each iteration uses an edge that is new in its epoch, and each epoch connects all ranks."""
     path = set(topology.build("ring", size).spanning())
     unused, joined = set(path), list[tuple[int, int]]()
     for t in sorted(sets):
@@ -110,19 +110,19 @@ def check_epochs(size: int, sets: Sets) -> None:
         unused -= used
         joined += links(size, sets[t])
         if not unused:
-            assert connected(size, joined)
+            assert is_connected(size, joined)
             unused, joined = set(path), []
 
 
 def sleeper(world: Any, spec: str) -> Callable[[int], None]:
-    draws = delays.build(spec)
-    return lambda number: time.sleep(min(0.03, draws.draw(world.rank, number)))
+    delay = delays.build(spec)
+    return lambda number: time.sleep(min(0.03, delay.sample(world.rank, number)))
 
 
 @pytest.mark.mpi
 @LAYOUTS
 @pytest.mark.parametrize("spec", ["exponential:mean=0.002", "pareto:shape=1+scale=0.0005"])
-def test_models_follow_from_who_took_part(
+def test_models_follow_from_the_participants(
     world_of: Callable[..., Any], layout: tuple[int, bool], spec: str
 ) -> None:
     world = world_of(*layout)
@@ -196,7 +196,7 @@ def test_a_rank_that_is_stopped_for_a_while(world_of: Callable[..., Any], layout
 
 
 @pytest.mark.mpi(min_size=2)
-def test_runs_side_by_side_do_not_take_each_others_announcements(world_of: Callable[..., Any]) -> None:
+def test_two_runs_in_one_world_do_not_mix_messages(world_of: Callable[..., Any]) -> None:
     world = world_of(0, False)
     first, second = Job(world), Job(world, backups=0)
     with first.run, second.run:
@@ -208,13 +208,15 @@ def test_runs_side_by_side_do_not_take_each_others_announcements(world_of: Calla
 
 @pytest.mark.mpi
 @ONE_OF_EACH
-def test_a_state_is_taken_back(world_of: Callable[..., Any], layout: tuple[int, bool]) -> None:
+def test_load_state_dict_restores_the_iteration(
+    world_of: Callable[..., Any], layout: tuple[int, bool]
+) -> None:
     world = world_of(*layout)
     job = Job(world)
     with job.run as run:
         job.train(7, sleeper(world, "exponential:mean=0.001"))
         state = run.state_dict()
-        assert len({str(told) for told in world.gather(state["strategy"])}) == 1
+        assert len({str(states) for states in world.gather(state["strategy"])}) == 1
         job.train(9, sleeper(world, "exponential:mean=0.001"))
         run.load_state_dict(state)
         assert run.state_dict()["strategy"] == state["strategy"] and run.steps == 7
@@ -226,7 +228,7 @@ def test_a_state_is_taken_back(world_of: Callable[..., Any], layout: tuple[int, 
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_loop_without_run_batches_is_refused(world: Any) -> None:
+def test_a_step_outside_run_batches_is_an_error(world: Any) -> None:
     job = Job(world)
     with job.run as run, pytest.raises(HpcsgdError, match=r"run\.batches"):
         run.step()
@@ -240,24 +242,26 @@ def test_an_iteration_needs_two(world: Any) -> None:
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("shared", [True, False])
-def test_who_waits_too_long_says_so(world: Any, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+def test_a_wait_beyond_the_deadline_is_an_error(
+    world: Any, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
     monkeypatch.setenv("HPCSGD_SHARED_MEMORY", str(int(shared)))
     with World(timeout=30) as impatient:
-        order = agreement(impatient, topology.build("ring", world.size).spanning(), 0)
+        iterations = make_agreement(impatient, topology.build("ring", world.size).spanning(), 0)
         if world.rank == 0:
             impatient.waiter.timeout = 0.5
-            missing = in_words(range(1, world.size))
+            missing = format_ranks(range(1, world.size))
             with pytest.raises(DeadlineExceeded, match=f"for {missing} in" if shared else "close of an"):
-                order.join(5)
+                iterations.join(5)
             impatient.waiter.timeout = 30
         world.gather(None)
         if world.rank:
-            assert order.join(5) == (0, list(range(world.size)))
-        order.close()
+            assert iterations.join(5) == (0, list(range(world.size)))
+        iterations.close()
 
 
 @pytest.mark.mpi
-def test_virtual_time_tells_all_ranks_the_same(world: Any) -> None:
+def test_virtual_time_is_equal_on_all_ranks(world: Any) -> None:
     job = Job(world, delays="pareto:seed=3")
     with job.run:
         job.train(10)

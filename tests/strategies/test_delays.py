@@ -1,4 +1,4 @@
-"""Delays: reproducible draws from the distributions that are promised."""
+"""Delays: reproducible samples of the documented distributions."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ SPECS = ["none", "constant:seconds=2", "slow:peer=1+factor=3", "exponential:seed
 
 
 def sample(spec: str, peers: int = 3, numbers: int = 700) -> np.ndarray:
-    draw = delays.build(spec).draw
-    return np.array([[draw(peer, number) for number in range(numbers)] for peer in range(peers)])
+    delay = delays.build(spec).sample
+    return np.array([[delay(peer, number) for number in range(numbers)] for peer in range(peers)])
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_draw_depends_on_peer_and_number_alone(spec: str) -> None:
+def test_a_sample_depends_on_peer_and_number_alone(spec: str) -> None:
     found = sample(spec, numbers=20)
     other = delays.build(spec)
     for peer, number in reversed(list(np.ndindex(found.shape))):
-        assert other.draw(peer, number) == found[peer, number]
+        assert other.sample(peer, number) == found[peer, number]
 
 
-def test_all_alike() -> None:
+def test_equal_delays_without_randomness() -> None:
     assert np.all(sample("none", numbers=5) == 0) and np.all(sample("constant:seconds=2", numbers=5) == 2)
 
 
-def test_one_peer_is_slower() -> None:
+def test_slow_delays_one_peer() -> None:
     assert sample("slow:peer=1+factor=3+seconds=0.5", numbers=2).tolist() == [[0.5] * 2, [1.5] * 2, [0.5] * 2]
 
 
-def test_neighbours_are_slower() -> None:
+def test_slow_delays_count_peers() -> None:
     found = sample("slow:peer=1+count=2+factor=3+seconds=0.5", peers=4, numbers=2)
     assert found.tolist() == [[0.5] * 2, [1.5] * 2, [1.5] * 2, [0.5] * 2]
 
@@ -46,10 +46,10 @@ def test_neighbours_are_slower() -> None:
         ("pareto:shape=1.5+scale=2+base=1", lambda t: 1 - (2 / max(2, t - 1)) ** 1.5),
     ],
 )
-def test_the_distribution_is_the_one_promised(spec: str, below: object) -> None:
+def test_samples_have_the_documented_distribution(spec: str, below: object) -> None:
     found = np.sort(sample(spec).ravel())
     expected = np.array([below(t) for t in found])  # type: ignore[operator]
-    # Kolmogorov and Smirnov: above 1.95 / sqrt(n) once in a thousand; the draws never change.
+    # Kolmogorov-Smirnov: exceeds 1.95 / sqrt(n) once in a thousand; the samples are fixed.
     assert np.abs(expected - np.arange(len(found)) / len(found)).max() < 1.95 / math.sqrt(len(found))
 
 
@@ -73,6 +73,6 @@ WRONG += ["pareto:shape=0", "pareto:scale=inf", "never", "none:seconds=1"]
 
 
 @pytest.mark.parametrize("spec", WRONG)
-def test_what_is_no_delay_is_refused(spec: str) -> None:
+def test_wrong_specs_are_rejected(spec: str) -> None:
     with pytest.raises(BadOption):
         delays.build(spec)

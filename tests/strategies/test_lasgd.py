@@ -1,4 +1,4 @@
-"""LASGD: what its averages conserve, who waits for whom, how rounds begin and end."""
+"""LASGD: the sum that its averages conserve, waits, and the start and end of rounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm
 from hpcsgd.collectives import allreduce
 from hpcsgd.strategies.lasgd.averaging import Averaging
-from hpcsgd.strategies.lasgd.statistics import Totals
+from hpcsgd.strategies.lasgd.statistics import RoundTotals
 from tests.support.async_runs import (
     Job,
     check_averages_within_a_loop,
@@ -31,12 +31,12 @@ def averaging(job: Job) -> Averaging:
     return job.run.strategy._averaging  # type: ignore[attr-defined,no-any-return]
 
 
-def totals(job: Job) -> Totals:
-    return averaging(job).tally.totals
+def totals(job: Job) -> RoundTotals:
+    return averaging(job).statistics.totals
 
 
 def doze(seed: object) -> Callable[[], None]:
-    """Sleep up to 4 ms, drawn for each rank apart."""
+    """Return a function that sleeps up to 4 ms, at random for each rank."""
     rng = random.Random(str(seed))
     return lambda: time.sleep(rng.random() * 4e-3)
 
@@ -121,27 +121,27 @@ def test_compressed_changes_conserve_the_sum(
 
 
 def assert_residuals_hold_the_rest(job: Job, by_node: bool) -> None:
-    """What averages have taken from the sum of the models is what was not sent yet."""
+    """The amount by which averages changed the sum of the models is that of the residuals, negated."""
     state = job.run.state_dict()["strategy"]["delta"]["reduction"]
     rests = [rest.double() for rest in state["residuals"] if rest is not None]
     total = sum(float(rest.sum()) for rest in rests)
     size = sum(float(rest.abs().sum()) for rest in rests)
-    mine = float((job.vector() - job.start - job.added).sum()), total, size
-    moved, kept, there_is = np.sum(job.run.world.gather(mine), axis=0)
-    # Where nodes add up first, they do so of shares of the mean.
-    np.testing.assert_allclose(moved, -kept * (job.run.world.size if by_node else 1), atol=1e-5)
-    assert there_is > 1e-3  # of both signs
+    own = float((job.vector() - job.start - job.added).sum()), total, size
+    moved, residual, magnitude = np.sum(job.run.world.gather(own), axis=0)
+    # If nodes sum first, their residuals are those of shares of the mean.
+    np.testing.assert_allclose(moved, -residual * (job.run.world.size if by_node else 1), atol=1e-5)
+    assert magnitude > 1e-3  # residuals of both signs may cancel
 
 
 @pytest.mark.mpi
-def test_each_order_of_finishing_ends_alike(world: Any) -> None:
+def test_all_orders_of_finishing_end_with_equal_counts(world: Any) -> None:
     orders = list(itertools.islice(itertools.permutations(range(world.size)), 24))
     job = Job(world, LASGD(1))
     with job.run as run:
         for order in orders:
             before, late = run.steps, order.index(world.rank) * 4e-3
             job.train(2, lambda late=late: time.sleep(late))  # type: ignore[misc]
-            # They ask for the mean one after the other too.
+            # They request the mean one after the other too.
             time.sleep(late)
             with run.averaged():
                 pass
@@ -189,7 +189,7 @@ def test_no_merge_is_older_than_max_lag(world: Any, trigger: Any) -> None:
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(
-    ("left", "own", "resting", "done"),
+    ("left", "own", "quiescing", "finished"),
     [
         (0, 0.02, False, True),
         (1, 0.02, False, False),
@@ -199,18 +199,18 @@ def test_no_merge_is_older_than_max_lag(world: Any, trigger: Any) -> None:
     ],
 )
 def test_the_last_steps_are_left_to_faster_ranks(
-    world: Any, left: int, own: float, resting: bool, done: bool
+    world: Any, left: int, own: float, quiescing: bool, finished: bool
 ) -> None:
     job = Job(world, LASGD())
     with job.run:
-        mine = averaging(job)
-        mine._records.step_seconds, mine._records.resting = 0.02, resting
-        mine.tally.step_seconds, mine.goal = own, mine.total(begun=True) + left
-        assert mine.done() is done
+        rounds = averaging(job)
+        rounds._records.step_seconds, rounds._records.quiescing = 0.02, quiescing
+        rounds.statistics.step_seconds, rounds.target = own, rounds.total_steps(begun=True) + left
+        assert rounds.is_finished() is finished
 
 
 @pytest.mark.mpi
-def test_averaged_within_a_loop_has_nothing_under_way(world: Any) -> None:
+def test_averaged_within_a_loop_waits_for_rounds_in_flight(world: Any) -> None:
     job = Job(world, LASGD(1))
     with slow_service(world, world.rank), job.run:
         check_averages_within_a_loop(job, lambda _: time.sleep(2e-3 * (world.rank % 3)), atol=1e-12)
@@ -228,7 +228,7 @@ def test_closing_leaves_the_mean_on_all_ranks(world: Any) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("scheme", [None, ErrorFeedback(QSGDMaxNorm(bits=4))], ids=str)
-def test_a_state_is_taken_back(world: Any, scheme: Any) -> None:
+def test_load_state_dict_restores_models_and_totals(world: Any, scheme: Any) -> None:
     first, second = (Job(world, LASGD(compress=scheme)) for _ in range(2))
     with first.run, second.run:
         first.train(12)
@@ -263,7 +263,7 @@ def test_bytes_are_one_all_reduce_a_round(world_of: Callable[..., Any], layout: 
 
 
 @pytest.mark.mpi
-def test_figures_tell_what_rounds_were_like(world: Any) -> None:
+def test_metrics_are_those_of_the_rounds(world: Any) -> None:
     job = Job(world, LASGD(2, 2, "all"))
     with job.run as run:
         snapshots = []
@@ -271,24 +271,24 @@ def test_figures_tell_what_rounds_were_like(world: Any) -> None:
             own, added = job.vector(), job.added
             job.step(x, y)
             if job.taken % 2 == 0:
-                # The merge has happened in this very step.
+                # The merge was in this step.
                 snapshots.append(own + job.added - added)
         every = world.gather(snapshots)
         distances = [
             np.linalg.norm(own - np.mean(own, 0)) / world.size**0.5 for own in zip(*every, strict=True)
         ]
         if world.size > 1:
-            figures = run.strategy.figures()
-            # The consensus distance that each snapshot had.
-            np.testing.assert_allclose(figures.pop("drift"), np.mean(distances), rtol=1e-6)
-            assert np.mean(distances) > 0 and 0 <= figures.pop("hidden") < 1
+            metrics = run.strategy.metrics()
+            # The consensus distances of the snapshots.
+            np.testing.assert_allclose(metrics.pop("drift"), np.mean(distances), rtol=1e-6)
+            assert np.mean(distances) > 0 and 0 <= metrics.pop("hidden") < 1
             expected = {"period": 2, "rounds": 4, "steps_per_round": 2, "lag": 0, "longest_lag": 0}
-            assert figures == expected
-            assert run.strategy.figures()["rounds"] == 0, "since the last call"
+            assert metrics == expected
+            assert run.strategy.metrics()["rounds"] == 0, "since the last call"
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"trigger": "some"}, "use one of: all, any, free"),
         ({"merge": "sum"}, "use one of: damped, delta, overwrite"),
@@ -298,13 +298,13 @@ def test_figures_tell_what_rounds_were_like(world: Any) -> None:
         ({"max_lag": 0}, "max_lag of at least 1"),
     ],
 )
-def test_wrong_options_are_answered(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(BadOption, match=said):
+def test_wrong_options_are_rejected(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadOption, match=message):
         LASGD(**options)
 
 
 @pytest.mark.mpi(min_size=2)
-def test_what_it_cannot_do_is_refused(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_features_are_rejected(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadOption, match="no virtual nodes"):
         Job(world, LASGD(), virtual_nodes=2 * world.size)
     monkeypatch.setattr(world.progress, "threaded", False)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hpcsgd import AllReduce, BadOption, HpcsgdError, ParameterServer, Run
-from hpcsgd.strategies.parameter_server.server_rank import Serving
+from hpcsgd.strategies.parameter_server.server_rank import ServerRole
 from hpcsgd.strategies.parameter_server.worker import Worker
 from tests.support.async_runs import FEATURES, Job, loader, train_while_rank_0_is_stopped
 
@@ -35,7 +35,7 @@ def layers() -> nn.Module:
 
 
 def trained(world: Any, strategy: Any, make: Any, bucket_mib: float = 1e-4, clip: bool = False) -> np.ndarray:
-    """The model after some epochs with a schedule, whatever takes the steps."""
+    """Model after two epochs with a learning-rate schedule."""
     model = layers()
     optimizer = make(list(model.parameters()))
     with Run(model, optimizer, strategy, comm=world, bucket_mib=bucket_mib) as run:
@@ -65,7 +65,7 @@ def test_sync_is_allreduce_over_all_workers_bit_for_bit(world: Any, name: str, s
     reduced = trained(part, AllReduce(), OPTIMIZERS[name])
     part.close()
     expected = world.gather(reduced)[0]
-    # The node's all-reduce too adds in the order of ranks; two numbers have one order.
+    # The node's all-reduce adds in the order of ranks too; the order of two numbers does not matter.
     if workers <= 2 or world.nodes == 1:
         np.testing.assert_array_equal(served, expected)
     else:
@@ -75,7 +75,7 @@ def test_sync_is_allreduce_over_all_workers_bit_for_bit(world: Any, name: str, s
 @pytest.mark.mpi(min_size=3)
 @pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
 def test_groups_equal_allreduce_to_rounding(world_of: Callable[..., Any], layout: tuple[int, bool]) -> None:
-    """Groups of unequal size too; of a node's ranks several talk, each for some of the buckets."""
+    """With groups of unequal size, and several gateways on a node, each for some of the buckets."""
     world = world_of(*layout)
     groups = max(1, (world.size - 1) // 2)
     served = trained(world, ParameterServer(groups=groups), OPTIMIZERS["momentum"])
@@ -96,7 +96,7 @@ def test_the_mean_gradient_of_a_group_can_be_clipped(world: Any) -> None:
 
 @pytest.mark.mpi(min_size=2)
 def test_async_with_one_group_is_serial_sgd(world: Any) -> None:
-    """One worker's updates, one after another; the other ranks serve."""
+    """One worker; all other ranks are servers."""
     servers = world.size - 1
     for bound in (None, 0, 2):
         strategy = ParameterServer("async", servers, max_staleness=bound)
@@ -159,10 +159,10 @@ def test_elastic_together_obeys_its_recursion(world: Any, alpha: float | None, s
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("mode", ["async", "elastic"])
 @pytest.mark.parametrize("bound", [None, 1])
-def test_groups_share_the_steps_whoever_is_slow(
+def test_groups_share_the_steps_at_any_speed(
     world: Any, mode: Any, bound: int | None, groups: int | None
 ) -> None:
-    """Together they take exactly what was asked for, and a group's ranks equally many."""
+    """All groups together take exactly the requested steps, and the ranks of a group equally many."""
     workers = world.size - 1
     groups = workers if groups is None else min(groups, workers)
     job = Job(world, ParameterServer(mode, groups=groups, interval=2, max_staleness=bound))
@@ -186,19 +186,19 @@ def test_groups_share_the_steps_whoever_is_slow(
 
 @pytest.mark.mpi(min_size=3)
 @pytest.mark.parametrize("mode", ["sync", "async", "elastic"])
-def test_steps_go_on_while_a_rank_is_stopped(world: Any, mode: Any) -> None:
+def test_steps_continue_while_a_rank_is_stopped(world: Any, mode: Any) -> None:
     job = Job(world, ParameterServer(mode, interval=2, lease=0.1))
     with job.run:
         steps = train_while_rank_0_is_stopped(job, 250)[1:-1]
         assert min(steps) > 20
-        job.train(2)  # it has been taken back
+        job.train(2)  # it is awaited again
         assert world.gather(job.taken)[0] > 2
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("mode", ["async", "elastic"])
-def test_save_resume_and_go_on(world: Any, mode: Any) -> None:
-    """With one group the order of updates is one, so a resumed run has the same bits."""
+def test_resumed_run_has_the_same_bits(world: Any, mode: Any) -> None:
+    """With one group the order of updates is fixed."""
 
     def begin() -> Job:
         return Job(world, ParameterServer(mode, groups=1, interval=4))
@@ -224,7 +224,7 @@ def test_save_resume_and_go_on(world: Any, mode: Any) -> None:
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("groups", [None, 1])
 def test_bytes_are_those_of_pushes_and_pulls(world: Any, groups: int | None) -> None:
-    """One push and one answer for each group and exchange, whatever happens inside."""
+    """One push and one reply for each group and exchange."""
     workers = world.size - 1
     job = Job(world, ParameterServer("elastic", groups=groups, interval=2, max_staleness=0))
     with job.run:
@@ -241,7 +241,7 @@ def test_bytes_are_those_of_pushes_and_pulls(world: Any, groups: int | None) -> 
 
 def _bytes_of(job: Job) -> int:
     role = job.run.strategy._role  # type: ignore[attr-defined]
-    if isinstance(role, Serving):
+    if isinstance(role, ServerRole):
         return sum(shard.nbytes for shard in role.server.shards.values())
     assert isinstance(role, Worker)
     return role.parameters.group.nbytes
@@ -255,7 +255,7 @@ def test_too_few_ranks_are_refused(world: Any) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_an_optimizer_that_is_not_element_by_element_is_refused(world: Any) -> None:
+def test_optimizer_that_is_not_elementwise_is_refused(world: Any) -> None:
     model = layers().float()
     optimizer = torch.optim.LBFGS(model.parameters())
     with pytest.raises(HpcsgdError, match="cannot take steps of LBFGS"):
@@ -281,16 +281,16 @@ def test_wrong_options(options: dict[str, Any], text: str) -> None:
 
 
 @pytest.mark.mpi(min_size=3)
-def test_the_metrics_tell_how_stale_pushes_were(world: Any) -> None:
+def test_metrics_report_the_staleness_of_pushes(world: Any) -> None:
     workers = world.size - 1
     job = Job(world, ParameterServer("async", max_staleness=1))
     with job.run:
         job.train(10)
-        told = world.gather(job.run.strategy.figures())
-        server = told[workers]
+        metrics = world.gather(job.run.strategy.metrics())
+        server = metrics[workers]
         assert sum(server["staleness_histogram"]) == 10 * workers
-        # Who pulls and then pushes sees at most 2 s + 1 pushes of each other worker in between.
+        # Between a worker's pull and push there are at most 2 s + 1 pushes of each other worker.
         assert 0 < server["staleness"] <= server["longest_staleness"] <= 3 * (workers - 1)
         assert 0 < server["load"] <= 1 and server["queue"] >= 1
-        assert all(set(figures) == set(server) for figures in told)
-        assert sum(world.gather(job.run.strategy.figures())[workers]["staleness_histogram"]) == 0
+        assert all(set(record) == set(server) for record in metrics)
+        assert sum(world.gather(job.run.strategy.metrics())[workers]["staleness_histogram"]) == 0

@@ -1,4 +1,4 @@
-"""Parameter servers whose pushes and answers are codes: bytes, bits, sums that are kept, and learning."""
+"""Parameter servers with compressed pushes and replies: bytes, bits, conserved sums, and convergence."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from hpcsgd import AllReduce, BadOption, HpcsgdError, ParameterServer, Run
-from hpcsgd.compress import Compressor, Stretch, build
-from hpcsgd.compress.point_to_point import FACTOR_BYTES, Coder
-from hpcsgd.server.code_sum import ServerSum
-from hpcsgd.strategies.parameter_server.server_rank import Serving
+from hpcsgd.compress import Compressor, Segment, build
+from hpcsgd.compress.point_to_point import FACTOR_BYTES, PointToPointCodec
+from hpcsgd.server.code_sum import CodeSumServer
+from hpcsgd.strategies.parameter_server.server_rank import ServerRole
 from hpcsgd.tensors.group import TensorGroup
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -28,7 +28,7 @@ def data(worker: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Job:
-    """A run of a small net with momentum, in three buckets."""
+    """Run of a small network with momentum, in three buckets."""
 
     def __init__(self, world: Any, strategy: Any, spec: str, lr: float = 0.05, **options: Any) -> None:
         torch.manual_seed(5)
@@ -57,17 +57,19 @@ class Job:
 
 def shards(job: Job) -> dict[int, Any]:
     role = job.run.strategy._role  # type: ignore[attr-defined]
-    return role.server.shards if isinstance(role, Serving) else {}
+    return role.server.shards if isinstance(role, ServerRole) else {}
 
 
 def code_bytes(job: Job, spec: str, models: bool) -> tuple[int, int, int]:
-    """Of all shards: the codes of a push, those of an answer, and the values."""
+    """Total bytes of all shards: codes of a push, codes of a reply, and values."""
     compressor, pushed, answered, dense = build(spec), 0, 0, 0
     assert isinstance(compressor, Compressor)
     buckets = list(_gradients(job))
     total = sum(bucket.numel for bucket in buckets)
     for bucket in buckets:
-        coder = Coder(compressor, Stretch(bucket.numel, 1, share=bucket.numel / total), torch.float32)
+        coder = PointToPointCodec(
+            compressor, Segment(bucket.numel, 1, share=bucket.numel / total), torch.float32
+        )
         if coder.nbytes + FACTOR_BYTES < bucket.nbytes:
             pushed += coder.nbytes + FACTOR_BYTES * models
             answered += coder.nbytes + FACTOR_BYTES
@@ -78,7 +80,7 @@ def code_bytes(job: Job, spec: str, models: bool) -> tuple[int, int, int]:
 
 
 def _gradients(job: Job) -> TensorGroup:
-    """A group like that of the gradients."""
+    """Tensor group with the layout of the gradients."""
     named = [(name, p) for name, p in reversed(list(job.model.named_parameters()))]
     return TensorGroup(job.world, named, 2e-3)
 
@@ -86,7 +88,7 @@ def _gradients(job: Job) -> TensorGroup:
 @pytest.mark.parametrize("mode", ["async", "elastic"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_are_those_of_the_codes(world: Any, mode: Any, spec: str) -> None:
-    """Of the first push of a model, and of the first answer with values, all bytes: nothing is known yet."""
+    """The first push of a model and the first reply with values are dense: there is no reference yet."""
     job = Job(world, ParameterServer(mode, groups=1, interval=1), spec)
     with job.run:
         steps, models = 6, mode == "elastic"
@@ -107,21 +109,23 @@ def test_bytes_are_those_of_the_codes(world: Any, mode: Any, spec: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_are_those_of_the_parts_of_a_sum(world: Any, spec: str) -> None:
-    """What each worker says, and is told of what all have said, before the values are answered."""
+    """Parts of each worker, combinations that it receives, and the reply with the values."""
     job = Job(world, ParameterServer(), spec)
     with job.run:
-        job.train(1)  # now they know how many they are
+        job.train(1)  # the workers have received the number of terms
         compressor, workers, steps = build(spec), world.size - 1, 5
         assert isinstance(compressor, Compressor)
         buckets = list(_gradients(job))
-        total, said, told = sum(bucket.numel for bucket in buckets), 0, 0
+        total, pushed, replied = sum(bucket.numel for bucket in buckets), 0, 0
         for bucket in buckets:
-            coder = Coder(compressor, Stretch(bucket.numel, 1, share=bucket.numel / total), torch.float32)
+            coder = PointToPointCodec(
+                compressor, Segment(bucket.numel, 1, share=bucket.numel / total), torch.float32
+            )
             if coder.nbytes + FACTOR_BYTES < bucket.nbytes:
-                sizes = ServerSum(coder).sizes(workers)
-                said, told = said + sum(sizes), told + sum(sizes[:-1]) + coder.nbytes + FACTOR_BYTES
+                sizes = CodeSumServer(coder).part_sizes(workers)
+                pushed, replied = pushed + sum(sizes), replied + sum(sizes[:-1]) + coder.nbytes + FACTOR_BYTES
             else:
-                said, told = said + bucket.nbytes, told + bucket.nbytes
+                pushed, replied = pushed + bucket.nbytes, replied + bucket.nbytes
         world.progress.drain()
         before = world.traffic.sent, world.traffic.saved
         job.train(steps)
@@ -129,38 +133,38 @@ def test_bytes_are_those_of_the_parts_of_a_sum(world: Any, spec: str) -> None:
         sent = world.gather(world.traffic.sent - before[0])
         saved = world.gather(world.traffic.saved - before[1])
         dense = sum(bucket.nbytes for bucket in buckets)
-        assert (sent[-1], saved[-1]) == (steps * workers * told, steps * workers * (dense - told))
-        assert sent[:-1] == [steps * said] * workers
-        assert saved[:-1] == [steps * (dense - said)] * workers
+        assert (sent[-1], saved[-1]) == (steps * workers * replied, steps * workers * (dense - replied))
+        assert sent[:-1] == [steps * pushed] * workers
+        assert saved[:-1] == [steps * (dense - pushed)] * workers
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_both_sides_have_the_same_bits(world: Any, mode: Any) -> None:
+def test_reference_has_the_same_bits_on_both_sides(world: Any, mode: Any) -> None:
     job = Job(world, ParameterServer(mode), SPECS[0])
     with job.run:
         for steps in (3, 8):
             job.train(steps)
-            told = world.gather(
-                {i: shard.codes.state_dict() for i, shard in shards(job).items() if shard.codes}
+            references = world.gather(
+                {i: shard.codec.state_dict() for i, shard in shards(job).items() if shard.codec}
             )
             buckets = _gradients(job)
             for name, view in buckets.views.items():
                 view.copy_(dict(job.model.named_parameters())[name].detach())
-            known = {i: shard for server in told for i, shard in server.items()}
+            known = {i: shard for server in references for i, shard in server.items()}
             assert known
             for i, shard in known.items():
-                mine = [values for name, values in shard.items() if name == f"group {world.rank}"]
-                for values in mine:
+                own = [values for name, values in shard.items() if name == f"group {world.rank}"]
+                for values in own:
                     for view in buckets.buckets[i].views:
                         part = slice(*buckets.buckets[i].extent(view))
                         assert torch.equal(values[part].view(view.shape), view)
-                assert len(mine) == (world.rank < world.size - 1)
+                assert len(own) == (world.rank < world.size - 1)
 
 
 @pytest.mark.parametrize(
     ("mode", "spec"), [("sync", SPECS[1]), ("async", SPECS[0]), ("elastic", "ef+topk:ratio=0.1")]
 )
-def test_they_learn(world: Any, mode: Any, spec: str) -> None:
+def test_compressed_training_converges(world: Any, mode: Any, spec: str) -> None:
     job = Job(world, ParameterServer(mode, interval=2), spec)
     before = job.loss()
     with job.run:
@@ -169,8 +173,8 @@ def test_they_learn(world: Any, mode: Any, spec: str) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, None])
-def test_elastic_keeps_the_sum_of_all_models(world: Any, groups: int | None) -> None:
-    """Without a gradient models and the servers' values only draw each other near."""
+def test_elastic_conserves_the_sum_of_all_models(world: Any, groups: int | None) -> None:
+    """Without gradients the models and the centre only move towards each other."""
     job = Job(world, ParameterServer("elastic", groups=groups, interval=1), "ef+maxnorm:bits=3", lr=0.0)
     with job.run:
         workers = world.size - 1
@@ -194,7 +198,7 @@ def test_elastic_keeps_the_sum_of_all_models(world: Any, groups: int | None) -> 
 
 @pytest.mark.parametrize("groups", [None, 2])
 def test_sync_is_allreduce_to_the_precision_of_the_codes(world: Any, groups: int | None) -> None:
-    """Groups of unequal size too."""
+    """With groups of unequal size too."""
     groups = None if groups is None else min(groups, world.size - 1)
 
     def trained(part: Any, strategy: Any, spec: str) -> np.ndarray:
@@ -215,7 +219,7 @@ def test_sync_is_allreduce_to_the_precision_of_the_codes(world: Any, groups: int
 @pytest.mark.parametrize("mode", ["sync", "async", "elastic"])
 def test_a_resumed_run_has_the_same_bits(world: Any, mode: Any) -> None:
     def begin() -> Job:
-        groups = None if mode == "sync" else 1  # what is added up is added up in one order
+        groups = None if mode == "sync" else 1  # sums have a fixed order
         return Job(world, ParameterServer(mode, groups=groups, interval=2), SPECS[0])
 
     straight = begin()
@@ -241,12 +245,12 @@ def test_a_state_of_another_compression_is_refused(world: Any) -> None:
         state = job.run.state_dict()["strategy"]
         if world.rank == 0:
             state["store"]["codes"] = {}
-            with pytest.raises(HpcsgdError, match="not one of this compression"):
+            with pytest.raises(HpcsgdError, match="belongs to another compression"):
                 job.run.strategy.load_state_dict(state)
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "error"])
-def test_a_gradient_that_is_not_finite_is_left_out_or_an_error(world: Any, nonfinite: str) -> None:
+def test_gradient_that_is_not_finite_is_skipped_or_an_error(world: Any, nonfinite: str) -> None:
     job = Job(world, ParameterServer("async", max_staleness=0), "ef+maxnorm", nonfinite=nonfinite)
     with job.run:
         job.train(3)
@@ -261,18 +265,21 @@ def test_a_gradient_that_is_not_finite_is_left_out_or_an_error(world: Any, nonfi
                     assert p.grad is not None
                     p.grad.zero_()
             job.run.step()
-            # Momentum alone, or nothing; and what had not been told yet.
+            # Momentum alone, or nothing; and the residuals.
             assert np.abs(job.vector() - before).max() < 0.1
         job.train(2)
     assert np.isfinite(job.vector()).all()
 
 
-def test_schemes_that_servers_cannot_read_are_refused(world: Any) -> None:
+def test_schemes_that_servers_cannot_decode_are_refused(world: Any) -> None:
     class Own(Compressor):
         pass
 
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for compressor, text in ((build("ef+powersgd"), "goes on from its last result"), (Own(), "has no name")):
+    for compressor, text in (
+        (build("ef+powersgd"), "depends on its previous result"),
+        (Own(), "is not registered"),
+    ):
         with pytest.raises(BadOption, match=text):
             Run(model, optimizer, ParameterServer(), comm=world, compress=compressor)

@@ -1,4 +1,4 @@
-"""How a group finds the servers of another job."""
+"""Connection of a group to the servers of another job."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from typing import Any
 import pytest
 
 from hpcsgd import HpcsgdError
-from hpcsgd.server.tcp_link import Meeting
-from hpcsgd.strategies.parameter_server.connect import dials, group_name
+from hpcsgd.server.tcp_link import RendezvousFile
+from hpcsgd.strategies.parameter_server.connect import group_name, make_connectors
 
 
 @pytest.mark.mpi
-def test_all_ranks_wait_for_the_file_and_have_one_name(world: Any, tmp_path: Path) -> None:
+def test_all_ranks_wait_for_the_file_and_have_the_same_name(world: Any, tmp_path: Path) -> None:
     path = Path(world.gather(str(tmp_path))[0], "servers")
     if world.rank == 0:
-        meeting = Meeting("secret", [(["127.0.0.1"], 1), (["127.0.0.1"], 2), (["127.0.0.1"], 3)])
+        meeting = RendezvousFile("secret", [(["127.0.0.1"], 1), (["127.0.0.1"], 2), (["127.0.0.1"], 3)])
         threading.Timer(0.3, meeting.write, [path]).start()
-    found = dials(path, world)
-    assert [dial.server for dial in found] == [f"server {index} of {path}" for index in range(3)]
+    found = make_connectors(path, world)
+    assert [connector.server_name for connector in found] == [
+        f"server {index} of {path}" for index in range(3)
+    ]
     names = world.gather(group_name(world))
     assert len(set(names)) == 1 and group_name(world) != names[0] and world.host in names[0]
 
 
 @pytest.mark.mpi
-def test_a_file_that_does_not_come_or_is_another_one_is_an_error_everywhere(
+def test_missing_or_invalid_file_is_an_error_on_all_ranks(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(world, "timeout", 0.3)
     folder = Path(world.gather(str(tmp_path))[0])
     with pytest.raises(HpcsgdError, match="no server has written"):
-        dials(folder / "nothing", world)
+        make_connectors(folder / "nothing", world)
     if world.rank == 0:
         (folder / "junk").write_text("[1, 2]")
     with pytest.raises(HpcsgdError, match="is not a file of `hpcsgd serve"):
-        dials(folder / "junk", world)
+        make_connectors(folder / "junk", world)

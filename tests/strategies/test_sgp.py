@@ -1,4 +1,4 @@
-"""The weights of push-sum, and the mean that SGP keeps whatever the weights are."""
+"""Weights of push-sum, and the mean of the models, which SGP preserves."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 from torch import nn
 
 from hpcsgd import SGP, Run, topology
-from hpcsgd.strategies.push_sum import Weights
+from hpcsgd.strategies.push_sum import PushSumWeights
 
 SPECS = ("ring", "star", "exponential", "one-peer-exponential", "base", "random-regular:degree=3", "torus")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 8, 49])
 @pytest.mark.parametrize("name", ["ring", "exponential", "one-peer-exponential", "complete"])
-def test_where_all_push_and_receive_alike_the_weights_stay_exactly_one(name: str, size: int) -> None:
-    weights = Weights(topology.build(name, size))
+def test_weights_stay_exactly_one_with_as_many_readers_as_sources(name: str, size: int) -> None:
+    weights = PushSumWeights(topology.build(name, size))
     for step in range(50):
         weights.push(step)
-        assert np.all(weights.here == 1) and not np.any(weights.away)
+        assert np.all(weights.local == 1) and not np.any(weights.in_flight)
 
 
 @pytest.mark.parametrize("delay", [False, True])
 @pytest.mark.parametrize("name", SPECS)
 def test_weights_add_up_to_the_number_of_peers(name: str, delay: bool) -> None:
-    weights = Weights(topology.build(name, 8))
+    weights = PushSumWeights(topology.build(name, 8))
     for step in range(50):
         (weights.push_with_delay if delay else weights.push)(step)
-        assert np.all(weights.here > 0) and np.all(weights.away >= -1e-15)
-        np.testing.assert_allclose(weights.here.sum() + weights.away.sum(), 8, rtol=1e-14)
-    assert np.any(weights.away > 0) == delay
+        assert np.all(weights.local > 0) and np.all(weights.in_flight >= -1e-15)
+        np.testing.assert_allclose(weights.local.sum() + weights.in_flight.sum(), 8, rtol=1e-14)
+    assert np.any(weights.in_flight > 0) == delay
 
 
 @pytest.mark.mpi

@@ -1,4 +1,4 @@
-"""TELEPORTATION: tokens obey their recursion, optimizer states travel, nobody waits for a peer that rests."""
+"""TELEPORTATION: recursion of the tokens, transfer of optimizer states, and idle peers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hpcsgd import FP16, AllReduce, BadOption, HpcsgdError, Run, Teleportation, World, topology
-from hpcsgd.strategies.teleportation.tokens import draw
+from hpcsgd.strategies.teleportation.tokens import sample_holders
 from tests.support.teleport_runs import (
     MOMENTUM,
     OPTIMIZERS,
@@ -36,15 +36,15 @@ PAUSE = 1.8  # seconds
 LAYOUTS = [(0, True), (2, True), (0, False)]
 
 
-def test_the_schedule_is_a_uniform_choice_in_random_order() -> None:
+def test_holders_are_a_uniform_choice_in_random_order() -> None:
     for size, count in ((1, 1), (5, 2), (6, 6)):
-        drawn = [draw(7, step, size, count) for step in range(2000)]
-        assert all(len(set(holders)) == count for holders in drawn)
-        places = np.array([np.bincount(np.array(drawn)[:, m], minlength=size) for m in range(count)])
+        found = [sample_holders(7, step, size, count) for step in range(2000)]
+        assert all(len(set(holders)) == count for holders in found)
+        places = np.array([np.bincount(np.array(found)[:, m], minlength=size) for m in range(count)])
         np.testing.assert_allclose(places, 2000 / size, atol=6 * np.sqrt(2000 / size))
-        draw.cache_clear()
-        assert draw(7, 1999, size, count) == drawn[1999]
-    assert draw(7, 0, 30, 30) != draw(8, 0, 30, 30)
+        sample_holders.cache_clear()
+        assert sample_holders(7, 1999, size, count) == found[1999]
+    assert sample_holders(7, 0, 30, 30) != sample_holders(8, 0, 30, 30)
 
 
 @pytest.mark.mpi
@@ -70,7 +70,7 @@ def test_tokens_obey_the_recursion(world_of: Callable[..., Any], layout: tuple[i
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("fused", [True, False])
-def test_momentum_goes_with_its_token(world: Any, fused: bool) -> None:
+def test_momentum_moves_with_its_token(world: Any, fused: bool) -> None:
     size = 2 * world.size
     with begin(world, Teleportation(2, "ring", fused), nodes=size) as run:
         batches = [data(peer) for peer in run.peers]
@@ -94,7 +94,7 @@ def test_one_token_is_one_process_on_the_same_data(
     alone, visits = Regression(), Counter[int]()
     own = OPTIMIZERS[optimizer](alone.parameters())
     for step in range(12):
-        (peer,) = draw(3, step, world.size, 1)
+        (peer,) = sample_holders(3, step, world.size, 1)
         x, y = batch(peer, visits[peer])
         visits[peer] += 1
         own.zero_grad()
@@ -137,7 +137,9 @@ def test_segments_and_resuming_change_no_bit(world: Any, optimizer: str) -> None
         train(cut, 0, batches)
         train(cut, 4, batches)
         np.testing.assert_array_equal(tokens(cut), expected)
-    seen = Counter(peer for step in range(5) for peer in draw(3, step, world.size, (world.size + 1) // 2))
+    seen = Counter(
+        peer for step in range(5) for peer in sample_holders(3, step, world.size, (world.size + 1) // 2)
+    )
     rest = [batch(world.rank, seen[world.rank] + visit) for visit in range(5)]
     with make() as resumed:
         train(resumed, 3)
@@ -147,7 +149,7 @@ def test_segments_and_resuming_change_no_bit(world: Any, optimizer: str) -> None
 
 
 @pytest.mark.mpi
-def test_peers_have_the_same_bits_wherever_they_live(world: Any, alone: Any) -> None:
+def test_peers_have_the_same_bits_on_any_rank(world: Any, alone: Any) -> None:
     def final(where: World, optimizer: str, fused: bool) -> np.ndarray:
         with begin(where, Teleportation(3, "exponential", fused), optimizer, 3 * world.size) as run:
             train(run, 10)
@@ -168,7 +170,7 @@ def test_messages_are_those_of_the_schedule(world_of: Callable[..., Any], fused:
     graph = topology.build(name, active)
     expected = hops = 0
     for step in range(steps):
-        now, after = (draw(3, t, world.size, active) for t in (step, step + 1))
+        now, after = (sample_holders(3, t, world.size, active) for t in (step, step + 1))
         moved = sum(a != b for a, b in zip(now, after, strict=True))
         links = [(m, s) for m in range(active) for s in graph.sources(m, step)]
         stays = sum(after[m] == now[s] for m, s in [*links, *((m, m) for m in range(active))])
@@ -200,7 +202,7 @@ def _sent_by_an_empty_run(world: Any) -> int:
 
 
 @pytest.mark.mpi
-def test_uneven_loaders_begin_again_up_to_the_longest(world: Any) -> None:
+def test_uneven_loaders_restart_until_the_end_of_the_longest(world: Any) -> None:
     with begin(world, Teleportation(1), "plain") as run:
         taken = train(run, None, [batch(world.rank, visit) for visit in range(3 + 2 * world.rank)])
         assert run.steps == 1 + 2 * world.size
@@ -208,18 +210,18 @@ def test_uneven_loaders_begin_again_up_to_the_longest(world: Any) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_nobody_waits_for_a_peer_that_rests(world: Any) -> None:
+def test_no_rank_waits_for_an_idle_peer(world: Any) -> None:
     last, pids = world.size - 1, world.gather((world.host, os.getpid()))
     if len({host for host, _ in pids}) > 1:
         pytest.skip("signals stay on one host")
-    quiet = 6  # iterations in which the last rank rests, then it is its turn
-    wanted = (seed for seed in range(10**5) if _rests(seed, world.size, quiet))
+    quiet = 6  # iterations in which the last rank is idle before it is active
+    wanted = (seed for seed in range(10**5) if _is_idle(seed, world.size, quiet))
     times: dict[int, float] = {}
     with begin(world, Teleportation(1), seed=next(wanted)) as run:
         for x, y in run.batches(data(world.rank), steps=quiet + 1):
             now = run.steps
             if now == 0:
-                time.sleep(0.3)  # all have begun
+                time.sleep(0.3)  # all ranks have begun
                 os.kill(pids[last][1], signal.SIGSTOP)
                 threading.Timer(PAUSE, os.kill, (pids[last][1], signal.SIGCONT)).start()
                 times[-1] = time.monotonic()
@@ -227,14 +229,14 @@ def test_nobody_waits_for_a_peer_that_rests(world: Any) -> None:
             nn.functional.mse_loss(run.model(x), y).backward()
             run.step()
             times[now] = time.monotonic()
-    everything = {step: at for told in world.gather(times) for step, at in told.items()}
+    everything = {step: at for some in world.gather(times) for step, at in some.items()}
     stopped = everything.pop(-1)
     assert sorted(everything) == list(range(quiet + 1))
     assert everything[quiet - 1] - stopped < PAUSE < everything[quiet] - stopped + 0.1
 
 
-def _rests(seed: int, size: int, quiet: int) -> bool:
-    holders = [draw(seed, step, size, 1)[0] for step in range(quiet + 1)]
+def _is_idle(seed: int, size: int, quiet: int) -> bool:
+    holders = [sample_holders(seed, step, size, 1)[0] for step in range(quiet + 1)]
     return holders[0] == 0 and size - 1 not in holders[:quiet] and holders[quiet] == size - 1
 
 
@@ -251,9 +253,9 @@ def test_a_loop_left_early_is_an_error(world: Any) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_step_of_a_peer_that_rests_is_an_error(world: Any) -> None:
+def test_a_step_of_an_idle_peer_is_an_error(world: Any) -> None:
     with begin(world, Teleportation(1)) as run:
-        if world.rank not in draw(3, 0, world.size, 1):
+        if world.rank not in sample_holders(3, 0, world.size, 1):
             with pytest.raises(HpcsgdError, match=r"iterate over run.batches"):
                 run.step()
 
@@ -269,15 +271,15 @@ def test_impossible_numbers_of_active_peers(world: Any) -> None:
 
 
 @pytest.mark.mpi
-def test_what_cannot_travel_is_refused(world: Any) -> None:
+def test_unsupported_optimizers_and_features_are_rejected(world: Any) -> None:
     model = Regression()
-    with pytest.raises(BadOption, match="state of LBFGS cannot travel"):
+    with pytest.raises(BadOption, match="cannot transfer the optimizer state of LBFGS"):
         Run(model, torch.optim.LBFGS(model.parameters()), Teleportation(1), comm=world)
     with begin(world, Teleportation(), "slowing", 2 * world.size) as run:
         run.optimizer.grow = True  # type: ignore[attr-defined]
-        for turn in run.batches([data(peer) for peer in run.peers], steps=1):
+        for x, y in run.batches([data(peer) for peer in run.peers], steps=1):
             run.zero_grad()
-            nn.functional.mse_loss(run.model(turn[0]), turn[1]).backward()
+            nn.functional.mse_loss(run.model(x), y).backward()
             with pytest.raises(BadOption, match="nothing, odd, more, at first count, nothing, odd"):
                 run.step()
             break

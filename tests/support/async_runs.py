@@ -1,4 +1,4 @@
-"""Runs whose ranks do not keep step: what they conserve, and what slows their messages down."""
+"""Runs of asynchronous strategies: checks of the conserved sum, and delays of messages."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import torch
 from torch import nn
 
 from hpcsgd import Run, Strategy
-from hpcsgd.mpi.progress import LISTENING
+from hpcsgd.mpi.progress import POLL_INTERVAL
 
 FEATURES = 4
 
 
 def loader(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of a regression without noise, whose solution is the same for all ranks."""
+    """Return batches of a regression without noise; all ranks have the same solution."""
     rng = np.random.default_rng(rank)
     xs = [torch.from_numpy(rng.standard_normal((8, FEATURES))) for _ in range(10)]
     return [(x, x.sum(1, keepdim=True) + 1) for x in xs]
 
 
 class Job:
-    """A run, and all that its optimizer has added to the model of this rank."""
+    """A run, and the sum of all changes of this rank's model by its optimizer."""
 
     def __init__(self, world: Any, strategy: Strategy, **options: Any) -> None:
         torch.manual_seed(0)
@@ -58,14 +58,14 @@ class Job:
             self.step(x, y)
 
     def assert_conserved(self) -> None:
-        """The sum of all models is what it was at the start and what the optimizers have added."""
+        """Check that the sum of all models is its initial value plus the changes by the optimizers."""
         everyone = self.run.world.gather((self.vector(), self.start + self.added))
         now, expected = (sum(column) for column in zip(*everyone, strict=True))
         np.testing.assert_allclose(now, expected, rtol=1e-12)
 
 
 def check_averages_within_a_loop(job: Job, pause: Callable[[int], object], atol: float = 0.0) -> None:
-    """At every fourth step nothing is under way that the distance or the mean does not know of."""
+    """Check distance and mean at every fourth step: both must include all averages in flight."""
     world, run = job.run.world, job.run
     for number, (x, y) in enumerate(loader(world.rank)):
         pause(number)
@@ -82,22 +82,22 @@ def check_averages_within_a_loop(job: Job, pause: Callable[[int], object], atol:
 
 @contextmanager
 def slow_service(world: Any, seed: int) -> Iterator[None]:
-    """Messages are handled at random times."""
+    """Delay the communication thread's pollers at random."""
     rng = random.Random(seed)
 
     def delay() -> float:
         time.sleep(rng.random() * 2e-3)
-        return LISTENING
+        return POLL_INTERVAL
 
-    world.progress.serve(delay)
+    world.progress.add_poller(delay)
     try:
         yield
     finally:
-        world.progress.dismiss(delay)
+        world.progress.remove_poller(delay)
 
 
 def train_while_rank_0_is_stopped(job: Job, steps: int) -> list[int]:
-    """Rank 0 is stopped for half a second on the way; returns how many steps each rank took meanwhile."""
+    """Train while rank 0 is stopped for half a second; return the steps of each rank in that time."""
     world = job.run.world
     pids, times = world.gather(os.getpid()), [time.monotonic()]
     signals = [signal.SIGSTOP, signal.SIGCONT] if world.rank == 1 else []

@@ -1,4 +1,4 @@
-"""Several jobs at once, each with its output in a file, that are all gone when the test is over."""
+"""Concurrent jobs, each with its output in a file, that are killed at the end of the test."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tests.support.launch import CLI, UNCOMPILED, _environment, _kill, mpiexec, 
 
 
 class Job:
-    """A Python script under way: one process, or so many ranks under mpiexec.
+    """A running Python script: one process, or several ranks under mpiexec.
 
     Parameters
     ----------
     folder
-        Where it runs, and its output goes.
+        The working folder, which also receives the output.
     name
-        Of that file.
+        The name of the output file, without `.txt`.
     script, args
-        What it runs; by default `hpcsgd` with these arguments.
+        The script and its arguments; by default `hpcsgd` with these arguments.
     ranks
         0: one process without mpiexec.
     options
-        Of mpiexec.
+        Options of mpiexec.
     """
 
     def __init__(
@@ -56,36 +56,36 @@ class Job:
 
     @property
     def text(self) -> str:
-        """What it has printed so far."""
+        """The output so far."""
         return self._output.read_text()
 
     def wait_for(self, text: str, times: int = 1, seconds: float = 80.0) -> None:
-        """Until it has printed that so often."""
-        give_up = time.monotonic() + seconds
+        """Wait until the output contains the text `times` times."""
+        deadline = time.monotonic() + seconds
         while self.text.count(text) < times:
-            assert time.monotonic() < give_up, f"no {text!r} in {self._output.name}:{self._all()}"
+            assert time.monotonic() < deadline, f"no {text!r} in {self._output.name}:{self._outputs()}"
             time.sleep(0.05)
 
     def wait_for_more(self, text: str, times: int) -> None:
-        """Until it has printed that so many times more."""
+        """Wait until the output contains the text `times` times more than now."""
         self.wait_for(text, self.text.count(text) + times)
 
-    def _all(self) -> str:
-        """What all jobs of the folder have printed."""
+    def _outputs(self) -> str:
+        """The end of the output of all jobs of the folder."""
         outputs = sorted(self._output.parent.glob("*.txt"))
         return "".join(f"\n== {output.name}\n{output.read_text()[-2000:]}" for output in outputs)
 
     def send(self, number: int) -> None:
-        """A signal to its Python processes."""
+        """Send a signal to its Python processes."""
         for pid in self.pids():
             os.kill(pid, number)
 
     def kill(self, pid: int) -> None:
-        """One of its processes, at once."""
+        """Kill one of its processes."""
         os.kill(pid, signal.SIGKILL)
 
     def pids(self) -> list[int]:
-        """Its Python processes."""
+        """Return the ids of its Python processes."""
         launchers = ("mpiexec", "hydra", "prte")
         found = processes(self._mark).items()
         return [pid for pid, command in found if not any(name in command for name in launchers)]
@@ -95,7 +95,9 @@ class Job:
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self._output.name} goes on after {seconds} s:{self._all()}") from None
+            raise AssertionError(
+                f"{self._output.name} still runs after {seconds} s:{self._outputs()}"
+            ) from None
 
     def __enter__(self) -> Job:
         return self

@@ -1,4 +1,4 @@
-"""What every collective must do, with NumPy as the judge."""
+"""Cases of collectives, with results computed by NumPy."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 NAMES = ["auto", *ALGORITHMS]
 #: (ranks on a node, shared memory): all on one node, several nodes, uneven nodes, no shared memory.
 LAYOUTS = [(0, True), (1, True), (2, True), (3, True), (0, False)]
-#: The ring's segments are made this small, so that several fit into small buckets.
-SEGMENT_BYTES = 4096
+#: So small that small buckets have several sub-chunks of the ring.
+SUBCHUNK_BYTES = 4096
 _ONE_EACH = 1e-9  # MiB: every tensor has a bucket of its own
 
 
 def lengths(ranks: int, dtype: torch.dtype) -> list[int]:
-    """Around a cache line, a kernel's block, a piece per rank, and a segment of the ring."""
-    segment = SEGMENT_BYTES // dtype.itemsize * ranks
-    edges = [16, 64, 1024, 1024 * ranks, segment, 3 * segment]
+    """Around a cache line, a kernel's block, a part per rank, and a sub-chunk of the ring."""
+    subchunk = SUBCHUNK_BYTES // dtype.itemsize * ranks
+    edges = [16, 64, 1024, 1024 * ranks, subchunk, 3 * subchunk]
     return [0, 1, 2, *(edge + off for edge in edges for off in (-1, 0, 1))]
 
 
@@ -54,7 +54,7 @@ def fill(group: TensorGroup, rank: int) -> None:
 
 
 def expected_sum(group: TensorGroup) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Each view, and the sum over ranks of what `fill` put there."""
+    """Each view, and the sum over ranks of the values of `fill`."""
     for seed, view in enumerate(group.views.values()):
         ranks = range(group.world.size)
         yield view, sum(small_integers(rank, view.numel(), seed) for rank in ranks)
@@ -66,8 +66,8 @@ def values(view: Tensor) -> np.ndarray:
 
 def same_bits(group: TensorGroup) -> bool:
     """Whether all ranks hold the same."""
-    mine = [zlib.crc32(b.flat.contiguous().view(torch.uint8).numpy().data) for b in group]
-    return all(other == mine for other in group.world.gather(mine))
+    own = [zlib.crc32(b.flat.contiguous().view(torch.uint8).numpy().data) for b in group]
+    return all(other == own for other in group.world.gather(own))
 
 
 def fits(group: TensorGroup, algorithm: str) -> bool:

@@ -1,4 +1,4 @@
-"""What every compression scheme must do; a new one adds a row with its error bound and its bytes."""
+"""A row for each compression scheme, with its error bound and its bytes; a new scheme adds a row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 from scipy.ndimage import maximum_filter1d
 
-from hpcsgd.compress import Stretch
+from hpcsgd.compress import Segment
 
 Array = np.ndarray
 _LARGEST = float(np.uint32(0x7F7F0000).view(np.float32))  # the largest norm that a bfloat16 holds
@@ -26,33 +26,33 @@ class Row:
     Attributes
     ----------
     spec
-        What `hpcsgd.compress.build` reads.
+        Spec for `hpcsgd.compress.build`.
     bound
-        The largest error of each element: from what all ranks have to say, (ranks, numel), and the
-        stretch. In the basis in which the scheme works.
+        The largest error of each element: from the inputs of all ranks, (ranks, numel), and the
+        segment. In the basis in which the scheme works.
     wire
         Bytes of one rank that are reduced, and bytes that are gathered.
     unbiased
-        Whether the expectation of what is decoded is what was encoded, without feedback.
+        Whether the expectation of the decoded values is the input, without feedback.
     exact
-        Whether small whole numbers come out as they are.
+        Whether small integers are reproduced exactly.
     rounds, draws
-        Whether each rank rounds at random; whether all ranks draw something alike.
+        Whether ranks use random numbers of their own; whether they use shared ones.
     words
-        Whether the sum does not depend on the way of the terms: whole numbers, or gathered.
+        Whether the sum does not depend on the order of the terms: integers, or gathered values.
     precision
-        Of one addition of what is summed.
+        Relative error of one addition of the sum.
     mixes
         Whether an element of the result depends on other elements.
     rotated
         Whether the residual is kept in another basis.
     feedback
-        Whether it has a memory by itself.
+        Whether the spec includes error feedback.
     """
 
     spec: str
-    bound: Callable[[Array, Stretch], Array]
-    wire: Callable[[Stretch], tuple[int, int]]
+    bound: Callable[[Array, Segment], Array]
+    wire: Callable[[Segment], tuple[int, int]]
     unbiased: bool = False
     exact: bool = False
     rounds: bool = False
@@ -67,10 +67,10 @@ class Row:
     def name(self) -> str:
         return self.spec.rpartition("+")[2].partition(":")[0]
 
-    def bytes_per_rank(self, stretch: Stretch) -> float:
-        """That leave each rank, on average over the ranks."""
-        reduced, gathered = self.wire(stretch)
-        return 2 * (stretch.terms - 1) / stretch.terms * reduced + (stretch.terms - 1) * gathered
+    def bytes_per_rank(self, segment: Segment) -> float:
+        """Bytes sent by a rank, on average over the ranks."""
+        reduced, gathered = self.wire(segment)
+        return 2 * (segment.terms - 1) / segment.terms * reduced + (segment.terms - 1) * gathered
 
     def __str__(self) -> str:
         return self.spec
@@ -79,9 +79,9 @@ class Row:
 def half(name: str, precision: float, smallest: float) -> Row:
     """`precision` is half a unit in the last place of 1, `smallest` half the least positive number."""
 
-    def bound(totals: Array, stretch: Stretch) -> Array:
+    def bound(totals: Array, segment: Segment) -> Array:
         largest = np.abs(totals).max(initial=0) * (1 + 2**-7)
-        brought_down = 2 * largest * 2.0 ** (stretch.terms.bit_length() - 15)
+        brought_down = 2 * largest * 2.0 ** (segment.terms.bit_length() - 15)
         return precision * np.abs(totals) + smallest * brought_down + _DENORMAL
 
     return Row(name, bound, lambda s: (2 * s.numel + 2, 0), exact=True, precision=precision)
@@ -97,12 +97,12 @@ def lane(bits: int, terms: int) -> tuple[int, int]:
     return (32, 32 // width) if 32 // width * 2 >= 64 // width else (64, 64 // width)
 
 
-def extents(stretch: Stretch, scale: str) -> list[tuple[int, int]]:
-    starts = [start for start, _ in stretch.tensors[1:]] if scale == "tensor" else []
-    return list(pairwise([0, *starts, stretch.numel]))
+def extents(segment: Segment, scale: str) -> list[tuple[int, int]]:
+    starts = [start for start, _ in segment.tensors[1:]] if scale == "tensor" else []
+    return list(pairwise([0, *starts, segment.numel]))
 
 
-def shared_norm(totals: Array, stretch: Stretch, scale: str, block: int, norm: str) -> Array:
+def shared_norm(totals: Array, segment: Segment, scale: str, block: int, norm: str) -> Array:
     """For each element at least the norm that it is quantised with."""
     largest = np.abs(totals).max(axis=0, initial=0)
     sizes = np.full(largest.size, min(block, largest.size))
@@ -110,7 +110,7 @@ def shared_norm(totals: Array, stretch: Stretch, scale: str, block: int, norm: s
         # Wherever its block begins.
         largest = maximum_filter1d(largest, 2 * block - 1, mode="constant") if largest.size else largest
     else:
-        for start, stop in extents(stretch, scale):
+        for start, stop in extents(segment, scale):
             largest[start:stop] = largest[start:stop].max(initial=0)
             sizes[start:stop] = stop - start
     return (largest * (1 + 2**-7) + 2.0**-133) * (np.sqrt(sizes) if norm == "euclidean" else 1)
@@ -121,8 +121,8 @@ def lanes_row(name: str, bits: tuple[int, ...], scale: str, block: int, norm: st
     options = f"bits={'x'.join(map(str, bits))},scale={scale},block={block},norm={norm}"
     tops = [levels(b) for b in bits]
 
-    def bound(totals: Array, stretch: Stretch) -> Array:
-        largest = shared_norm(totals, stretch, scale, block, norm)
+    def bound(totals: Array, segment: Segment) -> Array:
+        largest = shared_norm(totals, segment, scale, block, norm)
         step = largest / tops[0]
         if len(tops) > 1:
             # On a scale s that is not the finest, the element did not fit the next one, t: |x| t > s_1 W.
@@ -131,10 +131,10 @@ def lanes_row(name: str, bits: tuple[int, ...], scale: str, block: int, norm: st
             step = np.minimum(step, np.maximum(largest / tops[-1], most * ratio * (1 + 2**-20)))
         return step + 2.0**-20 * largest + np.maximum(0, np.abs(totals).max(axis=0) - _LARGEST) + _DENORMAL
 
-    def wire(stretch: Stretch) -> tuple[int, int]:
-        word, lanes = lane(bits[0], stretch.terms)
+    def wire(segment: Segment) -> tuple[int, int]:
+        word, lanes = lane(bits[0], segment.terms)
         total, rows = 0, 0
-        parts = extents(stretch, scale)
+        parts = extents(segment, scale)
         for start, stop in parts:
             numel = stop - start
             tiles = math.ceil(numel / (lanes * block))
@@ -157,23 +157,23 @@ def multiscale(
     return lanes_row("multiscale", bits, scale, block, norm)
 
 
-def count(stretch: Stretch, ratio: float) -> int:
-    return min(stretch.numel, max(1, math.floor(ratio * stretch.numel + 0.5)))
+def count(segment: Segment, ratio: float) -> int:
+    return min(segment.numel, max(1, math.floor(ratio * segment.numel + 0.5)))
 
 
 def randk(ratio: float = 0.1, inner: Row | None = None) -> Row:
-    """`inner` quantises what is drawn."""
+    """`inner` quantises the sampled coordinates."""
 
-    def bound(totals: Array, stretch: Stretch) -> Array:
-        drawn = np.zeros(1)
+    def bound(totals: Array, segment: Segment) -> Array:
+        sampled = np.zeros(1)
         if inner is not None:
-            everywhere = np.full((1, stretch.numel), np.abs(totals).max(initial=0))
-            drawn = inner.bound(everywhere, Stretch(stretch.numel, stretch.terms))
-        return np.maximum(np.abs(totals), drawn)
+            everywhere = np.full((1, segment.numel), np.abs(totals).max(initial=0))
+            sampled = inner.bound(everywhere, Segment(segment.numel, segment.terms))
+        return np.maximum(np.abs(totals), sampled)
 
-    def wire(stretch: Stretch) -> tuple[int, int]:
-        drawn = count(stretch, ratio) if stretch.numel else 0
-        return (4 * drawn + 2, 0) if inner is None else inner.wire(Stretch(drawn, stretch.terms))
+    def wire(segment: Segment) -> tuple[int, int]:
+        sampled = count(segment, ratio) if segment.numel else 0
+        return (4 * sampled + 2, 0) if inner is None else inner.wire(Segment(sampled, segment.terms))
 
     if inner is None:
         return Row(f"randk:ratio={ratio}", bound, wire, unbiased=True, exact=ratio == 1, draws=True)
@@ -182,14 +182,14 @@ def randk(ratio: float = 0.1, inner: Row | None = None) -> Row:
 
 
 def topk(ratio: float = 0.01) -> Row:
-    def wire(stretch: Stretch) -> tuple[int, int]:
-        return 2, 8 * count(stretch, ratio) if stretch.numel else 0
+    def wire(segment: Segment) -> tuple[int, int]:
+        return 2, 8 * count(segment, ratio) if segment.numel else 0
 
     return Row(f"topk:ratio={ratio}", lambda x, s: np.abs(x), wire, exact=ratio == 1, words=True)
 
 
 def signsgd() -> Row:
-    def bound(totals: Array, stretch: Stretch) -> Array:
+    def bound(totals: Array, segment: Segment) -> Array:
         mean = np.abs(totals).mean(axis=1, keepdims=True) if totals.size else 0
         return np.abs(np.abs(totals) - mean) + 2.0**-20 * np.abs(mean) + _DENORMAL
 
@@ -197,12 +197,12 @@ def signsgd() -> Row:
 
 
 def powersgd(rank: int = 2) -> Row:
-    def bound(totals: Array, stretch: Stretch) -> Array:
+    def bound(totals: Array, segment: Segment) -> Array:
         return np.linalg.norm(totals, axis=1, keepdims=True) * (1 + 2.0**-10) + _DENORMAL
 
-    def wire(stretch: Stretch) -> tuple[int, int]:
-        elements = stretch.numel
-        for _, shape in stretch.tensors:
+    def wire(segment: Segment) -> tuple[int, int]:
+        elements = segment.numel
+        for _, shape in segment.tensors:
             rows, columns = shape[0], math.prod(shape[1:])
             elements -= max(0, rows * columns - rank * (rows + columns))
         return 4 * elements + 2, 0
@@ -215,14 +215,14 @@ def with_feedback(row: Row) -> Row:
 
 
 def rotated(row: Row) -> Row:
-    def without_tensors(stretch: Stretch) -> Stretch:
-        return Stretch(stretch.numel, stretch.terms, stretch.first, stretch.share)
+    def without_tensors(segment: Segment) -> Segment:
+        return Segment(segment.numel, segment.terms, segment.offset, segment.share)
 
     return replace(
         row,
         spec=f"hadamard+{row.spec}",
-        bound=lambda totals, stretch: row.bound(totals, without_tensors(stretch)),
-        wire=lambda stretch: row.wire(without_tensors(stretch)),
+        bound=lambda totals, segment: row.bound(totals, without_tensors(segment)),
+        wire=lambda segment: row.wire(without_tensors(segment)),
         exact=False,
         mixes=True,
         rotated=True,

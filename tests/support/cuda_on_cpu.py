@@ -16,8 +16,8 @@ HEADER = Path(__file__).with_suffix(".h")
 FILES = {
     "codec/quantise": ("norms_{x}", "choose_scales_{x}", "encode_{x}_{w}", "decode_{x}_{w}"),
     "codec/hadamard": ("rotate_{x}", "unrotate_{x}"),
-    "codec/sample": ("pick_{x}", "place_{x}"),
-    "sums/model_delta": ("snapshot_{y}", "advance_{y}", "merge_{y}"),
+    "codec/sample": ("take_sample_{x}", "put_sample_{x}"),
+    "sums/model_delta": ("take_snapshot_{y}", "accumulate_{y}", "apply_correction_{y}"),
 }
 FLAGS = ("-shared", "-fPIC", "-O1", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 

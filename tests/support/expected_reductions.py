@@ -1,4 +1,4 @@
-"""What a compressed reduction must give on ranks and nodes, computed on one rank alone."""
+"""Expected results of compressed reductions on ranks and nodes, computed on each rank alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpcsgd import TensorGroup, World
-from hpcsgd.compress import Compressor, Stretch, build
+from hpcsgd.compress import Compressor, Segment, build
 from hpcsgd.tensors.group import Bucket
 from tests.support import compressor_rows as c
 from tests.support.simulated_codecs import Lockstep, NotFinite
@@ -17,7 +17,7 @@ SEED = 5
 
 
 def inside(bucket: Bucket) -> Tensor:
-    """Which elements belong to a tensor; the others are gaps."""
+    """Return a mask of the elements that belong to a tensor; the others are gaps."""
     mask = torch.zeros(bucket.numel, dtype=torch.bool)
     for view in bucket.views:
         start = view.storage_offset() - bucket.flat.storage_offset()
@@ -26,7 +26,7 @@ def inside(bucket: Bucket) -> Tensor:
 
 
 def contribution(bucket: Bucket, rank: int, salt: int = 0) -> Tensor:
-    """Of one rank: whole numbers of 1/64, which add up exactly in every order; a few are large."""
+    """Return the input of a rank: multiples of 1/64, which add up exactly in any order; a few are large."""
     generator = torch.Generator().manual_seed(1000 * salt + 100 * rank + bucket.index)
     numbers = torch.randn(bucket.numel, generator=generator).mul(8).round()
     numbers[:: 50 + rank] *= 10
@@ -53,25 +53,25 @@ class Simulated:
         self.nodes = world.gather(world.node)
         self.by_node = by_node
         self._total = sum(bucket.numel for bucket in group)
-        lanes = world.lanes if by_node else 1
+        parts = world.rings if by_node else 1
         terms = world.nodes if by_node else world.size
         compressor = build(row.spec)
         assert compressor is not None
         self.feedback = compressor.feedback
         self.locks = {
-            (bucket.index, lane): self._lock(compressor, bucket, bucket.part(lane, lanes), terms)
+            (bucket.index, index): self._lock(compressor, bucket, bucket.part(index, parts), terms)
             for bucket in group
-            for lane in range(lanes)
+            for index in range(parts)
         }
 
     def _lock(self, compressor: Compressor, bucket: Bucket, part: slice, terms: int) -> Lockstep:
-        size, whole = part.stop - part.start, []
+        size, tensors = part.stop - part.start, []
         for view in bucket.views:
             start = view.storage_offset() - bucket.flat.storage_offset() - part.start
             if start >= 0 and start + view.numel() <= size:
-                whole.append((start, tuple(view.shape)))
-        stretch = Stretch(size, terms, part.start, size / self._total, tuple(whole))
-        return Lockstep(compressor, stretch, self.feedback, SEED, bucket.index)
+                tensors.append((start, tuple(view.shape)))
+        segment = Segment(size, terms, part.start, size / self._total, tuple(tensors))
+        return Lockstep(compressor, segment, self.feedback, SEED, bucket.index)
 
     def reduce(
         self, step: int, scale: float, salt: int = 0, bad: tuple[int, int] = (-1, -1)
@@ -82,23 +82,23 @@ class Simulated:
             if bad[0] == bucket.index:
                 rows[bad[1], 0] = torch.nan
             if self.by_node:
-                rows, factor = self._of_nodes(rows, scale), 1.0
+                rows, factor = self._sum_nodes(rows, scale), 1.0
             else:
                 factor = scale
-            yield torch.cat([self._lane(lock, rows, step, factor) for lock in self._of(bucket)])
+            yield torch.cat([self._reduce_part(lock, rows, step, factor) for lock in self._parts_of(bucket)])
 
-    def _of_nodes(self, rows: Tensor, scale: float) -> Tensor:
+    def _sum_nodes(self, rows: Tensor, scale: float) -> Tensor:
         wide = rows if rows.dtype == torch.float64 else rows.float()
         sums = [wide[[node == n for n in self.nodes]].sum(0) for node in sorted(set(self.nodes))]
         return (torch.stack(sums) * scale).to(rows.dtype)
 
-    def _of(self, bucket: Bucket) -> list[tuple[Lockstep, slice]]:
-        lanes = len(self.locks) // len(self.group)
-        return [(self.locks[bucket.index, lane], bucket.part(lane, lanes)) for lane in range(lanes)]
+    def _parts_of(self, bucket: Bucket) -> list[tuple[Lockstep, slice]]:
+        parts = len(self.locks) // len(self.group)
+        return [(self.locks[bucket.index, index], bucket.part(index, parts)) for index in range(parts)]
 
-    def _lane(self, place: tuple[Lockstep, slice], rows: Tensor, step: int, factor: float) -> Tensor:
+    def _reduce_part(self, place: tuple[Lockstep, slice], rows: Tensor, step: int, factor: float) -> Tensor:
         lock, part = place
-        if lock.stretch.terms == 1:
+        if lock.segment.terms == 1:
             return rows[0, part]  # one node: nothing is compressed
         try:
             return lock.reduce(rows[:, part].contiguous(), step, factor)[0]
@@ -107,10 +107,10 @@ class Simulated:
 
     def bytes_sent(self) -> float:
         """By all ranks in one reduction."""
-        return sum(lock.stretch.terms * self.row.bytes_per_rank(lock.stretch) for lock in self.locks.values())
+        return sum(lock.segment.terms * self.row.bytes_per_rank(lock.segment) for lock in self.locks.values())
 
     def check(self, results: Iterator[Tensor]) -> None:
-        """Compare with what is in the group: the bits, or where the order of the sum matters, nearly."""
+        """Compare with the group: bit for bit, or approximately where the order of the sum matters."""
         for bucket, result in zip(self.group, results, strict=True):
             mask = inside(bucket)
             actual, expected = bucket.flat[mask], result[mask]

@@ -1,4 +1,4 @@
-"""What the kernels are tested with: awkward numbers, lengths and layouts."""
+"""Test data for kernels: awkward numbers, lengths and tilings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def finish(work: Iterator[None]) -> None:
 
 
 def numbers(numel: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Numbers of all magnitudes, special ones among them; stretches of plain ones and of zeros."""
+    """Numbers of all magnitudes, special ones among them; runs of plain ones and of zeros."""
     rng = np.random.default_rng([seed, numel])
     values = rng.standard_normal(numel) * 10.0 ** rng.integers(-44, 39, numel)
     plain = rng.integers(0, numel + 1, 2)
@@ -37,12 +37,12 @@ def numbers(numel: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 @dataclass
-class Coded:
-    """The arguments of a call of encode and decode, and what they give."""
+class CodecCase:
+    """The arguments of a call of encode and decode, and their results."""
 
     x: Tensor
     residual: Tensor | None
-    layout: spec.Layout
+    tiling: spec.Tiling
     lanes: spec.Lanes
     levels: Tensor
     terms: int
@@ -55,34 +55,34 @@ class Coded:
     out: Tensor
 
 
-def remainders(numel: int, seed: int = 0) -> Tensor:
-    """What error feedback may hold: with `numbers` added it still is finite."""
+def residuals_for(numel: int, seed: int = 0) -> Tensor:
+    """Possible residuals of error feedback: finite also with `numbers` added."""
     return torch.clamp(numbers(numel, seed + 1), -1e30, 1e30)
 
 
-def coded(
+def make_case(
     x: Tensor, residual: Tensor | None, bits: tuple[int, ...], terms: int, row: int, euclidean: bool = False,
     seed: int = 1, out_dtype: torch.dtype = torch.float32,
-) -> Coded:  # fmt: skip
-    """Everything ready for `code`."""
+) -> CodecCase:  # fmt: skip
+    """Create the arguments of `run_case`."""
     levels = torch.tensor([2.0 ** (b - 1) - 1 for b in bits])
-    lanes = spec.lanes(int(levels[0]), terms)
-    layout = spec.Layout.of(x.numel(), lanes.count, row)
-    masks = torch.zeros(len(bits) - 1, -(-layout.rows // 32) * layout.row, dtype=torch.int32)
-    return Coded(
-        x, residual, layout, lanes, levels, terms, euclidean, spec.key(seed, 7), 2**32 - 100 + seed,
-        torch.zeros(layout.rows, dtype=torch.uint16), masks,
-        torch.full((layout.words,), -1, dtype=torch.int32 if lanes.word == 32 else torch.int64),
+    lanes = spec.lanes_for(int(levels[0]), terms)
+    tiling = spec.Tiling.of(x.numel(), lanes.count, row)
+    masks = torch.zeros(len(bits) - 1, -(-tiling.rows // 32) * tiling.row, dtype=torch.int32)
+    return CodecCase(
+        x, residual, tiling, lanes, levels, terms, euclidean, spec.key(seed, 7), 2**32 - 100 + seed,
+        torch.zeros(tiling.rows, dtype=torch.uint16), masks,
+        torch.full((tiling.words,), -1, dtype=torch.int32 if lanes.word == 32 else torch.int64),
         torch.full((x.numel(),), float("nan"), dtype=out_dtype),
     )  # fmt: skip
 
 
-def code(c: Coded, kernels: Any = host) -> Coded:
-    """Encode and decode; `residual` becomes the rest."""
-    finish(kernels.norms(c.x, c.residual, c.layout, c.euclidean, c.norms))
+def run_case(c: CodecCase, kernels: Any = host) -> CodecCase:
+    """Encode and decode; `residual` becomes the quantisation error."""
+    finish(kernels.norms(c.x, c.residual, c.tiling, c.euclidean, c.norms))
     if len(c.levels) > 1:
-        finish(kernels.choose_scales(c.x, c.residual, c.norms, c.layout, c.levels, c.masks))
-    coding = (c.norms, c.layout, c.lanes, c.levels, c.masks)
-    finish(kernels.encode(c.x, c.residual, *coding, c.key, c.offset, c.words))
-    finish(kernels.decode(c.words, *coding, c.terms, 1 / c.terms, c.out))
+        finish(kernels.choose_scales(c.x, c.residual, c.norms, c.tiling, c.levels, c.masks))
+    code_arguments = (c.norms, c.tiling, c.lanes, c.levels, c.masks)
+    finish(kernels.encode(c.x, c.residual, *code_arguments, c.key, c.offset, c.words))
+    finish(kernels.decode(c.words, *code_arguments, c.terms, 1 / c.terms, c.out))
     return c

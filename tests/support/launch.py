@@ -1,4 +1,4 @@
-"""Real MPI jobs started from a test, whatever started the test itself."""
+"""Real MPI jobs started from a test, independent of the launcher of the test itself."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parents[2]
 _LAUNCHERS = ("PMI", "PMIX", "HYDRA", "OMPI", "MPI", "PRTE", "MPIR")
 _MARK = "HPCSGD_TEST_JOB"
-_DYING = 3.0  # seconds that the ranks of a job which has ended may take to be gone
+_EXIT_TIMEOUT = 3.0  # seconds for the ranks of a job to exit after mpiexec
 
-#: The start of every script: in place of the compiler, which takes as long to import as the rest of torch,
-#: and which optimizers import to tell it to keep away from them.
+#: The start of every script: replaces the compiler, which takes as long to import as the rest of torch and
+#: which optimizers import to disable it for themselves.
 UNCOMPILED = """
 import sys, types
 sys.modules["torch._dynamo"] = types.SimpleNamespace(
@@ -38,14 +38,14 @@ from hpcsgd.commands.cli import main
 
 @dataclass
 class Finished:
-    """What a job left behind.
+    """The result of a job.
 
     Attributes
     ----------
     left
-        Command lines of its processes that were still there some seconds after mpiexec had ended.
+        Command lines of its processes that still ran some seconds after mpiexec had ended.
     files
-        What it left in its /dev/shm.
+        The files that remained in its /dev/shm.
     timed_out
         Whether it had to be killed.
     """
@@ -85,7 +85,7 @@ def launch(
     shm
         Size of the job's /dev/shm, which is its own where that is allowed (`has_private_shm`).
     meanwhile
-        Called with the job's processes once it has begun to print: ids and command lines.
+        Called with the ids and command lines of the job's processes after its first line of output.
     """
     mark = uuid.uuid4().hex
     command = [*mpiexec(), "-n", str(ranks), sys.executable, "-c", UNCOMPILED + script, *args]
@@ -117,7 +117,7 @@ def launch(
         timed_out = True
         _kill(mark)
         out, err = process.communicate()
-    except BaseException:  # of `meanwhile`
+    except BaseException:  # raised by `meanwhile`
         _kill(mark)
         raise
     seconds = time.monotonic() - started
@@ -139,7 +139,7 @@ def run_alone(script: str) -> subprocess.CompletedProcess[str]:
 
 
 def mpiexec() -> list[str]:
-    """The command that starts a job of the MPI that mpi4py uses here."""
+    """Return the command that starts a job of the MPI that mpi4py uses."""
     beside = Path(sys.executable).with_name("mpiexec")
     found = str(beside) if beside.exists() else shutil.which("mpiexec")
     assert found, "there is no mpiexec, neither beside python nor in PATH"
@@ -161,7 +161,7 @@ def is_open_mpi() -> bool:
 
 @cache
 def has_private_shm() -> bool:
-    """Whether a job can have a /dev/shm of its own."""
+    """Return whether a job can have a /dev/shm of its own."""
     script = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
     try:
         return not subprocess.run([*_unshare(), "sh", "-c", script], capture_output=True).returncode
@@ -170,7 +170,7 @@ def has_private_shm() -> bool:
 
 
 def processes(mark: str) -> dict[int, str]:
-    """Process ids and command lines of a job: mpiexec and its helpers, and the ranks."""
+    """Return the process ids and command lines of a job: mpiexec and its helpers, and the ranks."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -187,18 +187,18 @@ def _unshare() -> list[str]:
 
 
 def _environment(mark: str, more: Mapping[str, str]) -> dict[str, str]:
-    ours = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(_LAUNCHERS) or name.startswith(("OMPI_ALLOW_RUN_AS", "OMPI_MCA_osc"))
     }
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, _MARK: mark, **more}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, _MARK: mark, **more}
 
 
 def _wait_for_end(mark: str) -> list[str]:
-    give_up = time.monotonic() + _DYING
-    while processes(mark) and time.monotonic() < give_up:
+    deadline = time.monotonic() + _EXIT_TIMEOUT
+    while processes(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     left = list(processes(mark).values())
     _kill(mark)

@@ -1,4 +1,4 @@
-"""Clients of a server in the same process: their links are queues, which can be cut."""
+"""Clients of a server in the same process, over queues that a test can cut."""
 
 from __future__ import annotations
 
@@ -10,60 +10,60 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.server import Policy, Server, tcp_link
-from hpcsgd.server.protocol import Head, Kind, Link, Lost, Party, State, read_note
+from hpcsgd.server.protocol import Disconnected, Handler, Header, Link, MessageType, ReplyStatus, decode_json
 
 ONES = np.ones(4, np.float32)
 
 
-class Wire(Link):
-    """One end of a link; a body is only read when it is received, as by MPI and by the kernel."""
+class QueueLink(Link):
+    """One end of a link; bodies are copied when they are received, as by MPI and by the kernel."""
 
-    def __init__(self, party: Party, name: str = "wire") -> None:
-        super().__init__(party, name)
-        self.leaving: deque[tuple[bytes, np.ndarray | None]] = deque()
-        self.other: Wire = self
+    def __init__(self, handler: Handler, name: str = "wire") -> None:
+        super().__init__(handler, name)
+        self.outgoing: deque[tuple[bytes, np.ndarray | None]] = deque()
+        self.other: QueueLink = self
         self.closed = False
 
     @staticmethod
-    def pair(one: Party, other: Party) -> tuple[Wire, Wire]:
-        a, b = Wire(one, "the server"), Wire(other, "a client")
+    def pair(one: Handler, other: Handler) -> tuple[QueueLink, QueueLink]:
+        a, b = QueueLink(one, "the server"), QueueLink(other, "a client")
         a.other, b.other = b, a
         return a, b
 
-    def _queue(self, head: Head, body: np.ndarray | None) -> None:
-        assert body is None or body.nbytes == head.nbytes
-        self.leaving.append((head.pack(), body))
+    def _queue(self, header: Header, body: np.ndarray | None) -> None:
+        assert body is None or body.nbytes == header.nbytes
+        self.outgoing.append((header.pack(), body))
 
     def pump(self) -> bool:
         moved = False
-        while self.other.leaving and not self.closed:
-            data, body = self.other.leaving.popleft()
-            space = self._begin(data)
+        while self.other.outgoing and not self.closed:
+            data, body = self.other.outgoing.popleft()
+            space = self._begin_message(data)
             if body is not None:
                 space[:] = body.view(np.uint8)
-            self._end()
+            self._end_message()
             moved = True
         if self.closed or self.other.closed:
-            raise Lost("the connection broke")
+            raise Disconnected("the connection broke")
         return moved
 
     @property
     def idle(self) -> bool:
-        return not self.leaving
+        return not self.outgoing
 
     def close(self) -> None:
         self.closed = True
 
 
-def contract_of(
+def make_contract(
     sizes: list[int], mode: str = "async", dtype: str = "float32", optimizer: str = "SGD", **more: Any
 ) -> dict[str, Any]:
     shards = [[dtype, size, [[0, size, 0]]] for size in sizes]
     return {"mode": mode, "servers": 1, "optimizer": optimizer, "shards": shards, **more}
 
 
-class Talker:
-    """A client that says exactly what it is told to say, and keeps what it hears."""
+class ScriptedClient:
+    """Client that sends what a test sends with it, and collects the messages that it receives."""
 
     def __init__(
         self,
@@ -76,93 +76,99 @@ class Talker:
     ) -> None:
         self.server, self.name, self.secret = server, name, secret
         options = [{"lr": 1.0}] if options is None else options
-        who = {"client": name, "talker": 0, "talkers": 1, "contract": contract, "options": options}
-        self.hello = {**who, **(hello or {})}
-        self.heard: list[tuple[Head, np.ndarray]] = []
-        self.rounds: dict[int, int] = {}
+        identity = {"client": name, "talker": 0, "talkers": 1, "contract": contract, "options": options}
+        self.hello = {**identity, **(hello or {})}
+        self.received: list[tuple[Header, np.ndarray]] = []
+        self.push_numbers: dict[int, int] = {}
         self.versions: dict[int, int] = {}
         self.connect()
 
     def connect(self) -> None:
-        self.welcome, self.reason, self.lost = False, "", ""
-        self.link, self.far = Wire.pair(self, self.server)
-        self.server.add(self.far)
+        self.welcomed, self.refusal, self.lost = False, "", ""
+        self.link, self.server_link = QueueLink.pair(self, self.server)
+        self.server.add_link(self.server_link)
         for _ in range(3):
-            self.listen()
+            self.receive()
             self.deliver()
-        self.listen()
+        self.receive()
 
     def deliver(self) -> None:
-        """Let the server hear what was said."""
-        if self.far in self.server.links:
-            self.server.pump([self.far])
+        """Let the server receive this client's messages."""
+        if self.server_link in self.server.links:
+            self.server.pump([self.server_link])
 
-    def listen(self) -> None:
-        """Hear what the server has said."""
+    def receive(self) -> None:
+        """Receive the server's messages."""
         try:
             self.link.pump()
-        except Lost as error:
+        except Disconnected as error:
             self.lost = str(error)
 
-    def landing(self, link: Link, head: Head) -> np.ndarray:
-        return np.empty(head.nbytes, np.uint8)
+    def buffer_for(self, link: Link, header: Header) -> np.ndarray:
+        return np.empty(header.nbytes, np.uint8)
 
-    def take(self, link: Link, head: Head, body: np.ndarray) -> None:
-        if head.kind is Kind.CHALLENGE:
-            proof = tcp_link.proof(self.secret, read_note(body)["nonce"])
-            link.send_note(Kind.HELLO, {"nonce": "mine", "proof": proof, **self.hello})
-        elif head.kind is Kind.WELCOME:
-            self.welcome = tcp_link.proves(self.secret, "mine", read_note(body)["proof"])
-        elif head.kind is Kind.REFUSAL:
-            self.reason = read_note(body)["reason"]
+    def on_message(self, link: Link, header: Header, body: np.ndarray) -> None:
+        if header.type is MessageType.CHALLENGE:
+            proof = tcp_link.hmac_response(self.secret, decode_json(body)["nonce"])
+            link.send_json(MessageType.HELLO, {"nonce": "mine", "proof": proof, **self.hello})
+        elif header.type is MessageType.WELCOME:
+            self.welcomed = tcp_link.verify(self.secret, "mine", decode_json(body)["proof"])
+        elif header.type is MessageType.REFUSAL:
+            self.refusal = decode_json(body)["reason"]
         else:
-            if head.nbytes:
-                self.versions[head.shard] = head.version
-            self.heard.append((head, body))
+            if header.nbytes:
+                self.versions[header.shard] = header.version
+            self.received.append((header, body))
 
-    def say(self, head: Head, body: np.ndarray | None = None) -> None:
-        """Say something at once, and hear what is answered at once."""
-        self.link.send(replace(head, nbytes=0 if body is None else body.nbytes), body)
+    def send(self, header: Header, body: np.ndarray | None = None) -> None:
+        """Send a message, and receive its immediate replies."""
+        self.link.send(replace(header, nbytes=0 if body is None else body.nbytes), body)
         self.deliver()
-        self.listen()
+        self.receive()
 
-    def fetch(self, shard: int = 0, dtype: Any = np.float32) -> np.ndarray:
-        """The values."""
-        self.say(Head(Kind.PULL, shard))
-        head, body = self.heard.pop()
-        assert head.kind is Kind.REPLY and head.shard == shard and head.state is State.DONE, head
+    def pull(self, shard: int = 0, dtype: Any = np.float32) -> np.ndarray:
+        """Pull the values of a shard."""
+        self.send(Header(MessageType.PULL, shard))
+        header, body = self.received.pop()
+        assert (
+            header.type is MessageType.REPLY and header.shard == shard and header.status is ReplyStatus.OK
+        ), header
         return body.view(dtype)
 
-    def fill(self, values: np.ndarray, shard: int = 0) -> None:
-        self.say(Head(Kind.FILL, shard), values.view(np.uint8))
-        assert self.heard.pop()[0].kind is Kind.REPLY
+    def initialize(self, values: np.ndarray, shard: int = 0) -> None:
+        self.send(Header(MessageType.INIT, shard), values.view(np.uint8))
+        assert self.received.pop()[0].type is MessageType.REPLY
 
     def push(self, values: np.ndarray, shard: int = 0, weight: float = 1.0, steps: int = 0) -> None:
-        """Push, and hear the answer if there is one."""
-        self.rounds[shard] = self.rounds.get(shard, 0) + 1
-        head = Head(Kind.PUSHPULL, shard, round=self.rounds[shard], weight=weight, steps=steps)
-        self.say(replace(head, version=self.versions.get(shard, 0)), values.view(np.uint8))
+        """Push, and receive the reply if there is one."""
+        self.push_numbers[shard] = self.push_numbers.get(shard, 0) + 1
+        header = Header(
+            MessageType.PUSHPULL, shard, push_number=self.push_numbers[shard], weight=weight, steps=steps
+        )
+        self.send(replace(header, version=self.versions.get(shard, 0)), values.view(np.uint8))
 
-    def answer(self, dtype: Any = np.float32) -> tuple[Head, np.ndarray]:
-        """The only one that has come."""
-        assert len(self.heard) == 1, self.heard
-        head, body = self.heard.pop()
-        return head, body.view(dtype)
+    def pop_reply(self, dtype: Any = np.float32) -> tuple[Header, np.ndarray]:
+        """Remove and return the only message that has been received."""
+        assert len(self.received) == 1, self.received
+        header, body = self.received.pop()
+        return header, body.view(dtype)
 
     @property
-    def let_in(self) -> bool:
-        """Whether the server still talks to it."""
-        return self.welcome and self.far in self.server.links
+    def admitted(self) -> bool:
+        """Whether the server has admitted this client, and not closed the link since."""
+        return self.welcomed and self.server_link in self.server.links
 
 
-def group(server: Server, count: int, size: int = 5, dtype: str = "float32", **more: Any) -> list[Talker]:
-    """Clients that have the first values, which are zero."""
-    contract = contract_of([size], server.policy.mode, dtype)
-    found = [Talker(server, f"g{i}", contract, **more) for i in range(count)]
-    found[0].fill(np.zeros(size, dtype))
-    for talker in found:
-        talker.fetch(0, dtype)
-    return found
+def make_clients(
+    server: Server, count: int, size: int = 5, dtype: str = "float32", **more: Any
+) -> list[ScriptedClient]:
+    """Make clients that have pulled the initial values, which are zero."""
+    contract = make_contract([size], server.policy.mode, dtype)
+    clients = [ScriptedClient(server, f"g{i}", contract, **more) for i in range(count)]
+    clients[0].initialize(np.zeros(size, dtype))
+    for client in clients:
+        client.pull(0, dtype)
+    return clients
 
 
 def centre(server: Server) -> np.ndarray:
@@ -171,34 +177,34 @@ def centre(server: Server) -> np.ndarray:
     return values.numpy()
 
 
-def drawn(seed: int, size: int = 5, dtype: Any = np.float32) -> np.ndarray:
+def random_values(seed: int, size: int = 5, dtype: Any = np.float32) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(size).astype(dtype)
 
 
-def as_bytes(note: object) -> np.ndarray:
-    return np.frombuffer(json.dumps(note).encode(), np.uint8)
+def json_body(value: object) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
-def talker(server: Server, name: str = "g0", **more: Any) -> Talker:
-    return Talker(server, name, contract_of([4, 6], server.policy.mode), **more)
+def make_client(server: Server, name: str = "g0", **more: Any) -> ScriptedClient:
+    return ScriptedClient(server, name, make_contract([4, 6], server.policy.mode), **more)
 
 
-def pair(policy: Policy) -> tuple[Server, Talker, Talker]:
+def pair(policy: Policy) -> tuple[Server, ScriptedClient, ScriptedClient]:
     server = Server(policy)
-    one, two = talker(server), talker(server, "g1")
-    one.fill(0 * ONES)
-    one.fill(np.zeros(6, np.float32), 1)
+    one, two = make_client(server), make_client(server, "g1")
+    one.initialize(0 * ONES)
+    one.initialize(np.zeros(6, np.float32), 1)
     for each in (one, two):
-        each.fetch(0)
-        each.fetch(1)
+        each.pull(0)
+        each.pull(1)
     return server, one, two
 
 
-def goes_on(server: Server, one: Talker) -> None:
-    """The other one's push is still counted."""
+def assert_still_serves(server: Server, one: ScriptedClient) -> None:
+    """Check that the server still applies a client's push."""
     version = server.shards[0].version
-    one.heard.clear()
+    one.received.clear()
     one.push(ONES)
-    one.listen()
-    assert one.answer()[0].state is State.DONE
+    one.receive()
+    assert one.pop_reply()[0].status is ReplyStatus.OK
     assert server.shards[0].version == version + 1

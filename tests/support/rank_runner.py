@@ -1,4 +1,4 @@
-"""The run loop of the suite: ranks in step for tests marked mpi, all other tests shared out."""
+"""The run loop of the suite: all ranks run each test marked mpi together; one rank runs each other test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SEVERITY = ["passed", "skipped", "failed"]
 
 
 class Ranks:
-    """Keeps the ranks in step and adds up what they report."""
+    """Synchronises the ranks after each mpi test, and merges their reports."""
 
     def __init__(self, watchdog: Callable[[int], Watchdog]) -> None:
         from mpi4py import MPI
@@ -30,7 +30,7 @@ class Ranks:
         self.comm = MPI.COMM_WORLD.Dup()
         self.rank = self.comm.rank
         self.folder = tempfile.TemporaryDirectory() if self.rank == 0 else None
-        self.begun = self.comm.bcast(self.folder.name if self.folder else "")
+        self.claims = self.comm.bcast(self.folder.name if self.folder else "")
         self.watchdog = watchdog(self.rank)
         self.stderr = os.fdopen(os.dup(2), "w")
         self.outcome: dict[str, str] = {}
@@ -38,36 +38,36 @@ class Ranks:
         self.total: Counter[str] = Counter()
 
     def gather(self, value: object) -> list[Any]:
-        """The value of every rank; polls, because ranks may outnumber cores."""
+        """Return the value of every rank; polls, because ranks may outnumber cores."""
         request = self.comm.Ibarrier()
         while not request.Test():
             time.sleep(0.001)
         return self.comm.allgather(value)
 
-    def dealt(self, items: list[pytest.Item]) -> Iterator[pytest.Item]:
-        """Those of all ranks, on each in the same order; then what no other rank has begun.
+    def selected(self, items: list[pytest.Item]) -> Iterator[pytest.Item]:
+        """Generate the mpi tests, in the same order on all ranks, then tests that no other rank has claimed.
 
-        A file marked `together` is one card: what it prepares is dear. The cards with the longest deadlines
-        start jobs of several processes: half of the ranks begin with these, the others with the last.
+        A file marked `together` is one unit, for its fixtures are expensive. The units with the longest
+        deadlines start jobs of several processes: half of the ranks begin with these, the others at the end.
         """
         yield from filter(is_mpi, items)
-        cards: dict[str, list[pytest.Item]] = {}
+        units: dict[str, list[pytest.Item]] = {}
         for item in items:
             if not is_mpi(item):
                 together = item.get_closest_marker("together")
-                cards.setdefault(str(item.path) if together else item.nodeid, []).append(item)
-        deck = sorted(cards.values(), key=lambda card: -sum(map(deadline, card)))
-        for number in range(len(deck))[:: -1 if self.rank % 2 else 1]:
+                units.setdefault(str(item.path) if together else item.nodeid, []).append(item)
+        queue = sorted(units.values(), key=lambda unit: -sum(map(deadline, unit)))
+        for number in range(len(queue))[:: -1 if self.rank % 2 else 1]:
             try:
-                Path(self.begun, str(number)).touch(exist_ok=False)
+                Path(self.claims, str(number)).touch(exist_ok=False)
             except FileExistsError:
                 continue
-            yield from deck[number]
+            yield from queue[number]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         if session.testsfailed or session.config.option.collectonly:
             return None
-        for item, following in pairwise(chain(self.dealt(session.items), [None])):
+        for item, following in pairwise(chain(self.selected(session.items), [None])):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if session.shouldfail:
                 raise session.Failed(session.shouldfail)
@@ -76,8 +76,8 @@ class Ranks:
         return True
 
     def pytest_collection_finish(self) -> None:
-        # A million objects of modules, which no collection in a test needs to look at.
-        import torch._dynamo  # noqa: F401  # the first optimizer does so
+        # A million objects of modules, which no garbage collection in a test needs to traverse.
+        import torch._dynamo  # noqa: F401  # as the first optimizer does
 
         gc.collect()
         gc.freeze()
@@ -91,7 +91,7 @@ class Ranks:
             failed = [rank for rank, outcome in enumerate(outcomes) if outcome == "failed"]
             if failed:
                 self.failed_on[item.nodeid] = failed
-                worlds.forget()
+                worlds.discard()
                 if item.config.getoption("maxfail"):
                     item.session.shouldstop = f"{item.nodeid} failed on ranks {failed}"
             self.outcome[item.nodeid] = max(outcomes, key=_SEVERITY.index)
@@ -136,6 +136,6 @@ def is_mpi(item: pytest.Item) -> bool:
 
 
 def deadline(item: pytest.Item) -> float:
-    """Seconds that the test may take."""
+    """Return the time limit of a test in seconds."""
     mark = item.get_closest_marker("timeout")
     return float(mark.args[0]) if mark else DEFAULT_TIMEOUT

@@ -1,4 +1,4 @@
-"""Run folders for the tests: written line by line as a run writes them."""
+"""Sample run folders for tests, in the format of a real run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CONFIG = {"data": "digits", "model": "mlp", "strategy": "allreduce", "batch": 32
 
 
 def train(step: int, ranks: int = 4, **changes: Any) -> dict[str, Any]:
-    """A training record: rank r computes (r + 1) ms a step and waits while others compute."""
+    """A training record: rank r computes for (r + 1) ms per step, and waits for the slowest rank."""
     compute = [step * (rank + 1) / 1000 for rank in range(ranks)]
     row = {
         "event": "train",
@@ -32,7 +32,7 @@ def train(step: int, ranks: int = 4, **changes: Any) -> dict[str, Any]:
 
 
 def test(step: int, ranks: int = 4, **changes: Any) -> dict[str, Any]:
-    """A test record a little after the training record of the same step."""
+    """An evaluation record, 0.05 s after the training record of the same step."""
     row = {
         "event": "test",
         "step": step,
@@ -52,14 +52,14 @@ test.__test__ = False  # type: ignore[attr-defined]
 
 
 def usual(ranks: int = 4, **changes: Any) -> list[dict[str, Any]]:
-    """Five training and five test records, with the same changes in all of them."""
+    """Five training and five evaluation records, with the same changes in each."""
     return [make(step, ranks, **changes) for step in range(10, 60, 10) for make in (train, test)]
 
 
 def write_run(
     folder: Path, rows: list[dict[str, Any]] | None = None, *, end: str = "\n", **config: Any
 ) -> Path:
-    """Write a run folder; `end` stands after the last record."""
+    """Write a run folder; `end` is appended to the last record."""
     rows = usual() if rows is None else rows
     ranks = len(rows[0]["bytes_sent"]) if rows else 1
     folder.mkdir(parents=True)

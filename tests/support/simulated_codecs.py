@@ -1,4 +1,4 @@
-"""Compression of ranks that are not there: one codec each, and NumPy combines what they would send."""
+"""Compression on simulated ranks: one codec each, whose messages are combined by NumPy."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Codec, Compressor, Draw, Message, Stretch
-from hpcsgd.compress.base import finite
+from hpcsgd.compress import Codec, Compressor, Message, RandomKey, Segment
+from hpcsgd.compress.base import all_finite
 
 _OPERATIONS = {"max": np.maximum, "and": np.bitwise_and, "sum": np.add}
 
 
 class NotFinite(Exception):
-    """The first message of some rank says that its numbers are not finite."""
+    """The first message of a rank shows that its values are not finite."""
 
 
 class Lockstep:
@@ -25,10 +25,10 @@ class Lockstep:
     ----------
     compressor
         The scheme.
-    stretch
-        What each rank works on; its `terms` are the ranks.
+    segment
+        The segment of each rank; its `terms` are the ranks.
     feedback
-        Whether ranks have a memory of what was not sent.
+        Whether ranks have residuals.
     seed, bucket
         Of the random numbers.
 
@@ -37,27 +37,27 @@ class Lockstep:
     residuals
         (numel,) of each rank, or None.
     messages
-        (operation, bytes) of what rank 0 sent in the last reduction.
+        (operation, bytes) of the messages of rank 0 in the last reduction.
     """
 
     def __init__(
-        self, compressor: Compressor, stretch: Stretch, feedback: bool, seed: int = 0, bucket: int = 0
+        self, compressor: Compressor, segment: Segment, feedback: bool, seed: int = 0, bucket: int = 0
     ) -> None:
-        ranks = range(stretch.terms)
-        self.stretch, self.seed, self.bucket = stretch, seed, bucket
-        self.codecs = [compressor.codec(stretch) for _ in ranks]
-        self.residuals = [torch.zeros(stretch.numel) if feedback else None for _ in ranks]
+        ranks = range(segment.terms)
+        self.segment, self.seed, self.bucket = segment, seed, bucket
+        self.codecs = [compressor.codec(segment) for _ in ranks]
+        self.residuals = [torch.zeros(segment.numel) if feedback else None for _ in ranks]
         self.messages: list[tuple[str, int]] = []
 
-    def draw(self, rank: int, step: int) -> Draw:
-        return Draw(self.seed, step, self.bucket, rank)
+    def random_key(self, rank: int, step: int) -> RandomKey:
+        return RandomKey(self.seed, step, self.bucket, rank)
 
     def reduce(self, rows: Tensor, step: int = 0, scale: float = 1.0) -> Tensor:
-        """What each rank gets for the values of all, (ranks, numel); these stay as they are."""
+        """Reduce the values of all ranks, (ranks, numel), which are not changed; returns their results."""
         out = rows.clone()
         self.messages = []
         runs = [
-            codec.run(values, buffers_of(codec), self.draw(rank, step), scale, residual)
+            codec.run(values, buffers_of(codec), self.random_key(rank, step), scale, residual)
             for rank, (codec, values, residual) in enumerate(
                 zip(self.codecs, out, self.residuals, strict=True)
             )
@@ -65,10 +65,10 @@ class Lockstep:
         while any(messages := [_next(run) for run in runs]):
             assert all(messages), "all ranks send, or none does"
             every = [message for message in messages if message is not None]
-            assert len({(m.op, m.slot, m.data.dtype, m.data.numel()) for m in every}) == 1
+            assert len({(m.op, m.buffer_index, m.data.dtype, m.data.numel()) for m in every}) == 1
             if not self.messages:
                 assert every[0].op == "max"
-                if not all(finite(message.data) for message in every):
+                if not all(all_finite(message.data) for message in every):
                     raise NotFinite
             self.messages.append((every[0].op, every[0].data.nbytes))
             combine(every)
@@ -76,8 +76,8 @@ class Lockstep:
 
 
 def buffers_of(codec: Codec) -> list[Tensor]:
-    """Full of what was there before."""
-    return [torch.full((numel,), 77, dtype=dtype) for numel, dtype in codec.sums]
+    """Create buffers with arbitrary previous contents."""
+    return [torch.full((numel,), 77, dtype=dtype) for numel, dtype in codec.sum_buffers]
 
 
 def _next(run: Iterator[Message | None]) -> Message | None:
@@ -86,7 +86,7 @@ def _next(run: Iterator[Message | None]) -> Message | None:
 
 
 def combine(messages: Sequence[Message]) -> None:
-    """Give every rank what MPI would."""
+    """Combine the messages of all ranks as MPI would."""
     op, parts = messages[0].op, [message.data for message in messages]
     if op == "gather":
         for message in messages:
@@ -106,5 +106,5 @@ def combine(messages: Sequence[Message]) -> None:
 
 
 def unsigned(words: Tensor) -> np.ndarray:
-    """As whole numbers without a sign, which wrap around."""
+    """View words as unsigned integers, which wrap around."""
     return words.numpy().view({2: np.uint16, 4: np.uint32, 8: np.uint64}[words.element_size()])

@@ -1,4 +1,4 @@
-"""What every strategy must do; a new one adds a row with its recursion in NumPy."""
+"""Rows of the contract of strategies: each has the recursion of its models in NumPy."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from hpcsgd import (
     topology,
 )
 from hpcsgd.strategies import delays
-from hpcsgd.strategies.adpsgd.pairing import Pairs
-from hpcsgd.strategies.teleportation.tokens import draw
+from hpcsgd.strategies.adpsgd.pairing import BipartitePairs
+from hpcsgd.strategies.teleportation.tokens import sample_holders
 
 Array = np.ndarray
 LR = 0.05
@@ -44,19 +44,20 @@ class Row:
     ----------
     name
         Its name in `hpcsgd.strategies.STRATEGIES`.
+    make
+        Makes the strategy.
     step
-        Its recursion: models (ranks, d), their gradients (ranks, d), which ranks had data in each
-        step up to this one (steps, ranks), the learning rate, and the number of this step from 0, to
-        the models after it.
+        Its recursion: from models (ranks, d), their gradients (ranks, d), `has_batch` of all steps up to
+        this one (steps, ranks), learning rate, and number of this step from 0, to the models after it.
     reductions
-        How many whole-model all-reduces it takes for so many steps.
+        From the number of steps to that of whole-model all-reduces.
     reads
-        For a peer, the number of peers, and so many steps: whose models it reads, each as often as it does.
-    shares
-        How much each of so many models counts in the consensus after so many steps.
+        From a peer, the number of peers and of steps to the peers whose models it reads, with repetitions.
+    weights
+        From the numbers of models and of steps to the weights of the models in the consensus.
     sends
-        For a rank, the number of ranks, and so many steps: how many whole models or gradients it sends in
-        messages, whatever the nodes.
+        From a rank, the number of ranks and of steps to the number of whole models or gradients that it
+        sends in messages, on whichever nodes.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Row:
     step: Callable[[Array, Array, Array, float, int], Array]
     reductions: Callable[[int], int] = lambda steps: 0
     reads: Callable[[int, int, int], list[int]] = lambda peer, size, steps: []
-    shares: Callable[[int, int], Array] = lambda size, steps: np.full(size, 1 / size)
+    weights: Callable[[int, int], Array] = lambda size, steps: np.full(size, 1 / size)
     sends: Callable[[int, int, int], int] = lambda rank, size, steps: 0
 
     def __str__(self) -> str:
@@ -72,32 +73,32 @@ class Row:
         return f"{self.name}({options})"
 
 
-def allreduce_step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
-    return x - lr * g[having[t]].mean(axis=0)
+def allreduce_step(x: Array, g: Array, has_batch: Array, lr: float, t: int) -> Array:
+    return x - lr * g[has_batch[t]].mean(axis=0)
 
 
 def local_step(period: int) -> Callable[[Array, Array, Array, float, int], Array]:
-    def step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
-        x = x - lr * g * having[t][:, None]
+    def step(x: Array, g: Array, has_batch: Array, lr: float, t: int) -> Array:
+        x = x - lr * g * has_batch[t][:, None]
         if (t + 1) % period:
             return x
-        own_steps = having[t + 1 - period :].sum(axis=0)
+        own_steps = has_batch[t + 1 - period :].sum(axis=0)
         return np.tile(own_steps @ x / own_steps.sum(), (len(x), 1))
 
     return step
 
 
 def dsgd_step(name: str, overlap: bool) -> Callable[[Array, Array, Array, float, int], Array]:
-    def step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+    def step(x: Array, g: Array, has_batch: Array, lr: float, t: int) -> Array:
         mixing = topology.build(name, len(x)).matrix(t)
-        taken = lr * g * having[t][:, None]
+        taken = lr * g * has_batch[t][:, None]
         return mixing @ x - taken if overlap else mixing @ (x - taken)
 
     return step
 
 
 def sources(name: str, begun_ahead: bool = False) -> Callable[[int, int, int], list[int]]:
-    """What is read in a topology; one exchange more where the next one begins before it is asked for."""
+    """Reads in a topology; one exchange more if the next one is started ahead."""
 
     def reads(peer: int, size: int, steps: int) -> list[int]:
         graph = topology.build(name, size)
@@ -107,7 +108,7 @@ def sources(name: str, begun_ahead: bool = False) -> Callable[[int, int, int], l
 
 
 class Push:
-    """Push-sum with numerators, weights, and what is on its way, from the definition."""
+    """Push-sum with numerators, weights, and shares in flight, from the definition."""
 
     def __init__(self, name: str, overlap: bool) -> None:
         self.name, self.overlap = name, overlap
@@ -132,14 +133,14 @@ class Push:
         np.testing.assert_allclose(self.weights.sum() + self.arriving_weights.sum(), len(x))
         return after
 
-    def step(self, z: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+    def step(self, z: Array, g: Array, has_batch: Array, lr: float, t: int) -> Array:
         if t == 0:
             self.begin(len(z))
-        x = self.weights[:, None] * z - lr * g * having[t][:, None]
+        x = self.weights[:, None] * z - lr * g * has_batch[t][:, None]
         x = self.push(x, t)
         return x / self.weights[:, None]
 
-    def shares(self, size: int, steps: int) -> Array:
+    def consensus_weights(self, size: int, steps: int) -> Array:
         self.begin(size)
         for t in range(steps):
             self.push(np.zeros((size, 1)), t)
@@ -148,23 +149,27 @@ class Push:
 
 def sgp(name: str, overlap: bool) -> Row:
     push = Push(name, overlap)
-    return Row("sgp", lambda: SGP(name, overlap), push.step, reads=sources(name), shares=push.shares)
+    return Row(
+        "sgp", lambda: SGP(name, overlap), push.step, reads=sources(name), weights=push.consensus_weights
+    )
 
 
-def drawn_step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+def drawn_pairs_step(x: Array, g: Array, has_batch: Array, lr: float, t: int) -> Array:
     averages = x.copy()
-    for pair in Pairs(topology.build("star", len(x))).drawn(0, t):
+    for pair in BipartitePairs(topology.build("star", len(x))).sample(0, t):
         averages[list(pair)] = averages[list(pair)].mean(axis=0)
-    return averages - lr * g * having[t][:, None]
+    return averages - lr * g * has_batch[t][:, None]
 
 
-def drawn_reads(peer: int, size: int, steps: int) -> list[int]:
-    pairs = [pair for t in range(steps + 1) for pair in Pairs(topology.build("star", size)).drawn(0, t)]
+def drawn_pairs_reads(peer: int, size: int, steps: int) -> list[int]:
+    pairs = [
+        pair for t in range(steps + 1) for pair in BipartitePairs(topology.build("star", size)).sample(0, t)
+    ]
     return [other for pair in pairs if peer in pair for other in pair if other != peer]
 
 
-def teleport_step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
-    """Four tokens on a ring; who rests keeps what it had last."""
+def teleport_step(x: Array, g: Array, has_batch: Array, lr: float, t: int) -> Array:
+    """Four tokens on a ring; the model of an idle peer is its last one."""
     now, after = list(_holders(len(x), t)), list(_holders(len(x), t + 1))
     x = x.copy()
     x[now] -= lr * g[now]
@@ -182,12 +187,12 @@ def teleport_reads(peer: int, size: int, steps: int) -> list[int]:
     return read
 
 
-def teleport_shares(size: int, steps: int) -> Array:
+def teleport_weights(size: int, steps: int) -> Array:
     return np.bincount(_holders(size, steps), minlength=size) / min(4, size)
 
 
 def _holders(size: int, t: int) -> tuple[int, ...]:
-    return draw(0, t, size, min(4, size))
+    return sample_holders(0, t, size, min(4, size))
 
 
 def workers_of(size: int, servers: int) -> int:
@@ -197,23 +202,23 @@ def workers_of(size: int, servers: int) -> int:
 def served_step(servers: int) -> Callable[[Array, Array, Array, float, int], Array]:
     """AR-SGD of the workers; the models of the servers' ranks stay as they are."""
 
-    def step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+    def step(x: Array, g: Array, has_batch: Array, lr: float, t: int) -> Array:
         workers = workers_of(len(x), servers)
         return np.concatenate([x[:workers] - lr * g[:workers].mean(axis=0), x[workers:]])
 
     return step
 
 
-def served_shares(servers: int) -> Callable[[int, int], Array]:
-    def shares(size: int, steps: int) -> Array:
+def served_weights(servers: int) -> Callable[[int, int], Array]:
+    def weights(size: int, steps: int) -> Array:
         workers = workers_of(size, servers)
         return np.where(np.arange(size) < workers, 1 / workers, 0.0)
 
-    return shares
+    return weights
 
 
 def served_sends(servers: int) -> Callable[[int, int, int], int]:
-    """A worker pushes its gradient, a server answers all workers."""
+    """A worker pushes its gradient, a server replies to all workers."""
 
     def sends(rank: int, size: int, steps: int) -> int:
         if size == 1:
@@ -228,35 +233,39 @@ DELAYS = "exponential:seed=5"
 
 
 def done_sets(size: int, steps: int) -> list[list[int]]:
-    """Who takes part in each iteration on a ring, by the definition of theta(t)."""
-    draw = delays.build(DELAYS).draw
+    """Participants of each iteration on a ring, by the definition of theta(t)."""
+    delay = delays.build(DELAYS).sample
     path = {(a, a + 1) for a in range(size - 1)}
-    ends, numbers, unused, sets = [draw(p, 0) for p in range(size)], [0] * size, path, []
+    ends, numbers, unused, sets = [delay(p, 0) for p in range(size)], [0] * size, path, []
     for _ in range(steps):
         theta = min((max(ends[a], ends[b]) for a, b in unused), default=ends[0])
         done = [p for p in range(size) if ends[p] <= theta]
         unused = {edge for edge in unused if not set(edge) <= set(done)} or path
         for p in done:
             numbers[p] += 1
-            ends[p] = theta + draw(p, numbers[p])
+            ends[p] = theta + delay(p, numbers[p])
         sets.append(done)
     return sets
 
 
-def met(size: int, done: list[int]) -> set[tuple[int, int]]:
+def links_between(size: int, done: list[int]) -> set[tuple[int, int]]:
     """The links of a ring between peers that are done."""
     return {(p, (p + 1) % size) for p in done if (p + 1) % size in done and size > 1}
 
 
-def backup_step(x: Array, g: Array, having: Array, lr: float, t: int) -> Array:
+def backup_step(x: Array, g: Array, has_batch: Array, lr: float, t: int) -> Array:
     done = done_sets(len(x), t + 1)[t]
     stepped = x.copy()
     stepped[done] -= lr * g[done]
-    return topology.metropolis(len(x), met(len(x), done)) @ stepped
+    return topology.metropolis(len(x), links_between(len(x), done)) @ stepped
 
 
 def backup_reads(peer: int, size: int, steps: int) -> list[int]:
-    pairs = [{*pair} for done in done_sets(size, steps) for pair in {frozenset(p) for p in met(size, done)}]
+    pairs = [
+        {*pair}
+        for done in done_sets(size, steps)
+        for pair in {frozenset(p) for p in links_between(size, done)}
+    ]
     return [other for pair in pairs if peer in pair for other in pair - {peer}]
 
 
@@ -264,7 +273,7 @@ ROWS = [
     Row("allreduce", AllReduce, allreduce_step, lambda steps: steps),
     *(Row("local", lambda p=p: LocalSGD(p), local_step(p), lambda steps, p=p: steps // p) for p in (1, 3)),
     *(
-        # Averages of all ranks for which all wait: local SGD.
+        # Rounds for which all ranks wait: local SGD.
         Row("lasgd", lambda p=p, m=m: LASGD(p, p, "all", m), local_step(p), lambda steps, p=p: steps // p)
         for p, m in ((1, "delta"), (3, "delta"), (3, "overwrite"))
     ),
@@ -273,7 +282,7 @@ ROWS = [
         for n, o in (("ring", False), ("one-peer-exponential", False), ("star", True))
     ),
     *(sgp(n, o) for n, o in (("one-peer-exponential", False), ("star", False), ("ring", True))),
-    Row("adpsgd", lambda: ADPSGD("star", "drawn"), drawn_step, reads=drawn_reads),
+    Row("adpsgd", lambda: ADPSGD("star", "drawn"), drawn_pairs_step, reads=drawn_pairs_reads),
     Row("backup", lambda: BackupWorkers(backups=0), dsgd_step("ring", False), reads=sources("ring")),
     Row("backup", lambda: BackupWorkers("ring", delays=DELAYS), backup_step, reads=backup_reads),
     Row("ps", lambda: ParameterServer(servers=0), allreduce_step, lambda steps: steps),
@@ -282,7 +291,7 @@ ROWS = [
             "ps",
             lambda m=m, n=n: ParameterServer(m, max_staleness=n),
             served_step(1),
-            shares=served_shares(1),
+            weights=served_weights(1),
             sends=served_sends(1),
         )
         for m, n in (("sync", None), ("async", 0))
@@ -292,7 +301,7 @@ ROWS = [
         lambda: Teleportation(topology="ring"),
         teleport_step,
         reads=teleport_reads,
-        shares=teleport_shares,
+        weights=teleport_weights,
     ),
 ]
 
@@ -304,7 +313,7 @@ def regression() -> nn.Module:
 
 @cache
 def batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A linear regression whose ranks have different data."""
+    """A batch of a linear regression whose ranks have different data."""
     rng = np.random.default_rng([17, rank, step])
     x = rng.standard_normal((BATCH, FEATURES)) * (1 + 0.2 * rank)
     y = x @ np.arange(FEATURES)[:, None] + rank + 0.1 * rng.standard_normal((BATCH, 1))
@@ -315,20 +324,20 @@ def simulate(
     row: Row,
     ranks: int,
     steps: int,
-    having: Callable[[int], list[bool]],
+    has_batch: Callable[[int], list[bool]],
     lr: Callable[[int], float],
 ) -> Array:
-    """All ranks' models (ranks, FEATURES + 1) after so many steps, by NumPy alone."""
+    """Return all ranks' models (ranks, FEATURES + 1) after `steps` steps, by NumPy alone."""
     models = np.tile(vector(regression()), (ranks, 1))
     for step in range(steps):
         gradients = np.stack([gradient(models[r], *batch(r, step)) for r in range(ranks)])
-        history = np.array([having(s) for s in range(step + 1)])
+        history = np.array([has_batch(s) for s in range(step + 1)])
         models = row.step(models, gradients, history, lr(step), step)
     return models
 
 
 def gradient(model: Array, x: torch.Tensor, y: torch.Tensor) -> Array:
-    """Of the mean squared error."""
+    """Return the gradient of the mean squared error."""
     features, residual = x.numpy(), x.numpy() @ model[:-1, None] + model[-1] - y.numpy()
     return 2 / len(features) * np.append(features.T @ residual, residual.sum())
 
@@ -350,7 +359,7 @@ def start(row: Row, world: World, model: nn.Module | None = None, **options: Any
 
 
 def train(run: Run, batches: Any) -> int:
-    """The number of steps that it took to train on the batches of this rank."""
+    """Train on the batches of this rank; return the number of steps."""
     steps = 0
     for x, y in run.batches(batches):
         run.optimizer.zero_grad()
@@ -365,7 +374,7 @@ def batches_of(rank: int, steps: int, first: int = 0) -> list[tuple[torch.Tensor
 
 
 class ByIteration:
-    """A loader of this rank's batches of the next `steps` iterations, in whichever it takes part."""
+    """Loader of this rank's batches of the next `steps` iterations, those in which it takes part."""
 
     def __init__(self, run: Run, steps: int, first: int = 0) -> None:
         self.run, self.steps, self.offset = run, steps, first - run.steps
@@ -379,6 +388,6 @@ class ByIteration:
 
 
 def same_everywhere(world: World, model: nn.Module) -> bool:
-    """Whether all ranks' parameters have the same bits."""
-    mine = zlib.crc32(vector(model).tobytes())
-    return len(set(world.gather(mine))) == 1
+    """Return whether all ranks' parameters have the same bits."""
+    own = zlib.crc32(vector(model).tobytes())
+    return len(set(world.gather(own))) == 1

@@ -1,4 +1,4 @@
-"""Runs of TELEPORTATION on a linear regression, and what they should come to by NumPy."""
+"""Runs of TELEPORTATION on a linear regression, and their expected models by NumPy."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from hpcsgd import Run, Teleportation, World, topology
-from hpcsgd.strategies.teleportation.tokens import draw
+from hpcsgd.strategies.teleportation.tokens import sample_holders
 
 LR, MOMENTUM, FEATURES, BATCH = 0.05, 0.9, 3, 4
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Slowing(torch.optim.SGD):
-    """Each parameter's rate falls with its own number of steps, a Python number; `grow` adds another."""
+    """SGD whose rate falls with each parameter's steps, a Python number; `grow` adds a state entry."""
 
     grow = False
 
@@ -46,7 +46,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 class Regression(nn.Module):
-    """A linear regression, and a parameter that only the data of every other peer needs."""
+    """A linear regression, and a parameter that only the data of some peers use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Regression(nn.Module):
 
 
 def data(peer: int) -> list[Batch]:
-    """Two batches or more, in two of three peers with a marked first feature."""
+    """Return two or three batches; those of two of three peers have a marked first feature."""
     rng = np.random.default_rng([5, peer])
     x = rng.standard_normal((2 + peer % 2, BATCH, FEATURES))
     y = x @ np.arange(FEATURES)[:, None] + peer
@@ -106,16 +106,16 @@ def vector(model: nn.Module) -> np.ndarray:
 
 
 def tokens(run: Run) -> np.ndarray:
-    """The model of each token, (tokens, d)."""
+    """Return the model of each token, (tokens, d)."""
     strategy = run.strategy
     assert isinstance(strategy, Teleportation)
     own = {peer: vector(run.model).copy() for peer in run.each_peer()}
-    models = {peer: model for told in run.world.gather(own) for peer, model in told.items()}
+    models = {peer: model for some in run.world.gather(own) for peer, model in some.items()}
     return np.stack([models[peer] for peer in strategy.tokens.holders(run.steps)])
 
 
 def gradient(model: np.ndarray, batch: Batch) -> np.ndarray:
-    """Of the mean squared error, by weights, bias and shift."""
+    """Return the gradient of the mean squared error by shift, weights and bias."""
     x, y = (part.numpy() for part in batch)
     shifted = x[0, 0] > 100
     residual = x @ model[1 : 1 + FEATURES] + model[1 + FEATURES] + shifted * model[0] - y[:, 0]
@@ -123,12 +123,12 @@ def gradient(model: np.ndarray, batch: Batch) -> np.ndarray:
 
 
 def simulate(size: int, active: int, name: str, momentum: float, steps: int) -> np.ndarray:
-    """All tokens by NumPy alone; what each remembers of gradients goes with it."""
+    """Compute all tokens by NumPy alone; the momentum moves with its token."""
     graph, visits = topology.build(name, active), Counter[int]()
     x = np.tile(vector(Regression()), (active, 1))
     velocity = np.zeros_like(x)
     for step in range(steps):
-        holders = draw(3, step, size, active)
+        holders = sample_holders(3, step, size, active)
         for token, peer in enumerate(holders):
             velocity[token] = momentum * velocity[token] + gradient(x[token], batch(peer, visits[peer]))
             visits[peer] += 1

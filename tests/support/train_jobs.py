@@ -20,7 +20,7 @@ commands = json.loads(sys.argv[2])
 sys.path.insert(0, folder)
 outcomes = []
 for command in commands:
-    # Nothing that one run leaves behind may help the next.
+    # The random state that one run leaves must not help the next.
     random.seed(), numpy.random.seed(), torch.seed()
     sys.argv = ["hpcsgd", *command]
     code, out, err = "returned", io.StringIO(), io.StringIO()
@@ -44,7 +44,7 @@ from torch import nn
 import hpcsgd.commands.train.trainer
 from hpcsgd.mpi import launcher
 
-hpcsgd.commands.train.trainer._VOTE_EVERY = 0.0  # the ranks ask each other after every step
+hpcsgd.commands.train.trainer.EXCHANGE_PERIOD = 0.0  # signals are exchanged after every step
 
 class Noisy(nn.Module):
     def __init__(self, layers, stop, number):
@@ -64,13 +64,13 @@ def noisy(shape: tuple[int, ...], classes: int, stop: int = 0, rank: int = 0, nu
     return Noisy(nn.Sequential(*layers), stop if launcher.rank() == rank else 0, number)
 """
 
-#: What may differ between two records of the same step of the same training.
+#: Fields that may differ between two records of the same step of the same training.
 TIMES = {"time", "samples_per_second", "compute_seconds", "wait_seconds", "communication_seconds"}
 
 
 @dataclass
 class Outcome:
-    """How one command ended: an exit code (or traceback) and the output, of every rank."""
+    """The exit code (or traceback) and the output of one command, of every rank."""
 
     codes: list[Any]
     outs: list[str]
@@ -83,11 +83,11 @@ def run_commands(folder: Path, ranks: int, *commands: Sequence[object], prelude:
     job = launch(CLI + prelude + _COMMANDS, ranks, str(folder), texts, timeout=150)
     assert job.returncode == 0 and not job.timed_out and not job.left and not job.files, job
     read = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(ranks)]
-    return [Outcome(*map(list, zip(*told, strict=True))) for told in zip(*read, strict=True)]
+    return [Outcome(*map(list, zip(*of_ranks, strict=True))) for of_ranks in zip(*read, strict=True)]
 
 
 def trained(folder: Path, ranks: int, *commands: str, prelude: str = "") -> list[str]:
-    """Run `hpcsgd train` with each line of arguments; all must succeed. Returns what rank 0 printed."""
+    """Run `hpcsgd train` with each line of arguments; all must succeed. Returns the output of rank 0."""
     full = [("train", "--out", folder, *command.split()) for command in commands]
     outcomes = run_commands(folder, ranks, *full, prelude=prelude)
     for command, outcome in zip(full, outcomes, strict=True):
@@ -107,7 +107,7 @@ def without_times(run: Path) -> list[dict[str, Any]]:
 
 
 def newest_state(run: Path, rank: int) -> dict[str, Any]:
-    """What the newest checkpoint holds of one rank."""
+    """The state of one rank in the newest checkpoint."""
     import torch
 
     folder = max((run / "checkpoints").glob("step-*"))

@@ -1,6 +1,6 @@
-"""The process beside each rank that ends it when a test takes too long.
+"""A watchdog process for each rank, which kills it when a test takes too long.
 
-A hang in native code may hold the GIL, so no thread of the rank itself can be trusted to report it.
+A hang in native code may hold the GIL, so no thread of the rank itself can report it reliably.
 The rank's faulthandler writes its stacks to a file; this process prints them with the names of rank
 and test, and then kills the rank, at which the launcher ends the job.
 """
@@ -17,11 +17,11 @@ import tempfile
 import time
 
 _NOISE = ("/_pytest/", "/pluggy/", "frozen runpy")
-_DUMPING, _OTHERS_TOO = 0.5, 2.0  # seconds: to write the stacks, and for all ranks to print theirs
+_DUMP_DELAY, _PRINT_DELAY = 0.5, 2.0  # seconds: to write the stacks, and for all ranks to print theirs
 
 
 class Watchdog:
-    """Ends this process when no other call follows `watch(test, seconds)` in that time."""
+    """Kills this process when no other call follows `watch(test, seconds)` in that time."""
 
     def __init__(self, rank: int) -> None:
         self._stacks = tempfile.NamedTemporaryFile("w+b")  # noqa: SIM115
@@ -51,12 +51,12 @@ def main(rank: str, pid: int, stacks: str) -> None:
                 seconds, _, test = lines[-1].decode().partition(" ")
                 deadline = time.monotonic() + float(seconds)
             continue
-        time.sleep(_DUMPING)
+        time.sleep(_DUMP_DELAY)
         with open(stacks) as file:
             lines = [line for line in file if not any(word in line for word in _NOISE)]
         text = "".join(f"[rank {rank}] {line}" for line in lines)
         os.write(2, f"\nrank {rank}: no end of {test} after {seconds} s\n{text}".encode())
-        time.sleep(_OTHERS_TOO)
+        time.sleep(_PRINT_DELAY)
         os.kill(pid, signal.SIGKILL)
         return
 

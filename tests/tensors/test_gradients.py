@@ -37,7 +37,7 @@ def run_of(model: nn.Module, world: Any, **options: Any) -> Run:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_buckets_are_reported_in_order_whatever_autograd_does(alone: Any, order: tuple[int, ...]) -> None:
+def test_buckets_are_reported_in_order_in_any_order_of_autograd(alone: Any, order: tuple[int, ...]) -> None:
     seen: list[int] = []
     model = Layers(order)
     gradients = Gradients(
@@ -49,7 +49,7 @@ def test_buckets_are_reported_in_order_whatever_autograd_does(alone: Any, order:
         backward(model)
         assert seen == list(range(6)), "all are complete when backward ends"
         gradients.finish()
-        gradients.start_over()
+        gradients.reset()
         assert seen == list(range(6)), "and each is reported once"
 
 

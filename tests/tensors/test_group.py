@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpcsgd import TensorGroup, collectives
-from hpcsgd.tensors.group import ALIGNMENT, cut
+from hpcsgd.tensors.group import ALIGNMENT, aligned_part
 
 pytestmark = pytest.mark.mpi
 
@@ -40,7 +40,7 @@ def test_views_have_the_shape_dtype_and_strides_of_the_model(world: Any) -> None
             assert view.stride() == tensor.stride()
 
 
-def test_a_bucket_holds_one_dtype_and_keeps_the_order(world: Any) -> None:
+def test_a_bucket_holds_one_dtype_in_the_given_order(world: Any) -> None:
     group = TensorGroup(world, tensors())
     assert [name for bucket in group for name in bucket.names] == [n for n, _ in tensors()]
     assert [len(bucket.names) for bucket in group] == [6, 1, 1, 1, 1]
@@ -103,7 +103,7 @@ def test_a_group_of_mixed_dtypes_is_averaged(world: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_cuts_cover_and_stay_on_lines(parts: int, numel: int, dtype: torch.dtype) -> None:
     flat = torch.arange(numel).to(dtype)
-    pieces = [cut(flat, index, parts) for index in range(parts)]
+    pieces = [aligned_part(flat, index, parts) for index in range(parts)]
     assert torch.equal(torch.cat([flat[piece] for piece in pieces]), flat)
     line = ALIGNMENT // dtype.itemsize
     assert all(piece.start % line == 0 or piece.start == numel for piece in pieces)

@@ -1,4 +1,4 @@
-"""What every topology keeps: doubly stochastic, connected, neighbours that agree with the matrix."""
+"""Invariants of all topologies: doubly stochastic, connected, neighbours consistent with the matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ every_family = pytest.mark.parametrize("spec", SPECS)
 
 
 class Given(Topology):
-    """Whatever matrices a test gives."""
+    """A topology of given matrices."""
 
     def __init__(self, *matrices: Matrix | list[list[float]], directed: bool = False) -> None:
         super().__init__(len(matrices[0]))
@@ -158,7 +158,7 @@ def test_a_wrong_matrix_is_named(topology: Topology, message: str) -> None:
         topology.matrix()
 
 
-def test_rounds_may_be_disconnected_where_their_union_is_not() -> None:
+def test_steps_may_be_disconnected_where_their_union_is_not() -> None:
     pairs = Given([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]], [[1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]])
     assert pairs.sources(1, 0) == [0] and pairs.sources(1, 3) == [2] and pairs.sources(0, 1) == []
     assert pairs.spanning() == [(0, 1), (1, 2)]

@@ -1,4 +1,4 @@
-"""One number of steps for all ranks; see also the contract of strategies."""
+"""Equally many batches for all ranks; see also the contract of strategies."""
 
 from __future__ import annotations
 
@@ -11,87 +11,87 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.strategies import Setting
-from hpcsgd.training.batches import in_step
+from hpcsgd.strategies import StrategyContext
+from hpcsgd.training.batches import synchronous_batches
 
 
-def setting_among(others: list[tuple[int | None, bool]], rank: int = 0) -> Any:
-    """A setting whose world has other ranks with (length, repeatable) loaders, and says what they say."""
-    answers = [iter([[other], *(step < (other[0] or 0) for step in range(9))]) for other in others]
+def context_among(others: list[tuple[int | None, bool]], rank: int = 0) -> Any:
+    """Return a context whose world gathers (length, has filler) and batches of other ranks' loaders."""
+    gathered = [iter([[other], *(step < (other[0] or 0) for step in range(9))]) for other in others]
 
-    def gather(mine: object, what: str = "") -> list[object]:
-        told = [next(answer) for answer in answers]
-        return [*told[:rank], mine, *told[rank:]]
+    def gather(own: object, what: str = "") -> list[object]:
+        values = [next(value) for value in gathered]
+        return [*values[:rank], own, *values[rank:]]
 
     world: Any = SimpleNamespace(rank=rank, size=len(others) + 1, gather=gather)
-    return Setting(world, [], 4.0, "auto", "zeros")
+    return StrategyContext(world=world, parameters=[])
 
 
 class Refillable(list[str]):
-    """Batches of a rank that can tell what it would repeat."""
+    """Loader that supplies the batch to repeat."""
 
     def filler(self) -> str:
         return "filler"
 
 
-def steps(setting: Any, loader: Any, uneven: str = "join") -> list[tuple[str, int, int]]:
-    """Each batch, its weight, and how many ranks have one of their own."""
+def steps(context: Any, loader: Any, uneven: str = "join") -> list[tuple[str, int, int]]:
+    """Return each batch, its weight, and the number of ranks with a batch of their own."""
     found = []
-    for batch in in_step([loader], setting, uneven):
-        found.append((batch, setting.weight, setting.active))
-        setting.begin_step()
+    for batch in synchronous_batches([loader], context, uneven):
+        found.append((batch, context.weight, context.contributors))
+        context.begin_step()
     return found
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_rank_that_has_run_out_repeats_its_last_batch_with_weight_0(rank: int) -> None:
-    setting = setting_among([(4, False), (3, False)], rank)
-    assert steps(setting, ["a", "b"]) == [("a", 1, 3), ("b", 1, 3), ("b", 0, 2), ("b", 0, 1)]
+    context = context_among([(4, False), (3, False)], rank)
+    assert steps(context, ["a", "b"]) == [("a", 1, 3), ("b", 1, 3), ("b", 0, 2), ("b", 0, 1)]
 
 
-def test_a_rank_that_resumes_where_it_had_run_out_is_given_its_filler() -> None:
-    assert steps(setting_among([(2, True)]), Refillable()) == [("filler", 0, 1)] * 2
-    assert steps(setting_among([(2, True)]), Refillable("a")) == [("a", 1, 2), ("a", 0, 1)]
+def test_a_rank_that_resumes_after_its_last_batch_uses_the_filler() -> None:
+    assert steps(context_among([(2, True)]), Refillable()) == [("filler", 0, 1)] * 2
+    assert steps(context_among([(2, True)]), Refillable("a")) == [("a", 1, 2), ("a", 0, 1)]
     with pytest.raises(HpcsgdError, match="rank 0: the loader has no batch"):
-        steps(setting_among([(2, True)]), [])
+        steps(context_among([(2, True)]), [])
 
 
-def test_stop_ends_with_the_first_that_runs_out() -> None:
-    assert steps(setting_among([(1, False)]), ["a", "b"], "stop") == [("a", 1, 2)]
-    assert steps(setting_among([(3, False)]), ["a", "b"], "stop") == [("a", 1, 2), ("b", 1, 2)]
-    assert steps(setting_among([(3, False)]), [], "stop") == []
+def test_stop_ends_with_the_shortest_loader() -> None:
+    assert steps(context_among([(1, False)]), ["a", "b"], "stop") == [("a", 1, 2)]
+    assert steps(context_among([(3, False)]), ["a", "b"], "stop") == [("a", 1, 2), ("b", 1, 2)]
+    assert steps(context_among([(3, False)]), [], "stop") == []
 
 
-def test_without_a_length_the_ranks_ask_before_each_step() -> None:
+def test_without_a_length_the_ranks_check_before_each_step() -> None:
     unsized = (text for text in "ab")
-    assert steps(setting_among([(3, False)]), unsized) == [("a", 1, 2), ("b", 1, 2), ("b", 0, 1)]
+    assert steps(context_among([(3, False)]), unsized) == [("a", 1, 2), ("b", 1, 2), ("b", 0, 1)]
 
 
 def test_the_first_batch_of_a_step_decides_its_weight() -> None:
-    setting = setting_among([(4, False)])
+    context = context_among([(4, False)])
     weights = []
-    for count, _ in enumerate(in_step([["a"]], setting, "join"), 1):
-        weights.append(setting.weight)
+    for count, _ in enumerate(synchronous_batches([["a"]], context, "join"), 1):
+        weights.append(context.weight)
         if count % 2 == 0:
-            setting.begin_step()
+            context.begin_step()
     assert weights == [1, 1, 0, 0]
 
 
-def test_leaving_the_loop_forgets_the_weight() -> None:
-    setting = setting_among([(4, False)])
-    batches: Any = in_step([["a"]], setting, "join")
+def test_leaving_the_loop_resets_the_weight() -> None:
+    context = context_among([(4, False)])
+    batches: Any = synchronous_batches([["a"]], context, "join")
     assert [next(batches), next(batches)] == ["a", "a"]
-    setting.begin_step()
+    context.begin_step()
     next(batches)
-    assert setting.weight == 0
+    assert context.weight == 0
     batches.close()
-    assert (setting.weight, setting.active) == (1, 2)
+    assert (context.weight, context.contributors) == (1, 2)
 
 
 @pytest.mark.parametrize(
     ("workers", "context", "warned"), [(1, None, True), (1, "spawn", False), (0, None, False)]
 )
-def test_forked_workers_are_warned_of(
+def test_forked_workers_cause_a_warning(
     monkeypatch: pytest.MonkeyPatch, workers: int, context: str | None, warned: bool
 ) -> None:
     monkeypatch.setattr("multiprocessing.get_start_method", lambda: "fork")
@@ -100,6 +100,6 @@ def test_forked_workers_are_warned_of(
     monkeypatch.setattr(loader, "_get_iterator", lambda: iter("ab"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert len(steps(setting_among([(2, False)]), loader)) == 2
+        assert len(steps(context_among([(2, False)]), loader)) == 2
     assert [w.category for w in caught] == [RuntimeWarning] * warned
     assert all("forkserver" in str(w.message) for w in caught)

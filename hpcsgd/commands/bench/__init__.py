@@ -1,1 +1,1 @@
-"""Benchmarks against MPI's all-reduce, gloo and DDP, and against what the hardware allows."""
+"""Benchmarks of hpcsgd beside MPI, gloo and DDP, and beside the limit of the hardware."""

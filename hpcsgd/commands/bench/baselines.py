@@ -1,4 +1,4 @@
-"""The alternatives: MPI's own all-reduce, and gloo by torch.distributed."""
+"""Baselines: `MPI_Allreduce`, and gloo through torch.distributed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def mpi_mean(comm: Any, flat: Tensor) -> None:
-    """Replace `flat` (1-D) by its mean over the ranks, by `MPI_Allreduce`."""
+    """Replace `flat`, 1-D, by its mean over the ranks, with `MPI_Allreduce`."""
     from mpi4py import MPI
 
     buffer = flat.numpy()
@@ -33,17 +33,17 @@ def mpi_mean(comm: Any, flat: Tensor) -> None:
 
 
 def gloo_mean(flat: Tensor) -> None:
-    """Replace `flat` by its mean over the ranks, by gloo; inside `gloo`."""
+    """Replace `flat` by its mean over the ranks, with gloo. Call it inside the context of `gloo`."""
     dist.all_reduce(flat)
     flat.mul_(1.0 / dist.get_world_size())
 
 
 @contextlib.contextmanager
 def gloo(world: World) -> Iterator[None]:
-    """Context: torch.distributed's default group is gloo, over the ranks of `world`.
+    """Context in which torch.distributed's default group is gloo over the ranks of `world`.
 
-    Between nodes it uses `GLOO_SOCKET_IFNAME` where that is set, else the interface of the default
-    route, else the first that has an address.
+    Between nodes gloo uses the interface `GLOO_SOCKET_IFNAME`; default: that of the default route, else the
+    first one with an address.
     """
     before = os.environ.get(_INTERFACE)
     name, address = _interface(world)
@@ -53,7 +53,7 @@ def gloo(world: World) -> Iterator[None]:
         store = _store(world, address, deadline)
         dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=deadline)
         yield
-        world.control.barrier("the end of gloo")
+        world.control.barrier("the end of the gloo benchmark")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -63,43 +63,47 @@ def gloo(world: World) -> Iterator[None]:
 
 
 def _store(world: World, address: str, deadline: timedelta) -> TCPStore:
-    """The meeting point, at rank 0 on a port that is free there."""
+    """The rendezvous store, served by rank 0 on a free port."""
     if world.rank == 0:
         store = TCPStore(address, 0, None, True, deadline, wait_for_workers=False)
-        world.gather((address, store.port), "the address of gloo's store")
+        world.gather((address, store.port), "the address of gloo's rendezvous store")
         return store
-    host, port = world.gather(None, "the address of gloo's store")[0]
+    host, port = world.gather(None, "the address of gloo's rendezvous store")[0]
     return TCPStore(host, port, None, False, deadline)
 
 
 def _interface(world: World) -> tuple[str, str]:
-    """Name and IPv4 address of the interface by which the other ranks reach this one."""
+    """Name and IPv4 address of the interface on which this rank listens."""
     if _INTERFACE in os.environ:
         name = os.environ[_INTERFACE]
         return name, _addresses().get(name, "")
     if world.nodes == 1:
         return "lo", "127.0.0.1"
-    found = {n: a for n, a in _addresses().items() if not a.startswith("127.")}
-    if not found:
-        raise HpcsgdError("this host has no IPv4 address for gloo", rank=world.rank, do=f"set {_INTERFACE}")
+    addresses = {n: a for n, a in _addresses().items() if not a.startswith("127.")}
+    if not addresses:
+        raise HpcsgdError(
+            "this host has no IPv4 address that gloo could use",
+            rank=world.rank,
+            do=f"set {_INTERFACE} to the name of a network interface with an IPv4 address",
+        )
     default = _default_address()
-    return next(((n, a) for n, a in found.items() if a == default), next(iter(found.items())))
+    return next(((n, a) for n, a in addresses.items() if a == default), next(iter(addresses.items())))
 
 
 def _addresses() -> dict[str, str]:
     """The IPv4 address of each interface that has one."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode())
             with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, request)
-                found[name] = socket.inet_ntoa(answer[20:24])
-    return found
+                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                addresses[name] = socket.inet_ntoa(reply[20:24])
+    return addresses
 
 
 def _default_address() -> str:
-    """Where packets to the world outside would leave from; nothing is sent."""
+    """The source address of packets on the default route; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

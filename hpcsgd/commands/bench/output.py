@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table on the terminal and a CSV file."""
+"""Output of a benchmark: a table on the terminal and a CSV file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, object]
 
 
 def check_writable(world: World, path: Path | None) -> None:
-    """Raise on all ranks, before anything is measured, where rank 0 cannot write `path`."""
+    """Raise `HpcsgdError` on all ranks if rank 0 cannot write `path`; called before the measurement."""
     problem = ""
     if path is not None and world.rank == 0:
         try:
@@ -30,37 +30,42 @@ def check_writable(world: World, path: Path | None) -> None:
             problem = str(error)
     problem = world.gather(problem, "whether the results can be written")[0]
     if problem:
-        raise HpcsgdError(f"cannot write the results: {problem}", rank=0, everywhere=True)
+        raise HpcsgdError(
+            f"cannot write the results: {problem}",
+            rank=0,
+            do="give --csv or --out a path that rank 0 can write",
+            everywhere=True,
+        )
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write one line per row under a header of the first row's names."""
+    """Write the rows below a header of the first row's keys."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> None:
-    """Print a table; the first column is text, the others are numbers."""
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> None:
+    """Print a table; the first column is text, the others are right-aligned numbers."""
     table = Table(title=title, caption=notes, title_justify="left", caption_justify="left")
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    # Without a terminal, a batch job's log say, rich would fold the table into 80 columns.
+    # Without a terminal, as in the log of a batch job, rich would fold the table into 80 columns.
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
 
 
 def milliseconds(seconds: np.ndarray) -> Row:
-    """Median, smallest and largest time."""
+    """Median, minimum and maximum in milliseconds, as columns of a CSV file."""
     times = {"median_ms": np.median(seconds), "min_ms": seconds.min(), "max_ms": seconds.max()}
     return {name: round(1e3 * float(value), 5) for name, value in times.items()}
 
 
-def facts(world: World) -> Row:
-    """The ranks, the machine and the versions, as columns of a CSV file."""
+def environment(world: World) -> Row:
+    """Ranks, machine and package versions, as columns of a CSV file."""
     from mpi4py import MPI
 
     library = MPI.Get_library_version().splitlines()[0]
@@ -75,14 +80,14 @@ def facts(world: World) -> Row:
     }
 
 
-def layout(world: World) -> str:
-    """The ranks in words, for a title."""
-    return on_nodes(world.size, world.nodes)
+def describe_ranks(world: World) -> str:
+    """The numbers of ranks and nodes, for a title."""
+    return count_on_nodes(world.size, world.nodes)
 
 
-def on_nodes(count: int, nodes: int, what: str = "rank") -> str:
-    """So many ranks on so many nodes, in words."""
-    return f"{count} {what}{'s' if count > 1 else ''} on {'one node' if nodes == 1 else f'{nodes} nodes'}"
+def count_on_nodes(count: int, nodes: int, noun: str = "rank") -> str:
+    """Numbers of ranks and nodes as text, such as "4 ranks on 2 nodes"."""
+    return f"{count} {noun}{'s' if count > 1 else ''} on {'one node' if nodes == 1 else f'{nodes} nodes'}"
 
 
 def _version(name: str) -> str:

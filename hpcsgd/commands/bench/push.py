@@ -1,4 +1,4 @@
-"""`hpcsgd bench push`: how fast a model goes to a parameter server and back."""
+"""`hpcsgd bench push`: the rate of pushes and pulls between a client and a parameter server."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.timing import check_positive
-from hpcsgd.commands.serve.service import Options, Service
+from hpcsgd.commands.serve.service import ServeOptions, Service
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.server import Policy, Server
-from hpcsgd.server.connection import Dial
+from hpcsgd.server.connection import Connector
 from hpcsgd.server.mpi_link import MPILink
 from hpcsgd.server.store import Store
-from hpcsgd.strategies.parameter_server.connect import FileDial, RankDial
+from hpcsgd.strategies.parameter_server.connect import MPIConnector, TCPConnector
 from hpcsgd.tensors.group import TensorGroup
 
 _POLICY = Policy("elastic", alpha=0.5)
@@ -32,26 +32,27 @@ def main(
     link_mbit: float | None = None,
     csv: str | Path | None = None,
 ) -> None:
-    """Measure on two ranks, of which the second serves; rank 0 prints a table.
+    """Time pushes and pulls on two ranks, of which the second is the server; rank 0 prints a table.
 
     Parameters
     ----------
     mib
-        Size of the model, float32, in MiB. Default 64.
+        Model size in MiB of float32. Default 64.
     repeats
-        Rounds; medians are shown. Default 5.
+        Repetitions; medians are shown. Default 5.
     listen
-        A file that both ranks see, of a server as `hpcsgd serve` starts it; its log is written beside it.
+        Rendezvous file of the TCP server, as for `hpcsgd serve`, in a folder that both ranks share; the
+        server's log is written beside it.
     link_mbit
-        Rate of each host's link in Mbit/s, to which rates are compared; None: not at all.
+        Link rate of each host in Mbit/s, to which the rates are compared. Default: no comparison.
     csv
-        Write the figures here too.
+        A CSV file for the results. Default: none.
     """
     check_positive("mib and repeats", [mib, repeats])
     with World(device="cpu") as world:
         if world.size != 2:
             raise BadOption(
-                "bench push measures a client and a server",
+                "bench push measures one client and one server",
                 expected="2 ranks",
                 got=f"{world.size}",
                 do="start it with mpiexec -n 2",
@@ -60,8 +61,8 @@ def main(
         output.check_writable(world, None if csv is None else Path(csv))
         rows: list[output.Row] = []
         for name, measure in (("MPI", _over_mpi), ("TCP, with log", _over_tcp)):
-            for what, seconds in measure(world, mib, repeats, Path(listen)).items():
-                rows.append(_row(name, what, mib, seconds, link_mbit))
+            for request, seconds in measure(world, mib, repeats, Path(listen)).items():
+                rows.append(_row(name, request, mib, seconds, link_mbit))
         if world.rank == 0:
             _show(rows, mib, link_mbit)
             if csv is not None:
@@ -69,70 +70,70 @@ def main(
 
 
 def _over_mpi(world: World, mib: float, repeats: int, listen: Path) -> dict[str, np.ndarray]:
-    """Between two ranks of a job."""
-    part, net = world.split(world.rank), world.control.twin(1)
+    """Seconds per request between two ranks of a job."""
+    alone, net = world.split(world.rank), world.control.dup("parameter server")
     seconds: dict[str, np.ndarray] = {}
     if world.rank == 0:
-        seconds = _ask(part, RankDial(net, 1, world.traffic), mib, repeats)
+        seconds = _time_requests(alone, MPIConnector(net, 1, world.traffic), mib, repeats)
     else:
         server = Server(_POLICY)
-        server.add(MPILink(net, 0, server, "rank 0", world.traffic))
+        server.add_link(MPILink(net, 0, server, "rank 0", world.traffic))
         while server.links:
             world.waiter.until(lambda: server.pump(server.links) > 0, "requests of rank 0")
-    part.close()
+    alone.close()
     return seconds
 
 
 def _over_tcp(world: World, mib: float, repeats: int, listen: Path) -> dict[str, np.ndarray]:
-    """Between two jobs."""
-    part = world.split(world.rank)
+    """Seconds per request between two jobs."""
+    alone = world.split(world.rank)
     seconds: dict[str, np.ndarray] = {}
     if world.rank == 0:
-        seconds = _ask(part, FileDial(listen, 0, world.traffic), mib, repeats)
+        seconds = _time_requests(alone, TCPConnector(listen, 0, world.traffic), mib, repeats)
     else:
-        from hpcsgd.commands.serve.dashboard import Board
+        from hpcsgd.commands.serve.dashboard import ServerDashboard
         from hpcsgd.server.tcp_link import new_secret
 
-        options = Options(listen, _POLICY.mode, _POLICY.alpha, progress="off")
+        options = ServeOptions(listen, _POLICY.mode, _POLICY.alpha, progress="off")
         folder = listen.with_name(f"{listen.name}.checkpoint")
-        Service(options, part, folder, new_secret(), Board("off")).run()
+        Service(options, alone, folder, new_secret(), ServerDashboard("off")).run()
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         folder.rmdir()
-    part.close()
+    alone.close()
     return seconds
 
 
-def _ask(part: World, dial: Dial, mib: float, repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of each repeat of each request."""
+def _time_requests(world: World, connector: Connector, mib: float, repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of each repeat of each request, (repeats,)."""
     count = max(1, round(mib * 2**20 / 4 / _TENSOR))
     tensors = [(str(i), torch.empty(_TENSOR)) for i in range(count)]
-    model, answer = TensorGroup(part, tensors), TensorGroup(part, tensors)
-    store = Store(part, [dial], "bench", {"model": model}, {"mode": _POLICY.mode})
+    model, reply = TensorGroup(world, tensors), TensorGroup(world, tensors)
+    store = Store(world, [connector], "bench", {"model": model}, {"mode": _POLICY.mode})
     store.init("model", model).wait()
     requests: dict[str, Callable[[], object]] = {
         "push": lambda: store.push("model", model).wait(),
-        "pull": lambda: store.pull("model", answer).wait(),
-        "push and pull": lambda: store.pushpull("model", model, answer).wait(),
+        "pull": lambda: store.pull("model", reply).wait(),
+        "push and pull": lambda: store.pushpull("model", model, reply).wait(),
     }
-    seconds: dict[str, list[float]] = {what: [] for what in requests}
-    for turn in range(repeats + 1):
-        for what, request in requests.items():
+    seconds: dict[str, list[float]] = {name: [] for name in requests}
+    for repeat in range(repeats + 1):
+        for name, request in requests.items():
             started = time.perf_counter()
             request()
-            if turn:  # the first one takes memory
-                seconds[what].append(time.perf_counter() - started)
+            if repeat:  # the first one allocates memory
+                seconds[name].append(time.perf_counter() - started)
     store.close()
-    return {what: np.array(times) for what, times in seconds.items()}
+    return {name: np.array(times) for name, times in seconds.items()}
 
 
-def _row(name: str, what: str, mib: float, seconds: np.ndarray, link_mbit: float | None) -> output.Row:
+def _row(over: str, request: str, mib: float, seconds: np.ndarray, link_mbit: float | None) -> output.Row:
     rate = mib * 2**20 / np.median(seconds)
     share = {} if link_mbit is None else {"share_of_link": round(8e-6 * rate / link_mbit, 3)}
     times = output.milliseconds(seconds)
     return {
-        "over": name,
-        "request": what,
+        "over": over,
+        "request": request,
         "mib": mib,
         **times,
         "mb_per_second": round(rate / 1e6, 1),
@@ -152,5 +153,5 @@ def _show(rows: list[output.Row], mib: float, link_mbit: float | None) -> None:
         ]
         for row in rows
     ]
-    notes = "Rates are of each direction: push and pull send as much both ways at once."
-    output.show(f"{mib:g} MiB of float32 in buckets of 4 MiB, one server", header, cells, notes)
+    notes = "Rates are per direction: push and pull transfers the model in both directions at once."
+    output.print_table(f"{mib:g} MiB of float32 in buckets of 4 MiB, one server", header, cells, notes)

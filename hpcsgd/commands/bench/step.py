@@ -1,4 +1,4 @@
-"""`hpcsgd bench step`: a training step with us, with DDP over gloo, and without communication."""
+"""`hpcsgd bench step`: a training step with hpcsgd, with DDP over gloo, and without communication."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcsgd.commands.bench import baselines, output
+from hpcsgd.commands.bench.step_loop import (
+    StepLoop,
+    check_equal,
+    make_batches,
+    max_difference,
+    plain_loop,
+    sgd,
+)
 from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
-from hpcsgd.commands.bench.trainers import Trainer, check_same, difference, draw, sgd, trainer
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce
 from hpcsgd.training.data import load
@@ -22,7 +29,7 @@ from hpcsgd.training.models import build
 from hpcsgd.training.run import Run
 
 MODELS = ("resnet18", "gpt")
-OURS, DDP, ALONE = "hpcsgd", "DDP-gloo", "no communication"
+HPCSGD, DDP, NO_COMMUNICATION = "hpcsgd", "DDP-gloo", "no communication"
 _IMAGES, _TEXT = "synthetic:shape=3x32x32,samples=1024", "text:limit=1"
 
 
@@ -34,39 +41,39 @@ def main(
     csv: str | Path | None = None,
     seed: int = 0,
 ) -> None:
-    """Compare training steps on the ranks of this job; rank 0 prints a table.
+    """Time training steps on the ranks of this job; rank 0 prints a table.
 
-    The same model with the same batches and optimizer (SGD with momentum) is trained by
-    `AllReduce`, by DistributedDataParallel over gloo, and by each rank alone. They take turns in
-    blocks of steps; a time is that of the slowest rank, the median over the blocks.
+    The same model, with the same batches and optimizer (SGD with momentum), is trained with `AllReduce`, with
+    DistributedDataParallel over gloo, and on each rank alone. Blocks of steps of the three alternate; a time
+    is that of the slowest rank, the median over the blocks.
 
     Parameters
     ----------
     models
-        Specs as of `hpcsgd.training.models.build`; "gpt" gets text, all others images of 3x32x32. Default
-        ResNet-18 and the small GPT.
+        Specs for `hpcsgd.training.models.build`; "gpt" is trained on text, all others on 3x32x32 images.
+        Default: ResNet-18 and the small GPT.
     batch
         Samples per rank and step. Default 16.
     repeats
-        Blocks of each contender, at least 1. Default 5.
+        Blocks per contender, at least 1. Default 5.
     steps
-        Steps in a block, at least 1. One more before each is not timed. Default 3.
+        Steps per block, at least 1; one step before each block is not timed. Default 3.
     csv
-        A file to write, one line per model and contender. Default: none.
+        A CSV file with a line per model and contender. Default: none.
     seed
-        Of the models' weights.
+        Seed of the initial weights. Default 0.
 
     Raises
     ------
     HpcsgdError
-        On all ranks, where we and DDP do not train the same model, or `csv` cannot be written.
+        On all ranks, if hpcsgd and DDP do not train the same model, or `csv` cannot be written.
     """
     check_positive("batch, repeats and steps", [batch, repeats, steps])
     path = None if csv is None else Path(csv)
     with World(device="cpu") as world:
         output.check_writable(world, path)
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(world.threads)
+            torch.set_num_threads(world.local.threads)
         results = [_measure(world, spec, batch, repeats, steps, seed) for spec in models]
         if world.rank == 0:
             _report(world, results, batch)
@@ -75,17 +82,19 @@ def main(
 
 
 @dataclass
-class Result:
-    """What was measured for one model.
+class StepResult:
+    """Measurements of one model.
 
     Attributes
     ----------
+    model
+        Spec of the model.
     seconds
-        Of one step, per contender and block.
+        Seconds per step of each contender, (blocks,).
     hidden
-        Share of the communication that the compute thread did not wait for.
+        Share of the communication time for which the compute thread did not wait.
     buffers, gradients
-        Bytes of our group buffers and of the model's gradients.
+        Bytes of hpcsgd's group buffers and of the model's gradients.
     """
 
     model: str
@@ -95,86 +104,86 @@ class Result:
     gradients: int
 
 
-def _measure(world: World, spec: str, batch: int, repeats: int, steps: int, seed: int) -> Result:
+def _measure(world: World, spec: str, batch: int, repeats: int, steps: int, seed: int) -> StepResult:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD.Dup()
     data = load(_TEXT if spec.split(":")[0] == "gpt" else _IMAGES)
     torch.manual_seed(seed)
     model = build(spec, data)
-    batches = draw(world, data, batch, 1 + repeats * (1 + steps))
+    batches = make_batches(world, data, batch, 1 + repeats * (1 + steps))
     with baselines.gloo(world):
-        alone = trainer(copy.deepcopy(model), batches)
-        ddp = trainer(DistributedDataParallel(copy.deepcopy(model)), batches)
+        local_loop = plain_loop(copy.deepcopy(model), batches)
+        ddp_loop = plain_loop(DistributedDataParallel(copy.deepcopy(model)), batches)
         optimizer, strategy = sgd(model), AllReduce()
         run = Run(model, optimizer, strategy, comm=world)
-        ours = Trainer(model, optimizer, iter(run.batches(batches)), run.step)
-        for contender in (ours, ddp, alone):
+        hpcsgd_loop = StepLoop(model, optimizer, iter(run.batches(batches)), run.step)
+        for contender in (hpcsgd_loop, ddp_loop, local_loop):
             contender.train(1)
-        distance = difference(world, ours.model, ddp.model)
+        distance = max_difference(world, hpcsgd_loop.model, ddp_loop.model)
         before = _communication(world)
         contenders = [
-            _timed(OURS, ours, steps),
-            _timed(DDP, ddp, steps),
-            _timed(ALONE, alone, steps),
+            _timed(HPCSGD, hpcsgd_loop, steps),
+            _timed(DDP, ddp_loop, steps),
+            _timed(NO_COMMUNICATION, local_loop, steps),
         ]
-        seconds = interleave(comm, contenders, repeats, uncounted=0, takes=1)
+        seconds = interleave(comm, contenders, repeats, warmups=0, timed_calls=1)
         busy, waited = _communication(world) - before
         buffers = strategy.gradients.group.nbytes
         run.close()
     comm.Free()
-    # Not before gloo is down: with its models still referred to by an error it has been seen to hang.
-    check_same(spec, distance)
+    # After gloo is shut down: gloo has been seen to hang while an error still refers to its models.
+    check_equal(spec, distance)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Result(spec, seconds, 1 - waited / busy, buffers, gradients)
+    return StepResult(spec, seconds, 1 - waited / busy, buffers, gradients)
 
 
-def _timed(name: str, trainer: Trainer, steps: int) -> Contender:
-    # The first step finds the caches as the contender before left them.
+def _timed(name: str, trainer: StepLoop, steps: int) -> Contender:
+    # The first step finds the caches as the previous contender left them.
     return Contender(name, lambda: trainer.train(1), lambda: trainer.train(steps), steps)
 
 
 def _communication(world: World) -> np.ndarray:
-    """Seconds that communication took, and that compute threads waited for it; over all ranks."""
+    """Seconds of communication, and of compute threads waiting for it, summed over the ranks; collective."""
     progress = world.progress
     seconds = world.gather((progress.busy_seconds, progress.wait_seconds), "communication times")
     total: np.ndarray = np.array(seconds).sum(axis=0)
     return total
 
 
-def _report(world: World, results: Sequence[Result], batch: int) -> None:
+def _report(world: World, results: Sequence[StepResult], batch: int) -> None:
     lines = []
     for result in results:
         t = {name: float(np.median(seconds)) for name, seconds in result.seconds.items()}
         lines.append(
             [
                 result.model,
-                *(f"{1e3 * t[name]:.1f}" for name in (OURS, DDP, ALONE)),
-                f"{t[OURS] / t[DDP]:.2f}",
+                *(f"{1e3 * t[name]:.1f}" for name in (HPCSGD, DDP, NO_COMMUNICATION)),
+                f"{t[HPCSGD] / t[DDP]:.2f}",
                 f"{result.hidden:.0%}",
                 f"{result.buffers / 2**20:.1f}",
                 f"{result.gradients / 2**20:.1f}",
             ]
         )
-    header = ["model", *(f"{name}\nms" for name in (OURS, DDP, ALONE)), "hpcsgd /\nDDP-gloo"]
-    header += ["communication\nhidden", "our buffers\nMiB", "gradients\nMiB"]
-    title = f"training step, batch {batch} a rank, {output.layout(world)}"
-    notes = f"{torch.get_num_threads()} compute thread(s) a rank, {os.cpu_count()} cores"
-    output.show(title, header, lines, notes)
+    header = ["model", *(f"{name}\nms" for name in (HPCSGD, DDP, NO_COMMUNICATION)), "hpcsgd /\nDDP-gloo"]
+    header += ["communication\nhidden", "hpcsgd buffers\nMiB", "gradients\nMiB"]
+    title = f"training step, batch {batch} per rank, {output.describe_ranks(world)}"
+    notes = f"{torch.get_num_threads()} compute thread(s) per rank, {os.cpu_count()} cores"
+    output.print_table(title, header, lines, notes)
 
 
-def _rows(world: World, results: Sequence[Result], batch: int) -> list[output.Row]:
-    facts = output.facts(world)
+def _rows(world: World, results: Sequence[StepResult], batch: int) -> list[output.Row]:
+    environment = output.environment(world)
     return [
         {
             "model": result.model,
             "contender": name,
             "batch": batch,
             **output.milliseconds(seconds),
-            "hidden": round(result.hidden, 4) if name == OURS else "",
-            "buffer_bytes": result.buffers if name == OURS else "",
+            "hidden": round(result.hidden, 4) if name == HPCSGD else "",
+            "buffer_bytes": result.buffers if name == HPCSGD else "",
             "gradient_bytes": result.gradients,
-            **facts,
+            **environment,
         }
         for result in results
         for name, seconds in result.seconds.items()

@@ -1,4 +1,4 @@
-"""Times of several contenders, taken in turns: what disturbs the machine disturbs them all."""
+"""Timing of several contenders in alternation, so that a disturbance of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hpcsgd.errors import BadOption
 
 @dataclass
 class Contender:
-    """Something to be timed on all ranks at once.
+    """An operation that is timed on all ranks at once.
 
     Attributes
     ----------
     name
-        Of the method.
+        Name of the method.
     prepare
-        Called before each timed call, outside of the time.
+        Called before each call of `run`, untimed.
     run
-        What is timed.
+        The timed function.
     calls
-        Operations in one `run`; times are per operation.
+        Number of operations in one `run`; times are per operation. Default 1.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Contender:
 
 
 def interleave(
-    comm: Any, contenders: Sequence[Contender], rounds: int, uncounted: int = 1, takes: int = 3
+    comm: Any, contenders: Sequence[Contender], repeats: int, warmups: int = 1, timed_calls: int = 3
 ) -> dict[str, np.ndarray]:
-    """Time the contenders in turns, A B C A B C and so on.
+    """Time the contenders in alternation: A B C A B C and so on.
 
     Parameters
     ----------
@@ -46,49 +46,49 @@ def interleave(
         An mpi4py communicator of the ranks, with nothing in flight.
     contenders
         The same on every rank.
-    rounds
-        Turns of each of them, at least 1.
-    uncounted
-        Calls at the start of a turn that are not timed: the first one finds the caches as the contender
-        before left them. Default 1.
-    takes
-        Calls of a turn that are. Default 3.
+    repeats
+        Number of passes over the contenders, at least 1.
+    warmups
+        Untimed calls of a contender at the start of its turn, because the first one finds the caches as the
+        previous contender left them. Default 1.
+    timed_calls
+        Timed calls per turn. Default 3.
 
     Returns
     -------
     dict
-        For each name the seconds of the slowest rank in each call, (rounds * takes,), on every rank.
+        For each name the seconds of the slowest rank in each call, (repeats * timed_calls,), on every rank.
     """
     from mpi4py import MPI
 
-    seconds = np.empty((rounds * takes, len(contenders)))
-    for turn in range(rounds):
+    seconds = np.empty((repeats * timed_calls, len(contenders)))
+    for repeat in range(repeats):
         for index, contender in enumerate(contenders):
-            for take in range(-uncounted, takes):
+            for call in range(-warmups, timed_calls):
                 contender.prepare()
                 barrier(comm)
                 started = time.perf_counter()
                 contender.run()
-                if take >= 0:
-                    taken = (time.perf_counter() - started) / contender.calls
-                    seconds[turn * takes + take, index] = taken
+                if call >= 0:
+                    elapsed = (time.perf_counter() - started) / contender.calls
+                    seconds[repeat * timed_calls + call, index] = elapsed
     comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
     return {c.name: seconds[:, index] for index, c in enumerate(contenders)}
 
 
 def barrier(comm: Any) -> None:
-    """Wait for all ranks, and leave the core to those that are not there yet.
+    """Wait for all ranks, yielding the core to ranks that have not arrived.
 
-    It is no contender's own. One that spins would let ranks go a scheduler's tick apart where these
-    outnumber the cores.
+    It belongs to no contender. A barrier that spins would release the ranks a scheduler tick apart where
+    ranks outnumber cores.
     """
     request = comm.Ibarrier()
     while not request.Test():
         os.sched_yield()
 
 
-def together(comm: Any, run: Callable[[], None]) -> Callable[[], None]:
-    """`run`, until all ranks are through: where they share cores, one may be over before the next begins."""
+def with_barrier(comm: Any, run: Callable[[], None]) -> Callable[[], None]:
+    """`run` followed by a barrier: where ranks share cores, one may finish before another begins."""
 
     def run_and_wait() -> None:
         run()
@@ -98,6 +98,6 @@ def together(comm: Any, run: Callable[[], None]) -> Callable[[], None]:
 
 
 def check_positive(option: str, values: Sequence[float]) -> None:
-    """Raise `BadOption` where a value is not above 0, or there is none."""
+    """Raise `BadOption` if a value is not above 0, or `values` is empty."""
     if not values or not all(value > 0 for value in values):
         raise BadOption(option, expected="values above 0", got=values, everywhere=True)

@@ -1,4 +1,4 @@
-"""`hpcsgd bench trace`: what a trace costs a training step."""
+"""`hpcsgd bench trace`: the overhead of tracing a training step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from hpcsgd.commands.bench import output
+from hpcsgd.commands.bench.step_loop import StepLoop, make_batches, sgd
 from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
-from hpcsgd.commands.bench.trainers import Trainer, draw, sgd
-from hpcsgd.diagnostics.trace import Off, Trace
+from hpcsgd.diagnostics.trace import NullTracer, Tracer
 from hpcsgd.mpi.world import World
 from hpcsgd.training.data import load
 from hpcsgd.training.models import build
@@ -31,50 +31,50 @@ def main(
     repeats: int = 40,
     steps: int = 5,
 ) -> None:
-    """Compare the training steps of this job's ranks with a trace, and without; rank 0 prints a table.
+    """Time training steps on the ranks of this job with and without a trace; rank 0 prints a table.
 
-    One model is trained by all-reduce, in turns with a trace and without. Each block of steps with a trace is
-    compared to the one before it. Where the machine disturbs these too much, the number of events and the
-    processor time of one tell more.
+    One model is trained with all-reduce; blocks of steps with and without a trace alternate, and each traced
+    block is compared to the untraced block before it. On a noisy machine the number of events and the
+    processor time per event are the more precise measurement.
 
     Parameters
     ----------
     model, data
-        As of `hpcsgd train`. Default: a perceptron of 1.86 M parameters on random images.
+        As for `hpcsgd train`. Default: a perceptron of 1.86 M parameters on random images.
     batch
         Samples per rank and step. Default 32.
     repeats
-        Blocks of each, at least 1. Default 40.
+        Blocks of each kind, at least 1. Default 40.
     steps
-        Steps in a block, at least 1. One more before each is not timed. Default 5.
+        Steps per block, at least 1; one step before each block is not timed. Default 5.
     """
     from mpi4py import MPI
 
     check_positive("batch, repeats and steps", [batch, repeats, steps])
     comm = MPI.COMM_WORLD.Dup()
     with World(device="cpu") as world, tempfile.TemporaryDirectory() as folder:
-        world.trace_into(Path(world.gather(folder)[0]) / "trace")
-        trace = world.trace
-        assert isinstance(trace, Trace)
-        training = _Training(world, model, data, batch, 1 + steps)
+        world.start_trace(Path(world.gather(folder)[0]) / "trace")
+        trace = world.tracer
+        assert isinstance(trace, Tracer)
+        training = _TracedRun(world, model, data, batch, 1 + steps)
         contenders = [
-            Contender(name, partial(training.prepare, its), partial(training.train, steps), steps)
-            for name, its in ((_OFF, Off()), (_ON, trace))
+            Contender(name, partial(training.prepare, tracer), partial(training.train, steps), steps)
+            for name, tracer in ((_OFF, NullTracer()), (_ON, trace))
         ]
         before = trace.count
-        seconds = interleave(comm, contenders, repeats, uncounted=0, takes=1)
+        seconds = interleave(comm, contenders, repeats, warmups=0, timed_calls=1)
         events = (trace.count - before) / (repeats * (1 + steps))
         cost = _cost(trace)
         if world.rank == 0:
             _report(world, f"{model}, batch {batch}", seconds, events, cost)
         training.run.close()
-        world.waiter.trace = trace
+        world.waiter.tracer = trace
         world.close()
     comm.Free()
 
 
-class _Training:
-    """One run, which is traced at times; so the two ways have the same memory and threads."""
+class _TracedRun:
+    """One run whose trace is switched on and off, so that both cases use the same memory and threads."""
 
     def __init__(self, world: World, spec: str, data: str, batch: int, steps: int) -> None:
         torch.manual_seed(0)
@@ -82,21 +82,21 @@ class _Training:
         model = build(spec, source)
         optimizer = sgd(model)
         self._world, self.run = world, Run(model, optimizer, comm=world)
-        self._loader = draw(world, source, batch, steps)
+        self._loader = make_batches(world, source, batch, steps)
 
-    def prepare(self, trace: Off) -> None:
-        """Go on with a trace, or without."""
-        self._world.waiter.trace = trace
+    def prepare(self, trace: NullTracer) -> None:
+        """Continue with the given tracer, and take one untimed step."""
+        self._world.waiter.tracer = trace
         run = self.run
-        self._trainer = Trainer(run.model, run.optimizer, run.batches(self._loader), run.step)
+        self._trainer = StepLoop(run.model, run.optimizer, run.batches(self._loader), run.step)
         self.train(1)
 
     def train(self, steps: int) -> None:
         self._trainer.train(steps)
 
 
-def _cost(trace: Trace) -> float:
-    """Processor seconds of an event of the dearest kind, with its way to the file."""
+def _cost(trace: Tracer) -> float:
+    """Processor seconds per span, the most expensive kind of event, including its way to the file."""
     began = time.thread_time()
     for _ in range(_CALLS):
         with trace.span("all-reduce of bucket 0 at step 0", "communication"):
@@ -104,12 +104,12 @@ def _cost(trace: Trace) -> float:
     return (time.thread_time() - began) / _CALLS
 
 
-def _report(world: World, what: str, seconds: dict[str, np.ndarray], events: float, cost: float) -> None:
+def _report(world: World, workload: str, seconds: dict[str, np.ndarray], events: float, cost: float) -> None:
     off, on = seconds[_OFF], seconds[_ON]
     median, low, high = _median(np.sort(on / off))
     step = float(np.median(off))
-    header = ["", "median of\na step, ms", "on / off,\nmedian", "95 % sure:\nfrom", "\nto"]
-    header += ["events\na step", "processor, µs\nan event", "share of\na step"]
+    header = ["trace", "median\nms per step", "on / off,\nmedian", "95 % interval:\nfrom", "\nto"]
+    header += ["events\nper step", "processor, µs\nper event", "share of\na step"]
     rows = [
         [_OFF, f"{1e3 * step:.3f}", *[""] * 6],
         [
@@ -117,14 +117,13 @@ def _report(world: World, what: str, seconds: dict[str, np.ndarray], events: flo
             *(f"{events:.1f}", f"{1e6 * cost:.2f}", f"{events * cost / step:.2%}"),
         ],
     ]
-    title = f"a step with a trace, {what} a rank, {output.layout(world)}"
-    output.show(
-        title, header, rows, f"{len(off)} blocks of each in turns, {torch.get_num_threads()} thread(s)"
-    )
+    title = f"training step with and without a trace, {workload} per rank, {output.describe_ranks(world)}"
+    notes = f"{len(off)} blocks of each, alternating; {torch.get_num_threads()} compute thread(s) per rank"
+    output.print_table(title, header, rows, notes)
 
 
 def _median(ratios: np.ndarray) -> tuple[float, float, float]:
-    """Of sorted numbers, with the bounds of 95 % confidence, which presume no distribution."""
+    """Median of sorted numbers, and its 95 % confidence interval, which assumes no distribution."""
     half = 0.98 * math.sqrt(len(ratios))
     last = len(ratios) - 1
     low, high = max(0, math.floor(last / 2 - half)), min(last, math.ceil(last / 2 + half))

@@ -1,4 +1,4 @@
-"""Whether host kernels compile, and whether the next process finds them compiled."""
+"""Checks that host kernels compile, and that compiled kernels are cached for the next process."""
 
 from __future__ import annotations
 
@@ -7,48 +7,57 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, group, name_of, shown
-from hpcsgd.commands.doctor.ranks import Job
+from hpcsgd.commands.doctor.check import (
+    Check,
+    Facts,
+    FactsByRank,
+    Finding,
+    lines_by_value,
+    name_ranks,
+    ranks_by_value,
+)
+from hpcsgd.commands.doctor.ranks import ExaminedJob
 
 
-def gather(_: Job) -> Facts:
+def collect(_: ExaminedJob) -> Facts:
     started = time.monotonic()
-    from hpcsgd.kernels.jit import cache_of
+    from hpcsgd.kernels.jit import cache_folder
     from hpcsgd.kernels.sync import ticket_lock
 
     words = np.zeros(ticket_lock.COUNT_WORDS, np.int32)
-    ticket_lock.advance(words, 0, 3)
+    ticket_lock.set_count(words, 0, 3)
     return {
         "compiled": int(words[0]) == 3,
-        "cache": cache_of(ticket_lock.advance),
+        "cache": cache_folder(ticket_lock.set_count),
         "kernel seconds": time.monotonic() - started,
     }
 
 
-def show(ranks: Ranks) -> Iterator[str]:
+def describe(ranks: FactsByRank) -> Iterator[str]:
     slowest = max(facts["kernel seconds"] for facts in ranks)
     yield f"host: compiled or loaded in {slowest:.1f} s"
     yield from (
-        f"cache: {line}" for line in shown(group(ranks, lambda facts: facts["cache"] or "none"), ranks)
+        f"cache: {line}"
+        for line in lines_by_value(ranks_by_value(ranks, lambda facts: facts["cache"] or "none"), ranks)
     )
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
     wrong = [rank for rank, facts in enumerate(ranks) if not facts["compiled"]]
     if wrong:
         yield Finding(
             "error",
-            f"a compiled kernel gives wrong numbers on {name_of(wrong, ranks)}",
-            "remove the cache's folder, and install the numba of constraints.txt",
+            f"a compiled kernel gives wrong results on {name_ranks(wrong, ranks)}",
+            "remove the cache folder shown above, and install the numba version of constraints.txt",
         )
     without = [rank for rank, facts in enumerate(ranks) if not facts["cache"]]
     if without:
         yield Finding(
             "warning",
-            f"no folder for compiled kernels can be written on {name_of(without, ranks)}: each process of "
-            "each run compiles them again",
-            "export NUMBA_CACHE_DIR=FOLDER, one that every rank may write",
+            f"no folder for compiled kernels is writable on {name_ranks(without, ranks)}: every process of "
+            "every run compiles them again",
+            "export NUMBA_CACHE_DIR=FOLDER with a folder that every rank can write",
         )
 
 
-CHECK = Check("kernels", gather, show, judge)
+CHECK = Check("kernels", collect, describe, diagnose)

@@ -1,4 +1,4 @@
-"""The page: facts by check, then the mistakes with their fixes."""
+"""Layout of the page: facts by check, then the mistakes with their fixes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _COLORS = {"error": "red", "warning": "yellow"}
 
 
 def lines(title: str, checked: Mapping[str, Sequence[str]], findings: Iterable[Finding]) -> Iterable[str]:
-    """The page, line by line; colors are left out by `click.echo` where the output is no terminal."""
+    """The lines of the page, with colors, which `click.echo` removes if the output is not a terminal."""
     yield click.style(title, bold=True)
     yield ""
     for name, texts in checked.items():
         for number, text in enumerate(filter(None, texts)):
             yield from _wrapped("" if number else name, text)
     yield ""
-    found = sorted(findings, key=lambda finding: finding.level)
-    if not found:
-        yield "Found: nothing wrong"
+    ordered = sorted(findings, key=lambda finding: finding.level)
+    if not ordered:
+        yield "Found: no mistakes"
         return
     yield "Found:"
-    for finding in found:
-        head, *rest = _wrapped(f"  {finding.level}", finding.what)
+    for finding in ordered:
+        head, *rest = _wrapped(f"  {finding.level}", finding.problem)
         yield click.style(head, fg=_COLORS[finding.level])
         yield from rest
         yield from _wrapped("    fix", finding.fix)

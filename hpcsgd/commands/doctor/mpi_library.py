@@ -1,4 +1,4 @@
-"""The MPI library: its thread level, and what it says of device memory and of failed ranks."""
+"""Checks the MPI library: version, thread level, support of device memory and of failed ranks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, group, name_of, shown
-from hpcsgd.commands.doctor.ranks import Job
+from hpcsgd.commands.doctor.check import (
+    Check,
+    Facts,
+    FactsByRank,
+    Finding,
+    lines_by_value,
+    name_ranks,
+    ranks_by_value,
+)
+from hpcsgd.commands.doctor.ranks import ExaminedJob
 
 _FAULT_TOLERANT = "OMPI_MCA_mpi_ft_enable"  # set by mpiexec --with-ft ulfm
 _LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
 
 
-def gather(job: Job) -> Facts:
+def collect(job: ExaminedJob) -> Facts:
     if job.mpi is None:
         return {"mpi": "", "mpi problem": job.problem, "mpi cuda": None}
     name = job.mpi.Get_library_version()
@@ -35,7 +43,7 @@ def _value(mpi: Any, level: str) -> int:
 
 
 def _short(library: str) -> str:
-    """ "MPICH 5.0.2" of its many lines."""
+    """Name and version, such as "MPICH 5.0.2", from the text of MPI_Get_library_version."""
     first = library.splitlines()[0].split(",")[0].strip(" \0")
     return re.sub(r"\s*Version:\s*", " ", first)
 
@@ -44,16 +52,16 @@ def _fault_tolerance(mpi: Any, library: str) -> str:
     try:
         mpi.COMM_SELF.Is_revoked()
     except (AttributeError, NotImplementedError):
-        return "no ULFM: one dead rank ends the job"
+        return "no ULFM: a failed rank ends the job"
     if "Open MPI" not in library:
-        return "its launcher ends the job when one rank dies"
+        return "its launcher ends the job when a rank fails"
     if os.environ.get(_FAULT_TOLERANT, "").lower() in ("1", "true", "yes"):
-        return "ULFM is on: survivors may go on"
-    return "ULFM is off; mpiexec --with-ft ulfm lets survivors go on"
+        return "ULFM is on: survivors of a failed rank can continue"
+    return "ULFM is off; with mpiexec --with-ft ulfm survivors of a failed rank can continue"
 
 
 def _cuda_support() -> bool | None:
-    """What `MPIX_Query_cuda_support` of the loaded library says; None where it has no such function."""
+    """The result of `MPIX_Query_cuda_support` of the loaded library; None if it has no such function."""
     maps = Path("/proc/self/maps")
     loaded = set(re.findall(r"/\S*/libmpi[^/\s]*\.so\S*", maps.read_text())) if maps.exists() else set()
     for path in sorted(loaded):
@@ -64,16 +72,16 @@ def _cuda_support() -> bool | None:
     return None
 
 
-def show(ranks: Ranks) -> Iterator[str]:
-    yield from shown(group(ranks, _text), ranks)
-    cuda = {True: "yes", False: "no", None: "it does not say"}
-    asked = {True: "set", False: "not set"}
-    yield from shown(
-        group(
+def describe(ranks: FactsByRank) -> Iterator[str]:
+    yield from lines_by_value(ranks_by_value(ranks, _text), ranks)
+    support = {True: "yes", False: "no", None: "unknown"}
+    variable = {True: "set", False: "not set"}
+    yield from lines_by_value(
+        ranks_by_value(
             ranks,
             lambda facts: (
-                f"takes device memory: {cuda[facts['mpi cuda']]}; "
-                f"HPCSGD_CUDA_AWARE {asked[facts.get('cuda aware', False)]}"
+                f"CUDA-aware: {support[facts['mpi cuda']]}; "
+                f"HPCSGD_CUDA_AWARE {variable[facts.get('cuda aware', False)]}"
             ),
         ),
         ranks,
@@ -86,38 +94,39 @@ def _text(facts: Facts) -> str:
     return f"{facts['mpi']}, MPI_THREAD_{facts['thread level']}; {facts['failed ranks']}"
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
     if ranks[0]["mpi problem"]:
-        return  # what was to start it is judged by `launch`
-    libraries = group(ranks, lambda facts: facts["mpi"])
+        return  # the launcher check reports it
+    libraries = ranks_by_value(ranks, lambda facts: facts["mpi"])
     if len(libraries) > 1:
-        who = "; ".join(f"{name}: {name_of(members, ranks)}" for name, members in libraries.items())
-        yield Finding("error", f"ranks use different MPI libraries ({who})", "load one MPI on all nodes")
+        listed = "; ".join(f"{name}: {name_ranks(members, ranks)}" for name, members in libraries.items())
+        fix = "load the same MPI module on all nodes"
+        yield Finding("error", f"ranks use different MPI libraries ({listed})", fix)
     low = [rank for rank, facts in enumerate(ranks) if facts["thread level"] != "MULTIPLE"]
     if low:
         level = ranks[low[0]]["thread level"]
         yield Finding(
             "warning",
-            f"MPI gives MPI_THREAD_{level} to {name_of(low, ranks)}: communication overlaps with nothing, "
-            "and asynchronous methods do not start",
-            "use an MPI with MPI_THREAD_MULTIPLE (MPICH: --enable-threads=multiple), or a script that does "
-            "not initialise MPI with less",
+            f"MPI provides only MPI_THREAD_{level} on {name_ranks(low, ranks)}: communication does not "
+            "overlap with computation, and asynchronous methods do not start",
+            "use an MPI built with MPI_THREAD_MULTIPLE (MPICH: --enable-threads=multiple); a script must not "
+            "initialise MPI with a lower level",
         )
     wrong = [r for r, facts in enumerate(ranks) if facts["cuda aware"] and facts["mpi cuda"] is False]
     if wrong:
         yield Finding(
             "error",
-            f"HPCSGD_CUDA_AWARE=1 on {name_of(wrong, ranks)}, but this MPI says that it takes no device "
-            "memory: it will crash",
-            "unset HPCSGD_CUDA_AWARE, or use an MPI that is built with CUDA",
+            f"HPCSGD_CUDA_AWARE=1 on {name_ranks(wrong, ranks)}, but this MPI is not CUDA-aware: it crashes "
+            "on device memory",
+            "unset HPCSGD_CUDA_AWARE, or use an MPI built with CUDA",
         )
-    settings = group(ranks, lambda facts: facts["cuda aware"])
+    settings = ranks_by_value(ranks, lambda facts: facts["cuda aware"])
     if len(settings) > 1:
         yield Finding(
             "error",
-            f"HPCSGD_CUDA_AWARE=1 on {name_of(settings[True], ranks)} only",
-            "give all ranks the same environment: mpiexec -genv (MPICH), -x (Open MPI), srun --export=ALL",
+            f"HPCSGD_CUDA_AWARE=1 on {name_ranks(settings[True], ranks)} only",
+            "set it on all ranks: mpiexec -genv (MPICH), mpiexec -x (Open MPI), srun --export=ALL",
         )
 
 
-CHECK = Check("MPI", gather, show, judge)
+CHECK = Check("MPI", collect, describe, diagnose)

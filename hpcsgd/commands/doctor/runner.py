@@ -1,4 +1,4 @@
-"""Goes through the checks on all ranks, and lets the first print the page."""
+"""Runs the checks on all ranks, with a deadline each, and prints the page on the first rank."""
 
 from __future__ import annotations
 
@@ -13,24 +13,33 @@ from pathlib import Path
 import click
 
 from hpcsgd.commands.doctor import layout
-from hpcsgd.commands.doctor.check import Check, Facts, Finding, group, name_of
-from hpcsgd.commands.doctor.ranks import Job
+from hpcsgd.commands.doctor.check import Check, Facts, Finding, name_ranks, ranks_by_value
+from hpcsgd.commands.doctor.ranks import ExaminedJob
 from hpcsgd.mpi import launcher, shutdown
 
-PATIENCE = 30.0  # seconds that rank 0 waits for the facts of all ranks; its own may take twice as long
+TIMEOUT = 30.0  # seconds that rank 0 waits for the facts of all ranks; its own check may take twice as long
 _FAILED = "failed"
 
 
-class Examination:
-    """What rank 0 knows so far, which is a page at any time.
+class DoctorReport:
+    """The results so far, on rank 0; they can be printed as a page at any time.
 
     Parameters
     ----------
     job
         The ranks.
+
+    Attributes
+    ----------
+    ranks
+        The facts of each rank.
+    checked
+        The lines of each check that has ended.
+    findings
+        The mistakes.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ExaminedJob) -> None:
         self._job = job
         self.ranks: list[Facts] = [{} for _ in range(job.size)]
         self.checked: dict[str, list[str]] = {}
@@ -38,48 +47,51 @@ class Examination:
         self._started = time.monotonic()
 
     def add(self, check: Check, found: dict[int, Facts]) -> bool:
-        """Take what the ranks found: lines and mistakes, or what failed; False where a rank is missing."""
+        """Add the facts, lines and findings of a check, or its failure; False if a rank is missing."""
         for rank, facts in found.items():
             self.ranks[rank].update(facts)
-        failures = group(self.ranks, lambda facts: facts.pop(_FAILED, ""))
-        failed = [f"{text} ({name_of(who, self.ranks)})" for text, who in failures.items() if text]
+        failures = ranks_by_value(self.ranks, lambda facts: facts.pop(_FAILED, ""))
+        failed = [f"{text} ({name_ranks(members, self.ranks)})" for text, members in failures.items() if text]
         missing = [rank for rank in range(len(self.ranks)) if rank not in found]
         if missing:
-            self.stuck(check, f"no word from {name_of(missing, self.ranks)} within {self._job.patience:g} s")
+            silent = name_ranks(missing, self.ranks)
+            self.mark_unfinished(check, f"no reply from {silent} within {self._job.timeout:g} s")
             return False
         try:
             if not failed:
-                lines, findings = list(check.show(self.ranks)), list(check.judge(self.ranks))
+                lines, findings = list(check.describe(self.ranks)), list(check.diagnose(self.ranks))
         except Exception as error:
-            failed = [_word(error)]
+            failed = [_error_text(error)]
         if failed:
             lines = [f"failed: {line}" for line in failed]
             findings = [
                 Finding(
-                    "warning", f"{check.name} could not be checked: {failed[0]}", "mend that, and look again"
+                    "warning",
+                    f"{check.name} could not be checked: {failed[0]}",
+                    "fix the cause and run the doctor again",
                 )
             ]
         self.checked[check.name] = lines
         self.findings += findings
         return True
 
-    def stuck(self, check: Check, what: str) -> None:
-        """Note that a check did not end."""
-        self.checked[check.name] = [f"not over: {what}"]
+    def mark_unfinished(self, check: Check, reason: str) -> None:
+        """Add the finding that a check did not end."""
+        self.checked[check.name] = [f"not finished: {reason}"]
         self.findings.append(
             Finding(
                 "error",
-                f"the check of {check.name} did not end: {what}; those after it were not made",
-                "look at what that process waits for there: its node, the network, the file system",
+                f"the check of {check.name} did not end: {reason}; the checks after it were not run",
+                "inspect that rank: its node, its network, and the file system of --out",
             )
         )
 
-    def show(self) -> int:
-        """Print the page; 1 with an error on it, else 0."""
+    def print_page(self) -> int:
+        """Print the page; returns the exit status: 1 if it has an error, else 0."""
         seconds = time.monotonic() - self._started
         count = len(self.ranks)
         title = f"hpcsgd doctor: {count} rank{'s' * (count > 1)}, {seconds:.1f} s"
-        # Open MPI gives a job's first rank a terminal, whatever it writes to itself.
+        # Open MPI gives the first rank of a job a terminal, even if the output goes to a file.
         color = False if launcher.sizes() else None
         for line in layout.lines(title, self.checked, self.findings):
             click.echo(line, color=color)
@@ -87,55 +99,54 @@ class Examination:
         return int(any(finding.level == "error" for finding in self.findings))
 
 
-def examine(checks: Sequence[Check], out: Path, patience: float = PATIENCE) -> int:
-    """Go through `checks`; the exit status of this rank.
+def run_checks(checks: Sequence[Check], out: Path, timeout: float = TIMEOUT) -> int:
+    """Run the checks and print the page; returns the exit status of this rank.
 
     Parameters
     ----------
     checks
-        In order.
+        The checks, in the order of the page.
     out
-        The folder that runs go to.
-    patience
-        Seconds until a rank that is silent ends the examination. Default 30.
+        The folder of the runs.
+    timeout
+        Seconds without a reply from a rank after which the doctor stops. Default 30.
     """
-    job = Job(out, patience)
-    if job.size == 1 and not job.speaks:
+    job = ExaminedJob(out, timeout)
+    if job.size == 1 and not job.is_reporting_rank:
         return 0
-    so_far = Examination(job)
+    report = DoctorReport(job)
     for check in checks:
-        with _limited(job, so_far, check):
-            facts = _facts(check, job)
-            found = job.report(facts)
-        if job.rank == 0 and not so_far.add(check, found):
-            _give_up(job, so_far)
-    if not job.speaks:
-        # A status of 1 might end the process that prints before it has.
+        with _time_limit(job, report, check):
+            facts = _collect(check, job)
+            found = job.gather_facts(facts)
+        if job.rank == 0 and not report.add(check, found):
+            _abort(job, report)
+    if not job.is_reporting_rank:
+        # An exit status of 1 could end the job before the first rank has printed the page.
         return 0
-    return so_far.show()
+    return report.print_page()
 
 
-def _facts(check: Check, job: Job) -> Facts:
+def _collect(check: Check, job: ExaminedJob) -> Facts:
     try:
-        job.next_check()
-        return check.gather(job)
+        job.renew_communicator()
+        return check.collect(job)
     except Exception as error:
-        return {_FAILED: _word(error)}
+        return {_FAILED: _error_text(error)}
 
 
 @contextmanager
-def _limited(job: Job, so_far: Examination, check: Check) -> Iterator[None]:
-    """End the job, with the page as it is, where rank 0 hangs in native code."""
+def _time_limit(job: ExaminedJob, report: DoctorReport, check: Check) -> Iterator[None]:
+    """Context that prints the page and ends the job if rank 0 hangs in native code."""
+    limit = 2 * job.timeout
 
-    longest = 2 * job.patience
+    def on_timeout() -> None:
+        report.mark_unfinished(check, f"rank 0 has not returned from it for {limit:g} s")
+        _abort(job, report)
 
-    def late() -> None:
-        so_far.stuck(check, f"rank 0 is in it for {longest:g} s")
-        _give_up(job, so_far)
-
-    timer = threading.Timer(longest, late)
+    timer = threading.Timer(limit, on_timeout)
     timer.daemon = True
-    if job.speaks:
+    if job.is_reporting_rank:
         timer.start()
     try:
         yield
@@ -143,12 +154,12 @@ def _limited(job: Job, so_far: Examination, check: Check) -> Iterator[None]:
         timer.cancel()
 
 
-def _give_up(job: Job, so_far: Examination) -> None:
-    so_far.show()
+def _abort(job: ExaminedJob, report: DoctorReport) -> None:
+    report.print_page()
     if job.size > 1:
-        shutdown.abort()
+        shutdown.abort_job()
     os._exit(1)
 
 
-def _word(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

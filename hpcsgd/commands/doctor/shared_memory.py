@@ -1,4 +1,4 @@
-"""Memory that the ranks of a node share: does it work, and is there enough."""
+"""Checks that the memory shared by the ranks of a node works, and that there is enough of it."""
 
 from __future__ import annotations
 
@@ -7,85 +7,93 @@ import shutil
 import warnings
 from collections.abc import Iterator
 
-from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, group, nodes_of, shown
-from hpcsgd.commands.doctor.ranks import Job
-from hpcsgd.mpi.shared_memory import Windows
+from hpcsgd.commands.doctor.check import (
+    Check,
+    Facts,
+    FactsByRank,
+    Finding,
+    lines_by_value,
+    ranks_by_node,
+    ranks_by_value,
+)
+from hpcsgd.commands.doctor.ranks import ExaminedJob
+from hpcsgd.mpi.shared_memory import SharedAllocator
 
-_TRIED = 2**20  # bytes a rank
+_TEST_BYTES = 2**20  # per rank
 _MODEL = 100 * 10**6
-_BUFFERS = 2  # of the model's size a rank: gradients, and one more of most methods
+_BUFFERS = 2  # buffers of the model's size per rank: gradients, and one more with most methods
 
 
-def gather(job: Job) -> Facts:
+def collect(job: ExaminedJob) -> Facts:
     problem = "HPCSGD_SHARED_MEMORY=0" if os.environ.get("HPCSGD_SHARED_MEMORY", "1") == "0" else ""
     try:
-        room = shutil.disk_usage("/dev/shm")
+        space = shutil.disk_usage("/dev/shm")
     except OSError:
-        room = None
+        space = None
     return {
-        "shm": (room.total, room.free) if room else None,
-        "window": problem or _try(job),
+        "shm": (space.total, space.free) if space else None,
+        "window": problem or _test_window(job),
     }
 
 
-def _try(job: Job) -> str:
-    """Write into a window and read what the others wrote; "" or the problem."""
-    if job.node is None:
+def _test_window(job: ExaminedJob) -> str:
+    """Write a row of shared memory and read the rows of the other ranks; returns "" or the problem."""
+    if job.node_comm is None:
         return ""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        window = Windows(job.node).allocate(_TRIED)
+        window = SharedAllocator(job.node_comm).allocate(_TEST_BYTES)
     if window is None:
-        return " ".join(str(each.message) for each in said) or "cannot be allocated"
-    window.row[:] = job.node.rank % 251
-    job.node.barrier("the rows of all ranks")
+        return " ".join(str(each.message) for each in caught) or "cannot be allocated"
+    window.row[:] = job.node_comm.rank % 251
+    job.node_comm.barrier("the rows of all ranks")
     wrong = [rank for rank, row in enumerate(window.rows) if (row != rank % 251).any()]
-    job.node.barrier("the rows of all ranks")
-    return f"what {len(wrong)} other ranks wrote is not seen" if wrong else ""
+    job.node_comm.barrier("the rows of all ranks")
+    return f"the writes of {len(wrong)} other ranks are not visible" if wrong else ""
 
 
-def needed(ranks_of_node: int) -> int:
-    """Bytes that windows of a 100 MB model take."""
+def required_bytes(ranks_of_node: int) -> int:
+    """Bytes of shared memory for a model of 100 MB."""
     return _MODEL * _BUFFERS * ranks_of_node
 
 
-def show(ranks: Ranks) -> Iterator[str]:
-    yield from shown(group(ranks, _text), ranks)
-    wide = max(map(len, nodes_of(ranks).values()))
-    yield f"a model of 100 MB needs {needed(wide) / 1e6:,.0f} MB of it for {wide} ranks on a node" * (
-        wide > 1
-    )
+def describe(ranks: FactsByRank) -> Iterator[str]:
+    yield from lines_by_value(ranks_by_value(ranks, _text), ranks)
+    wide = max(map(len, ranks_by_node(ranks).values()))
+    if wide > 1:
+        yield f"a model of 100 MB needs {required_bytes(wide) / 1e6:,.0f} MB of it for {wide} ranks on a node"
 
 
 def _text(facts: Facts) -> str:
-    window = f"no windows: {facts['window']}" if facts["window"] else "windows work"
+    window = f"not shared: {facts['window']}" if facts["window"] else "shared memory works"
     if facts["shm"] is None:
         return f"{window}; no /dev/shm"
     total, free = facts["shm"]
-    # Rounded, for the ranks of a node look at it one after the other.
+    # Rounded, because the ranks of a node read it at different times.
     return f"{window}; /dev/shm has {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
-    for members in nodes_of(ranks).values():
+def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
+    for members in ranks_by_node(ranks).values():
         facts = ranks[members[0]]
-        room, host, need = facts["shm"], facts["host"], needed(len(members))
+        space, host, need = facts["shm"], facts["host"], required_bytes(len(members))
         if len(members) == 1:
             continue
         if facts["window"]:
             yield Finding(
                 "warning",
-                f"no shared memory on {host} ({facts['window']}): ranks of the node send messages, slower",
+                f"no shared memory on {host} ({facts['window']}): the ranks of the node send messages, which "
+                "is slower",
                 "unset HPCSGD_SHARED_MEMORY, or give the node a larger /dev/shm",
             )
-        if room is not None and room[1] < need:
+        if space is not None and space[1] < need:
             yield Finding(
                 "warning",
-                f"/dev/shm of {host} has {room[1] / 1e6:,.0f} of {room[0] / 1e6:,.0f} MB free; "
+                f"/dev/shm of {host} has {space[1] / 1e6:,.0f} of {space[0] / 1e6:,.0f} MB free; "
                 f"{len(members)} ranks with a model of 100 MB need {need / 1e6:,.0f} MB",
                 f"docker run --shm-size={-(-need // 2**30)}g (Apptainer: the host's); "
-                f"mount -o remount,size={-(-need // 2**30)}g /dev/shm; remove what dead jobs left in it",
+                f"mount -o remount,size={-(-need // 2**30)}g /dev/shm; remove files of ended jobs from it",
             )
 
 
-CHECK = Check("memory", gather, show, judge)
+CHECK = Check("memory", collect, describe, diagnose)

@@ -1,4 +1,4 @@
-"""The folder that runs go to: is it one for all nodes, and is a file replaced at once."""
+"""Checks that the folder of the runs is shared by all nodes, and that files in it are replaced atomically."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, name_of
-from hpcsgd.commands.doctor.ranks import Job
+from hpcsgd.commands.doctor.check import Check, Facts, FactsByRank, Finding, name_ranks
+from hpcsgd.commands.doctor.ranks import ExaminedJob
 
 _VERSIONS, _BYTES = 20, 8192
-_PAUSE = 0.005  # seconds between two versions, and between two looks
-_PATIENCE = 3.0  # seconds until a file that is not there is taken for not shared
+_PAUSE = 0.005  # seconds between two writes, and between two reads
+_TIMEOUT = 3.0  # seconds after which a file that is not visible counts as not shared
 _LATE = 1.0
 _SMALL = 10**9  # bytes
 
 
-def gather(job: Job) -> Facts:
+def collect(job: ExaminedJob) -> Facts:
     folder = job.out.absolute()
     made = job.rank == 0 and not folder.exists()
-    # A dot: `hpcsgd report runs/*` must not take it for a run.
-    name = job.same(f".doctor-{uuid.uuid4().hex}")
+    # The dot hides it from `hpcsgd report runs/*`.
+    name = job.broadcast(f".doctor-{uuid.uuid4().hex}")
     facts: Facts = {"folder": str(folder), "write problem": "", "seen": None, "torn": 0}
     try:
         if job.rank == 0:
@@ -32,7 +32,7 @@ def gather(job: Job) -> Facts:
         if job.rank == 0:
             _write(folder / name)
         elif job.members.index(job.rank) < 2:
-            facts |= _look(folder / name)
+            facts |= _watch(folder / name)
         job.barrier()
     finally:
         if job.rank == 0:
@@ -41,7 +41,7 @@ def gather(job: Job) -> Facts:
 
 
 def _prepare(path: Path) -> Facts:
-    """Write the first version, with its time to reach the disk."""
+    """Write the first version, and measure the time of fsync."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
@@ -68,50 +68,53 @@ def _replace(path: Path, version: int, *, sync: bool) -> None:
     new.replace(path)
 
 
-def _look(path: Path) -> Facts:
-    """Read until the last version is there: each time a whole one, once there is any."""
-    started, torn, there = time.monotonic(), 0, False
-    while time.monotonic() - started < _PATIENCE:
+def _watch(path: Path) -> Facts:
+    """Read until the last version is visible; counts reads of a partial file, or of none after the first."""
+    started, torn, visible = time.monotonic(), 0, False
+    while time.monotonic() - started < _TIMEOUT:
         try:
             content = path.read_bytes()
         except OSError:
-            torn += there
+            torn += visible
         else:
-            there = True
+            visible = True
             if len(content) != _BYTES or content != content[:1] * _BYTES:
                 torn += 1
             elif content[0] == _VERSIONS - 1:
                 writing = (_VERSIONS - 1) * _PAUSE
                 return {"seen": max(0.0, time.monotonic() - started - writing), "torn": torn}
         time.sleep(_PAUSE)
-    return {"seen": _PATIENCE if there else -1.0, "torn": torn}
+    return {"seen": _TIMEOUT if visible else -1.0, "torn": torn}
 
 
 def _remove(folder: Path, name: str, made: bool) -> None:
-    for left in (name, name + ".tmp"):
-        (folder / left).unlink(missing_ok=True)
+    for file in (name, name + ".tmp"):
+        (folder / file).unlink(missing_ok=True)
     if made and folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
 
 
-def show(ranks: Ranks) -> Iterator[str]:
+def describe(ranks: FactsByRank) -> Iterator[str]:
     first = ranks[0]
     if first["write problem"]:
         yield f"{first['folder']}: {first['write problem']}"
         return
     text = f"{first['folder']}: {first['free'] / 1e9:.1f} GB free, fsync {1e3 * first['fsync']:.1f} ms"
-    looked = [facts["seen"] for facts in ranks if facts["seen"] is not None]
-    if looked and min(looked) >= 0:
-        text += f"; a new file is seen by {len(looked)} of the other ranks after {max(0.0, *looked):.2f} s"
-        text += ", replaced at once" if not any(facts["torn"] for facts in ranks) else ", not always whole"
+    watched = [facts["seen"] for facts in ranks if facts["seen"] is not None]
+    if watched and min(watched) >= 0:
+        text += f"; a new file is visible on {len(watched)} other rank{'s' * (len(watched) > 1)} after "
+        text += f"{max(0.0, *watched):.2f} s, "
+        text += (
+            "replaced atomically" if not any(facts["torn"] for facts in ranks) else "not replaced atomically"
+        )
     yield text
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
     first = ranks[0]
-    elsewhere = "give --out a folder of the parallel file system, for this and for hpcsgd train"
+    elsewhere = "give --out a folder on the parallel file system, here and for hpcsgd train"
     if first["write problem"]:
-        yield Finding("error", f"runs cannot be written: {first['write problem']}", elsewhere)
+        yield Finding("error", f"rank 0 cannot write runs: {first['write problem']}", elsewhere)
         return
     if first["free"] < _SMALL:
         yield Finding(
@@ -124,24 +127,24 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
     if apart:
         yield Finding(
             "error",
-            f"{first['folder']} is not one folder for all nodes: what rank 0 writes is not seen by "
-            f"{name_of(apart, ranks)}, so runs there cannot be resumed",
+            f"{first['folder']} is not shared by all nodes: files of rank 0 are not visible on "
+            f"{name_ranks(apart, ranks)}, so runs there cannot be resumed",
             elsewhere,
         )
     late = [rank for rank, after in seen.items() if after > _LATE]
     if late:
         yield Finding(
             "warning",
-            f"what rank 0 writes is seen more than {_LATE:g} s later by {name_of(late, ranks)}",
-            "mount it with shorter caching of attributes (NFS: actimeo=1), or another --out",
+            f"files of rank 0 are visible more than {_LATE:g} s later on {name_ranks(late, ranks)}",
+            "mount the file system with shorter attribute caching (NFS: actimeo=1), or give another --out",
         )
     torn = [rank for rank, facts in enumerate(ranks) if facts["torn"]]
     if torn:
         yield Finding(
             "warning",
-            f"{name_of(torn, ranks)} saw a file missing or half written while it was replaced",
+            f"replacing a file is not atomic: {name_ranks(torn, ranks)} found it missing or incomplete",
             elsewhere,
         )
 
 
-CHECK = Check("storage", gather, show, judge)
+CHECK = Check("storage", collect, describe, diagnose)

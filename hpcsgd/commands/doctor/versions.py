@@ -1,4 +1,4 @@
-"""Which packages each rank runs."""
+"""Checks that all ranks use the same package versions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from hpcsgd.commands.doctor.check import Check, Facts, Finding, Ranks, group, name_of, shown
-from hpcsgd.commands.doctor.ranks import Job
+from hpcsgd.commands.doctor.check import (
+    Check,
+    Facts,
+    FactsByRank,
+    Finding,
+    lines_by_value,
+    name_ranks,
+    ranks_by_value,
+)
+from hpcsgd.commands.doctor.ranks import ExaminedJob
 
 _PACKAGES = ("hpcsgd", "torch", "numpy", "mpi4py", "numba")
 
 
-def gather(_: Job) -> Facts:
+def collect(_: ExaminedJob) -> Facts:
     found = {name: _version(name) for name in _PACKAGES}
     return {"versions": {**found, "Python": platform.python_version()}, "python": sys.executable}
 
@@ -25,25 +33,25 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def show(ranks: Ranks) -> Iterator[str]:
-    yield from shown(group(ranks, _text), ranks)
-    yield from shown(group(ranks, lambda facts: facts["python"]), ranks)
+def describe(ranks: FactsByRank) -> Iterator[str]:
+    yield from lines_by_value(ranks_by_value(ranks, _text), ranks)
+    yield from lines_by_value(ranks_by_value(ranks, lambda facts: facts["python"]), ranks)
 
 
 def _text(facts: Facts) -> str:
     return ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
     for package in ranks[0]["versions"]:
-        found = group(ranks, lambda facts, package=package: facts["versions"][package])  # type: ignore[misc]
+        found = ranks_by_value(ranks, lambda facts, package=package: facts["versions"][package])  # type: ignore[misc]
         if len(found) > 1:
-            who = "; ".join(f"{number}: {name_of(members, ranks)}" for number, members in found.items())
+            listed = "; ".join(f"{number}: {name_ranks(members, ranks)}" for number, members in found.items())
             yield Finding(
                 "error",
-                f"{package} is not the same everywhere ({who})",
+                f"ranks use different versions of {package} ({listed})",
                 "start all ranks from one environment: a shared folder, or one container image on all nodes",
             )
 
 
-CHECK = Check("versions", gather, show, judge)
+CHECK = Check("versions", collect, describe, diagnose)

@@ -1,4 +1,4 @@
-"""Charts to figures, and figures to PNG and SVG; matplotlib without any state of its own."""
+"""Draws charts as matplotlib figures, and writes these as PNG and SVG; uses no global state of matplotlib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpcsgd.commands.report.labels import LONGEST
+from hpcsgd.commands.report.labels import MAX_LENGTH
 from hpcsgd.errors import HpcsgdError
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Ink is a colour of its own so that an SVG can replace it by that of the text around it.
+# Used for ink only, so that `svg` can replace it by the colour of the surrounding text.
 INK = "#1a1a1b"
-# Okabe and Ito (2008), without the yellow that white paper swallows.
+# Okabe and Ito (2008), without yellow, which is hard to see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 Dashes = Literal["-", "--", "-.", ":"]
 DASHES: tuple[Dashes, ...] = ("-", "--", "-.", ":")
@@ -47,7 +47,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "hpcsgd",
     "text.color": INK,
-    # A dollar in a run's name is a dollar.
+    # A dollar sign in a run's name is not markup.
     "text.parse_math": False,
     "text.usetex": False,
     "xtick.color": INK,
@@ -55,20 +55,20 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": INK,
 }
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.4, 2.2
-_ALONE_WIDTH, _ALONE_HEIGHT = 3.7, 2.5
-_LEGEND_LINE = 0.17
+_SINGLE_WIDTH, _SINGLE_HEIGHT = 3.7, 2.5
+_LEGEND_LINE_HEIGHT = 0.17
 _CHARACTERS_PER_INCH = 13
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a panel lies in its row: the first says what is measured, the last how it ends."""
+class PanelPosition:
+    """Position of a panel in its row: the first has the axis label, the last the final values as text."""
 
     first: bool
     last: bool
 
 
-Panel = Callable[["Axes", Place], None]
+Panel = Callable[["Axes", PanelPosition], None]
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class Chart:
     Parameters
     ----------
     name
-        The name of its file, without suffix.
+        The name of the figure's file, without suffix.
     title
-        What it shows, in words.
+        A description of the content.
     panels
-        What draws each panel.
+        The functions that draw the panels.
     legend
         A handle and a text for each entry of the legend.
     """
@@ -92,13 +92,13 @@ class Chart:
     panels: Sequence[Panel]
     legend: Sequence[tuple[Artist, str]]
 
-    def alone(self) -> list[Chart]:
+    def split(self) -> list[Chart]:
         """Each panel as a chart of its own."""
         return [Chart(self.name, self.title, [panel], self.legend) for panel in self.panels]
 
 
 def style() -> AbstractContextManager[None]:
-    """The look of all figures, for the length of a `with` block.
+    """Context with the style of all figures.
 
     Raises
     ------
@@ -114,18 +114,18 @@ def style() -> AbstractContextManager[None]:
 
 
 def draw(chart: Chart, columns: int = 3) -> Figure:
-    """Draw the panels of a chart in rows; the legend lies above them, off the data."""
+    """Draw the panels of a chart in rows, with the legend above them."""
     with style():
         from matplotlib.figure import Figure
 
         columns = min(columns, len(chart.panels))
         rows = -(-len(chart.panels) // columns)
-        width = max(columns * _PANEL_WIDTH, _ALONE_WIDTH)
+        width = max(columns * _PANEL_WIDTH, _SINGLE_WIDTH)
         entries = max(1, int(width * _CHARACTERS_PER_INCH) // (_longest(chart) + 6))
         legend_lines = -(-len(chart.legend) // entries)
-        height = _ALONE_HEIGHT if columns == 1 else _PANEL_HEIGHT
+        height = _SINGLE_HEIGHT if columns == 1 else _PANEL_HEIGHT
         figure = Figure(
-            figsize=(width, rows * height + legend_lines * _LEGEND_LINE),
+            figsize=(width, rows * height + legend_lines * _LEGEND_LINE_HEIGHT),
             layout="constrained",
         )
         figure.set_label(chart.name)
@@ -135,7 +135,7 @@ def draw(chart: Chart, columns: int = 3) -> Figure:
                 axes.remove()
                 continue
             last = (index + 1) % columns == 0 or index + 1 == len(chart.panels)
-            chart.panels[index](axes, Place(first=index % columns == 0, last=last))
+            chart.panels[index](axes, PanelPosition(first=index % columns == 0, last=last))
         figure.legend(
             [handle for handle, _ in chart.legend],
             [short(text) for _, text in chart.legend],
@@ -146,13 +146,13 @@ def draw(chart: Chart, columns: int = 3) -> Figure:
 
 
 def short(text: str) -> str:
-    """A name that fits a legend: where it is long, its two ends."""
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
+    """Shorten a name for a legend: a long name keeps its beginning and its end."""
+    half = MAX_LENGTH // 2
+    return text if len(text) <= MAX_LENGTH else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def png(figure: Figure, folder: Path) -> Path:
-    """Write a figure as `<label>.png` into a folder, on white at 300 dots an inch."""
+    """Write a figure as `<label>.png` into a folder, on white at 300 dots per inch."""
     with style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -162,14 +162,14 @@ def png(figure: Figure, folder: Path) -> Path:
 
 
 def svg(figure: Figure, description: str) -> str:
-    """A figure as an SVG element to stand in a page: ink takes the page's text colour.
+    """Return a figure as an SVG element for an HTML page, with ink in the page's text colour.
 
     Parameters
     ----------
     figure
         The figure.
     description
-        What it shows, for who cannot see it; escaped already.
+        A description for screen readers, HTML-escaped.
     """
     with style():
         from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -1,4 +1,4 @@
-"""Runs that differ in one setting only, the seed say, as one row: mean and standard deviation."""
+"""A table with a row per group of runs that differ only in one setting, such as the seed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hpcsgd.commands.report.labels import WHERE, flat, labels, written
+from hpcsgd.commands.report.labels import LOCATION_KEYS, flatten, format_value, labels
 from hpcsgd.commands.report.records import RunRecord
 from hpcsgd.commands.report.summary import Summary, summaries
 from hpcsgd.commands.report.units import byte_unit, time_unit
 from hpcsgd.errors import BadOption
 
-_NOT_KNOWN = "—"
+_UNKNOWN = "—"
 
 
 def grouped(runs: Sequence[RunRecord], over: str) -> Table:
@@ -24,21 +24,21 @@ def grouped(runs: Sequence[RunRecord], over: str) -> Table:
     Parameters
     ----------
     runs
-        At least one.
+        The runs, at least one.
     over
-        The setting in which members of a group may differ.
+        The setting in which the members of a group may differ.
 
     Raises
     ------
     BadOption
-        Where no run has that setting.
+        No run has this setting.
     """
-    if not any(over in flat(run.config) for run in runs):
-        known = sorted({key for run in runs for key in flat(run.config)})
-        raise BadOption(f"no run has a setting {over!r}", do="use one of: " + ", ".join(known))
+    if not any(over in flatten(run.config) for run in runs):
+        known = sorted({key for run in runs for key in flatten(run.config)})
+        raise BadOption(f"no run has a setting {over!r}", do="give --over one of: " + ", ".join(known))
     members: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for index, run in enumerate(runs):
-        members.setdefault(_setting(run.config, over), []).append(index)
+        members.setdefault(_group_key(run.config, over), []).append(index)
     rows = summaries(runs)
     groups = [[rows[index] for index in indices] for indices in members.values()]
     names = labels([runs[indices[0]] for indices in members.values()])
@@ -56,22 +56,23 @@ def grouped(runs: Sequence[RunRecord], over: str) -> Table:
     for name in ("Run", "Runs", *columns):
         table.add_column(name, justify="left" if name == "Run" else "right", overflow="fold")
     for name, group in zip(names, groups, strict=True):
-        cells = [_spread([value(row) for row in group]) for value in columns.values()]
+        cells = [_mean_and_deviation([value(row) for row in group]) for value in columns.values()]
         table.add_row(escape(name), str(len(group)), *cells)
     return table
 
 
-def _setting(config: Mapping[str, Any], over: str) -> tuple[tuple[str, str], ...]:
-    told = {key: written(value) for key, value in flat(config).items() if key not in (*WHERE, over)}
-    return tuple(sorted(told.items()))
+def _group_key(config: Mapping[str, Any], over: str) -> tuple[tuple[str, str], ...]:
+    ignored = (*LOCATION_KEYS, over)
+    items = ((key, format_value(value)) for key, value in flatten(config).items() if key not in ignored)
+    return tuple(sorted(items))
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else factor * value
 
 
-def _spread(values: list[float | None]) -> str:
+def _mean_and_deviation(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
-        return _NOT_KNOWN
+        return _UNKNOWN
     return f"{fmean(known):.4g}" + (f" ± {stdev(known):.2g}" if len(known) > 1 else "")

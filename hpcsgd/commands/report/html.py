@@ -1,4 +1,4 @@
-"""One HTML page that holds everything: numbers, figures, settings."""
+"""The HTML page of a report: summary, figures and settings in one file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from hpcsgd.commands.report.figures import Chart, draw, svg
-from hpcsgd.commands.report.labels import differences, flat, labels, written
+from hpcsgd.commands.report.labels import differences, flatten, format_value, labels
 from hpcsgd.commands.report.plots import charts
 from hpcsgd.commands.report.records import RunRecord
 from hpcsgd.commands.report.summary import cells
@@ -55,22 +55,22 @@ pre {
 }
 """
 
-_READING = (
-    "Accuracy and loss are those of the test data. Time runs from the first step. "
-    "Bytes per rank is the mean over ranks of what it handed to messages, or, where it says "
-    "shared, of what it moved through memory shared by its node. Waiting is the share of waiting "
-    "in computing and waiting, over all ranks. The slowest rank is the one that computed longest, "
-    "beside it its compute time over the median of the ranks."
+_EXPLANATION = (
+    "Accuracy and loss: on the test data. Time: since the first step. Bytes per rank: bytes sent in MPI "
+    "messages, mean over the ranks; marked shared if they include bytes moved through node-shared memory. "
+    "Compression: bytes without compression over bytes moved. Waiting: share of compute plus wait time, over "
+    "all ranks. Slowest rank: the rank with the longest compute time, with the ratio to the median of the "
+    "ranks in parentheses."
 )
 
 
 def page(runs: Sequence[RunRecord]) -> str:
-    """Write the report of some runs as one HTML page that needs nothing else.
+    """Return the report on runs as one self-contained HTML page.
 
     Parameters
     ----------
     runs
-        At least one run.
+        The runs, at least one.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         f"<p>{escape(_common(runs))}</p>",
         "<h2>Summary</h2>",
         _table(*cells(runs)),
-        f"<p>{escape(_READING)}</p>",
+        f"<p>{escape(_EXPLANATION)}</p>",
         _notes(runs, names),
         *map(_figures, charts(runs)),
         _differences(runs, names),
@@ -100,10 +100,12 @@ def page(runs: Sequence[RunRecord]) -> str:
 
 
 def _common(runs: Sequence[RunRecord]) -> str:
-    config, differing = flat(runs[0].config), set(differences(runs))
-    wanted = ("data", "model", "strategy", "batch", "learning_rate", "world.ranks", "world.nodes")
-    shared = [key for key in wanted if key in config and key not in differing]
-    return " · ".join(f"{key.split('.')[-1].replace('_', ' ')}: {written(config[key])}" for key in shared)
+    config, differing = flatten(runs[0].config), set(differences(runs))
+    keys = ("data", "model", "strategy", "batch", "learning_rate", "world.ranks", "world.nodes")
+    shared = [key for key in keys if key in config and key not in differing]
+    return " · ".join(
+        f"{key.split('.')[-1].replace('_', ' ')}: {format_value(config[key])}" for key in shared
+    )
 
 
 def _notes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
@@ -112,7 +114,7 @@ def _notes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def _figures(chart: Chart) -> str:
-    drawn = "\n".join(f"<figure>{svg(draw(panel), escape(chart.title))}</figure>" for panel in chart.alone())
+    drawn = "\n".join(f"<figure>{svg(draw(panel), escape(chart.title))}</figure>" for panel in chart.split())
     return f'<h2>{escape(chart.title)}</h2>\n<div class="figures">\n{drawn}\n</div>'
 
 
@@ -120,9 +122,9 @@ def _differences(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     keys = differences(runs)
     if not keys:
         return ""
-    configs = [flat(run.config) for run in runs]
+    configs = [flatten(run.config) for run in runs]
     rows = [
-        [name, *(written(config.get(key)) for key in keys)]
+        [name, *(format_value(config.get(key)) for key in keys)]
         for name, config in zip(names, configs, strict=True)
     ]
     return "<h2>Settings that differ</h2>\n" + _table(["Run", *keys], rows, kind="words")

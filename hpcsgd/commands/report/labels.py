@@ -1,4 +1,4 @@
-"""Names of runs in a comparison: by what tells them apart."""
+"""Labels of runs in a comparison, made of the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -8,48 +8,51 @@ from typing import Any
 
 from hpcsgd.commands.report.records import RunRecord
 
-LONGEST = 40
-WHERE = ("name", "out", "resume")  # where a run's files are says nothing of what it did
-_SPEAKS_FOR_ITSELF = ("strategy", "compress", "model", "data")
+MAX_LENGTH = 40
+LOCATION_KEYS = ("name", "out", "resume")  # locations of a run's files, which do not affect its results
+_KEYLESS = ("strategy", "compress", "model", "data")  # their values need no key in a label
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """Name each run by the settings in which it differs from the others.
+    """Label each run by the settings in which it differs from the others.
 
-    Where no setting differs, or too many do for a short name, the folders' names serve; runs that
-    still have the same name get their folder's name beside it.
+    If no setting differs, or the labels would be too long, the names of the folders are used. Runs with equal
+    labels have the folder's name added in parentheses.
     """
     keys = differences(runs)
-    names = [_name(flat(run.config), keys) for run in runs]
+    names = [_name(flatten(run.config), keys) for run in runs]
     folders = _folders(runs)
-    if not keys or max(map(len, names)) > LONGEST:
+    if not keys or max(map(len, names)) > MAX_LENGTH:
         return folders
-    times = Counter(names)
+    counts = Counter(names)
     return [
-        name if name and times[name] == 1 else f"{name} ({folder})".strip()
+        name if name and counts[name] == 1 else f"{name} ({folder})".strip()
         for name, folder in zip(names, folders, strict=True)
     ]
 
 
 def differences(runs: Sequence[RunRecord]) -> list[str]:
-    """The settings in which runs differ, the method, model and data first."""
-    configs = [flat(run.config) for run in runs]
-    keys = dict.fromkeys([*_SPEAKS_FOR_ITSELF, *(key for config in configs for key in config)])
-    told = [key for key in keys if key not in WHERE]
-    return [key for key in told if len({written(config.get(key)) for config in configs}) > 1]
+    """The settings in which runs differ; strategy, compression, model and data come first."""
+    configs = [flatten(run.config) for run in runs]
+    keys = dict.fromkeys([*_KEYLESS, *(key for config in configs for key in config)])
+    return [
+        key
+        for key in keys
+        if key not in LOCATION_KEYS and len({format_value(config.get(key)) for config in configs}) > 1
+    ]
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings in tables of tables as one table with dotted keys."""
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested tables of settings into one table with dotted keys."""
     table: dict[str, Any] = {}
     for key, value in config.items():
         inner = isinstance(value, Mapping)
-        table.update(flat(value, f"{prefix}{key}.") if inner else {prefix + key: value})
+        table.update(flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value})
     return table
 
 
-def written(value: object) -> str:
-    """A setting's value as the file would say it, strings without their quotes."""
+def format_value(value: object) -> str:
+    """A setting's value as in the TOML file, strings without quotes."""
     if value is None:
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -59,8 +62,8 @@ def _name(config: Mapping[str, Any], keys: Sequence[str]) -> str:
     parts = []
     for key in keys:
         if key in config:
-            value = written(config[key])
-            parts.append(value if key in _SPEAKS_FOR_ITSELF else f"{key.split('.')[-1]}={value}")
+            value = format_value(config[key])
+            parts.append(value if key in _KEYLESS else f"{key.split('.')[-1]}={value}")
     return ", ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Records of a run: its metrics as columns."""
+"""The records of a run as columns."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Columns:
-    """What training and test records have in common, one row a record.
+    """The columns that training and evaluation records share, with one row per record.
 
     Parameters
     ----------
     step
-        Steps done, int64 of shape (records,).
+        Steps completed, int64 of shape (records,).
     epoch
         Passes over the data, float64 of shape (records,).
     time
-        Wall clock since the first step in seconds, float64 of shape (records,).
+        Wall-clock seconds since the first step, float64 of shape (records,).
     loss, accuracy
         The mean loss, and the accuracy from 0 to 1, float64 of shape (records,); may be NaN or
         infinite.
     bytes_sent, bytes_shared, bytes_saved
-        Bytes since the first step that each rank handed to MPI messages, moved through memory shared by
-        a node, and was spared of either by compression, int64 of shape (records, ranks).
+        Bytes since the first step that each rank sent in MPI messages, moved through node-shared memory, and
+        saved of either by compression, int64 of shape (records, ranks).
     """
 
     step: Integers
@@ -48,13 +48,13 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Training(Columns):
+class TrainingRecords(Columns):
     """The training records.
 
     Parameters
     ----------
     samples_per_second, learning_rate
-        float64 of shape (records,).
+        Samples per second over all ranks, and the learning rate, float64 of shape (records,).
     compute_seconds, wait_seconds, communication_seconds
         Seconds since the first step on each rank, float64 of shape (records, ranks).
     """
@@ -67,13 +67,13 @@ class Training(Columns):
 
 
 @dataclass(frozen=True)
-class Evaluation(Columns):
-    """The test records.
+class EvaluationRecords(Columns):
+    """The evaluation records, which metrics.jsonl calls "test".
 
     Parameters
     ----------
     consensus_distance
-        How far the ranks' models are from their mean, float64 of shape (records,).
+        Root mean square distance of the peers' models from their mean, float64 of shape (records,).
     """
 
     consensus_distance: Floats
@@ -81,35 +81,35 @@ class Evaluation(Columns):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run folder holds.
+    """The content of one run folder.
 
     Parameters
     ----------
     folder
         The absolute path of the folder.
     config
-        The settings, tables within tables as in the file.
+        The settings, with nested tables as in config.toml.
     config_text
-        The file of settings as it is written.
+        The text of config.toml.
     ranks
         The number of ranks.
     train, test
-        The records; either may have no rows, never both.
+        The training and evaluation records; at most one of the two has no rows.
     notes
-        What a reader of the numbers should know, one sentence each.
+        Remarks on the records for the reader, one sentence each.
     """
 
     folder: Path
     config: Mapping[str, Any]
     config_text: str
     ranks: int
-    train: Training
-    test: Evaluation
+    train: TrainingRecords
+    test: EvaluationRecords
     notes: tuple[str, ...] = ()
 
     @property
     def last(self) -> Columns:
-        """The columns, of the two, whose last record is the latest."""
+        """The training or the evaluation records, whichever have the latest record."""
         if len(self.train) and len(self.test):
             return max(self.train, self.test, key=lambda columns: float(columns.time[-1]))
         return self.train if len(self.train) else self.test

@@ -1,4 +1,4 @@
-"""Run folders: read what a run has recorded."""
+"""Reads the settings and records of a run from its folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcsgd.commands.report.records import Columns, Evaluation, RunRecord, Training
+from hpcsgd.commands.report.records import Columns, EvaluationRecords, RunRecord, TrainingRecords
 from hpcsgd.errors import HpcsgdError
 
 _STEP = "step"
 _BYTES = ("bytes_sent", "bytes_shared", "bytes_saved")
 _SECONDS = ("compute_seconds", "wait_seconds", "communication_seconds")
 _FINITE = ("epoch", "time", *_SECONDS)
-_KINDS: dict[str, type[Columns]] = {"train": Training, "test": Evaluation}
+_KINDS: dict[str, type[Columns]] = {"train": TrainingRecords, "test": EvaluationRecords}
 
 
 def load(path: Path | str) -> RunRecord:
@@ -33,13 +33,12 @@ def load(path: Path | str) -> RunRecord:
     Raises
     ------
     HpcsgdError
-        The folder does not exist, is not a run folder, has no metrics yet, or a file in it is
-        corrupt; the message names file and line. A last line cut short by a killed run is no error
-        but a note.
+        The folder does not exist, is not a run folder, has no records yet, or a file in it is corrupt; the
+        message names file and line. A truncated last line, left by a killed run, is not an error but a note.
     """
     folder = Path(path).resolve()
     if not folder.exists():
-        raise HpcsgdError(f"no such folder: {path}", do="give the folder of a run")
+        raise HpcsgdError(f"no such folder: {path}", do="give the folder of a run of hpcsgd train")
     settings, metrics = folder / "config.toml", folder / "metrics.jsonl"
     for file in (settings, metrics):
         if not file.is_file():
@@ -48,12 +47,12 @@ def load(path: Path | str) -> RunRecord:
     text, config = _config(settings)
     rows, notes = _rows(metrics)
     ranks = _ranks(metrics, rows)
-    kept = {event: _latest(rows, event) for event in _KINDS}
-    replaced = len(rows) - sum(map(len, kept.values()))
+    current = {event: _latest(rows, event) for event in _KINDS}
+    replaced = len(rows) - sum(map(len, current.values()))
     if replaced:
-        notes.append(f"A resumed run wrote steps again: {replaced} of {len(rows)} records are left out.")
-    train = Training(**_columns(kept["train"], Training, ranks))
-    test = Evaluation(**_columns(kept["test"], Evaluation, ranks))
+        notes.append(f"A resumed run recorded steps again: {replaced} of {len(rows)} records are replaced.")
+    train = TrainingRecords(**_columns(current["train"], TrainingRecords, ranks))
+    test = EvaluationRecords(**_columns(current["test"], EvaluationRecords, ranks))
     if bad := int(np.count_nonzero(~np.isfinite(test.loss))):
         notes.append(f"The test loss is not finite in {bad} of {len(test)} evaluations.")
     return RunRecord(folder, config, text, ranks, train, test, tuple(notes))
@@ -64,7 +63,7 @@ def _config(file: Path) -> tuple[str, dict[str, Any]]:
         text = file.read_text(encoding="utf-8")
         return text, tomllib.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HpcsgdError(f"{file} is not valid TOML", got=error, do="repair the file") from error
+        raise HpcsgdError(f"{file} is not valid TOML", got=error, do="correct the file") from error
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,17 @@ def _rows(file: Path) -> tuple[list[_Row], list[str]]:
         except ValueError as error:
             if number != lines[-1][0]:
                 raise _corrupt(file, number, "a JSON object", error) from error
-            notes.append(f"Line {number} of {file.name}, the last, is cut short and left out.")
+            notes.append(f"Line {number} of {file.name}, the last line, is cut short and ignored.")
             continue
         if not isinstance(values, dict) or not isinstance(values.get("event"), str):
             raise _corrupt(file, number, "a JSON object with the key 'event'", line[:60])
-        # Events of other kinds are for other readers.
+        # Events of other kinds are not part of a report.
         if kind := _KINDS.get(values["event"]):
             for field in fields(kind):
                 _check(file, number, field.name, values.get(field.name))
             rows.append(_Row(number, values["event"], values))
     if not rows:
-        do = "wait until the run has made its first record, or leave it out"
+        do = "wait for the first record of the run, or leave the run out of the report"
         raise HpcsgdError(f"{file} holds no record yet", do=do)
     return rows, notes
 
@@ -116,7 +115,7 @@ def _fits(item: object, integer: bool, finite: bool) -> bool:
 
 
 def _corrupt(file: Path, line: int, expected: str, got: object) -> HpcsgdError:
-    do = "repair or remove that line"
+    do = "correct or remove this line"
     return HpcsgdError(f"{file}, line {line} is corrupt", expected=expected, got=repr(got), do=do)
 
 
@@ -135,15 +134,15 @@ def _ranks(file: Path, rows: list[_Row]) -> int:
 
 
 def _latest(rows: list[_Row], event: str) -> list[_Row]:
-    # A run that is killed and resumed from its checkpoint records some steps again.
-    kept: list[_Row] = []
+    # A run that is killed and resumed from its checkpoint records some steps twice.
+    current: list[_Row] = []
     for row in rows:
         step, again = row.values[_STEP], row.event == event
-        while kept and kept[-1].values[_STEP] >= step + (not again):
-            kept.pop()
+        while current and current[-1].values[_STEP] >= step + (not again):
+            current.pop()
         if again:
-            kept.append(row)
-    return kept
+            current.append(row)
+    return current
 
 
 def _columns(rows: list[_Row], kind: type[Columns], ranks: int) -> dict[str, Any]:

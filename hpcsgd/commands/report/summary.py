@@ -1,4 +1,4 @@
-"""The numbers of the summary table, and how they are written."""
+"""The numbers of the summary table, and their text."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from hpcsgd.commands.report.labels import labels
 from hpcsgd.commands.report.records import Columns, Integers, RunRecord
 from hpcsgd.commands.report.units import byte_unit, significant, time_unit
 
-_NOT_KNOWN = "—"
-# Accuracies are ratios of counts: a share of a half point may lie one rounding below it.
+_UNKNOWN = "—"
+# Accuracies are ratios of counts: one that equals a half point may be rounded below it.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One run in numbers; None is what its records do not tell.
+    """The summary of one run; None marks a value that its records do not contain.
 
     Parameters
     ----------
     label
-        The run's name in this comparison.
+        The label of the run in this comparison.
     final_accuracy, best_accuracy
         Test accuracy from 0 to 1 at the last evaluation, and the highest.
     final_loss
@@ -34,16 +34,16 @@ class Summary:
     time_to_target
         Seconds from the first step to the first evaluation that reaches the common target.
     bytes_per_rank
-        Bytes that a rank sent in messages, mean over ranks; where a run on one node moves more through
-        the memory that its ranks share, with that.
+        Bytes sent per rank in messages, mean over ranks; includes bytes moved through shared memory if a run
+        on one node moves more through it than in messages.
     shared
-        True where `bytes_per_rank` counts shared memory.
+        Whether `bytes_per_rank` includes shared memory.
     compression
-        Bytes that would have moved uncompressed, over those that did; None where nothing was compressed.
+        Bytes without compression over bytes moved; None if nothing was compressed.
     waiting
-        Seconds of waiting as a share of those of computing and waiting, over all ranks.
+        Wait time as a share of compute plus wait time, over all ranks.
     slowest_rank, slowdown
-        The rank that computed longest, and its compute time over the median of the ranks.
+        The rank with the longest compute time, and the ratio of that time to the median of the ranks.
     """
 
     label: str
@@ -61,13 +61,13 @@ class Summary:
 
 
 def summaries(runs: Sequence[RunRecord]) -> list[Summary]:
-    """Sum up each run, with the target accuracy that all of them share."""
+    """Summarise each run, with the target accuracy common to all of them."""
     target = common_target(runs)
     return [_summary(run, label, target) for run, label in zip(runs, labels(runs), strict=True)]
 
 
 def common_target(runs: Sequence[RunRecord]) -> float | None:
-    """The highest accuracy in half points that every run reaches; None where a run has none."""
+    """The highest accuracy, in steps of half a point, that every run reaches; None if a run has none."""
     best = [_best(run) for run in runs]
     reached = [accuracy for accuracy in best if accuracy is not None]
     if len(reached) < len(runs):
@@ -75,20 +75,20 @@ def common_target(runs: Sequence[RunRecord]) -> float | None:
     return math.floor(min(reached) * 200 + _ROUNDING) / 200
 
 
-def keeps_to_memory(run: RunRecord) -> bool:
-    """Whether the run sends nothing, or, on its only node, less than it moves through shared memory."""
+def uses_mostly_shared_memory(run: RunRecord) -> bool:
+    """Whether the run sends nothing, or, on a single node, less than it moves through shared memory."""
     sent, shared = run.last.bytes_sent[-1].sum(), run.last.bytes_shared[-1].sum()
     one_node = run.config.get("world", {}).get("nodes") == 1
     return bool(sent == 0 or (one_node and shared > sent))
 
 
 def moved_bytes(run: RunRecord, columns: Columns) -> Integers:
-    """What each rank sent, and, where the run keeps to memory, moved through it: (records, ranks)."""
-    return columns.bytes_sent + (columns.bytes_shared if keeps_to_memory(run) else 0)
+    """Bytes that each rank sent, plus those in shared memory if that is used mostly; (records, ranks)."""
+    return columns.bytes_sent + (columns.bytes_shared if uses_mostly_shared_memory(run) else 0)
 
 
 def cells(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """The summary table as text: its header with units, and a row for each run."""
+    """The summary table as text: the header with units, and a row per run."""
     rows, target = summaries(runs), common_target(runs)
     time = time_unit(max(row.time for row in rows))
     size = byte_unit(max(row.bytes_per_rank for row in rows))
@@ -97,7 +97,7 @@ def cells(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
         "Run": lambda row: row.label,
         "Final accuracy (%)": lambda row: _number(row.final_accuracy, 100, ".2f"),
         "Best accuracy (%)": lambda row: _number(row.best_accuracy, 100, ".2f"),
-        "Final loss": lambda row: _NOT_KNOWN if row.final_loss is None else significant(row.final_loss, 4),
+        "Final loss": lambda row: _UNKNOWN if row.final_loss is None else significant(row.final_loss, 4),
         f"Time ({time.symbol})": lambda row: _number(row.time, 1 / time.size, ".1f"),
         f"Time to {goal} ({time.symbol})": lambda row: _number(row.time_to_target, 1 / time.size, ".1f"),
         f"Bytes per rank ({size.symbol})": lambda row: (
@@ -112,7 +112,7 @@ def cells(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
 
 def _summary(run: RunRecord, label: str, target: float | None) -> Summary:
     test, last = run.test, run.last
-    shared = keeps_to_memory(run) and bool(last.bytes_shared[-1].any())
+    shared = uses_mostly_shared_memory(run) and bool(last.bytes_shared[-1].any())
     moved, saved = moved_bytes(run, last)[-1], last.bytes_saved[-1]
     slowest, slowdown = _straggler(run)
     return Summary(
@@ -161,9 +161,9 @@ def _straggler(run: RunRecord) -> tuple[int | None, float | None]:
 
 def _slowest(row: Summary) -> str:
     if row.slowest_rank is None:
-        return _NOT_KNOWN
+        return _UNKNOWN
     return f"{row.slowest_rank}" + ("" if row.slowdown is None else f" ({row.slowdown:.2f})")
 
 
 def _number(value: float | None, scale: float, form: str) -> str:
-    return _NOT_KNOWN if value is None else format(value * scale, form)
+    return _UNKNOWN if value is None else format(value * scale, form)

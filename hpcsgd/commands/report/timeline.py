@@ -1,4 +1,4 @@
-"""A trace as a picture: what both threads of every rank did in some of its steps."""
+"""Draws a trace: the activity of the compute and the communication thread of every rank over time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 _BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY, _ = PALETTE
-#: What the legend calls events, by name or category, and their colours; what lies in others comes later.
-_LOOKS = {
+#: Legend text and colour of events, by name or category; events nested in others come later.
+_STYLES = {
     "batch": ("batch", "#B8B8B8"),
     "forward": ("forward", _SKY),
     "backward": ("backward", _BLUE),
@@ -29,25 +29,26 @@ _LOOKS = {
     "communication": ("communication", _ORANGE),
     "service": ("communication", _ORANGE),
     "codec": ("encode, decode", _PINK),
-    "wait": ("waits", "#F3D9C4"),
+    "wait": ("waiting", "#F3D9C4"),
 }
 _ROW, _WIDTH = 0.24, 7.4  # inches
 
 
 def timeline(trace: Path, first: int | None = None, last: int | None = None) -> Figure:
-    """Draw a trace, with two rows a rank.
+    """Draw a trace, with two rows per rank.
 
     Parameters
     ----------
     trace
-        A file of `hpcsgd train --trace`.
+        The trace.json of `hpcsgd train --trace`.
     first, last
-        Steps: from the first beginning of one to the last end of the other. Default: all.
+        First and last step: from the earliest start of the first to the latest end of the last on any rank.
+        Default: all steps.
 
     Raises
     ------
     HpcsgdError
-        The file is no trace, or has no such steps.
+        The file is not a trace, or has no such steps.
     """
     events = _read(trace)
     begin, end = _window(events, first, last)
@@ -55,7 +56,7 @@ def timeline(trace: Path, first: int | None = None, last: int | None = None) -> 
         from matplotlib.figure import Figure
 
         names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-        rows = [(rank, lane) for rank in sorted(names) for lane in (0, 1)]
+        rows = [(rank, thread) for rank in sorted(names) for thread in (0, 1)]
         figure = Figure(figsize=(_WIDTH, 0.9 + _ROW * len(rows)), layout="constrained")
         axes = figure.subplots()
         inside = [e for e in events if e["ph"] == "X" and e["ts"] < end and e["ts"] + e["dur"] > begin]
@@ -76,23 +77,23 @@ def _read(trace: Path) -> list[Event]:
         events: list[Event] = json.loads(trace.read_text())["traceEvents"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HpcsgdError(
-            f"{trace} is not a trace", got=error, do="name one of `hpcsgd train --trace`"
+            f"{trace} is not a trace", got=error, do="give the trace.json of `hpcsgd train --trace`"
         ) from error
     return events
 
 
 def _window(events: Iterable[Event], first: int | None, last: int | None) -> tuple[float, float]:
     steps = [e for e in events if e.get("cat") == "step"]
-    chosen = [
+    selected = [
         e
         for e in steps
         if (first is None or e["args"]["step"] >= first) and (last is None or e["args"]["step"] <= last)
     ]
-    if not chosen:
+    if not selected:
         numbers = [e["args"]["step"] for e in steps]
         known = f"steps {min(numbers)} to {max(numbers)}" if numbers else "no steps"
-        raise BadOption("the trace has no such steps", got=f"{first} to {last}", expected=known)
-    return min(e["ts"] for e in chosen), max(e["ts"] + e["dur"] for e in chosen)
+        raise BadOption("--steps: the trace has no such steps", got=f"{first} to {last}", expected=known)
+    return min(e["ts"] for e in selected), max(e["ts"] + e["dur"] for e in selected)
 
 
 def _draw(axes: Axes, events: Iterable[Event], rows: dict[tuple[int, int], int], begin: float) -> None:
@@ -105,15 +106,15 @@ def _draw(axes: Axes, events: Iterable[Event], rows: dict[tuple[int, int], int],
         if event["cat"] == "step":
             axes.vlines(left, row - 0.5, row + 0.5, colors=INK, linewidth=0.6)
             continue
-        look = event["name"] if event["name"] in _LOOKS else event["cat"]
-        bars[look, row].append((left, event["dur"] / 1e3))
-    order = list(_LOOKS)
-    for (look, row), spans in sorted(bars.items(), key=lambda bar: order.index(bar[0][0])):
-        inset = 0.12 if look in ("wait", "codec") else 0.0
-        edge = "white" if look == "communication" else "none"
+        style_key = event["name"] if event["name"] in _STYLES else event["cat"]
+        bars[style_key, row].append((left, event["dur"] / 1e3))
+    order = list(_STYLES)
+    for (style_key, row), spans in sorted(bars.items(), key=lambda bar: order.index(bar[0][0])):
+        inset = 0.12 if style_key in ("wait", "codec") else 0.0
+        edge = "white" if style_key == "communication" else "none"
         size = (row - 0.4 + inset, 0.8 - 2 * inset)
-        axes.broken_barh(spans, size, facecolors=_LOOKS[look][1], edgecolors=edge, linewidth=0.4)
-    shown = dict(_LOOKS[look] for look in order if any(look == used for used, _ in bars))
+        axes.broken_barh(spans, size, facecolors=_STYLES[style_key][1], edgecolors=edge, linewidth=0.4)
+    shown = dict(_STYLES[style_key] for style_key in order if any(style_key == used for used, _ in bars))
     axes.figure.legend(
         [Patch(color=colour) for colour in shown.values()],
         list(shown),

@@ -1,4 +1,4 @@
-"""Units in which numbers are short to read."""
+"""Units of time and size that make numbers short."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit's symbol, and its size in seconds or bytes."""
+    """A unit: its symbol, and its size in seconds or bytes."""
 
     symbol: str
     size: float
@@ -29,7 +29,7 @@ def byte_unit(largest: float) -> Unit:
 
 
 def significant(value: float, digits: int) -> str:
-    """A number with exactly so many significant digits."""
+    """A number with exactly `digits` significant digits."""
     return f"{value:#.{digits}g}".rstrip(".")
 
 

@@ -1,1 +1,1 @@
-"""`hpcsgd serve`."""
+"""`hpcsgd serve`: parameter servers as a job."""

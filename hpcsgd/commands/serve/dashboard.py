@@ -1,4 +1,4 @@
-"""What `hpcsgd serve` shows: a line for each client, and what the server has to say."""
+"""Console output of `hpcsgd serve`: a table or lines of the clients, and log messages."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from hpcsgd.server.session import Client
+from hpcsgd.server.session import Session
 
-_LINES_EVERY = 10.0  # seconds
+_LINE_INTERVAL = 10.0  # seconds
 _MB = 1e6
 Row = dict[str, Any]
 
 
-def row(client: Client) -> Row:
-    """What there is to say of a client, for eyes and for a file."""
-    link, pushes = client.link, client.staleness.total()
-    behind = sum(updates * count for updates, count in client.staleness.items())
+def session_row(session: Session) -> Row:
+    """State of a client, for the table and for `metrics.jsonl`."""
+    link, pushes = session.link, session.staleness.total()
+    missed = sum(updates * count for updates, count in session.staleness.items())
     return {
-        "name": client.name,
+        "name": session.name,
         "from": "" if link is None else link.name,
-        "state": _state(client),
+        "state": _state(session),
         "pushes": pushes,
-        "staleness": round(behind / pushes, 3) if pushes else 0.0,
-        "longest": max(client.staleness, default=0),
-        "left_out": client.left_out,
-        "received": client.received + (0 if link is None else link.received),
-        "sent": client.sent + (0 if link is None else link.sent),
-        "silent_for": round(client.silent_for, 1),
+        "staleness": round(missed / pushes, 3) if pushes else 0.0,
+        "longest": max(session.staleness, default=0),
+        "left_out": session.dropped,
+        "received": session.received + (0 if link is None else link.received),
+        "sent": session.sent + (0 if link is None else link.sent),
+        "silent_for": round(session.silent_for, 1),
     }
 
 
-def _state(client: Client) -> str:
-    if client.done:
+def _state(session: Session) -> str:
+    if session.done:
         return "done"
-    if client.link is None:
+    if session.link is None:
         return "gone"
-    if not client.waited_for:
+    if not session.alive:
         return "silent"
-    return "resting" if client.resting else "counts"
+    return "resting" if session.paused else "counts"
 
 
-class Board(logging.Handler):
-    """Shows rows, and as a handler of `logging` the server's messages with their time.
+class ServerDashboard(logging.Handler):
+    """Live table of a server's clients, and `logging` handler for the server's messages.
 
     Parameters
     ----------
     mode
-        "live": a table that stays; "plain": a line for each client every ten seconds; "off"; or "auto": the
-        table where the output is a terminal.
+        "live": a table that is updated; "plain": a line for each client every ten seconds; "off"; or "auto":
+        live if the output is a terminal, else plain.
     prefix
-        Before each message: which server says so.
+        Name of the server, before each message. Default "".
     """
 
     def __init__(self, mode: str, prefix: str = "") -> None:
@@ -70,23 +70,24 @@ class Board(logging.Handler):
             self._live.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._say(f"{self._prefix}{record.getMessage()}")
+        self._print(f"{self._prefix}{record.getMessage()}")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         line = f"{time.strftime('%H:%M:%S')}  {text}"
         if self._live is not None:
             self._live.console.print(line, markup=False)
         elif self._mode == "plain":
             print(line, flush=True)
 
-    def show(self, clients: Iterable[Client]) -> None:
-        """Show how the clients are, as often as the mode says."""
+    def show(self, sessions: Iterable[Session]) -> None:
+        """Show the state of the clients, at the interval of the mode."""
         if self._live is not None:
-            self._live.update(_table(map(row, clients)), refresh=True)
-        elif self._mode == "plain" and time.monotonic() - self._shown_at > _LINES_EVERY:
+            self._live.update(_table(map(session_row, sessions)), refresh=True)
+        elif self._mode == "plain" and time.monotonic() - self._shown_at > _LINE_INTERVAL:
             self._shown_at = time.monotonic()
-            for client in clients:
-                self._say("  ".join(f"{name} {value}" for name, value in _cells(row(client)).items()))
+            for session in sessions:
+                cells = _cells(session_row(session))
+                self._print("  ".join(f"{name} {value}" for name, value in cells.items()))
 
     def close(self) -> None:
         if self._live is not None:
@@ -94,27 +95,27 @@ class Board(logging.Handler):
         super().close()
 
 
-def _cells(of: Row) -> dict[str, str]:
-    """A row as text, by the headings of a table."""
+def _cells(row: Row) -> dict[str, str]:
+    """Cells of a row, by the headings of the table."""
     return {
-        "client": of["name"],
-        "state": of["state"],
-        "pushes": f"{of['pushes']:,}",
-        "staleness": f"{of['staleness']:.1f}",
-        "longest": str(of["longest"]),
-        "left out": f"{of['left_out']:,}",
-        "MB in": f"{of['received'] / _MB:,.1f}",
-        "MB out": f"{of['sent'] / _MB:,.1f}",
-        "silent": f"{of['silent_for']:.1f} s",
-        "from": of["from"] or "-",
+        "client": row["name"],
+        "state": row["state"],
+        "pushes": f"{row['pushes']:,}",
+        "staleness": f"{row['staleness']:.1f}",
+        "longest": str(row["longest"]),
+        "left out": f"{row['left_out']:,}",
+        "MB in": f"{row['received'] / _MB:,.1f}",
+        "MB out": f"{row['sent'] / _MB:,.1f}",
+        "silent": f"{row['silent_for']:.1f} s",
+        "from": row["from"] or "-",
     }
 
 
 def _table(rows: Iterable[Row]) -> Table:
     table = Table(box=None)
-    for place, of in enumerate(map(_cells, rows)):
-        if place == 0:
-            for heading in of:
+    for index, row in enumerate(map(_cells, rows)):
+        if index == 0:
+            for heading in row:
                 table.add_column(heading, no_wrap=True)
-        table.add_row(*of.values())
+        table.add_row(*row.values())
     return table

@@ -1,4 +1,4 @@
-"""`hpcsgd serve`: parameter servers in a job of their own, for groups of workers that come and go."""
+"""Job of parameter servers for groups of workers in other jobs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from hpcsgd.commands.serve.dashboard import Board
-from hpcsgd.commands.serve.service import Options, Service
+from hpcsgd.commands.serve.dashboard import ServerDashboard
+from hpcsgd.commands.serve.service import ServeOptions, Service
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.server import tcp_link
@@ -21,57 +21,60 @@ from hpcsgd.server import tcp_link
 _log = logging.getLogger("hpcsgd.server")
 
 
-def serve(options: Options) -> None:
-    """Serve until all groups that came are done, or a signal; collective: each rank is a server.
+def serve(options: ServeOptions) -> None:
+    """Serve until all groups are done, or until a signal; collective: each rank is a server.
 
     Raises
     ------
     HpcsgdError
-        On all ranks, for a folder of other servers, or one that is damaged.
+        On all ranks, if the checkpoint folder belongs to other servers or is damaged.
     """
     folder = options.checkpoint or options.listen.with_name(f"{options.listen.name}.checkpoint")
     with World(device="cpu") as world:
-        torch.set_num_threads(world.threads)
-        told = world.together(lambda: _secret(folder, options, world.size) if world.rank == 0 else "")
-        secret = world.gather(told, "the secret of the job")[0]
-        with _board(options.progress, world.rank) as board:
-            own = folder / f"server-{world.rank}"
-            service = world.together(lambda: Service(options, world, own, secret, board))
+        torch.set_num_threads(world.local.threads)
+        own = world.collectively(lambda: _secret(folder, options, world.size) if world.rank == 0 else "")
+        secret = world.gather(own, "the secret of the job")[0]
+        with _dashboard(options.progress, world.rank) as dashboard:
+            subfolder = folder / f"server-{world.rank}"
+            service = world.collectively(lambda: Service(options, world, subfolder, secret, dashboard))
             service.run()
 
 
-def _secret(folder: Path, options: Options, servers: int) -> str:
-    """What groups must know; it stays the same over all starts of the servers that have this folder."""
-    own = {"mode": options.mode, "alpha": options.alpha, "servers": servers}
+def _secret(folder: Path, options: ServeOptions, servers: int) -> str:
+    """Secret of the job, which stays the same for all starts of the servers of this folder."""
+    settings = {"mode": options.mode, "alpha": options.alpha, "servers": servers}
     path = folder / "job.json"
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        aside = path.with_suffix(".partial")
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump({**own, "secret": tcp_link.new_secret()}, file)
-        os.replace(aside, path)
+        partial = path.with_suffix(".partial")
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump({**settings, "secret": tcp_link.new_secret()}, file)
+        os.replace(partial, path)
     found: dict[str, Any] = json.loads(path.read_text())
-    for name, value in own.items():
+    for name, value in settings.items():
         if found[name] != value:
             raise BadOption(
-                f"{folder} is of servers with another {name}",
+                f"{folder} belongs to servers with another {name}",
                 expected=f"{name}={found[name]}",
                 got=f"{name}={value}",
-                do="start them as before, or name another --checkpoint folder",
+                do=f"start the servers with the same --{name}, or with another --checkpoint folder",
             )
     return str(found["secret"])
 
 
 @contextmanager
-def _board(mode: str, rank: int) -> Iterator[Board]:
-    """Where this server's messages go; all but the first show only their warnings."""
-    board = Board(mode) if rank == 0 else Board("off" if mode == "off" else "plain", f"server {rank}: ")
-    board.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+def _dashboard(mode: str, rank: int) -> Iterator[ServerDashboard]:
+    """Dashboard of this server; all but the first print warnings only."""
+    if rank == 0:
+        dashboard = ServerDashboard(mode)
+    else:
+        dashboard = ServerDashboard("off" if mode == "off" else "plain", f"server {rank}: ")
+    dashboard.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     _log.setLevel(logging.INFO)
     _log.propagate = False
-    _log.addHandler(board)
+    _log.addHandler(dashboard)
     try:
-        yield board
+        yield dashboard
     finally:
-        _log.removeHandler(board)
-        board.close()
+        _log.removeHandler(dashboard)
+        dashboard.close()

@@ -1,4 +1,4 @@
-"""What one server of `hpcsgd serve` remembers over its end: checkpoints, and the logs of updates since."""
+"""Persistent state of one server of `hpcsgd serve`: checkpoints, and logs of the updates since."""
 
 from __future__ import annotations
 
@@ -12,111 +12,111 @@ from typing import Any
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.server import Server, update_log
 from hpcsgd.server.shard import Push, Shard
-from hpcsgd.server.update_rules import Terms
+from hpcsgd.server.update_rules import UpdateContext
 from hpcsgd.training.checkpoint.checkpoints import Checkpoints
 
 _log = logging.getLogger("hpcsgd.server")
-# A log is too long beyond both of these.
-_BYTES, _MODELS = 256 * 2**20, 4
+# A log longer than both of these starts a checkpoint.
+_LOG_BYTES, _LOG_MODELS = 256 * 2**20, 4
 
 
-class Memory:
-    """Writes down every update at once, and everything from time to time, by a thread.
+class ServerPersistence:
+    """Writes every update to a log, and checkpoints at intervals, in a thread.
 
     Parameters
     ----------
     folder
-        Made where absent; no other server may use it at the same time.
+        Folder of the server, created if absent; no other server may use it at the same time.
     every
-        Seconds between two checkpoints; where much is pushed they come sooner, so that logs stay short.
+        Seconds between two checkpoints; a long log starts one earlier.
 
     Raises
     ------
     HpcsgdError
-        The folder is in use.
+        If the folder is in use.
     """
 
     def __init__(self, folder: Path, every: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder / "lock")
+        self._lock_file = _acquire_lock(folder / "lock")
         self._checkpoints = Checkpoints(folder, 0, 1, lambda value: [value], keep=1)
-        self._keeping = update_log.Keeping(folder)
+        self._update_log = update_log.UpdateLog(folder)
         self._every = every
         self._thread = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._pending_checkpoint: Future[None] | None = None
 
-    def recall(self, server: Server) -> None:
-        """Make a new server what the last one was that had this folder, and begin to write down.
+    def restore(self, server: Server) -> None:
+        """Restore the last server of this folder in a new one, and start to log its updates.
 
         Raises
         ------
         HpcsgdError
-            The folder is damaged.
+            If the folder is damaged.
         """
         self._server, self._number = server, 0
-        steps, logs = self._checkpoints.steps(), self._keeping.numbers()
+        steps, logs = self._checkpoints.steps(), self._update_log.numbers()
         if steps:
-            update_log.restore(server, self._checkpoints.load()[0][0])
-        replayed = self._keeping.replay(server, steps[-1] if steps else 0)
+            update_log.restore_server(server, self._checkpoints.load()[0][0])
+        replayed = self._update_log.replay(server, steps[-1] if steps else 0)
         if steps or logs:
             self._number = max([*steps, *logs])
-            self._save().result()
+            self._start_checkpoint().result()
             updates = sum(shard.version for shard in server.shards.values())
-            _log.info("goes on after %s updates, %s of them from the log", f"{updates:,}", f"{replayed:,}")
+            _log.info("resumes after %s updates, %s of them from the log", f"{updates:,}", f"{replayed:,}")
         else:
-            self._begin()
+            self._start_log()
 
-    def record(self, shard: Shard, pushes: list[Push], terms: Terms) -> None:
-        """See `counting.Record`."""
-        self._keeping.record(shard, pushes, terms)
+    def record_update(self, shard: Shard, pushes: list[Push], context: UpdateContext) -> None:
+        """See `aggregation.RecordUpdate`."""
+        self._update_log.record_update(shard, pushes, context)
 
-    def look(self) -> None:
-        """Now and then: notice who came and went, and begin a checkpoint when it is time."""
-        self._keeping.note()
-        if self._writing is None:
+    def maintain(self) -> None:
+        """Log changes of the sessions, and start a checkpoint if one is due; called periodically."""
+        self._update_log.record_sessions()
+        if self._pending_checkpoint is None:
             model = sum(shard.nbytes for shard in self._server.shards.values())
-            long = self._keeping.nbytes > max(_BYTES, _MODELS * model)
-            due = time.monotonic() - self._saved_at > self._every
-            if long or (due and self._keeping.nbytes > self._empty):
-                self._writing = self._save()
-        elif self._writing.done():
-            error, self._writing = self._writing.exception(), None
+            log_is_long = self._update_log.nbytes > max(_LOG_BYTES, _LOG_MODELS * model)
+            is_due = time.monotonic() - self._checkpoint_started_at > self._every
+            if log_is_long or (is_due and self._update_log.nbytes > self._initial_log_bytes):
+                self._pending_checkpoint = self._start_checkpoint()
+        elif self._pending_checkpoint.done():
+            error, self._pending_checkpoint = self._pending_checkpoint.exception(), None
             if error is not None:
-                _log.warning("no checkpoint: %s; the log goes on", error)
+                _log.warning("no checkpoint: %s; the updates are still logged", error)
 
     def close(self) -> None:
         """Write the last checkpoint."""
-        if self._writing is not None:
-            self._writing.exception()
-        self._save().result()
-        self._keeping.close()
+        if self._pending_checkpoint is not None:
+            self._pending_checkpoint.exception()
+        self._start_checkpoint().result()
+        self._update_log.close()
         self._thread.shutdown()
-        self._lock.close()
+        self._lock_file.close()
 
-    def _save(self) -> Future[None]:
-        saved = update_log.state(self._server)
+    def _start_checkpoint(self) -> Future[None]:
+        state = update_log.server_state(self._server)
         self._number += 1
-        self._begin()
-        return self._thread.submit(self._write, self._number, saved)
+        self._start_log()
+        return self._thread.submit(self._write_checkpoint, self._number, state)
 
-    def _begin(self) -> None:
-        self._keeping.begin(self._server, self._number)
-        self._empty, self._saved_at = self._keeping.nbytes, time.monotonic()
+    def _start_log(self) -> None:
+        self._update_log.start(self._server, self._number)
+        self._initial_log_bytes, self._checkpoint_started_at = self._update_log.nbytes, time.monotonic()
 
-    def _write(self, number: int, saved: dict[str, Any]) -> None:
-        self._checkpoints.save(number, saved, {})
-        self._keeping.forget(number)
+    def _write_checkpoint(self, number: int, state: dict[str, Any]) -> None:
+        self._checkpoints.save(number, state, {})
+        self._update_log.remove_before(number)
 
 
-def _lock(path: Path) -> Any:
-    """Hold a file that only one process can hold, as long as it lives."""
+def _acquire_lock(path: Path) -> Any:
+    """Lock a file for the lifetime of this process."""
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise HpcsgdError(
-            f"another server is at work in {path.parent}",
-            do="stop it, or name another --listen FILE and --checkpoint FOLDER",
+            f"another server uses {path.parent}",
+            do="stop it, or use another --listen FILE and --checkpoint FOLDER",
         ) from None
     except OSError:
         pass  # a file system without locks

@@ -1,4 +1,4 @@
-"""One server of `hpcsgd serve`: its port, its clients, and when it ends."""
+"""One server of `hpcsgd serve`: event loop, metrics and shutdown."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcsgd.commands.serve.dashboard import Board, row
-from hpcsgd.commands.serve.persistence import Memory
-from hpcsgd.commands.signals import Signals
+from hpcsgd.commands.serve.dashboard import ServerDashboard, session_row
+from hpcsgd.commands.serve.persistence import ServerPersistence
+from hpcsgd.commands.signals import SignalRecorder
 from hpcsgd.commands.train.metrics import FILE
-from hpcsgd.mpi.communicator import Transport
+from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.world import World
 from hpcsgd.server import Policy, Server, tcp_link
-from hpcsgd.server.metrics import figures_of
-from hpcsgd.server.tcp_link import SocketLink
-from hpcsgd.server.utilization import Load
+from hpcsgd.server.metrics import server_metrics
+from hpcsgd.server.tcp_link import TCPLink
+from hpcsgd.server.utilization import Utilization
 
 _log = logging.getLogger("hpcsgd.server")
-_TICK = 0.2  # seconds between two looks at what does not come over a link
-_METRICS_EVERY = 5.0  # seconds
+_TICK_SECONDS = 0.2  # between two checks of leases, checkpoints and signals
+_METRICS_INTERVAL = 5.0  # seconds
 
 
-class Options(NamedTuple):
-    """What a server is told when it is started.
+class ServeOptions(NamedTuple):
+    """Options of `hpcsgd serve`.
 
     Attributes
     ----------
     listen
-        The file that tells groups where the servers are.
+        Rendezvous file to write, see `hpcsgd.server.tcp_link.RendezvousFile`.
     mode, alpha, max_staleness, lease
         See `hpcsgd.server.Policy`.
     checkpoint
-        The folder that holds what the servers know; None: beside `listen`.
+        Folder of the servers' state; None (default): beside `listen`.
     checkpoint_every
-        Seconds between two checkpoints.
+        Seconds between two checkpoints. Default 60.
     groups
-        How many must have come before the servers may end.
+        Number of groups that must have connected before the servers may end. Default 1.
     linger
-        Seconds for which groups are waited for that left without a goodbye, once all others are done.
+        Seconds to wait for disconnected groups, once all others are done. Default 60.
     progress
-        What to show, see `hpcsgd.commands.serve.dashboard.Board`.
+        Output, see `hpcsgd.commands.serve.dashboard.ServerDashboard`. Default "auto".
     """
 
     listen: Path
@@ -63,214 +63,217 @@ class Options(NamedTuple):
 
 
 class Service:
-    """One server: its listening socket, the links of its clients, and what it keeps.
+    """One server: its listening socket, the links of its clients, and its persistent state.
 
     Parameters
     ----------
     options, world
-        See `serve`.
+        Options, and the ranks of the job, each of which is a server.
     folder
-        What this server keeps.
+        Folder of this server's state and metrics.
     secret
-        What clients must know.
-    board
-        Where it shows them.
+        Key by which clients authenticate.
+    dashboard
+        Shows the clients.
     """
 
-    def __init__(self, options: Options, world: World, folder: Path, secret: str, board: Board) -> None:
+    def __init__(
+        self, options: ServeOptions, world: World, folder: Path, secret: str, dashboard: ServerDashboard
+    ) -> None:
         from hpcsgd.kernels.sums import server_update
 
-        self._options, self._world, self._board = options, world, board
+        self._options, self._world, self._dashboard = options, world, dashboard
         policy = Policy(options.mode, options.alpha, options.max_staleness, options.lease, secret)
-        self._memory = Memory(folder, options.checkpoint_every)
-        self.server = Server(policy, world.rank, world.size, self._memory.record)
-        self._memory.recall(self.server)
+        self._persistence = ServerPersistence(folder, options.checkpoint_every)
+        self.server = Server(policy, world.rank, world.size, self._persistence.record_update)
+        self._persistence.restore(self.server)
         server_update.warm_up()
         self._metrics = (folder / FILE).open("a", buffering=1)
         self._listener = tcp_link.listen()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._followed: dict[SocketLink, int] = {}
-        self._signals = Signals(signal.SIGINT)
-        self._votes = Votes(world.control)
-        self._load = Load()
-        self._came = self._waits = self._told_of_seeds = False
+        self._registered: dict[TCPLink, int] = {}
+        self._signals = SignalRecorder(signal.SIGINT)
+        self._vote = EndVote(world.control)
+        self._utilization = Utilization()
+        self._expected_groups_connected = self._lingering = self._seeds_reported = False
         self._tick_at = self._metrics_at = 0.0
 
     def run(self) -> None:
-        """Serve to the end; collective."""
-        with self._signals.noted(), ExitStack() as stack:
+        """Serve until the servers agree to end; collective."""
+        with self._signals.installed(), ExitStack() as stack:
             stack.callback(self._metrics.close)
             stack.callback(self._selector.close)
             stack.callback(self._listener.close)
-            self._tell()
-            for client in self.server.clients.values():
-                client.since = time.monotonic()  # only from now on can it be heard
-            while not self._over():
-                self._look()
-            self._end()
+            self._publish_addresses()
+            for session in self.server.sessions.values():
+                session.last_seen = time.monotonic()  # its lease begins when it can connect
+            while not self._should_end():
+                self._poll()
+            self._shut_down()
 
-    def _tell(self) -> None:
-        """Write the file that groups wait for."""
+    def _publish_addresses(self) -> None:
+        """Write the rendezvous file; collective."""
         options, world = self._options, self._world
-        mine = (tcp_link.addresses(), int(self._listener.getsockname()[1]))
-        meeting = tcp_link.Meeting(self.server.policy.secret, world.gather(mine, "the servers' addresses"))
+        own_address = (tcp_link.addresses(), int(self._listener.getsockname()[1]))
+        addresses = world.gather(own_address, "the servers' addresses")
+        file = tcp_link.RendezvousFile(self.server.policy.secret, addresses)
 
         def write() -> None:
             if world.rank == 0:
                 options.listen.parent.mkdir(parents=True, exist_ok=True)
-                meeting.write(options.listen)
+                file.write(options.listen)
 
-        world.together(write)
+        world.collectively(write)
         servers = f"{world.size} server{'s' if world.size > 1 else ''}"
         _log.info("%s, mode %s: hpcsgd train --connect %s", servers, options.mode, options.listen)
 
-    def _look(self) -> None:
-        """Wait for something on the links, and let them move what can be moved."""
-        ready = [key.fileobj for key, _ in self._selector.select(_TICK)]
+    def _poll(self) -> None:
+        """Wait for events on the sockets, and pump their links."""
+        ready = [key.fileobj for key, _ in self._selector.select(_TICK_SECONDS)]
         started = time.perf_counter()
-        found = self.server.pump([link for link in ready if isinstance(link, SocketLink)])
-        self._follow()
+        moved = self.server.pump([link for link in ready if isinstance(link, TCPLink)])
+        self._update_selector()
         if self._listener in ready:
             self._accept()
-            self._follow()
-        self._load.looked(found, time.perf_counter() - started)
-        self._came = self._came or self._have_come()
+            self._update_selector()
+        self._utilization.record_poll(moved, time.perf_counter() - started)
+        self._expected_groups_connected = self._expected_groups_connected or self._groups_connected()
 
-    def _have_come(self) -> bool:
-        """Whether so many groups were here as there shall be, of which one is not done."""
-        clients, first = self.server.clients.values(), min(self.server.shards, default=-1)
-        # The rank of a group that talks first has the first shard.
-        groups = sum(first in client.shards for client in clients)
-        return groups >= self._options.groups and not all(client.done for client in clients)
+    def _groups_connected(self) -> bool:
+        """Whether the expected number of groups has connected, and at least one is not done."""
+        sessions, first = self.server.sessions.values(), min(self.server.shards, default=-1)
+        # One gateway of each group has the first shard.
+        groups = sum(first in session.shards for session in sessions)
+        return groups >= self._options.groups and not all(session.done for session in sessions)
 
     def _accept(self) -> None:
         try:
             while True:
                 connection, (host, port) = self._listener.accept()
                 name, traffic = f"{host}:{port}", self._world.traffic
-                self.server.add(SocketLink(connection, self.server, name, traffic))
+                self.server.add_link(TCPLink(connection, self.server, name, traffic))
         except BlockingIOError:
             return
         except OSError as error:
             _log.warning("a connection could not be accepted: %s", error)
 
-    def _follow(self) -> None:
-        """Let the selector know which links there are, and which have something to send."""
-        links = [link for link in self.server.links if isinstance(link, SocketLink)]
-        for link in self._followed.keys() - set(links):
+    def _update_selector(self) -> None:
+        """Register all links, for writing too if they have messages to send."""
+        links = [link for link in self.server.links if isinstance(link, TCPLink)]
+        for link in self._registered.keys() - set(links):
             self._selector.unregister(link)
-            del self._followed[link]
+            del self._registered[link]
         for link in links:
             events = selectors.EVENT_READ | (0 if link.idle else selectors.EVENT_WRITE)
-            if link not in self._followed:
+            if link not in self._registered:
                 self._selector.register(link, events)
-            elif events != self._followed[link]:
+            elif events != self._registered[link]:
                 self._selector.modify(link, events)
-            self._followed[link] = events
+            self._registered[link] = events
 
-    def _over(self) -> bool:
-        """Now and then look at clocks; whether the servers have agreed to end."""
+    def _should_end(self) -> bool:
+        """Do the periodic work; returns whether the servers have agreed to end."""
         now = time.monotonic()
         if now < self._tick_at:
             return False
-        self._tick_at = now + _TICK
-        self.server.watch()
-        self._follow()
-        self._memory.look()
+        self._tick_at = now + _TICK_SECONDS
+        self.server.check_leases()
+        self._update_selector()
+        self._persistence.maintain()
         if self._world.rank == 0:
-            self._board.show(self.server.clients.values())
-        if not self._told_of_seeds:
+            self._dashboard.show(self.server.sessions.values())
+        if not self._seeds_reported:
             self._compare_seeds()
         if now >= self._metrics_at:
-            self._metrics_at = now + _METRICS_EVERY
+            self._metrics_at = now + _METRICS_INTERVAL
             self._write_metrics()
-        return self._votes.cast(self._signals.caught is not None, self._is_left_alone())
+        return self._vote.poll(self._signals.received is not None, self._is_abandoned())
 
-    def _is_left_alone(self) -> bool:
-        """Whether nobody is here, or is waited for, any more."""
-        left = [client for client in self.server.clients.values() if not client.done]
-        if not self._came or not left:
-            return self._came
-        away = all(client.link is None or not client.waited_for for client in left)
-        names = ", ".join(client.name for client in left)
-        # Who comes back at once, because it was this server that was away, must be heard first.
+    def _is_abandoned(self) -> bool:
+        """Whether all groups are done, or those that are not have been away for too long."""
+        unfinished = [session for session in self.server.sessions.values() if not session.done]
+        if not self._expected_groups_connected or not unfinished:
+            return self._expected_groups_connected
+        all_away = all(session.link is None or not session.alive for session in unfinished)
+        names = ", ".join(session.name for session in unfinished)
+        # Groups that reconnect to a restarted server at once must have the time to do so.
         linger = max(self._options.linger, self._options.lease)
-        if away and not self._waits:
-            _log.warning("nobody is here: waits up to %g s for %s", linger, names)
-        self._waits = away
-        if not away or min(client.silent_for for client in left) <= linger:
+        if all_away and not self._lingering:
+            _log.warning("no group is connected: waits up to %g s for %s", linger, names)
+        self._lingering = all_away
+        if not all_away or min(session.silent_for for session in unfinished) <= linger:
             return False
-        _log.warning("%s did not say goodbye, and did not come back for %g s", names, linger)
+        _log.warning("%s did not close the session, and has not reconnected for %g s", names, linger)
         return True
 
     def _compare_seeds(self) -> None:
-        """Groups with one seed would go through their data in the same order."""
+        """Warn of groups with equal seeds: they would use the same batches in the same order."""
         names: dict[int, str] = {}
-        for client in self.server.clients.values():
-            if client.seed is not None and client.link is not None:
-                other = names.setdefault(client.seed, client.name)
-                if other != client.name:
-                    text = "%s and %s have the same seed, %d, and draw the same batches: set another --seed"
-                    _log.warning(text, other, client.name, client.seed)
-                    self._told_of_seeds = True
+        for session in self.server.sessions.values():
+            if session.seed is not None and session.link is not None:
+                other = names.setdefault(session.seed, session.name)
+                if other != session.name:
+                    text = "%s and %s have the same seed, %d, and use the same batches: set another --seed"
+                    _log.warning(text, other, session.name, session.seed)
+                    self._seeds_reported = True
 
     def _write_metrics(self) -> None:
-        server = self.server
+        server, aggregator = self.server, self.server.aggregator
         record = {
             "event": "server",
             "time": round(time.time(), 3),
             "versions": {index: shard.version for index, shard in server.shards.items()},
-            **figures_of(server.counting.staleness, server.counting.left_out, self._load.figures()),
-            "clients": [row(client) for client in server.clients.values()],
+            **server_metrics(aggregator.staleness, aggregator.dropped, self._utilization.metrics()),
+            "clients": [session_row(session) for session in server.sessions.values()],
         }
         self._metrics.write(json.dumps(record) + "\n")
 
-    def _end(self) -> None:
-        options, caught = self._options, self._signals.caught
+    def _shut_down(self) -> None:
+        options, caught = self._options, self._signals.received
         if self._world.rank == 0:
             options.listen.unlink(missing_ok=True)
-            self._board.show(self.server.clients.values())
+            self._dashboard.show(self.server.sessions.values())
         self._write_metrics()
-        self._memory.close()
+        self._persistence.close()
         updates = sum(shard.version for shard in self.server.shards.values())
-        if self._votes.stopped:
+        if self._vote.stopped:
             name = signal.Signals(caught).name if caught is not None else "another server was stopped"
-            _log.info("%s: state after %s updates is kept; groups wait for a server", name, f"{updates:,}")
+            _log.info("%s: state after %s updates is saved; groups wait for a server", name, f"{updates:,}")
         else:
             _log.info("done, after %s updates", f"{updates:,}")
         for link in self.server.links:
             link.close()
 
 
-class Votes:
-    """Asks all servers again and again whether they may end, without waiting for answers.
+class EndVote:
+    """Repeated non-blocking vote of all servers on whether to end.
 
     Parameters
     ----------
-    transport
-        The servers' ranks.
+    communicator
+        Communicator of the servers.
 
     Attributes
     ----------
     stopped
-        Whether any was told to stop.
+        Whether any server has received a signal to stop.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self._mine = np.empty(2, np.int32)
-        self._all = np.empty((transport.size, 2), np.int32)
-        self._round: Any = None
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._own = np.empty(2, np.int32)
+        self._all = np.empty((communicator.size, 2), np.int32)
+        self._request: Any = None
         self.stopped = False
 
-    def cast(self, stopped: bool, alone: bool) -> bool:
-        """Give this server's word; returns whether a round is over in which one stopped, or all are alone."""
-        if self._round is None:
-            self._mine[:] = stopped, alone
-            self._round = self._transport.iallgather(self._mine, self._all)
-        if not self._round.Test():
+    def poll(self, stopped: bool, abandoned: bool) -> bool:
+        """Vote; returns whether a vote is complete in which one server was stopped, or all are abandoned."""
+        if self._request is None:
+            self._own[:] = stopped, abandoned
+            self._request = self._communicator.iallgather(self._own, self._all)
+        if not self._request.Test():
             return False
-        self._round = None
+        self._request = None
         self.stopped = bool(self._all[:, 0].any())
         return self.stopped or bool(self._all[:, 1].all())

@@ -1,1 +1,1 @@
-"""`hpcsgd topology`."""
+"""`hpcsgd topology`: tables and drawings of topologies."""

@@ -22,16 +22,16 @@ _THINNEST, _THICKEST = 0.4, 1.8
 
 
 def draw(topology: Topology, title: str) -> Figure:
-    """Draw who mixes with whom; the thicker a link, the larger its weight.
+    """Draw the peers and their links; the width of a link grows with its weight.
 
-    An arrow points from the model to who reads it. Needs matplotlib.
+    An arrow points from a peer to the reader of its model. Needs matplotlib.
 
     Parameters
     ----------
     topology
-        The topology; of a period longer than 8 steps the first 8 are drawn.
+        The topology; if its period is longer than 8 steps the first 8 are drawn.
     title
-        Stands above the panels.
+        Title above the panels.
     """
     from matplotlib.figure import Figure
 
@@ -86,7 +86,7 @@ def _off_diagonal(topology: Topology, step: int) -> np.ndarray[tuple[int, ...], 
 
 
 def _passes_another(places: np.ndarray[tuple[int, ...], np.dtype[np.float64]], link: Link) -> bool:
-    """Whether a straight line would run through a third peer."""
+    """Return whether a straight line would run through a third peer."""
     start, way = places[link[0]], places[link[1]] - places[link[0]]
     offsets = places - start
     along = offsets @ way / (way @ way)

@@ -1,4 +1,4 @@
-"""What topologies cost and how fast they mix, as tables."""
+"""Tables of topologies: their traffic and mixing rate."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Traffic:
+class MessageCounts:
     """The messages of a topology, one model each.
 
     Parameters
     ----------
     least, most
-        Models that a peer reads in a step, over all peers and steps of a period.
+        Smallest and largest number of models that a peer reads in a step.
     messages
-        Models that all peers read in a step, on average over a period.
+        Number of models that all peers together read in a step, on average over a period.
     """
 
     least: int
@@ -37,38 +37,38 @@ class Traffic:
     messages: float
 
 
-def traffic(topology: Topology) -> Traffic:
+def count_messages(topology: Topology) -> MessageCounts:
     """Count the messages of one period."""
     matrices = (topology.matrix(step) for step in range(topology.period))
     read = np.array([np.count_nonzero(matrix - np.diag(np.diag(matrix)), axis=1) for matrix in matrices])
-    return Traffic(int(read.min()), int(read.max()), float(read.sum() / topology.period))
+    return MessageCounts(int(read.min()), int(read.max()), float(read.sum() / topology.period))
 
 
 def steps_to_halve(topology: Topology) -> int | None:
-    """Steps from the first that leave at most half of any disagreement; None where it may stay for ever.
+    """Return the steps after which at most half of any disagreement is left; None if it may never be.
 
-    Exact within the first period; after that the bound that whole periods give.
+    Exact within the first period; beyond it the bound from whole periods.
     """
     product = np.eye(topology.size)
     for step in range(topology.period):
         product = topology.matrix(step) @ product
         if np.linalg.norm(product - 1 / topology.size, 2) <= 0.5 + TOLERANCE:
             return step + 1
-    kept = topology.second_singular_value()
-    return topology.period * ceil(log(0.5) / log(kept)) if kept < 1 - TOLERANCE else None
+    remaining = topology.second_singular_value()
+    return topology.period * ceil(log(0.5) / log(remaining)) if remaining < 1 - TOLERANCE else None
 
 
 def details(topology: Topology, spec: str, parameters: int) -> Table:
-    """All that is known of one topology.
+    """Return the table of one topology.
 
     Parameters
     ----------
     topology
         The topology.
     spec
-        What it was made from, the title.
+        Spec of the topology, for the title.
     parameters
-        Numbers of a model, each a float32.
+        Number of float32 parameters of a model.
     """
     table = Table(title=escape(f"{spec}, {topology.size} peers"), show_header=False)
     table.add_column()
@@ -79,14 +79,14 @@ def details(topology: Topology, spec: str, parameters: int) -> Table:
 
 
 def comparison(size: int, parameters: int) -> Group:
-    """All families over so many peers, with their default options, and why some are impossible.
+    """Return the table of all topologies with their default options, and the reasons why some are impossible.
 
     Parameters
     ----------
     size
-        Peers.
+        Number of peers.
     parameters
-        Numbers of a model, each a float32.
+        Number of float32 parameters of a model.
     """
     table = Table(title=f"Topologies of {size} peers")
     table.add_column("topology", no_wrap=True)
@@ -116,12 +116,12 @@ _NAMES = (
 
 
 def _values(topology: Topology, parameters: int) -> Iterator[str]:
-    counted, halving = traffic(topology), steps_to_halve(topology)
+    counts, halving = count_messages(topology), steps_to_halve(topology)
     yield "directed" if topology.directed else "symmetric"
     yield str(topology.period)
-    yield str(counted.most) if counted.least == counted.most else f"{counted.least}..{counted.most}"
+    yield str(counts.most) if counts.least == counts.most else f"{counts.least}..{counts.most}"
     yield f"{topology.spectral_gap():.4g}"
     yield "never" if halving is None else str(halving)
     yield f"{topology.period} step{'s' * (topology.period > 1)}" if topology.exact else "never"
-    yield f"{counted.messages:.4g}"
-    yield decimal(round(_FLOAT32 * parameters * counted.messages))
+    yield f"{counts.messages:.4g}"
+    yield decimal(round(_FLOAT32 * parameters * counts.messages))

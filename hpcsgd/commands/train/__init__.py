@@ -1,1 +1,1 @@
-"""`hpcsgd train`."""
+"""`hpcsgd train`: training runs, their settings, folders and records."""

@@ -1,4 +1,4 @@
-"""What rank 0 shows of a run: a progress bar on a terminal, plain lines elsewhere."""
+"""Terminal output of a run, by rank 0: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 _LINE_EVERY = 5.0  # seconds
 
 
-class Display:
-    """Shows records as they are made.
+class ConsoleDisplay:
+    """Displays records and messages.
 
     Parameters
     ----------
     mode
-        "bar", "plain", "off", or "auto": the bar where the output is a terminal.
+        "bar", "plain", "off", or "auto": the bar if the output is a terminal.
     total, step
-        Steps of the run, and those already done.
+        Steps of the run, and steps already taken.
     epochs
         Length of the run in epochs.
     """
@@ -43,28 +43,28 @@ class Display:
             self._task = self._bar.add_task("", total=total, completed=step)
             self._bar.start()
 
-    def say(self, text: str) -> None:
-        """A message, in any mode but "off"."""
+    def message(self, text: str) -> None:
+        """Display a message, in any mode but "off"."""
         if self._mode == "bar":
             self._console.print(text, markup=False)
         elif self._mode == "plain":
             print(text, flush=True)
 
     def train(self, record: dict[str, Any]) -> None:
-        """A record of training; plain output shows one every few seconds."""
+        """Display a record of training; plain output is limited to one every few seconds."""
         text = (
             f"epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  accuracy {record['accuracy']:6.2%}  "
-            f"{record['samples_per_second']:,.0f} samples/s  waiting {waiting(record):4.0%}"
+            f"{record['samples_per_second']:,.0f} samples/s  waiting {waiting_share(record):4.0%}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=text)
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
-            self.say(f"step {record['step']}/{self._total}  {text}")
+            self.message(f"step {record['step']}/{self._total}  {text}")
 
     def test(self, record: dict[str, Any]) -> None:
-        """A record of an evaluation."""
-        self.say(
+        """Display a record of an evaluation."""
+        self.message(
             f"epoch {record['epoch']:.2f}/{self._epochs:g}  test loss {record['loss']:.4f}  "
             f"test accuracy {record['accuracy']:.2%}  after {record['time']:.1f} s"
         )
@@ -74,7 +74,7 @@ class Display:
             self._bar.stop()
 
 
-def waiting(record: dict[str, Any]) -> float:
-    """The share of all ranks' time that was spent waiting."""
+def waiting_share(record: dict[str, Any]) -> float:
+    """Return the time that all ranks spent waiting, as a fraction of their total time."""
     wait, compute = sum(record["wait_seconds"]), sum(record["compute_seconds"])
     return float(wait / (wait + compute)) if wait + compute else 0.0

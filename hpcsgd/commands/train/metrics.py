@@ -1,4 +1,4 @@
-"""What a run measures of itself, and the file it goes into."""
+"""Measurements of a run: loss and accuracy, time and traffic, and the file of their records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "metrics.jsonl"
 
 @dataclass
 class Sums:
-    """Loss and hits over some targets, to be divided at the end: exact over any number of ranks."""
+    """Loss and hits summed over targets and divided last, so that sums over ranks are exact."""
 
     loss: float = 0.0
     hits: int = 0
@@ -40,7 +40,7 @@ class Sums:
 
 @dataclass
 class Counters:
-    """What one rank has spent since the first step of the run, evaluation and checkpoints left out."""
+    """Time, bytes and gradients of one rank since the first step, without evaluations and checkpoints."""
 
     seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -55,19 +55,19 @@ class Counters:
 
 
 class Meter:
-    """Reads a rank's clocks and byte counters as totals of the run, over pauses and resumes.
+    """Reads a rank's clocks and byte counters as totals of the run, across pauses and resumes.
 
     Parameters
     ----------
     world
-        Whose counters to read.
+        The ranks, with their counters.
     before
-        What earlier parts of the run had spent.
+        Totals of earlier parts of the run.
 
     Attributes
     ----------
     gradients
-        How many this rank has computed; whoever computes them counts.
+        Number of gradients that this rank has computed; the caller counts them.
     """
 
     def __init__(self, world: World, before: Counters) -> None:
@@ -76,17 +76,17 @@ class Meter:
         self._offset = self._now() - before
 
     def read(self) -> Counters:
-        """The totals up to now."""
+        """Return the totals up to now."""
         return self._now() - self._offset
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what happens inside."""
-        held = self.read()
+        """Exclude the enclosed code from the totals."""
+        before = self.read()
         try:
             yield
         finally:
-            self._offset = self._now() - held
+            self._offset = self._now() - before
 
     def _now(self) -> Counters:
         progress, traffic = self._world.progress, self._world.traffic
@@ -101,8 +101,8 @@ class Meter:
         )
 
 
-def spent(counters: Sequence[Counters]) -> dict[str, Any]:
-    """The columns of a record that tell what each rank has spent."""
+def counter_fields(counters: Sequence[Counters]) -> dict[str, Any]:
+    """Return the fields of a record with the time, bytes and gradients of each rank."""
     moved = sum(c.bytes_sent + c.bytes_shared for c in counters)
     saved = sum(c.bytes_saved for c in counters)
     return {
@@ -117,45 +117,45 @@ def spent(counters: Sequence[Counters]) -> dict[str, Any]:
     }
 
 
-class Recorder:
-    """Appends records to a run's `metrics.jsonl`, and to TensorBoard where it is installed.
+class MetricsWriter:
+    """Appends records to a run's `metrics.jsonl`, and to TensorBoard if it is installed.
 
     Parameters
     ----------
     folder
         The run's folder.
     step
-        Where the run goes on from; records of later steps, of a part that is repeated, are dropped.
-    keep
-        Where what it goes on from is another step, because other ranks counted otherwise: that of theirs.
+        The step from which the run continues: records of later steps will be written again, and are removed.
+    last_record
+        The same step in the count of other ranks, if these have written the records.
     """
 
-    def __init__(self, folder: Path, step: int, keep: int | None = None) -> None:
+    def __init__(self, folder: Path, step: int, last_record: int | None = None) -> None:
         path = folder / FILE
-        last = step if keep is None else keep
-        kept = [line for line in _lines(path) if _step(path, line) <= last]
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(kept))
-        os.replace(aside, path)
+        last = step if last_record is None else last_record
+        retained = [line for line in _lines(path) if _step(path, line) <= last]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(retained))
+        os.replace(partial, path)
         self._file = path.open("a", buffering=1)
-        self._board = _board(folder, step)
+        self._tensorboard = _tensorboard(folder, step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it is in the file when this returns."""
+        """Append one record; the file has it on return."""
         self._file.write(json.dumps(record) + "\n")
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in record.items():
                 if name not in ("event", "step") and isinstance(value, int | float):
-                    self._board.add_scalar(f"{record['event']}/{name}", value, record["step"])
+                    self._tensorboard.add_scalar(f"{record['event']}/{name}", value, record["step"])
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; a killed run may have left half of one."""
+    """Return the complete lines of a file; a killed run may have written half a line."""
     text = path.read_text() if path.exists() else ""
     return [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
 
@@ -165,13 +165,13 @@ def _step(path: Path, line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         raise HpcsgdError(
-            f"{path} has a line that is no record",
+            f"{path} has a line that is not a record with a step",
             got=line.strip()[:80],
-            do="remove that line, or start a new run",
+            do="remove the line from the file, or start a new run",
         ) from None
 
 
-def _board(folder: Path, step: int) -> Any:
+def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""What `hpcsgd train --on-failure` promises, and when it cannot keep it."""
+"""The policies of `hpcsgd train --on-failure`, and the settings that they exclude."""
 
 from __future__ import annotations
 
@@ -12,46 +12,42 @@ from hpcsgd.mpi import shutdown, ulfm
 from hpcsgd.mpi.world import World
 
 
-def check_survival(settings: Settings, world: World) -> None:
-    """Raise on all ranks where this run could not go on without a rank."""
+def check_on_failure(settings: Settings, world: World) -> None:
+    """Raise on all ranks if `--on-failure shrink` is set and this run cannot continue without a rank."""
     if settings.on_failure != "shrink":
         return
-    if world.size > 1 and not ulfm.survivable():
+    if world.size > 1 and not ulfm.is_enabled():
         raise BadOption(
-            "this MPI ends all ranks when one dies",
+            "this MPI ends all ranks when one rank dies",
             got="--on-failure shrink",
             do="start with Open MPI 5: mpiexec --with-ft ulfm; with another MPI use --on-failure restart, "
-            "and start again with --resume",
+            "and resume after a failure: --resume FOLDER",
             everywhere=True,
         )
-    _check_ranks_may_change(settings, "--on-failure shrink")
+    check_ranks_may_change(settings, "--on-failure shrink")
 
 
-def check_movable(settings: Settings, ranks: int, world: World) -> None:
-    """Raise on all ranks where a checkpoint of other ranks cannot be taken up."""
-    _check_ranks_may_change(settings, f"a checkpoint of {ranks} ranks, and {world.size} ranks now")
-
-
-def _check_ranks_may_change(settings: Settings, got: str) -> None:
+def check_ranks_may_change(settings: Settings, got: str) -> None:
+    """Raise on all ranks, with `got`, if this run cannot continue on another number of ranks."""
     if settings.virtual_nodes is not None:
         raise BadOption(
-            "virtual nodes cannot be shared out anew while they train",
+            "a run with virtual nodes cannot continue on another number of ranks",
             got=f"{got}, --virtual-nodes {settings.virtual_nodes}",
-            do="start as many ranks as before, without --on-failure shrink",
+            do="start as many ranks as before, and leave out --on-failure shrink",
             everywhere=True,
         )
     if registry.parse(settings.strategy)[0] == "ps":
         raise BadOption(
-            "servers among the ranks cannot be replaced while they serve",
+            "a run with servers among its ranks cannot continue on another number of ranks",
             got=f"{got}, --strategy {settings.strategy}",
-            do="make servers and groups jobs of their own, which survive each other: hpcsgd serve",
+            do="run servers and groups as jobs of their own, which survive each other: hpcsgd serve",
             everywhere=True,
         )
 
 
-def leave(lost: RankFailed, settings: Settings, folder: str, world: World) -> NoReturn:
-    """End the ranks that are left, of which one says why."""
+def exit_after_failure(lost: RankFailed, settings: Settings, folder: str, world: World) -> NoReturn:
+    """End the surviving ranks; rank 0 prints the failure, and the option to resume with."""
     if world.rank == 0:
-        others = ", by any number of ranks" if settings.on_failure == "restart" else ""
+        others = ", with any number of ranks" if settings.on_failure == "restart" else ""
         print(f"hpcsgd: {lost}\n  then:     --resume {folder}{others}", file=sys.stderr, flush=True)
-    shutdown.leave(1)
+    shutdown.exit_process(1)

@@ -1,4 +1,4 @@
-"""Optimizers by name, and the course of the learning rate."""
+"""Optimizers by name, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-#: What `--optimizer` knows; options are those of torch's classes.
+#: Names of `--optimizer`; the options are those of torch's classes.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
@@ -17,18 +17,18 @@ _STEP_AT = (0.5, 0.75)
 _STEP_FACTOR = 0.1
 
 
-def course(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
-    """The factor of the learning rate at each step.
+def learning_rate_schedule(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate as a function of the step.
 
     Parameters
     ----------
     schedule
-        "constant"; "cosine" (to 0 at the end); or "step" (a tenth after half of the steps, and again
-        after three quarters).
+        "constant"; "cosine" (to 0 at the end); or "step" (times 0.1 after half of the steps after the
+        warm-up, and again after three quarters).
     warmup
-        Steps of linear rise before that.
+        Steps of the linear warm-up.
     total
-        Steps of the run.
+        Steps of the run, with the warm-up.
     """
 
     def factor(step: int) -> float:

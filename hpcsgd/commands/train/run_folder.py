@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, how it begins, and whether another run may go on in it."""
+"""The folder of a run: its path, its creation, and the check of settings on resume."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hpcsgd import registry
-from hpcsgd.commands.train.settings import AUTO, Settings, resumed, to_toml
+from hpcsgd.commands.train.settings import AUTO, Settings, parse_resume, to_toml
 from hpcsgd.errors import BadOption
 
-#: Is in the folder of a run that has come to its end: there is nothing to go on with.
+#: File in the folder of a finished run.
 DONE = "done"
 
-#: Settings whose change would make the checkpoint's state, or its position in the data, another's.
+#: Settings that must not change on resume: the state of a checkpoint, or its position, depend on them.
 _FIXED_FOR_A_RUN = (
     *("data", "strategy", "virtual_nodes", "compress", "optimizer"),
     *("batch", "accumulate", "alpha", "seed"),
@@ -22,44 +22,53 @@ _FIXED_FOR_A_RUN = (
 
 
 def path_of(settings: Settings) -> Path:
-    """Where the run goes: to the folder it resumes, or a new one by name, or by time and method.
+    """Return the folder of the run: that of the resumed run, or a new one by name, or by time and method.
 
     Raises
     ------
     BadOption
-        A run shall go on if it has begun, and is not named.
+        `--resume auto` without `--name`.
     """
     if settings.resume == AUTO and not settings.name:
-        raise BadOption(f"--resume {AUTO} needs to know which run", do="give its --name", everywhere=True)
+        raise BadOption(f"--resume {AUTO} needs the name of the run", do="give its --name", everywhere=True)
     if settings.resume not in ("", AUTO):
-        return resumed(settings.resume)[0]
+        return parse_resume(settings.resume)[0]
     schemes = [settings.strategy, *([] if settings.compress == "none" else [settings.compress])]
     method = "-".join(registry.parse(scheme)[0] for scheme in schemes)
     return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}")
 
 
-def make(folder: Path, settings: Settings, about: dict[str, object]) -> None:
-    """Make it, with the settings in its `config.toml`.
+def create(folder: Path, settings: Settings, world: dict[str, object]) -> None:
+    """Create the folder, and write its `config.toml`.
+
+    Parameters
+    ----------
+    folder
+        The run's folder.
+    settings
+        Settings of the run.
+    world
+        Contents of the ``[world]`` table, for the reader's information.
 
     Raises
     ------
     BadOption
-        It exists, and what is in it is not to be gone on with.
+        The folder exists, and the run does not resume it.
     """
     try:
-        # A run may have been killed before its first checkpoint.
+        # With --resume auto a run may have been killed before its first checkpoint.
         folder.mkdir(parents=True, exist_ok=settings.resume == AUTO)
     except FileExistsError:
         raise BadOption(
             f"{folder} exists",
-            do=f"choose another --name, or go on with it: --resume {folder}",
+            do=f"choose another --name, or continue that run: --resume {folder}",
         ) from None
     named = replace(settings, out=str(folder.parent), name=folder.name, resume="")
-    (folder / "config.toml").write_text(to_toml(named, about))
+    (folder / "config.toml").write_text(to_toml(named, world))
 
 
 def mark(folder: Path, rank: int, *, done: bool) -> None:
-    """Rank 0 leaves the file `done` where the run has come to its end, and removes it while it goes on."""
+    """Let rank 0 create the file `done` at the end of the run, or remove it when the run continues."""
     if rank == 0 and done:
         (folder / DONE).touch()
     elif rank == 0:
@@ -67,20 +76,27 @@ def mark(folder: Path, rank: int, *, done: bool) -> None:
 
 
 def check_unchanged(settings: Settings, before: dict[str, Any]) -> None:
-    """Raise on all ranks where a setting differs that a run must keep.
+    """Check that a resumed run has the same data, method and seed as before.
+
+    Parameters
+    ----------
+    settings
+        Settings of the resumed run.
+    before
+        Settings in the checkpoint, by name.
 
     Raises
     ------
     BadOption
-        Naming the first of them.
+        On all ranks; names the first setting that differs.
     """
     for name in _FIXED_FOR_A_RUN:
         value = getattr(settings, name)
         if value != before.get(name, value):
             raise BadOption(
-                f"a run cannot go on with another {name}",
+                f"a run cannot be resumed with another {name}",
                 expected=before[name],
                 got=value,
-                do=f"leave out --{name}, or start a new run",
+                do=f"leave out --{name.replace('_', '-')}, or start a new run",
                 everywhere=True,
             )

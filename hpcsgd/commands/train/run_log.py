@@ -1,4 +1,4 @@
-"""The journal of a run: its records in a file and on the terminal."""
+"""The log of a run: its records, in a file and on the terminal."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcsgd.commands.train.console import Display
-from hpcsgd.commands.train.metrics import Counters, Recorder, Sums, spent
+from hpcsgd.commands.train.console import ConsoleDisplay
+from hpcsgd.commands.train.metrics import Counters, MetricsWriter, Sums, counter_fields
 
 
-class Journal:
-    """What rank 0 writes down of a run and shows; on other ranks the same calls do nothing.
+class RunLog:
+    """Writes and displays the records of a run on rank 0; on other ranks the same calls do nothing.
 
     Parameters
     ----------
     folder
-        The run's.
+        The run's folder.
     rank
         This rank.
     step
-        Steps already taken: records of later ones are dropped.
+        Steps already taken: records of later steps are removed.
     total, epochs
-        Length of the run.
+        Length of the run, in steps and in epochs.
     steps_per_epoch
-        For the records' epochs.
+        Converts steps to epochs in the records.
     mode
-        How to show it, see `Display`.
-    keep
-        See `Recorder`.
+        Mode of `ConsoleDisplay`.
+    last_record
+        As that of `MetricsWriter`.
     """
 
     def __init__(
@@ -40,15 +40,15 @@ class Journal:
         epochs: float,
         steps_per_epoch: int,
         mode: str,
-        keep: int | None = None,
+        last_record: int | None = None,
     ) -> None:
         self._steps_per_epoch = steps_per_epoch
-        self._recorder = Recorder(folder, step, keep) if rank == 0 else None
-        self._display = Display(mode if rank == 0 else "off", total, step, epochs)
+        self._writer = MetricsWriter(folder, step, last_record) if rank == 0 else None
+        self._display = ConsoleDisplay(mode if rank == 0 else "off", total, step, epochs)
 
-    def say(self, text: str) -> None:
-        """A message to who watches."""
-        self._display.say(text)
+    def message(self, text: str) -> None:
+        """Display a message."""
+        self._display.message(text)
 
     def train(
         self,
@@ -59,37 +59,53 @@ class Journal:
         learning_rate: float,
         method: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Record the training since rank 0 had spent `since`, with each rank's figures of the method."""
-        figures = {
+        """Record the training since an earlier record.
+
+        Parameters
+        ----------
+        step
+            The step.
+        counters
+            Totals of each rank.
+        sums
+            Loss and hits of all ranks since the earlier record.
+        since
+            Counters of rank 0 at the earlier record.
+        learning_rate
+            Learning rate of the next step.
+        method
+            The strategy's own metrics, of each rank.
+        """
+        fields = {
             "loss": sums.mean_loss,
             "accuracy": sums.accuracy,
             "samples_per_second": round(sums.samples / (counters[0].seconds - since.seconds), 1),
             "learning_rate": learning_rate,
-            **{name: [figures[name] for figures in method] for name in method[0]},
+            **{name: [metrics[name] for metrics in method] for name in method[0]},
         }
-        self._display.train(self.write("train", step, counters, {**figures, **spent(counters)}))
+        self._display.train(self.write("train", step, counters, {**fields, **counter_fields(counters)}))
 
     def test(self, step: int, counters: Sequence[Counters], sums: Sums, distance: float) -> None:
-        """Record an evaluation of the consensus model, from which the models have a distance."""
-        figures = {"loss": sums.mean_loss, "accuracy": sums.accuracy, "consensus_distance": distance}
-        self._display.test(self.write("test", step, counters, {**figures, **spent(counters)}))
+        """Record an evaluation of the consensus model, with the distance of the models from it."""
+        fields = {"loss": sums.mean_loss, "accuracy": sums.accuracy, "consensus_distance": distance}
+        self._display.test(self.write("test", step, counters, {**fields, **counter_fields(counters)}))
 
     def write(
-        self, event: str, step: int, counters: Sequence[Counters], figures: dict[str, Any]
+        self, event: str, step: int, counters: Sequence[Counters], fields: dict[str, Any]
     ) -> dict[str, Any]:
-        """Record figures of a step under the name of an event; returns the whole record."""
+        """Write a record of an event at a step, with further fields; returns the complete record."""
         record = {
             "event": event,
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 6),
             "time": round(counters[0].seconds, 6),
-            **figures,
+            **fields,
         }
-        if self._recorder is not None:
-            self._recorder.write(record)
+        if self._writer is not None:
+            self._writer.write(record)
         return record
 
     def close(self) -> None:
         self._display.close()
-        if self._recorder is not None:
-            self._recorder.close()
+        if self._writer is not None:
+            self._writer.close()

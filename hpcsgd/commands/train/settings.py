@@ -23,9 +23,9 @@ from hpcsgd.errors import BadOption
 
 R = TypeVar("R")
 
-# Written by `to_toml` for the reader's information; a run is not set up from it.
+# Written by `to_toml` for the reader's information, and ignored by `from_toml`.
 _WORLD = "world"
-#: Of `resume`: go on if there is something to go on with.
+#: Value of `resume`: resume the run if it has a checkpoint, else start it.
 AUTO = "auto"
 
 _DEFAULT_MODELS = {
@@ -48,20 +48,20 @@ def option(
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """Declare one setting: its default, what it means, its unit, and the values it may take.
+    """Declare one setting: its default, help text, unit, and valid values.
 
     Parameters
     ----------
     default
-        The value where none is given.
+        The default value.
     help
         One sentence for ``--help``.
     unit
-        Of the value.
+        Unit of the value.
     low, high
-        Smallest and largest value, both allowed.
+        Smallest and largest valid value.
     choices
-        The only values allowed.
+        The valid values, if these are listed.
     """
     about = {"help": help, "unit": unit, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=about)
@@ -72,42 +72,50 @@ class Settings:
     """All settings of a training run; `merge` and `validate` check them."""
 
     data: str = option("digits", "Data set, as NAME:key=value,key=value.")
-    model: str = option("", "Model, as NAME:key=value or module:callable; empty: fits the data.")
-    strategy: str = option("allreduce", "How ranks agree, as NAME:key=value,key=value.")
+    model: str = option("", "Model, as NAME:key=value or module:callable; empty: the default for the data.")
+    strategy: str = option("allreduce", "Method of distributed SGD, as NAME:key=value,key=value.")
     connect: str = option(
-        "", "FILE of `hpcsgd serve --listen FILE`: its servers keep the model of --strategy ps; empty: none."
+        "",
+        "FILE of `hpcsgd serve --listen FILE`, whose servers hold the model of --strategy ps; empty: none.",
     )
     virtual_nodes: int | None = option(
         None,
-        "Nodes of a gossip method, a multiple of the ranks, which train several each; none: the ranks.",
+        "Number of peers of a gossip method, a multiple of the ranks: each rank trains several models; "
+        "none: one model a rank.",
         low=1,
     )
     compress: str = option(
-        "none", "Compression of what is reduced, as NAME:key=value; ef+NAME: with error feedback."
+        "none", "Compression of messages, as NAME:key=value,key=value; ef+NAME adds error feedback."
     )
     nonfinite: str = option(
         "error",
-        "With compression: NaN or infinity in a gradient; --autocast float16 always skips.",
+        "Reaction to NaN or infinity in a gradient with compression: raise an error, or skip the step; "
+        "--autocast float16 always skips.",
         choices=("error", "skip"),
     )
     optimizer: str = option("sgd:momentum=0.9", "Optimizer, as NAME:key=value,key=value.")
-    learning_rate: float = option(0.1, "Learning rate after the warm-up.", low=0.0)
+    learning_rate: float = option(0.1, "Learning rate after the warm-up, before the schedule.", low=0.0)
     schedule: str = option(
         "cosine",
-        "Course of the learning rate after the warm-up.",
+        "Learning-rate schedule after the warm-up.",
         choices=("constant", "cosine", "step"),
     )
-    warmup: float = option(0.0, "Linear rise of the learning rate from 0.", "epochs", low=0.0)
+    warmup: float = option(0.0, "Length of the linear warm-up of the learning rate.", "epochs", low=0.0)
     batch: int = option(32, "Samples per rank and backward pass.", "samples", low=1)
     epochs: float = option(20.0, "Length of the run; may be a fraction.", "epochs", low=0.0)
     alpha: float | None = option(
-        None, "Dirichlet label skew between ranks, small is skewed; none: IID.", low=0.001
+        None,
+        "Dirichlet parameter of the label skew between ranks: the smaller, the more skewed; none: IID.",
+        low=0.001,
     )
-    seed: int = option(0, "Seed of all that is random.", low=0, high=2**32 - 1)
-    clip: float | None = option(None, "Largest norm of the gradient; none: any.", low=1e-6)
-    accumulate: int = option(1, "Backward passes per step.", low=1)
+    seed: int = option(0, "Seed of all random numbers.", low=0, high=2**32 - 1)
+    clip: float | None = option(
+        None, "Norm to which larger gradients are clipped; none: no clipping.", low=1e-6
+    )
+    accumulate: int = option(1, "Backward passes per step (gradient accumulation).", low=1)
     delays: str = option(
-        "none", "Simulated stragglers: a rank sleeps before each gradient, as NAME:key=value,key=value."
+        "none",
+        "Simulated stragglers, as NAME:key=value,key=value: ranks sleep before each gradient is ready.",
     )
     bucket_mib: float = option(4.0, "Size of a communication bucket.", "MiB", low=0.001)
     algorithm: str = option(
@@ -115,42 +123,51 @@ class Settings:
     )
     buffers: str = option(
         "broadcast",
-        "Buffers (BatchNorm's statistics) at evaluation: those of rank 0, the mean, or each its own.",
+        "Buffers (BatchNorm statistics) at evaluation: those of rank 0, their mean, or each rank's own.",
         choices=("broadcast", "average", "local"),
     )
-    evaluate_every: float = option(1.0, "Time between evaluations; 0: only at the end.", "epochs", low=0.0)
-    log_every: int = option(10, "Time between lines of metrics.", "steps", low=1)
+    evaluate_every: float = option(1.0, "Period of evaluations; 0: only at the end.", "epochs", low=0.0)
+    log_every: int = option(10, "Period of records of training in metrics.jsonl.", "steps", low=1)
     checkpoint_every: float = option(
-        1.0, "Time between checkpoints; 0: only at the end and on signals.", "epochs", low=0.0
+        1.0, "Period of checkpoints; 0: only at the end and on signals.", "epochs", low=0.0
     )
-    out: str = option("runs", "Folder in which the run's folder is made.")
+    out: str = option("runs", "Folder in which the run's folder is created.")
     name: str = option("", "Name of the run's folder; empty: time stamp and strategy.")
     resume: str = option(
         "",
-        "Folder of a run, or of one of its checkpoints, to go on with; auto: the run of --name if it has a "
-        "checkpoint; empty: start a new one.",
+        "Folder of a run, or of one of its checkpoints, to resume; auto: resume the run --name if it has a "
+        "checkpoint, else start it; empty: start a new run.",
     )
     on_failure: str = option(
         "stop",
-        "When a rank dies: stop; or restart: stop too, and let any number of ranks --resume; or shrink: "
-        "go on with the others, under Open MPI's mpiexec --with-ft ulfm.",
+        "Policy when a rank dies. stop: the run stops; restart: it stops, and any number of ranks may "
+        "--resume it; shrink: it continues on the surviving ranks (needs Open MPI's mpiexec --with-ft ulfm).",
         choices=("stop", "restart", "shrink"),
     )
     keep_every: float = option(
-        0.25, "With --on-failure shrink: time between copies of the state in memory.", "epochs", low=0.001
+        0.25, "Period of in-memory checkpoints for --on-failure shrink.", "epochs", low=0.001
     )
-    device: str = option("auto", "Where tensors live.", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "Device of the model; auto: CUDA if available.", choices=("auto", "cpu", "cuda")
+    )
     autocast: str = option(
-        "off", "Reduced precision in the forward pass.", choices=("off", "bfloat16", "float16")
+        "off",
+        "Reduced precision of the forward pass (torch.autocast).",
+        choices=("off", "bfloat16", "float16"),
     )
-    threads: int = option(0, "Compute threads; 0: the cores of this rank's share.", low=0)
-    timeout: float = option(300.0, "Longest wait for other ranks.", "s", low=0.1)
+    threads: int = option(0, "Compute threads per rank; 0: its share of the node's cores.", low=0)
+    timeout: float = option(300.0, "Deadline of each wait for other ranks.", "s", low=0.1)
     uneven: str = option(
         "join",
-        "What to do when ranks have unequal numbers of batches.",
+        "Epochs in which ranks have unequal numbers of batches. join: ranks without batches take part until "
+        "the last rank is done; stop: the epoch ends when the first rank is done.",
         choices=("join", "stop"),
     )
-    progress: str = option("auto", "What to print while training.", choices=("auto", "bar", "plain", "off"))
+    progress: str = option(
+        "auto",
+        "Output while training; auto: a bar on a terminal, else plain lines.",
+        choices=("auto", "bar", "plain", "off"),
+    )
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -158,7 +175,7 @@ _HINTS = typing.get_type_hints(Settings)
 
 
 def default_model(data: str) -> str:
-    """Name the model that a run trains where `Settings.model` is empty.
+    """Return the name of the model that `Settings.model` stands for if it is empty.
 
     Parameters
     ----------
@@ -168,16 +185,16 @@ def default_model(data: str) -> str:
     Raises
     ------
     BadOption
-        No model is known to fit that data set.
+        The data set has no default model.
     """
     name, _ = registry.parse(data)
     if name not in _DEFAULT_MODELS:
-        raise BadOption(f"data set {name!r} has no default model", do="set option 'model'")
+        raise BadOption(f"data set {name!r} has no default model", do="choose one: --model")
     return _DEFAULT_MODELS[name]
 
 
-def resumed(resume: str) -> tuple[Path, int | None]:
-    """The run's folder, and the step where `resume` names one of its checkpoints."""
+def parse_resume(resume: str) -> tuple[Path, int | None]:
+    """Return the run's folder, and the step if `resume` names one of its checkpoints."""
     path = Path(resume)
     step = re.fullmatch(r"step-(\d+)", path.name)
     if step and path.parent.name == "checkpoints":
@@ -186,23 +203,23 @@ def resumed(resume: str) -> tuple[Path, int | None]:
 
 
 def validate(settings: Settings) -> Settings:
-    """Check every value; a whole number becomes a float where a float is wanted.
+    """Check every value; convert integers to float where the setting is a float.
 
     Raises
     ------
     BadOption
-        A wrong type, or a value out of its range or choices.
+        A value has a wrong type, or is out of range or not among the choices.
     """
     return Settings(**{name: _checked(name, getattr(settings, name)) for name in FIELDS})
 
 
 def merge(toml: Mapping[str, object], command_line: Mapping[str, object]) -> Settings:
-    """Make settings of a file's values, overridden by the command line's, over the defaults.
+    """Combine the values of a file with those of the command line, which take precedence, and check them.
 
     Raises
     ------
     BadOption
-        An unknown name, a wrong type, or a value out of its range or choices.
+        An unknown name, or an invalid value, as in `validate`.
     """
     values: dict[str, Any] = {**toml, **command_line}
     _check_names(values, "the settings")
@@ -210,28 +227,28 @@ def merge(toml: Mapping[str, object], command_line: Mapping[str, object]) -> Set
 
 
 def from_toml(path: str | Path, element: int | None = None) -> dict[str, object]:
-    """Read the settings that a TOML file gives, for `merge`; its ``[world]`` table is ignored.
+    """Read the settings in a TOML file, for `merge`; its ``[world]`` table is ignored.
 
     Parameters
     ----------
     path
-        Of the file.
+        Path of the file.
     element
-        Which run of a sweep, see `sweep.choose`.
+        Number of the run of a sweep, as in `sweep.select_run`.
 
     Raises
     ------
     BadOption
-        The file cannot be read, is not TOML, or names a setting that does not exist; or the element is wrong.
+        The file cannot be read, is not TOML, or has an unknown setting; or the element does not exist.
     """
-    table = sweep.choose(read_toml(path), path, element)
+    table = sweep.select_run(read_toml(path), path, element)
     table.pop(_WORLD, None)
     _check_names(table, str(path))
-    return {name: _unset(name, value) for name, value in table.items()}
+    return {name: _none_if_unset(name, value) for name, value in table.items()}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read what a TOML file holds, as it is.
+    """Read a TOML file.
 
     Raises
     ------
@@ -245,14 +262,14 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def to_toml(settings: Settings, extra: Mapping[str, object]) -> str:
-    """Write all settings as TOML that runs again; an unset one is ``"none"``.
+    """Return all settings as TOML, which `from_toml` reads again; None is written as ``"none"``.
 
     Parameters
     ----------
     settings
-        What to write.
+        The settings.
     extra
-        The contents of the ``[world]`` table: what a reader may want to know of the run.
+        Contents of the ``[world]`` table, for the reader's information.
     """
     values = {
         name: "none" if value is None else value for name, value in dataclasses.asdict(settings).items()
@@ -261,35 +278,35 @@ def to_toml(settings: Settings, extra: Mapping[str, object]) -> str:
 
 
 def click_options(function: Callable[..., R]) -> Callable[..., R]:
-    """Give a click command one option per setting, ``--config FILE`` and ``--element N``.
+    """Add one option per setting, ``--config FILE`` and ``--element N`` to a click command.
 
-    The function gets the checked result as its argument ``settings``. The command line wins over
-    the file; a run to go on with brings its own file. Texts that are no number reach `validate`, so
-    that one function words all errors.
+    The function gets the checked settings as its argument ``settings``. The command line takes precedence
+    over the file; a resumed run uses its own file. Texts that are not numbers reach `validate`, so that
+    files and the command line raise the same errors.
     """
 
     @functools.wraps(function)
     def with_settings(*args: Any, config: str | None, element: int | None, **values: Any) -> R:
         given = {name: values.pop(name) for name in FIELDS}
-        read = {name: _number(name, text) for name, text in given.items() if text is not None}
+        read = {name: _parsed(name, text) for name, text in given.items() if text is not None}
         if not config and read.get("resume", "") not in ("", AUTO):
-            config = str(resumed(str(read["resume"]))[0] / "config.toml")
+            config = str(parse_resume(str(read["resume"]))[0] / "config.toml")
         if not config and element is not None:
-            raise BadOption("--element is of a sweep", do="name its file with --config")
+            raise BadOption("--element needs a sweep", do="name the file of the sweep: --config FILE")
         settings = merge(from_toml(config, element) if config else {}, read)
         return function(*args, settings=settings, **values)
 
     for name in reversed(FIELDS):
         flag = "--" + name.replace("_", "-")
-        metavar = _kind(name).__name__.upper().replace("STR", "TEXT")
+        metavar = _type(name).__name__.upper().replace("STR", "TEXT")
         with_settings = click.option(flag, name, metavar=metavar, help=_help(name))(with_settings)
-    about = "Of a file with tables [[run]], a sweep: which of them, from 0; on top of what comes before them."
+    about = "Number of the run, from 0, in a sweep: a --config file with tables [[run]]."
     with_settings = click.option("--element", metavar="INT", type=int, help=about)(with_settings)
     about = "TOML file of settings, such as the config.toml of an earlier run."
     return click.option("--config", metavar="FILE", help=about)(with_settings)
 
 
-def _kind(name: str) -> type:
+def _type(name: str) -> type:
     hint: Any = _HINTS[name]
     return hint if isinstance(hint, type) else typing.cast(type, typing.get_args(hint)[0])
 
@@ -298,29 +315,29 @@ def _optional(name: str) -> bool:
     return FIELDS[name].default is None
 
 
-def _unset(name: str, value: object) -> object:
+def _none_if_unset(name: str, value: object) -> object:
     return None if _optional(name) and value == "none" else value
 
 
-def _number(name: str, text: str) -> object:
-    value = _unset(name, text)
+def _parsed(name: str, text: str) -> object:
+    value = _none_if_unset(name, text)
     try:
-        return value if value is None else _kind(name)(value)
+        return value if value is None else _type(name)(value)
     except ValueError:
         return value
 
 
 def _checked(name: str, value: Any) -> Any:
-    kind: Any = _kind(name)
+    expected_type: Any = _type(name)
     about = FIELDS[name].metadata
     if value is None and _optional(name):
         return None
-    if kind is float and type(value) is int and value.bit_length() < 1024:
+    if expected_type is float and type(value) is int and value.bit_length() < 1024:
         value = float(value)
     low, high, choices = about["low"], about["high"], about["choices"]
     fits = (
-        type(value) is kind
-        and (kind is not float or math.isfinite(value))
+        type(value) is expected_type
+        and (expected_type is not float or math.isfinite(value))
         and (low is None or value >= low)
         and (high is None or value <= high)
         and (choices is None or value in choices)
@@ -335,7 +352,7 @@ def _expected(name: str) -> str:
     about = FIELDS[name].metadata
     if about["choices"]:
         return "one of " + ", ".join(about["choices"])
-    words = {int: "a whole number", float: "a number", str: "a text"}[_kind(name)]
+    words = {int: "a whole number", float: "a number", str: "a text"}[_type(name)]
     if about["low"] is not None:
         words += f" of at least {about['low']:g}" if about["high"] is None else ""
     if about["high"] is not None:

@@ -1,12 +1,10 @@
-"""`hpcsgd train`: a model, a data set and a strategy, from settings to a run folder."""
+"""`hpcsgd train`: trains a model with a data set and a strategy, from settings to a run folder."""
 
 from __future__ import annotations
 
-import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,42 +12,44 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hpcsgd import compress, registry
 from hpcsgd.collectives.peers import Peers
-from hpcsgd.commands.signals import Signals
+from hpcsgd.commands.signals import SignalRecorder
 from hpcsgd.commands.train import run_folder
+from hpcsgd.commands.train.evaluation import Objective, evaluate
 from hpcsgd.commands.train.metrics import Counters, Meter, Sums
-from hpcsgd.commands.train.on_failure import check_movable, check_survival, leave
-from hpcsgd.commands.train.optimizers import OPTIMIZERS, course
-from hpcsgd.commands.train.run_log import Journal
-from hpcsgd.commands.train.settings import AUTO, Settings, default_model, resumed
+from hpcsgd.commands.train.on_failure import check_on_failure, exit_after_failure
+from hpcsgd.commands.train.optimizers import OPTIMIZERS, learning_rate_schedule
+from hpcsgd.commands.train.plan import Plan
+from hpcsgd.commands.train.run_log import RunLog
+from hpcsgd.commands.train.settings import Settings, default_model
+from hpcsgd.commands.train.state import ResumePoint, RunState, find_resume_point, open_checkpoints
+from hpcsgd.commands.train.strategy import build_strategy, check_delays
 from hpcsgd.diagnostics import trace_file
-from hpcsgd.errors import BadOption, RankFailed
+from hpcsgd.errors import RankFailed
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import STRATEGIES, Strategy, delays
+from hpcsgd.strategies import delays
 from hpcsgd.training import data, models, rng_state
-from hpcsgd.training.checkpoint.checkpoints import Checkpoints
-from hpcsgd.training.checkpoint.in_memory import Kept, moved, reform
+from hpcsgd.training.checkpoint.in_memory import InMemoryCheckpoints
 from hpcsgd.training.data.base import Source
 from hpcsgd.training.run import Run
 
-_VOTE_EVERY = 0.2  # seconds between two questions whether any rank was told to stop
-_MEET_EVERY = 30.0  # the same where ranks must come to rest for it
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_EVALUATION_BATCH = 256
+#: Seconds between two exchanges of signals by the ranks.
+EXCHANGE_PERIOD = 0.2
+#: The same with an asynchronous method, whose ranks must stop for it.
+ASYNCHRONOUS_EXCHANGE_PERIOD = 30.0
 
 
 def train(settings: Settings, trace: bool = False) -> Path:
-    """Train as the settings say; collective.
+    """Train with the given settings; collective.
 
     Parameters
     ----------
     settings
-        What to do.
+        Settings of the run.
     trace
-        Leave a timeline of both threads of every rank in the folder: `trace.json`.
+        Record a timeline of both threads of every rank in the run's folder, `trace.json`. Default False.
 
     Returns
     -------
@@ -59,57 +59,65 @@ def train(settings: Settings, trace: bool = False) -> Path:
     Raises
     ------
     HpcsgdError
-        On all ranks alike, for settings that do not fit, missing files, or a checkpoint that does not.
+        On all ranks: settings that contradict each other, missing files, or an unsuitable checkpoint.
     """
     world = World(device=settings.device, timeout=settings.timeout)
-    check_survival(settings, world)
-    kept = Kept()
+    check_on_failure(settings, world)
+    snapshots = InMemoryCheckpoints()
     lost: RankFailed | None = None
     while True:
         try:
             with world:
-                training = world.together(partial(Training, settings, world, kept, lost, trace))
-                return training.execute()
+                trainer = world.collectively(partial(Trainer, settings, world, snapshots, lost, trace))
+                return trainer.execute()
         except Exception as error:
             if not world.has_lost_ranks(error):
                 raise
             world, lost = world.survivors()
             if settings.on_failure != "shrink":
-                leave(lost, settings, kept.folder, world)
+                exit_after_failure(lost, settings, snapshots.run_folder, world)
 
 
-class Training:
+class Trainer:
     """One run on one rank.
 
     Parameters
     ----------
     settings
-        What to do.
+        Settings of the run.
     world
         The ranks.
-    kept
-        Where copies of the state go, and what to go on from, if any are there.
+    snapshots
+        In-memory checkpoints: the run continues from these, if there are any, and adds to them.
     lost
-        Who has died before.
+        The failure after which these ranks continue.
     trace
-        Whether to trace it into its folder.
+        Whether to record a timeline in the run's folder.
+
+    Attributes
+    ----------
+    data, model, optimizer, strategy, objective
+        Made from the settings.
+    shard
+        Indices of the test samples that this rank evaluates.
+    folder, run, log, meter
+        The run's folder, the run, its log and its counters; set by `execute`.
     """
 
     def __init__(
         self,
         settings: Settings,
         world: World,
-        kept: Kept | None = None,
+        snapshots: InMemoryCheckpoints | None = None,
         lost: RankFailed | None = None,
         trace: bool = False,
     ) -> None:
-        self.world = world
-        self.kept, self.lost = kept or Kept(), lost
-        self.settings = settings
-        self.traced = trace
+        self.settings, self.world = settings, world
+        self._snapshots, self._lost, self._trace = snapshots or InMemoryCheckpoints(), lost, trace
         self.data = data.load(settings.data)
         torch.manual_seed(settings.seed)
         self.model = models.build(settings.model or default_model(settings.data), self.data).to(world.device)
+        self.objective = Objective(self.model, world.device, settings.autocast)
         self.optimizer = registry.build(
             OPTIMIZERS,
             settings.optimizer,
@@ -117,26 +125,22 @@ class Training:
             params=self.model.parameters(),
             lr=settings.learning_rate,
         )
-        self.strategy = _strategy(settings)
-        self.compressor = compress.build(settings.compress)
-        self.peers = Peers(world, settings.virtual_nodes)
+        self.strategy = build_strategy(settings)
+        self._compressor = compress.build(settings.compress)
+        self._peers = Peers(world, settings.virtual_nodes)
         if lost is not None:
-            self.strategy.fit(self.peers.size)
-        self.delays = delays.build(settings.delays)
-        _check_delays(settings, self.peers)
-        self.loaders = [self._loader(peer) for peer in self.peers.local]
+            self.strategy.clamp_to(self._peers.size)
+        self._delays = delays.build(settings.delays)
+        check_delays(settings, self._peers)
+        self._loaders = [self._loader(peer) for peer in self._peers.local]
         self.shard = data.evaluation_shard(len(self.data.test), world.rank, world.size)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.autocast == "float16")
-        #: Steps are the run's, and those before it in which other ranks took part.
-        self.base = self.step = self.epoch = self.batch = self.passes = 0
-        self.keep: int | None = None
-        self.sums = Sums()
-        self.logged = Counters()
-        self.signals = Signals()
-        self.signal: int | None = None
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=settings.autocast == "float16")
+        self._passes = 0  # backward passes of the step under way
+        self._signals = SignalRecorder()
+        self._stop_signal: int | None = None
 
     def _loader(self, peer: int) -> data.Loader:
-        settings, workers = self.settings, self.strategy.workers(self.peers.size)
+        settings, workers = self.settings, self.strategy.workers(self._peers.size)
         return data.Loader(
             self.data.train,
             settings.batch,
@@ -148,16 +152,18 @@ class Training:
         )
 
     def execute(self) -> Path:
-        """Train to the end, or to a signal; returns the run's folder."""
+        """Train to the end, or to a signal; collective. Returns the run's folder."""
         settings, world = self.settings, self.world
-        self._plan()
-        self.folder = Path(world.gather(self.kept.folder or str(run_folder.path_of(settings)))[0])
-        self.kept.folder = str(self.folder)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", world.rank, world.size, world.gather)
-        state, others = self._find_state()
-        if others:
-            self.model.load_state_dict(state["run"]["model"])
-            self.optimizer.load_state_dict(state["run"]["optimizer"])
+        self._make_plan()
+        self.folder = Path(world.gather(self._snapshots.run_folder or str(run_folder.path_of(settings)))[0])
+        self._snapshots.run_folder = str(self.folder)
+        self._checkpoints = open_checkpoints(self.folder, world)
+        resumed = find_resume_point(
+            settings, world, self._plan, self.strategy.synchronous, self._checkpoints, self._snapshots
+        )
+        if resumed is not None and resumed.redistributed:
+            self.model.load_state_dict(resumed.state["run"]["model"])
+            self.optimizer.load_state_dict(resumed.state["run"]["optimizer"])
         self.run = Run(
             self.model,
             self.optimizer,
@@ -167,331 +173,223 @@ class Training:
             algorithm=settings.algorithm,
             buffers=settings.buffers,
             uneven=settings.uneven,
-            compress=self.compressor,
+            compress=self._compressor,
             seed=settings.seed,
-            nonfinite="skip" if self.scaler.is_enabled() else settings.nonfinite,
+            nonfinite="skip" if self._scaler.is_enabled() else settings.nonfinite,
             virtual_nodes=settings.virtual_nodes,
         )
-        torch.set_num_threads(settings.threads or world.threads)
-        before = self._resume(state, others) if state else world.together(self._begin)
-        self.journal = world.together(self._open_journal)
-        if self.traced:
-            world.trace_into(self.folder)
-        # From here on dropout and the like differ from peer to peer.
-        if not state:
+        torch.set_num_threads(settings.threads or world.local.threads)
+        spent = self._resume(resumed) if resumed is not None else world.collectively(self._create_folder)
+        self.log = world.collectively(partial(self._open_log, resumed))
+        if self._trace:
+            world.start_trace(self.folder)
+        # From here on random numbers, of dropout for example, differ from peer to peer.
+        if resumed is None:
             for peer in self.run.each_peer():
                 rng_state.seed(settings.seed + 1 + peer)
-        self.meter = Meter(world, before)
-        with self.signals.noted(), closing(self.journal):
-            self._keep()
+        self.meter = Meter(world, spent)
+        with self._signals.installed(), closing(self.log):
+            self._take_snapshot()
             self._train()
             self._finish()
         self.run.close()
         return self.folder
 
-    def _plan(self) -> None:
-        told: list[list[int]] = self.world.gather([len(loader) for loader in self.loaders])
-        counts = [count for counts in told for count in counts]
-        join = self.settings.uneven == "join" or not self.strategy.lockstep
-        self.batches = max(counts) if join else min(counts)
-        self.steps_per_epoch = math.ceil(self.batches / self.settings.accumulate)
-        self.total = math.ceil(self.settings.epochs * self.steps_per_epoch)
-        warmup = round(self.settings.warmup * self.steps_per_epoch)
-        self.factor = course(self.settings.schedule, warmup, self.total)
-        self.evaluate_every = self._in_steps(self.settings.evaluate_every)
-        self.checkpoint_every = self._in_steps(self.settings.checkpoint_every)
-        shrink = self.settings.on_failure == "shrink"
-        self.keep_every = self._in_steps(self.settings.keep_every if shrink else 0.0)
-        # Where nobody keeps step, what a step takes is not known before a first meeting.
-        self.next_vote = 0 if self.strategy.lockstep else self.settings.log_every
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self._state.step
 
-    def _in_steps(self, epochs: float) -> int:
-        return max(1, round(epochs * self.steps_per_epoch)) if epochs else self.total + 1
+    @property
+    def completed(self) -> bool:
+        """True if all steps of the run are taken."""
+        return self._state.step >= self._plan.total
 
-    def _resumes(self) -> bool:
-        """Whether there is something to go on with; rank 0 looks, for all must do the same."""
-        if self.settings.resume != AUTO:
-            return bool(self.settings.resume)
-        return bool(self.world.gather(self.checkpoints.steps())[0])
+    def _make_plan(self) -> None:
+        settings, synchronous = self.settings, self.strategy.synchronous
+        batches_of_ranks: list[list[int]] = self.world.gather([len(loader) for loader in self._loaders])
+        batches_of_peers = [batches for of_rank in batches_of_ranks for batches in of_rank]
+        self._plan = Plan.make(settings, batches_of_peers, synchronous)
+        self._factor = learning_rate_schedule(settings.schedule, self._plan.warmup, self._plan.total)
+        self._state = RunState(self._plan, self._loaders, self._scaler, synchronous)
+        # With an asynchronous method the time of a step is unknown before the first exchange.
+        self._next_exchange = 0 if synchronous else settings.log_every
 
-    def _begin(self) -> Counters:
-        about: dict[str, object] = {"ranks": self.world.size, "nodes": self.world.nodes}
+    def _create_folder(self) -> Counters:
+        ranks: dict[str, object] = {"ranks": self.world.size, "nodes": self.world.nodes}
         if self.world.rank == 0:
-            run_folder.make(self.folder, self.settings, about)
+            run_folder.create(self.folder, self.settings, ranks)
         return Counters()
 
-    def _find_state(self) -> tuple[dict[str, Any], bool]:
-        """What to go on from, if anything, and whether it is the state of other ranks."""
-        kept = self.kept.common(self.world)
-        if kept is not None:
-            return self._moved(reform([kept], self.world, 1)), True
-        if not self._resumes():
-            return {}, False
-        step = None if self.settings.resume == AUTO else resumed(self.settings.resume)[1]
-        others = self.settings.on_failure != "stop"
-        states, meta = self.checkpoints.load(step, of_others=others)
-        run_folder.check_unchanged(self.settings, meta["settings"])
-        ranks = meta["ranks"]
-        if ranks == self.world.size:
-            return states[0], False
-        check_movable(self.settings, ranks, self.world)
-        givers = len(states) if self.world.rank < ranks else 0
-        return self._moved(reform(states, self.world, givers)), True
+    def _resume(self, resumed: ResumePoint) -> Counters:
+        if not resumed.redistributed:
+            # Collectively: a state of another model or optimizer raises the same error on all ranks.
+            self.world.collectively(lambda: self.run.load_state_dict(resumed.state["run"]))
+        return self._state.restore(resumed.state, self.world)
 
-    def _moved(self, state: dict[str, Any]) -> dict[str, Any]:
-        self.keep = state["step"]
-        lockstep = self.strategy.lockstep
-        return moved(
-            state, self.steps_per_epoch, self.batches, self.settings.accumulate if lockstep else None
-        )
-
-    def _resume(self, state: dict[str, Any], others: bool) -> Counters:
-        if not others:
-            # All ranks alike fail to put it into a model or an optimizer of another kind.
-            self.world.together(lambda: self.run.load_state_dict(state["run"]))
-        self.scaler.load_state_dict(state["scaler"])
-        self.base = state["base"]
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        self.sums, self.logged = Sums(**state["sums"]), Counters(**state["logged"])
-        self.world.together(lambda: self._seek(state["loaders"]))
-        rng_state.restore(state["generators"])
-        return Counters(**state["spent"])
-
-    def _seek(self, positions: list[dict[str, int]]) -> None:
-        for loader, position in zip(self.loaders, positions, strict=True):
-            loader.load_state_dict(position)
-
-    def _positions(self) -> list[dict[str, int]]:
-        """Where each loader goes on; in lockstep all at the same place, some beyond their own last batch."""
-        if self.strategy.lockstep:
-            return [{"epoch": self.epoch, "batch": self.batch} for _ in self.loaders]
-        return [loader.state_dict() for loader in self.loaders]
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "run": self.run.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "steps_per_epoch": self.steps_per_epoch,
-            "batches": self.batches,
-            "base": self.base,
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "loaders": self._positions(),
-            "sums": asdict(self.sums),
-            "logged": asdict(self.logged),
-            "generators": rng_state.state(),
-            "spent": asdict(self.meter.read()),
-        }
-
-    def _open_journal(self) -> Journal:
-        length = (self.total, self.settings.epochs, self.steps_per_epoch)
+    def _open_log(self, resumed: ResumePoint | None) -> RunLog:
+        plan, step = self._plan, self.step
         run_folder.mark(self.folder, self.world.rank, done=False)
-        mode = self.settings.progress
-        journal = Journal(self.folder, self.world.rank, self.step, *length, mode, self.keep)
-        if self.lost is not None:
-            journal.say(f"{self.lost}\ngoes on without, from epoch {self.step / self.steps_per_epoch:.2f}")
-        journal.say(self._headline())
-        return journal
+        log = RunLog(
+            self.folder,
+            self.world.rank,
+            step,
+            plan.total,
+            self.settings.epochs,
+            plan.steps_per_epoch,
+            self.settings.progress,
+            resumed.last_record if resumed is not None else None,
+        )
+        if self._lost is not None:
+            log.message(
+                f"{self._lost}\nthe surviving ranks continue from epoch {step / plan.steps_per_epoch:.2f}"
+            )
+        log.message(self._headline())
+        return log
 
     def _headline(self) -> str:
-        world, count = self.world, sum(p.numel() for p in self.model.parameters())
+        settings, world = self.settings, self.world
+        parameters = sum(p.numel() for p in self.model.parameters())
+        method = settings.strategy + ("" if settings.compress == "none" else f" with {settings.compress}")
+        ranks = f"{world.size} ranks"
+        peers = ranks if self._peers.per_rank == 1 else f"{self._peers.size} virtual nodes in {ranks}"
         nodes = f"{world.nodes} node{'s' if world.nodes > 1 else ''}"
         start = f", from step {self.step}" if self.step else ""
-        slowed = "" if self.settings.delays == "none" else f", simulated delays: {self.settings.delays}"
+        delayed = "" if settings.delays == "none" else f", simulated delays: {settings.delays}"
+        threads = f"{torch.get_num_threads()} threads a rank"
         return (
-            f"{self.settings.data}, {type(self.model).__name__} of {count:,} parameters, "
-            f"{self._method()} over {self._peers()} on {nodes}, {world.device.type}, "
-            f"{torch.get_num_threads()} threads a rank{slowed}; {self.total} steps{start}; {self.folder}"
+            f"{settings.data}, {type(self.model).__name__} of {parameters:,} parameters, "
+            f"{method} over {peers} on {nodes}, {world.device.type}, {threads}{delayed}; "
+            f"{self._plan.total} steps{start}; {self.folder}"
         )
 
-    def _peers(self) -> str:
-        ranks = f"{self.world.size} ranks"
-        return ranks if self.peers.each == 1 else f"{self.peers.size} virtual nodes in {ranks}"
-
-    def _method(self) -> str:
-        strategy, scheme = self.settings.strategy, self.settings.compress
-        return strategy if scheme == "none" else f"{strategy} with {scheme}"
-
     def _train(self) -> None:
-        while self.step < self.total and self.signal is None:
-            with _closing(self._batches()) as batches:
+        while not self._stops():
+            with closing(self._batches()) as batches:
                 for x, y in batches:
                     self._one_batch(x, y)
-                    if self.step >= self.total or self.signal is not None:
+                    if self._stops():
                         break
-            if not self.strategy.lockstep:
-                self._count_steps()
+            if not self.strategy.synchronous:
+                self._state.advance(self.run)
+                self._after_step()
+
+    def _stops(self) -> bool:
+        return self.completed or self._stop_signal is not None
 
     def _batches(self) -> Any:
-        """An epoch's; or as many steps as are left until the ranks must meet."""
-        loaders = self.loaders if self.peers.each > 1 else self.loaders[0]
-        meetings = (self.evaluate_every, self.checkpoint_every, self.keep_every, self.total)
-        steps = min(every - self.step % every for every in meetings)
-        return self.run.batches(loaders, steps=min(steps, max(1, self.next_vote - self.step)))
+        """Return the batches of an epoch, or those of the steps until the ranks must synchronise."""
+        loaders = self._loaders if self._peers.per_rank > 1 else self._loaders[0]
+        steps = min(self._plan.steps_to_next_stop(self.step), max(1, self._next_exchange - self.step))
+        return self.run.batches(loaders, steps=steps)
 
     def _one_batch(self, x: Tensor, y: Tensor) -> None:
-        passes = self.settings.accumulate
-        if self.strategy.lockstep:
-            passes = min(passes, self.batches - self.batch)
-        self.passes += 1
-        last = self.passes == passes
+        passes, state = self.settings.accumulate, self._state
+        if self.strategy.synchronous:
+            passes = min(passes, self._plan.batches - state.batch)
+        self._passes += 1
+        last = self._passes == passes
         with nullcontext() if last else self.run.accumulate():
-            self._backward(x.to(self.world.device), y.to(self.world.device), passes)
+            self._backward(x, y, passes)
         if not last:
             return
-        self.passes = 0
+        self._passes = 0
         self._update()
-        if self.strategy.lockstep and self.base + self.run.steps > self.step:
-            self.batch += passes
-            self._count_steps()
-
-    def _count_steps(self) -> None:
-        """All peers have taken the step, or the steps until they meet."""
-        self.step = self.base + self.run.steps
-        if not self.strategy.lockstep:
-            self.epoch = self.step // self.steps_per_epoch
-        elif self.batch == self.batches:
-            self.epoch, self.batch = self.epoch + 1, 0
-        self._after_step()
+        if self.strategy.synchronous and state.base + self.run.steps > state.step:
+            state.advance(self.run, passes)
+            self._after_step()
 
     def _backward(self, x: Tensor, y: Tensor, passes: int) -> None:
-        if self.passes == 1:
+        if self._passes == 1:
             self.optimizer.zero_grad()
-        loss, sums = self._loss(x, y)
-        if self.passes == passes:
+        loss, sums = self.objective(x, y)
+        if self._passes == passes:
             self._delay()
-        self.scaler.scale(loss / passes).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss / passes).backward()  # type: ignore[no-untyped-call]
         if self.run.weight:
-            self.sums = self.sums + sums
+            self._state.sums = self._state.sums + sums
 
     def _delay(self) -> None:
-        """A straggler's gradient takes longer; its first bucket may leave as soon as backward begins."""
-        if seconds := self.delays.draw(self.world.rank, self.meter.gradients):
+        # Before backward: a straggler's gradient takes longer, and its first bucket is sent during backward.
+        if seconds := self._delays.sample(self.world.rank, self.meter.gradients):
             time.sleep(seconds)
         self.meter.gradients += 1
-
-    def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Sums]:
-        with self._autocast():
-            logits = self.model(x)
-            logits, targets = logits.reshape(-1, logits.shape[-1]), y.reshape(-1)
-            loss = F.cross_entropy(logits, targets)
-        hits = int((logits.argmax(1) == targets).sum())
-        return loss, Sums(float(loss.detach()) * len(targets), hits, len(targets), len(x))
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = _DTYPES.get(self.settings.autocast)
-        return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
 
     def _update(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         if self.settings.clip is not None:
-            if self.scaler.is_enabled():
-                self.scaler.unscale_(self.run)  # type: ignore[arg-type]
+            if self._scaler.is_enabled():
+                self._scaler.unscale_(self.run)  # type: ignore[arg-type]
             self.run.synchronize()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.scaler.step(self.run)  # type: ignore[arg-type]
-        self.scaler.update()
+        self._scaler.step(self.run)  # type: ignore[arg-type]
+        self._scaler.update()
 
     def _learning_rate(self) -> float:
-        """Of the step that comes next: a function of it alone, for not every peer takes every step."""
-        return self.settings.learning_rate * self.factor(self.base + self.run.steps)
+        """Return that of the next step, a function of the step alone: not every peer takes every step."""
+        return self.settings.learning_rate * self._factor(self._state.base + self.run.steps)
 
     def _after_step(self) -> None:
-        ended = self.step == self.total
-        # Who waits for nobody is asked nothing before the ranks meet.
-        logging = self.step % self.settings.log_every == 0 or ended or not self.strategy.lockstep
-        if logging or self.step >= self.next_vote:
+        plan, step = self._plan, self.step
+        ended = step == plan.total
+        # Ranks of an asynchronous method exchange nothing but when they stop together, as here.
+        logging = step % self.settings.log_every == 0 or ended or not self.strategy.synchronous
+        if logging or step >= self._next_exchange:
             self._exchange(logging)
-        if ended or self.step % self.evaluate_every == 0:
-            with self.meter.paused(), self.world.trace.span("evaluation", "compute"):
-                self._evaluate()
-        if ended or self.signal is not None or self.step % self.checkpoint_every == 0:
-            with self.meter.paused(), self.world.trace.span("checkpoint", "compute"):
+        if ended or step % plan.evaluate_every == 0:
+            with self.meter.paused(), self.world.tracer.span("evaluation", "compute"):
+                self.evaluate()
+        if ended or self._stop_signal is not None or step % plan.checkpoint_every == 0:
+            with self.meter.paused(), self.world.tracer.span("checkpoint", "compute"):
                 meta = {"settings": asdict(self.settings), "ranks": self.world.size}
-                self.checkpoints.save(self.step, self._state(), meta)
-        if not ended and self.step % self.keep_every == 0:
-            self._keep()
+                self._checkpoints.save(step, self._capture(), meta)
+        if not ended and step % plan.snapshot_every == 0:
+            self._take_snapshot()
 
-    def _keep(self) -> None:
-        """Copy the state in memory; nobody begins before all have come to this step."""
+    def _capture(self) -> dict[str, Any]:
+        return self._state.capture(self.run, self.meter.read())
+
+    def _take_snapshot(self) -> None:
+        """Copy the state in memory, after all ranks have reached this step."""
         if self.settings.on_failure == "shrink":
-            self.world.gather(self.step, "a copy of the state")
-            self.kept.add(self._state())
+            self.world.gather(self.step, "an in-memory checkpoint")
+            self._snapshots.add(self._capture())
 
     def _exchange(self, logging: bool) -> None:
-        """Tell each other signals, and what is to be logged."""
-        counters = self.meter.read()
-        figures = self.strategy.figures() if logging else {}
-        mine = (self.signals.caught, counters, self.sums, figures)
-        caught, spent, sums, told = zip(*self.world.gather(mine, "the exchange of metrics"), strict=True)
-        self.signal = next((number for number in caught if number is not None), None)
-        longest = max(each.seconds for each in spent) / self.step
-        pause = _VOTE_EVERY if self.strategy.lockstep else _MEET_EVERY
-        self.next_vote = self.step + max(1, round(pause / longest))
+        """Exchange signals, and the fields of the next record."""
+        counters, state = self.meter.read(), self._state
+        metrics = self.strategy.metrics() if logging else {}
+        own = (self._signals.received, counters, state.sums, metrics)
+        received, spent, sums, method = zip(*self.world.gather(own, "the exchange of metrics"), strict=True)
+        self._stop_signal = next((number for number in received if number is not None), None)
+        step_seconds = max(each.seconds for each in spent) / state.step
+        period = EXCHANGE_PERIOD if self.strategy.synchronous else ASYNCHRONOUS_EXCHANGE_PERIOD
+        self._next_exchange = state.step + max(1, round(period / step_seconds))
         if logging:
             rate = self._learning_rate()
-            self.journal.train(self.step, spent, sum(sums, Sums()), self.logged, rate, told)
-            self.sums, self.logged = Sums(), counters
+            self.log.train(state.step, spent, sum(sums, Sums()), state.logged, rate, method)
+            state.sums, state.logged = Sums(), counters
 
     @torch.no_grad()
-    def _evaluate(self) -> None:
-        """Loss and accuracy of the consensus model, each test sample counted once."""
+    def evaluate(self) -> None:
+        """Evaluate the consensus model on the test data, and record the result; collective."""
         counters: list[Counters] = self.world.gather(self.meter.read())
         distance = self.run.consensus_distance()
-        self.journal.test(self.step, counters, self._measure(self.data.test, self.shard), distance)
+        self.log.test(self.step, counters, self.measure(self.data.test, self.shard), distance)
 
-    def _measure(self, source: Source, shard: Tensor) -> Sums:
-        """Of the consensus model over a source's samples, of which this rank takes those of its shard."""
-        self.model.eval()
-        with self.run.averaged():
-            sums = Sums()
-            for indices in torch.split(shard, _EVALUATION_BATCH):
-                x, y = source.batch(indices)
-                sums = sums + self._loss(x.to(self.world.device), y.to(self.world.device))[1]
-        self.model.train()
-        return sum(self.world.gather(sums), Sums())
+    def measure(self, source: Source, shard: Tensor) -> Sums:
+        """Evaluate the consensus model on a source; collective, see `evaluation.evaluate`."""
+        return evaluate(self.run, self.objective, source, shard, self.world)
 
     def _finish(self) -> None:
-        if self.signal is not None and self.step < self.total:
-            name = signal.Signals(self.signal).name
-            self.journal.say(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
+        if self._stop_signal is not None and not self.completed:
+            name = signal.Signals(self._stop_signal).name
+            self.log.message(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
         else:
             run_folder.mark(self.folder, self.world.rank, done=True)
-            self.journal.say(f"done; hpcsgd report {self.folder}")
-        if self.world.trace.on:
-            self.journal.say(
+            self.log.message(f"done; hpcsgd report {self.folder}")
+        if self.world.tracer.on:
+            self.log.message(
                 f"timeline for https://ui.perfetto.dev: {self.world.trace_folder / trace_file.FILE}"
             )
-
-
-def _strategy(settings: Settings) -> Strategy:
-    if not settings.connect:
-        return registry.build(STRATEGIES, settings.strategy, "strategy")
-    if registry.parse(settings.strategy)[0] != "ps":
-        raise BadOption(
-            "only a strategy with parameter servers can connect to them",
-            got=f"--strategy {settings.strategy} --connect {settings.connect}",
-            do="use --strategy ps:mode=..., with the mode of the servers, or leave out --connect",
-            everywhere=True,
-        )
-    return registry.build(STRATEGIES, settings.strategy, "strategy", connect=settings.connect)
-
-
-def _check_delays(settings: Settings, peers: Peers) -> None:
-    if settings.delays != "none" and peers.each > 1:
-        raise BadOption(
-            "virtual nodes have no delays in real time: those of one rank take turns",
-            got=f"--delays {settings.delays}",
-            do=f"use virtual time: --strategy backup:delays={settings.delays.replace(',', '+')}",
-            everywhere=True,
-        )
-
-
-@contextmanager
-def _closing(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    try:
-        yield batches
-    finally:
-        batches.close()  # type: ignore[attr-defined]

@@ -1,1 +1,1 @@
-"""AD-PSGD (arXiv 1710.06952): asynchronous pairwise averaging."""
+"""AD-PSGD (arXiv 1710.06952): asynchronous averages of pairs."""

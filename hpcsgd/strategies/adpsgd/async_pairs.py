@@ -1,9 +1,9 @@
-"""Averaging in pairs that nobody waits for: on replicas of the models, by whichever thread has time.
+"""Asynchronous pairwise averaging: replicas of the models are averaged by the communication thread.
 
-An active rank sends its replica a to a passive one, which answers with its own, b, and at once adds
-(a - b) / 2 to it; on the answer the active one adds (b - a) / 2. So the sum of all replicas stays the same
-in whatever order things happen, and since passive ranks never ask, no cycle of waits can form. What the
-replica has gained goes into the model when the compute thread says so, at the end of a step.
+An active rank sends its replica a to a passive one, which replies with its own, b, and at once adds
+(a - b) / 2 to it; on the reply the active one adds (b - a) / 2. So the sum of all replicas is invariant in
+whatever order messages arrive, and since passive ranks never send requests, no cycle of waits can form. The
+compute thread adds the correction of its replica to the model at the end of each step.
 """
 
 from __future__ import annotations
@@ -16,45 +16,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcsgd.collectives.neighbour_exchange import parts_of, pieces
+from hpcsgd.collectives.neighbour_exchange import message_buffers, split_by_bucket
 from hpcsgd.collectives.staging import to_host
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.mpi.progress import LISTENING
+from hpcsgd.mpi.progress import POLL_INTERVAL
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import TensorGroup
 
-_TWIN = 8
-_WORD, _MODEL = 0, 1  # tags: step counts and what follows them; a model
-_NEWS, _MODEL_FOLLOWS = 0, 1
+_HEADER, _MODEL = 0, 1  # tags
+_END_OF_STEPS, _MODEL_FOLLOWS = 0, 1  # kinds of a header
 
 
-class Pairwise:
-    """This rank's part in averaging by pairs; collective when made.
+class PairwiseAverager:
+    """This rank's side of the pairwise averages; collective when made.
 
-    A word, the step counts that a rank knows of, goes before each model.
+    A header, with the step counts that the sender has, precedes each model.
 
     Parameters
     ----------
     world
         The ranks.
     group
-        The model, in whose place a replica is averaged.
+        The model of this rank.
     neighbours
-        The ranks with which this one averages, all of them on the other side.
+        The ranks with which this one averages, all in the other half of the graph.
     active
-        Whether this rank asks, or answers.
+        Whether this rank sends requests (True) or replies to them.
     seed
-        Of the draws of whom to ask.
+        Seed of the choice of neighbours.
 
     Attributes
     ----------
     counts
-        The steps that each rank has taken, as far as this one knows; its own exactly.
+        int64 of shape (ranks,): the steps of each rank, as of the last header; those of this rank are exact.
 
     Raises
     ------
     HpcsgdError
-        Without MPI_THREAD_MULTIPLE.
+        MPI provides less than MPI_THREAD_MULTIPLE.
     """
 
     def __init__(
@@ -62,178 +61,189 @@ class Pairwise:
     ) -> None:
         if neighbours and not world.progress.threaded:
             raise HpcsgdError(
-                "averages beside the gradients need a thread of their own",
+                "AD-PSGD with schedule=free needs a communication thread",
                 expected="MPI_THREAD_MULTIPLE",
-                got="an MPI that gives less",
-                do="use an MPI that gives it, or a method that keeps step, as adpsgd:schedule=drawn",
+                got="an MPI library that provides less",
+                do="use an MPI library that provides it, or --strategy adpsgd:schedule=drawn",
                 everywhere=True,
             )
         self._world, self._group, self._neighbours, self._active = world, group, list(neighbours), active
-        self._net = world.all.twin(_TWIN)
-        self._tag = 2 * next(self._net.users) % (self._net.tag_limit - 1)
+        self._net = world.all.dup("AD-PSGD pairs")
+        self._tag = 2 * self._net.next_id() % (self._net.tag_limit - 1)
         self._rng = np.random.default_rng([seed, world.rank])
         self.counts = np.zeros(world.size, np.int64)
-        # The compute thread takes this for one pass over the model, never across a forward or backward.
+        # The compute thread holds this for one pass over the model, never across a forward or backward.
         self._lock = threading.Lock()
         memory = [torch.zeros(group.nbytes, dtype=torch.uint8) for _ in range(4)]
         self._inbox, self._outbox = memory[:2]
-        self._received, self._shown, self._replica, self._gain = (parts_of(group, each) for each in memory)
+        self._received, self._sent, self._replica, self._correction = (
+            split_by_bucket(group, each) for each in memory
+        )
         to_host(group, self._replica)
-        self._gained = False
-        self._asking = False  # a request is wanted or under way
-        self._askers: deque[int] = deque()
+        self._has_correction = False
+        self._requesting = False  # a request is due or in flight
+        self._requesters: deque[int] = deque()
         self._partner = world.rank
-        self._untold: list[int] = []
-        self._news = dict.fromkeys(self._neighbours, 0)
-        self._rounds = 0
-        self._words_sent: list[tuple[Any, np.ndarray]] = []
-        self._words = {other: self._listen(other) for other in self._neighbours}
-        self._talk = self._ask() if active else self._answer()
+        self._to_notify: list[int] = []
+        self._end_notices = dict.fromkeys(self._neighbours, 0)
+        self._ends = 0
+        self._headers_sent: list[tuple[Any, np.ndarray]] = []
+        self._headers = {other: self._post_receive(other) for other in self._neighbours}
+        self._protocol = self._request_averages() if active else self._reply_to_requests()
         if self._neighbours:
-            world.progress.serve(self._poll)
+            world.progress.add_poller(self._poll)
 
     @property
     def steps(self) -> int:
-        """The steps of all ranks that this one knows of."""
+        """Sum of `counts`."""
         return int(self.counts.sum())
 
-    def boundary(self) -> None:
-        """Count a step that was just taken, bring model and replica together, and want an average."""
+    def end_step(self) -> None:
+        """Count a step, add the correction to the model, update the replica, and request an average."""
         with self._lock:
             self.counts[self._world.rank] += 1
             self._merge()
         if self._active and self._neighbours:
-            self._asking = True
+            self._requesting = True
 
     def finish(self) -> None:
-        """Let all know that the steps are taken: tell the neighbours once, and hear it from each."""
-        self._rounds += 1
-        self._untold = list(self._neighbours)
+        """Notify all neighbours that the requested steps are taken, and wait for the notice of each."""
+        self._ends += 1
+        self._to_notify = list(self._neighbours)
 
-        def silent() -> list[int]:
-            return [other for other, heard in self._news.items() if heard < self._rounds]
+        def missing() -> list[int]:
+            return [other for other, notices in self._end_notices.items() if notices < self._ends]
 
-        self._world.progress.until(lambda: not silent(), "the end of steps of the neighbours", silent)
+        self._world.progress.until(lambda: not missing(), "the end of steps of the neighbours", missing)
 
-    def settle(self) -> None:
-        """Come to rest: nothing is under way, and each model has all that it gained; collective."""
+    def quiesce(self) -> None:
+        """Wait until no average is in flight, and merge all corrections; collective."""
         self._until_idle()
         own = int(self.counts[self._world.rank])
-        exact = self._world.gather(own, "the rest between averages in pairs")
-        self._until_idle()  # the last answers have left
+        exact = self._world.gather(own, "the end of averages in pairs")
+        self._until_idle()  # the last replies are sent
         with self._lock:
             np.maximum(self.counts, exact, out=self.counts)
             self._merge()
 
     def reset(self, counts: Iterable[int]) -> None:
-        """Begin again from the models that are in place now; collective, at rest."""
+        """Restart from the current models and given step counts; collective, after `quiesce`."""
         with self._lock:
             to_host(self._group, self._replica)
             self.counts[:] = list(counts)
         self._world.gather(None, "a new start of averages in pairs")
 
     def close(self) -> None:
-        """Stop to answer; collective."""
-        self.settle()
-        self._world.progress.dismiss(self._poll)
-        self._world.gather(None, "the end of averages in pairs")
-        for request, _ in self._words.values():
+        """Stop to reply; collective."""
+        self.quiesce()
+        self._world.progress.remove_poller(self._poll)
+        self._world.gather(None, "the close of averages in pairs")
+        for request, _ in self._headers.values():
             request.Cancel()
             request.Wait()
 
     def _merge(self) -> None:
         if not self._neighbours:
             return
-        if self._gained:
-            for bucket, gain in zip(self._group, self._gain, strict=True):
-                bucket.flat.add_(gain.to(bucket.flat.device))
-                gain.zero_()
-            self._gained = False
+        if self._has_correction:
+            for bucket, correction in zip(self._group, self._correction, strict=True):
+                bucket.flat.add_(correction.to(bucket.flat.device))
+                correction.zero_()
+            self._has_correction = False
         to_host(self._group, self._replica)
 
     def _until_idle(self) -> None:
         self._world.progress.until(self._idle, "an average in pairs", lambda: [self._partner])
 
     def _idle(self) -> bool:
-        return not (self._asking or self._askers or self._untold or self._words_sent)
+        return not (self._requesting or self._requesters or self._to_notify or self._headers_sent)
+
+    # In the communication thread.
 
     def _poll(self) -> float:
-        """The service: hear words, go on with the pair under way."""
-        self._words_sent = [(request, word) for request, word in self._words_sent if not request.Test()]
-        heard = [other for other, (request, _) in self._words.items() if request.Test()]
-        for other in heard:
-            self._hear(other)
-        while self._untold:
-            self._tell(self._untold[-1], _NEWS)
-            self._untold.pop()
-        return 0.0 if next(self._talk) or heard else LISTENING
+        self._headers_sent = [entry for entry in self._headers_sent if not entry[0].Test()]
+        arrived = [other for other, (request, _) in self._headers.items() if request.Test()]
+        for other in arrived:
+            self._on_header(other)
+        while self._to_notify:
+            self._send_header(self._to_notify[-1], _END_OF_STEPS)
+            self._to_notify.pop()
+        return 0.0 if next(self._protocol) or arrived else POLL_INTERVAL
 
-    def _listen(self, other: int) -> tuple[Any, np.ndarray]:
-        word = np.empty(self._world.size + 1, np.int64)
-        return self._net.irecv(word, other, self._tag + _WORD), word
+    def _post_receive(self, other: int) -> tuple[Any, np.ndarray]:
+        header = np.empty(self._world.size + 1, np.int64)
+        return self._net.irecv(header, other, self._tag + _HEADER), header
 
-    def _hear(self, other: int) -> None:
-        _, word = self._words[other]
+    def _on_header(self, other: int) -> None:
+        _, header = self._headers[other]
         with self._lock:
-            np.maximum(self.counts, word[:-1], out=self.counts)
-        self._words[other] = self._listen(other)
-        if word[-1] == _NEWS:
-            self._news[other] += 1
+            np.maximum(self.counts, header[:-1], out=self.counts)
+        self._headers[other] = self._post_receive(other)
+        if header[-1] == _END_OF_STEPS:
+            self._end_notices[other] += 1
         elif not self._active:
-            self._askers.append(other)
+            self._requesters.append(other)
 
-    def _tell(self, other: int, kind: int) -> None:
+    def _send_header(self, other: int, kind: int) -> None:
         with self._lock:
-            word = np.append(self.counts, kind)
-        self._words_sent.append((self._net.isend(word, other, self._tag + _WORD), word))
+            header = np.append(self.counts, kind)
+        self._headers_sent.append((self._net.isend(header, other, self._tag + _HEADER), header))
 
-    def _ask(self) -> Iterator[bool]:
+    def _request_averages(self) -> Iterator[bool]:
+        """Protocol of an active rank; each `next` makes progress, and yields whether there was any."""
         while True:
-            while not self._asking:
+            while not self._requesting:
                 yield False
             self._partner = int(self._rng.choice(self._neighbours))
-            self._show()
-            yield from _all([*self._send(), *self._receive()])
-            self._gain_half()
-            self._asking = False
+            self._take_snapshot()
+            yield from _until_complete([*self._send(), *self._receive()])
+            self._average()
+            self._requesting = False
             yield True
 
-    def _answer(self) -> Iterator[bool]:
+    def _reply_to_requests(self) -> Iterator[bool]:
+        """Protocol of a passive rank; each `next` makes progress, and yields whether there was any."""
         while True:
-            while not self._askers:
+            while not self._requesters:
                 yield False
-            self._partner = self._askers[0]
-            yield from _all(self._receive())
-            self._show()
-            self._gain_half()
-            yield from _all(self._send())
-            self._askers.popleft()
+            self._partner = self._requesters[0]
+            yield from _until_complete(self._receive())
+            self._take_snapshot()
+            self._average()
+            yield from _until_complete(self._send())
+            self._requesters.popleft()
             yield True
 
-    def _show(self) -> None:
+    def _take_snapshot(self) -> None:
         with self._lock:
-            for shown, replica in zip(self._shown, self._replica, strict=True):
-                shown.copy_(replica)
+            for sent, replica in zip(self._sent, self._replica, strict=True):
+                sent.copy_(replica)
 
-    def _gain_half(self) -> None:
-        """Go half the way from what was shown to what was received."""
-        for received, shown in zip(self._received, self._shown, strict=True):
-            received.sub_(shown).mul_(0.5)
+    def _average(self) -> None:
+        """Add half the difference between the received replica and the sent one."""
+        for received, sent in zip(self._received, self._sent, strict=True):
+            received.sub_(sent).mul_(0.5)
         with self._lock:
-            for received, replica, gain in zip(self._received, self._replica, self._gain, strict=True):
+            parts = zip(self._received, self._replica, self._correction, strict=True)
+            for received, replica, correction in parts:
                 replica.add_(received)
-                gain.add_(received)
-            self._gained = True
+                correction.add_(received)
+            self._has_correction = True
 
     def _send(self) -> list[Any]:
-        self._tell(self._partner, _MODEL_FOLLOWS)
-        return [self._net.isend(piece, self._partner, self._tag + _MODEL) for piece in pieces(self._outbox)]
+        self._send_header(self._partner, _MODEL_FOLLOWS)
+        return [
+            self._net.isend(piece, self._partner, self._tag + _MODEL)
+            for piece in message_buffers(self._outbox)
+        ]
 
     def _receive(self) -> list[Any]:
-        return [self._net.irecv(piece, self._partner, self._tag + _MODEL) for piece in pieces(self._inbox)]
+        return [
+            self._net.irecv(piece, self._partner, self._tag + _MODEL)
+            for piece in message_buffers(self._inbox)
+        ]
 
 
-def _all(requests: Sequence[Any]) -> Iterator[bool]:
-    """Yield until all requests are complete."""
+def _until_complete(requests: Sequence[Any]) -> Iterator[bool]:
     while not all(request.Test() for request in requests):
         yield False

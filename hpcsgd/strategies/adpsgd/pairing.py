@@ -1,4 +1,4 @@
-"""Averaging in pairs: the two halves of a graph, and a schedule of pairs that all ranks draw alike."""
+"""Pairs of AD-PSGD: the two halves of a bipartite graph, and the schedule "drawn", equal on all ranks."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.staging import after_compute
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.progress import Work
-from hpcsgd.strategies.context import Setting
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.tensors.group import Bucket, TensorGroup
 from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.topology import Topology
 
 
-class Pairs:
-    """The two halves of a topology, of which every edge joins the one to the other.
+class BipartitePairs:
+    """The two halves of a topology; every edge joins one half to the other.
 
     Parameters
     ----------
     graph
-        Its edges over a whole period count.
+        The topology; its edges of all steps count.
 
     Attributes
     ----------
     neighbours
-        Of each peer, ascending.
+        The neighbours of each peer, ascending.
     active
-        The larger half, whose peers ask for an average; where both are as large, that of peer 0.
+        The peers of the larger half, which request averages; if both are equally large, that of peer 0.
 
     Raises
     ------
     BadOption
-        Where there are no such halves.
+        The graph is not bipartite.
     """
 
     def __init__(self, graph: Topology) -> None:
@@ -52,92 +52,93 @@ class Pairs:
                     reached.append(other)
                 elif side[other] == side[peer]:
                     raise BadOption(
-                        f"{graph!r} has no two halves for AD-PSGD: {peer} and {other} are on the same side",
-                        expected="a bipartite graph, so that who asks never waits for who asks",
-                        do="use star or file, hypercube, or ring with an even number of peers",
+                        f"topology {graph!r} cannot be used with AD-PSGD",
+                        expected="a bipartite graph: without one, requests for averages can wait in a cycle",
+                        got=f"an edge between {peer} and {other}, which are in the same half",
+                        do="use topology ring with an even number of peers, star, hypercube or file",
                         everywhere=True,
                     )
         halves = [[peer for peer in range(graph.size) if side[peer] == half] for half in (0, 1)]
         self.active = max(halves, key=len)
 
-    def drawn(self, seed: int, step: int) -> list[tuple[int, int]]:
-        """The pairs that average at a step, in this order: each active peer with one of its neighbours."""
+    def sample(self, seed: int, step: int) -> list[tuple[int, int]]:
+        """Return the (active, passive) pairs that average at a step, in order: one for each active peer."""
         rng = np.random.default_rng([seed, step])
-        asking = [self.active[i] for i in rng.permutation(len(self.active))]
-        return [(peer, int(rng.choice(self.neighbours[peer]))) for peer in asking if self.neighbours[peer]]
+        active = [self.active[i] for i in rng.permutation(len(self.active))]
+        return [(peer, int(rng.choice(self.neighbours[peer]))) for peer in active if self.neighbours[peer]]
 
 
-class Drawn:
-    """Pairs that are drawn for each step and average one after the other, while forward and backward run.
+class SynchronousPairs:
+    """Schedule "drawn": random pairs average one after the other, while forward and backward run.
 
     Parameters
     ----------
-    setting
-        The run's.
+    context
+        The context of the strategy.
     parameters
-        The models.
+        The models of the local peers.
     pairs
-        Who can average with whom.
+        The graph from which pairs are sampled.
     """
 
-    def __init__(self, setting: Setting, parameters: Parameters, pairs: Pairs) -> None:
-        self._setting, self._parameters, self._pairs = setting, parameters, pairs
-        trained = [(name, p) for name, p in setting.parameters if p.requires_grad]
+    def __init__(self, context: StrategyContext, parameters: Parameters, pairs: BipartitePairs) -> None:
+        self._context, self._parameters, self._pairs = context, parameters, pairs
+        trained = [(name, p) for name, p in context.parameters if p.requires_grad]
         self._replicas = [
-            TensorGroup(setting.world, trained, setting.bucket_mib) for _ in setting.peers.local
+            TensorGroup(context.world, trained, context.bucket_mib) for _ in context.peers.local
         ]
-        self._exchange = Exchange(setting.peers, self._replicas)
-        self._ahead: Work | None = None
+        self._exchange = Exchange(context.peers, self._replicas)
+        self._averages_in_flight: Work | None = None
 
     def step(self, update: Callable[[], None]) -> None:
-        setting = self._setting
-        if setting.turn == 0:
-            # Before the first update: the averages are of the models as they still are.
-            (self._ahead or self._begin(setting.step)).wait()
-        if setting.weight:
+        context = self._context
+        if context.current_peer_index == 0:
+            # Before the first update: the averages are those of the models before the step.
+            (self._averages_in_flight or self._start(context.step)).wait()
+        if context.weight:
             update()
-        if setting.turn == setting.peers.each - 1:
-            if self._pairs.drawn(setting.seed, setting.step):
+        if context.current_peer_index == context.peers.per_rank - 1:
+            if self._pairs.sample(context.seed, context.step):
                 for bucket, change in self._each_bucket():
                     bucket.flat.add_(change.flat)
-            self._ahead = self._begin(setting.step + 1)
-            self._exchange.settle()
+            self._averages_in_flight = self._start(context.step + 1)
+            self._exchange.flush()
 
-    def settle(self) -> None:
-        """Nothing is ever half done between steps."""
+    def quiesce(self) -> None:
+        """Do nothing: between steps every model is complete."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # What was averaged ahead was of the models before.
-        self._ahead = None
-        self._exchange.clear()
+        # The averages in flight are of the models that have just been replaced.
+        self._averages_in_flight = None
+        self._exchange.reset()
 
     def close(self) -> None:
-        self._setting.world.progress.drain()
+        self._context.world.progress.drain()
 
     def _each_bucket(self) -> Iterator[tuple[Bucket, Bucket]]:
         for group, replica in zip(self._parameters.groups, self._replicas, strict=True):
             yield from zip(group, replica, strict=True)
 
-    def _begin(self, step: int) -> Work:
-        world = self._setting.world
+    def _start(self, step: int) -> Work:
+        world = self._context.world
         job = after_compute(world.device, partial(self._average, step))
         return world.progress.submit(f"averaging in pairs at step {step}", job)
 
     def _average(self, step: int) -> None:
-        """Leave in each replica what the averages of a step change in the model."""
-        peers = self._setting.peers
+        """Write the change of each local model by the averages of a step to its replica."""
+        peers = self._context.peers
         for bucket, copy in self._each_bucket():
             copy.flat.copy_(bucket.flat)
-        pairs = self._pairs.drawn(self._setting.seed, step)
+        pairs = self._pairs.sample(self._context.seed, step)
         for number, pair in enumerate(pairs):
-            here = [peer for peer in pair if peer in peers.local]
+            local = [peer for peer in pair if peer in peers.local]
             version = step * len(pairs) + number
-            for peer in here:
-                self._exchange.show(peer, version, [other for other in pair if other != peer])
-            for peer in here:
+            for peer in local:
+                self._exchange.publish(peer, version, [other for other in pair if other != peer])
+            for peer in local:
                 self._exchange.mix(peer, version, [(end, 0.5) for end in sorted(pair)])
         for bucket, copy in self._each_bucket():
             copy.flat.sub_(bucket.flat)

@@ -1,4 +1,4 @@
-"""AD-PSGD: peers average in pairs with random neighbours, and nobody waits for a slower one."""
+"""AD-PSGD: peers average in pairs with random neighbours, without waiting for slower peers."""
 
 from __future__ import annotations
 
@@ -9,141 +9,152 @@ from typing import Any, Literal
 import torch
 
 from hpcsgd.errors import BadOption, unknown
-from hpcsgd.strategies.adpsgd.async_pairs import Pairwise
-from hpcsgd.strategies.adpsgd.pairing import Drawn, Pairs
-from hpcsgd.strategies.context import Setting
-from hpcsgd.strategies.replicas import OwnModels
+from hpcsgd.strategies.adpsgd.async_pairs import PairwiseAverager
+from hpcsgd.strategies.adpsgd.pairing import BipartitePairs, SynchronousPairs
+from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.strategies.replicas import ReplicaStrategy
 from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.topology import build
 
+_NO_TARGET = 2**62
 
-class ADPSGD(OwnModels):
-    """Asynchronous decentralised SGD: pairwise averages beside the gradients (Lian et al., arXiv 1710.06952).
 
-    The graph has two halves; peers of the active one ask for averages, peers of the passive one answer,
-    so no cycle of waits can form. Optimizer state stays local. From the paper: the halves, the average
-    of two models with a random neighbour, gradients that are of a model from before an average. The rest is
-    our reading:
+class ADPSGD(ReplicaStrategy):
+    """Asynchronous decentralised SGD by averages of random pairs (Lian et al., arXiv 1710.06952).
 
-    "free": no gradient step ever waits. An active peer asks one random neighbour a step, unless its last
-    request is still out. Averages are of replicas; what a replica gains goes into the model at the end of a
-    step, so forward and backward see no half-written model and a peer's gradients delay no one's average.
-    Iterations are the steps of all peers, as far as a peer knows of them, divided by the number of peers; a
-    rank may take more steps than another, or none. Memory of four more models, on the host.
+    The graph is bipartite; peers of the active half request averages, peers of the passive half reply, so no
+    cycle of waits can form. Optimizer state stays local. From the paper: the two halves, the average of two
+    models with a random neighbour, gradients computed on a model from before an average. The rest is our
+    reading:
 
-    "drawn": every peer takes every step. Beside it each active peer, in an order that all ranks draw
-    alike, averages with one neighbour that is drawn too; the step is then added: x <- average + step. Gives
-    the same bits at each run, and with virtual nodes. Memory of one more model.
+    "free": no gradient step ever waits. An active peer sends one request a step to a random neighbour, unless
+    its last one is still in flight. Averages are of replicas; the correction of a replica is added to the
+    model at the end of a step, so forward and backward read no half-written model and the gradients of a
+    peer delay no average. Iterations are the steps of all peers, as of the last message, divided by the
+    number of peers; a rank may take more steps than another, or none. Takes the memory of four more models,
+    on the host.
+
+    "drawn": every peer takes every step. At the same time each active peer, in a random order that is equal
+    on all ranks, averages with one random neighbour; the step is then added: x <- average + step. Has the
+    same bits at each run, and with virtual nodes. Takes the memory of one more model.
 
     Parameters
     ----------
     topology
-        Who can average with whom, as NAME or NAME:key=value+key=value of `hpcsgd.topology`; bipartite:
-        "ring" of an even number of peers (default), "hypercube", "star".
+        A bipartite graph, as NAME or NAME:key=value+key=value of `hpcsgd.topology`: "ring" of an even number
+        of peers (default), "hypercube", "star", "file".
     schedule
         "free" (default) or "drawn".
+
+    Raises
+    ------
+    BadOption
+        Unknown schedule; on attachment also a graph that is not bipartite.
     """
 
     def __init__(self, topology: str = "ring", schedule: Literal["free", "drawn"] = "free") -> None:
         if schedule not in ("free", "drawn"):
             raise unknown("schedule of AD-PSGD", schedule, ("free", "drawn"))
         self.topology, self.schedule = topology, schedule
-        self.lockstep = schedule == "drawn"
+        self.synchronous = schedule == "drawn"
 
     def options(self) -> dict[str, object]:
         return {"topology": self.topology, "schedule": self.schedule}
 
-    def attach(self, setting: Setting) -> None:
-        setting.refuse("AD-PSGD", compression=True)
-        pairs = Pairs(setting.world.together(lambda: build(self.topology, setting.peers.size)))
-        if not self.lockstep:
-            _check_free(setting)
-        super().attach(setting)
-        self._averaging: Drawn | Free = (
-            Drawn(setting, self.parameters, pairs) if self.lockstep else Free(setting, self.parameters, pairs)
-        )
+    def attach(self, context: StrategyContext) -> None:
+        context.reject("AD-PSGD", compression=True)
+        pairs = BipartitePairs(context.world.collectively(lambda: build(self.topology, context.peers.size)))
+        if not self.synchronous:
+            _check_one_peer_a_rank(context)
+        super().attach(context)
+        make = SynchronousPairs if self.synchronous else AsynchronousPairs
+        self._pairs: SynchronousPairs | AsynchronousPairs = make(context, self.parameters, pairs)
 
     def detach(self) -> None:
-        self._averaging.close()
-        del self._averaging
+        self._pairs.close()
+        del self._pairs
         super().detach()
 
-    def turns(self, end: int) -> Iterator[int]:
-        assert isinstance(self._averaging, Free), "else all peers keep step"
-        return self._averaging.turns(end)
+    def peer_schedule(self, end: int) -> Iterator[int]:
+        assert isinstance(self._pairs, AsynchronousPairs)
+        return self._pairs.peer_schedule(end)
 
     def step(self, update: Callable[[], None]) -> None:
-        self._averaging.step(update)
+        self._pairs.step(update)
 
     def averaged(self) -> AbstractContextManager[None]:
-        self._averaging.settle()
+        self._pairs.quiesce()
         return super().averaged()
 
     def consensus_distance(self) -> float:
-        self._averaging.settle()
+        self._pairs.quiesce()
         return super().consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:
-        """With the schedule "free" collective, and only between two loops over batches."""
-        return self._averaging.state_dict()
+        """Return the state; with the schedule "free" collective, and only between two loops over batches."""
+        return self._pairs.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._averaging.load_state_dict(state)
+        self._pairs.load_state_dict(state)
 
 
-class Free:
-    """Pairs that average whenever an active peer has taken a step and has no request out.
+class AsynchronousPairs:
+    """Schedule "free": an active peer averages whenever it has taken a step and has no request in flight.
 
     Parameters
     ----------
-    setting, parameters, pairs
-        The run's; the model; who can average with whom.
+    context
+        The context of the strategy.
+    parameters
+        The model of this rank.
+    pairs
+        The graph: neighbours and active peers.
     """
 
-    def __init__(self, setting: Setting, parameters: Parameters, pairs: Pairs) -> None:
-        me = setting.world.rank
-        self._setting, self._end = setting, 2**62
-        self._pairwise = Pairwise(
-            setting.world,
+    def __init__(self, context: StrategyContext, parameters: Parameters, pairs: BipartitePairs) -> None:
+        rank = context.world.rank
+        self._context, self._end = context, _NO_TARGET
+        self._averager = PairwiseAverager(
+            context.world,
             parameters.group,
-            pairs.neighbours[me],
-            active=me in pairs.active,
-            seed=setting.seed,
+            pairs.neighbours[rank],
+            active=rank in pairs.active,
+            seed=context.seed,
         )
 
-    def turns(self, end: int) -> Iterator[int]:
+    def peer_schedule(self, end: int) -> Iterator[int]:
         self._end = end
-        while self._pairwise.steps < end * self._setting.peers.size:
+        while self._averager.steps < end * self._context.peers.size:
             yield 0
-        self._pairwise.finish()
-        self._pairwise.settle()
-        self._setting.step, self._end = end, 2**62
+        self._averager.finish()
+        self._averager.quiesce()
+        self._context.step, self._end = end, _NO_TARGET
 
     def step(self, update: Callable[[], None]) -> None:
         update()
-        self._pairwise.boundary()
-        self._setting.step = min(self._pairwise.steps // self._setting.peers.size, self._end)
+        self._averager.end_step()
+        self._context.step = min(self._averager.steps // self._context.peers.size, self._end)
 
-    def settle(self) -> None:
-        self._pairwise.settle()
+    def quiesce(self) -> None:
+        self._averager.quiesce()
 
     def state_dict(self) -> dict[str, Any]:
-        self._pairwise.settle()
-        return {"steps": torch.from_numpy(self._pairwise.counts.copy())}
+        self._averager.quiesce()
+        return {"steps": torch.from_numpy(self._averager.counts.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pairwise.settle()
-        self._pairwise.reset(state["steps"].tolist())
+        self._averager.quiesce()
+        self._averager.reset(state["steps"].tolist())
 
     def close(self) -> None:
-        self._pairwise.close()
+        self._averager.close()
 
 
-def _check_free(setting: Setting) -> None:
-    if setting.peers.each > 1:
+def _check_one_peer_a_rank(context: StrategyContext) -> None:
+    if context.peers.per_rank > 1:
         raise BadOption(
-            "AD-PSGD whose peers do not keep step has no virtual nodes",
-            got=f"{setting.peers.size} nodes on {setting.world.size} ranks",
-            do="use schedule=drawn, which averages the same pairs of models in step",
+            "AD-PSGD with schedule=free has no virtual nodes",
+            got=f"{context.peers.size} nodes on {context.world.size} ranks",
+            do="use --strategy adpsgd:schedule=drawn, or do not set virtual_nodes",
             everywhere=True,
         )

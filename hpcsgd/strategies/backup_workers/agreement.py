@@ -1,7 +1,7 @@
-"""Ranks agree on who takes part in an iteration: by atomics in shared memory, or by small messages.
+"""Agreement of all ranks on the participants of an iteration: by shared memory, or by small messages.
 
-Either way `Rounds` decides. On one node all ranks use the same ones, one at a time; between nodes rank 0
-keeps them as a service of its communication thread, which orders and answers, and computes nothing.
+Both ways use an `IterationCloser`. On one node all ranks share its memory, under a lock; between nodes rank 0
+owns it and replies to requests in its communication thread.
 """
 
 from __future__ import annotations
@@ -11,184 +11,189 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hpcsgd.mpi.progress import LISTENING
-from hpcsgd.mpi.world import SLICE_OF_WAIT, World
-from hpcsgd.strategies.backup_workers.closing_rule import Rounds, words
+from hpcsgd.mpi.node import NATIVE_WAIT_SLICE
+from hpcsgd.mpi.progress import POLL_INTERVAL
+from hpcsgd.mpi.world import World
+from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser, words_needed
 
 Edges = Sequence[tuple[int, int]]
-_TWIN = 9  # of the world's communicators, for these messages alone
-#: What is waited for, in errors.
-WHAT = "the close of an iteration, with all that are done by then"
+#: Name of the wait in errors.
+CLOSE_OF_ITERATION = "the close of an iteration of backup workers"
 
 
 class Agreement(Protocol):
-    """Where each rank is one peer."""
+    """Agreement in which each rank is one peer."""
 
     def join(self, end: int) -> tuple[int, list[int]] | None:
-        """Say that this rank is done, and wait: which iteration that was, and who took part in it.
+        """Mark this rank as done and wait until the iteration closes.
 
-        None where all iterations before `end`, which is the same on all ranks, are closed.
+        Returns
+        -------
+        (iteration, participants) or None
+            None if all iterations before `end`, which is equal on all ranks, are closed.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the rounds, once `end` is reached."""
+        """Return the state of the iterations, after `end` has been reached."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; on all ranks, between two barriers."""
+        """Restore the state that `state_dict` returned; on all ranks, between two barriers."""
 
     def close(self) -> None:
-        """Leave nothing in flight; collective."""
+        """Finish all communication; collective."""
 
 
-def agreement(world: World, edges: Edges, backups: int | None) -> Agreement:
-    """The agreement of all ranks, one peer each; collective."""
+def make_agreement(world: World, edges: Edges, backups: int | None) -> Agreement:
+    """Return the agreement of all ranks, by shared memory if all are on one node; collective."""
     from hpcsgd.kernels.sync import ticket_lock
 
     head = ticket_lock.LOCK_WORDS + ticket_lock.COUNT_WORDS
-    size = head + words(world.size, edges)
+    size = head + words_needed(world.size, edges)
     memory = None
     if world.size == 1:
         memory = np.zeros(size, np.int32)
-    elif world.local_size == world.size and (window := world.window(4 * size)) is not None:
+    elif world.local_size == world.size and (window := world.local.allocate(4 * size)) is not None:
         memory = window.rows[0].view(np.int32)
     if memory is None:
-        return ByMessages(world, edges, backups)
-    return InMemory(world, memory[:head], Rounds(world.size, edges, backups, memory[head:]))
+        return MessageAgreement(world, edges, backups)
+    closer = IterationCloser(world.size, edges, backups, memory[head:])
+    return SharedMemoryAgreement(world, memory[:head], closer)
 
 
-class InMemory:
-    """Where all ranks share memory: a lock around the rounds, and the count of those closed, to sleep on.
+class SharedMemoryAgreement:
+    """Agreement on one node: an `IterationCloser` in shared memory, a lock, and a count of closed iterations.
 
     Parameters
     ----------
     world
         The ranks.
     words
-        A lock, then a count, see `hpcsgd.kernels.sync.ticket_lock`; shared, zero at first.
-    rounds
+        int32, shared, zero at first: a lock, then a count, see `hpcsgd.kernels.sync.ticket_lock`.
+    closer
         In shared memory.
     """
 
-    def __init__(self, world: World, words: np.ndarray, rounds: Rounds) -> None:
+    def __init__(self, world: World, words: np.ndarray, closer: IterationCloser) -> None:
         from hpcsgd.kernels.sync import ticket_lock
 
-        self._world, self._words, self._rounds, self._kernel = world, words, rounds, ticket_lock
-        self._closed = ticket_lock.LOCK_WORDS
-        rounds.begin()
+        self._world, self._words, self._closer, self._kernel = world, words, closer, ticket_lock
+        self._count = ticket_lock.LOCK_WORDS
+        closer.open()
         world.gather(None, "the start of an agreement")
 
     def join(self, end: int) -> tuple[int, list[int]] | None:
-        world, words, rounds, kernel = self._world, self._words, self._rounds, self._kernel
-        ticket = kernel.draw(words, 0)
-        self._until(lambda micros: kernel.mine(words, 0, ticket, world.spins, micros))
-        entered = rounds.announce([world.rank], end)
-        if entered is not None and rounds.iteration > entered:
-            kernel.advance(words, self._closed, rounds.iteration)
-        kernel.leave(words, 0, ticket)
+        world, words, closer, kernel = self._world, self._words, self._closer, self._kernel
+        ticket = kernel.take_ticket(words, 0)
+        self._until(lambda micros: kernel.acquire(words, 0, ticket, world.local.spins, micros))
+        entered = closer.mark_done([world.rank], end)
+        if entered is not None and closer.iteration > entered:
+            kernel.set_count(words, self._count, closer.iteration)
+        kernel.release(words, 0, ticket)
         if entered is None:
             return None
-        self._until(lambda micros: kernel.reached(words, self._closed, entered + 1, world.spins, micros))
-        return entered, rounds.members(world.rank)
+        self._until(
+            lambda micros: kernel.wait_for_count(words, self._count, entered + 1, world.local.spins, micros)
+        )
+        return entered, closer.participants(world.rank)
 
     def _until(self, done: Callable[[int], bool]) -> None:
-        waiter, rounds = self._world.waiter, self._rounds
-        waiter.until(lambda: bool(done(SLICE_OF_WAIT)), WHAT, lambda: rounds.awaited)
+        waiter, closer = self._world.waiter, self._closer
+        waiter.until(lambda: bool(done(NATIVE_WAIT_SLICE)), CLOSE_OF_ITERATION, lambda: closer.awaited)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._rounds.state_dict()
+        return self._closer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # All ranks write the same.
-        self._rounds.load_state_dict(state)
-        self._words[self._closed] = self._rounds.iteration
+        # All ranks write the same values.
+        self._closer.load_state_dict(state)
+        self._words[self._count] = self._closer.iteration
 
     def close(self) -> None:
-        """A rank that is late meets nobody in the memory it shares: there is nothing to finish."""
+        """Do nothing: a rank that is late accesses shared memory only, and waits for no other."""
 
 
-class ByMessages:
-    """Every rank asks rank 0, which answers when the iteration closes.
+class MessageAgreement:
+    """Agreement by requests to rank 0, which replies when the iteration closes.
 
-    These messages are not counted, as all else that ranks tell each other about steps.
+    The messages are control traffic and not counted.
 
     Parameters
     ----------
     world
         The ranks.
     edges, backups
-        As for `Rounds`, which rank 0 keeps.
+        Parameters of the `IterationCloser`, which rank 0 owns.
     """
 
     def __init__(self, world: World, edges: Edges, backups: int | None) -> None:
-        self._world, self._net = world, world.all.twin(_TWIN)
-        # Messages of two runs in one world must not be taken for each other's.
-        number = next(self._net.users)
-        self._question_tag, self._answer_tag = (
+        self._world, self._net = world, world.all.dup("iterations of backup workers")
+        # Two runs in one world share the communicator: each has tags of its own.
+        number = self._net.next_id()
+        self._request_tag, self._reply_tag = (
             (2 * number + kind) % (self._net.tag_limit - 1) for kind in (0, 1)
         )
-        #: On rank 0: what each rank asks next, and where that arrives. One for each, for MPICH 5.0 has lost
-        #: messages to a receive from any source where one of them was the rank's own.
-        self._questions: list[tuple[Any, np.ndarray]] = []
-        self._answer = np.zeros(2 + world.size + len(edges), np.int32)
-        self._answers: list[tuple[Any, np.ndarray]] = []
-        #: Those that decide, on rank 0, and what this rank was last told of them.
-        self._rounds, self._mirror = (Rounds(world.size, edges, backups) for _ in range(2))
+        #: On rank 0: a posted receive and its buffer for each rank. Not one receive from any source: MPICH
+        #: 5.0 has lost messages to such a receive if one of them was from the rank itself.
+        self._requests: list[tuple[Any, np.ndarray]] = []
+        self._reply = np.zeros(2 + world.size + len(edges), np.int32)
+        self._replies: list[tuple[Any, np.ndarray]] = []
+        #: The closer of rank 0, and on every rank a copy of its state as of the last reply.
+        self._closer, self._mirror = (IterationCloser(world.size, edges, backups) for _ in range(2))
         if world.rank == 0:
-            self._questions = [self._listen(rank) for rank in range(world.size)]
-            world.progress.serve(self._serve)
+            self._requests = [self._post_receive(rank) for rank in range(world.size)]
+            world.progress.add_poller(self._poll)
 
     def join(self, end: int) -> tuple[int, list[int]] | None:
         net = self._net
-        answer = net.comm.Irecv(self._answer, 0, self._answer_tag)
-        question = np.array([end], np.int32)
-        net.wait(net.comm.Isend(question, 0, self._question_tag), WHAT, 0)
-        net.wait(answer, WHAT, 0)
-        (entered, iteration), members, unused = np.split(self._answer, [2, 2 + self._world.size])
-        self._mirror.begin(int(iteration), np.flatnonzero(unused).tolist())
-        return None if entered < 0 else (int(entered), np.flatnonzero(members).tolist())
+        reply = net.comm.Irecv(self._reply, 0, self._reply_tag)
+        request = np.array([end], np.int32)
+        net.wait(net.comm.Isend(request, 0, self._request_tag), CLOSE_OF_ITERATION, 0)
+        net.wait(reply, CLOSE_OF_ITERATION, 0)
+        (entered, iteration), participants, unused = np.split(self._reply, [2, 2 + self._world.size])
+        self._mirror.open(int(iteration), np.flatnonzero(unused).tolist())
+        return None if entered < 0 else (int(entered), np.flatnonzero(participants).tolist())
 
-    def _listen(self, rank: int) -> tuple[Any, np.ndarray]:
-        question = np.zeros(1, np.int32)
-        return self._net.comm.Irecv(question, rank, self._question_tag), question
+    def _post_receive(self, rank: int) -> tuple[Any, np.ndarray]:
+        request = np.zeros(1, np.int32)
+        return self._net.comm.Irecv(request, rank, self._request_tag), request
 
-    def _serve(self) -> float:
-        """Answer whoever can be answered."""
+    def _poll(self) -> float:
         busy = False
-        for rank, (request, question) in enumerate(self._questions):
-            if not request.Test():
+        for rank, (received, request) in enumerate(self._requests):
+            if not received.Test():
                 continue
-            busy, self._questions[rank] = True, self._listen(rank)
-            entered = self._rounds.announce([rank], int(question[0]))
+            busy, self._requests[rank] = True, self._post_receive(rank)
+            entered = self._closer.mark_done([rank], int(request[0]))
             if entered is None:
-                self._tell(-1, [rank])
-            elif self._rounds.iteration > entered:
-                self._tell(entered, self._rounds.members(rank))
-        if self._answers:
-            self._answers = [entry for entry in self._answers if not entry[0].Test()]
-        return 0.0 if busy else LISTENING
+                self._send_reply(-1, [rank])
+            elif self._closer.iteration > entered:
+                self._send_reply(entered, self._closer.participants(rank))
+        if self._replies:
+            self._replies = [entry for entry in self._replies if not entry[0].Test()]
+        return 0.0 if busy else POLL_INTERVAL
 
-    def _tell(self, entered: int, members: Sequence[int]) -> None:
-        answer = np.zeros_like(self._answer)
-        answer[:2] = entered, self._rounds.iteration
-        answer[2 : 2 + self._world.size][members] = 1
-        answer[2 + self._world.size :][self._rounds.unused] = 1
-        for member in members:
-            self._answers.append((self._net.comm.Isend(answer, member, self._answer_tag), answer))
+    def _send_reply(self, entered: int, participants: Sequence[int]) -> None:
+        reply = np.zeros_like(self._reply)
+        reply[:2] = entered, self._closer.iteration
+        reply[2 : 2 + self._world.size][participants] = 1
+        reply[2 + self._world.size :][self._closer.unused_edges] = 1
+        for rank in participants:
+            self._replies.append((self._net.comm.Isend(reply, rank, self._reply_tag), reply))
 
     def state_dict(self) -> dict[str, Any]:
         return self._mirror.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rounds.load_state_dict(state)
+        self._closer.load_state_dict(state)
         self._mirror.load_state_dict(state)
 
     def close(self) -> None:
-        # Rank 0 may be through before the last one has asked.
+        # Rank 0 may close before the last rank has sent its last request.
         self._world.gather(None, "the end of an agreement")
         if self._world.rank == 0:
-            self._world.progress.dismiss(self._serve)
-            for request, _ in self._answers:
-                self._net.wait(request, WHAT)
-            for request, _ in self._questions:
-                request.Cancel()
-                self._net.wait(request, WHAT)
+            self._world.progress.remove_poller(self._poll)
+            for sent, _ in self._replies:
+                self._net.wait(sent, CLOSE_OF_ITERATION)
+            for received, _ in self._requests:
+                received.Cancel()
+                self._net.wait(received, CLOSE_OF_ITERATION)

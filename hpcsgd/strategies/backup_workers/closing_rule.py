@@ -1,4 +1,4 @@
-"""Which peers take part in which iteration, where nobody waits for the slowest: the rules, in NumPy."""
+"""The rule that closes an iteration of backup workers, and the peers that take part in each. NumPy only."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from hpcsgd.errors import BadOption
 Words = np.ndarray  # int32
 
 
-class Rounds:
-    """The open iteration, who is done with it, and who took part in those before.
+class IterationCloser:
+    """State of the open iteration, and the participants of earlier ones.
 
-    A peer announces that its gradient is done and then waits until the iteration closes, with all that
-    are done by then: its done-set. So at a closing nobody's announcement is left over, and a peer has one
-    announcement outstanding at most; whom it closed with is kept until its next one, however late it looks.
+    A peer whose gradient is done is marked as done and then waits until the iteration closes; all peers
+    that are done at that instant are its participants. So no mark outlives a closing, and the participants
+    of a peer's last iteration stay readable until the peer is marked again.
 
-    Two rules of closing. Dynamic, DTUR (Xiong et al., arXiv 2102.06280): once both ends of an edge are
-    done that this epoch has not used; all such edges inside the done-set are then used, and when none is
-    left the next epoch begins with all of them. Fixed: once all but `backups` peers are done.
+    There are two rules. Dynamic, DTUR (Xiong et al., arXiv 2102.06280): an iteration closes once both ends
+    of an edge are done that is still unused in the current epoch; all edges between participants are then
+    used, and when none is left the next epoch begins with all of them. Fixed: an iteration closes once all
+    peers but `backups` are done.
 
     Parameters
     ----------
     size
-        Peers.
+        Number of peers.
     edges
-        Pairs of peers that join all of them, of which every epoch uses each.
+        Pairs of peers that form a connected graph; every epoch uses each of them.
     backups
-        For how many peers an iteration does not wait; None: dynamic.
+        Number of peers for which an iteration does not wait; None: the dynamic rule.
     memory
-        int32, `words(size, edges)` of them, which all who use the same rounds share, one at a time; zero
-        at first and yet to `begin`. Default: memory of its own.
+        int32 of shape (`words_needed(size, edges)`,), zero, shared by all ranks that use the same iterations;
+        access must be exclusive, and one rank must call `open`. Default: memory of its own, open already.
     """
 
     def __init__(
@@ -44,59 +45,73 @@ class Rounds:
         memory: Words | None = None,
     ) -> None:
         self.size, self.backups = size, backups
-        self._ends = np.array(edges, np.int64).reshape(-1, 2).T
+        self._endpoints = np.array(edges, np.int64).reshape(-1, 2).T
         own = memory is None
-        memory = np.zeros(words(size, edges), np.int32) if memory is None else memory
+        memory = np.zeros(words_needed(size, edges), np.int32) if memory is None else memory
         bounds = np.cumsum([1, size, len(edges), size * size])
-        self._iteration, self._done, self._unused, sets = np.split(memory[: bounds[-1]], bounds[:-1])
-        self._sets = sets.reshape(size, size)
+        self._iteration, self._done, self._unused, participants = np.split(memory[: bounds[-1]], bounds[:-1])
+        self._participants = participants.reshape(size, size)
         if own:
-            self.begin()
+            self.open()
 
-    def begin(self, iteration: int = 0, unused: Sequence[int] = ()) -> None:
-        """Open an iteration, with nobody done; `unused` are the edges to use, all where none is left."""
+    def open(self, iteration: int = 0, unused: Sequence[int] = ()) -> None:
+        """Open an iteration in which no peer is done yet.
+
+        Parameters
+        ----------
+        iteration
+            Its number. Default 0.
+        unused
+            Numbers of the edges that the epoch has still to use. Default, and if empty: all.
+        """
         self._iteration[0], self._done[:], self._unused[:] = iteration, 0, 0
         self._unused[list(unused) or slice(None)] = 1
 
     @property
     def iteration(self) -> int:
-        """The open one."""
+        """Number of the open iteration."""
         return int(self._iteration[0])
 
     @property
-    def unused(self) -> list[int]:
-        """The numbers of the edges that this epoch has still to use."""
+    def unused_edges(self) -> list[int]:
+        """Numbers of the edges that the current epoch has still to use."""
         return np.flatnonzero(self._unused).tolist()
 
     @property
     def awaited(self) -> list[int]:
-        """The peers that are not done."""
+        """The peers that are not done in the open iteration."""
         return np.flatnonzero(self._done == 0).tolist()
 
-    def members(self, peer: int) -> list[int]:
-        """The done-set of the last closed iteration that a peer took part in."""
-        return np.flatnonzero(self._sets[peer]).tolist()
+    def participants(self, peer: int) -> list[int]:
+        """Return the participants of the last closed iteration in which a peer took part."""
+        return np.flatnonzero(self._participants[peer]).tolist()
 
-    def announce(self, peers: Sequence[int], end: int) -> int | None:
-        """Some peers are done, at one instant: in which iteration they take part; None: `end` is reached."""
+    def mark_done(self, peers: Sequence[int], end: int) -> int | None:
+        """Mark peers as done at the same instant, and close the iteration if the rule allows.
+
+        Returns
+        -------
+        int or None
+            The iteration in which the peers take part; None if iteration `end` is reached: not marked.
+        """
         if self.iteration >= end:
             return None
         entered = self.iteration
         self._done[peers] = 1
-        used = self._done[self._ends].all(axis=0)
+        used = self._done[self._endpoints].all(axis=0)
         if self._closes(used & (self._unused == 1)):
-            self._sets[self._done == 1] = self._done
+            self._participants[self._done == 1] = self._done
             self._unused[used] = 0
-            self.begin(entered + 1, self.unused)
+            self.open(entered + 1, self.unused_edges)
         return entered
 
     def state_dict(self) -> dict[str, Any]:
-        """Where an iteration has just closed."""
-        return {"iteration": self.iteration, "unused": self.unused}
+        """Return the state; valid when an iteration has just been opened."""
+        return {"iteration": self.iteration, "unused": self.unused_edges}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self.begin(state["iteration"], state["unused"])
+        """Restore the state that `state_dict` returned."""
+        self.open(state["iteration"], state["unused"])
 
     def _closes(self, newly_used: np.ndarray) -> bool:
         if self.backups is None:
@@ -104,22 +119,27 @@ class Rounds:
         return int(self._done.sum()) >= self.size - self.backups
 
 
-def words(size: int, edges: Sequence[tuple[int, int]]) -> int:
-    """How much memory `Rounds` needs, in int32."""
+def words_needed(size: int, edges: Sequence[tuple[int, int]]) -> int:
+    """Return the size of the memory of an `IterationCloser`, in int32 words."""
     return 1 + size + len(edges) + size * size
 
 
 def fixed_backups(backups: str | int, size: int) -> int | None:
-    """How many backup workers there are of `size` peers; None for "dynamic".
+    """Return the number of backup workers among `size` peers, or None for "dynamic".
 
     Raises
     ------
     BadOption
-        Not a number of peers that leaves two to average; one peer alone may have any.
+        Neither "dynamic" nor a number that leaves two peers to average; a single peer may have any number.
     """
     if backups == "dynamic":
         return None
     if isinstance(backups, int) and (0 <= backups <= size - 2 or size == 1):
         return backups
-    expected = f"dynamic, or 0 to {size - 2}, so that two of {size} peers meet"
-    raise BadOption("number of backup workers", expected=expected, got=backups, everywhere=True)
+    raise BadOption(
+        "option backups is out of range",
+        expected=f"dynamic, or 0 to {size - 2}: at least two of the {size} peers must average",
+        got=backups,
+        do="set backups, or start more ranks",
+        everywhere=True,
+    )

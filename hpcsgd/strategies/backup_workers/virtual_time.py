@@ -1,4 +1,4 @@
-"""Iterations of peers whose gradients take drawn times: the same ones on every rank, without a message."""
+"""Iterations in virtual time: their participants follow from simulated delays, without any message."""
 
 from __future__ import annotations
 
@@ -6,60 +6,60 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.strategies.backup_workers.closing_rule import Rounds
+from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser
 from hpcsgd.strategies.delays import Delays
 
 
 class VirtualTime:
-    """Tells which peers take part in each iteration, on a clock that only the gradients' times move.
+    """Discrete-event simulation that yields the participants of each iteration.
 
-    Whoever takes part in an iteration begins its next gradient at the instant at which that one closed;
-    averaging takes no time. What ends at the same instant is announced together.
+    Participants of an iteration begin their next gradients at the instant at which it closes; averaging
+    takes no time. Gradients that end at the same instant are marked as done together.
 
     Parameters
     ----------
-    rounds
-        The rule.
+    closer
+        The rule that closes iterations.
     delays
-        How long each gradient takes.
+        Time of each gradient.
 
     Attributes
     ----------
     seconds
-        When the last iteration closed.
+        Virtual time at which the last iteration closed.
     """
 
-    def __init__(self, rounds: Rounds, delays: Delays) -> None:
-        self.rounds, self._delays = rounds, delays
+    def __init__(self, closer: IterationCloser, delays: Delays) -> None:
+        self.closer, self._delays = closer, delays
         self.seconds = 0.0
-        self._numbers = [0] * rounds.size
-        self._ends = np.array([delays.draw(peer, 0) for peer in range(rounds.size)])
+        self._numbers = [0] * closer.size
+        self._ends = np.array([delays.sample(peer, 0) for peer in range(closer.size)])
 
     def next(self) -> list[int]:
-        """Let time pass until the open iteration closes; the peers that take part in it."""
-        closing = self.rounds.iteration + 1
-        while self.rounds.iteration < closing:
+        """Advance the clock until the open iteration closes; return its participants."""
+        closing = self.closer.iteration + 1
+        while self.closer.iteration < closing:
             now = float(self._ends.min())
             peers = np.flatnonzero(self._ends == now).tolist()
             self._ends[peers] = np.inf
-            self.rounds.announce(peers, closing)
+            self.closer.mark_done(peers, closing)
         self.seconds = now
-        members = self.rounds.members(peers[0])
-        for peer in members:
+        participants = self.closer.participants(peers[0])
+        for peer in participants:
             self._numbers[peer] += 1
-            self._ends[peer] = now + self._delays.draw(peer, self._numbers[peer])
-        return members
+            self._ends[peer] = now + self._delays.sample(peer, self._numbers[peer])
+        return participants
 
     def close(self) -> None:
-        """There is nothing to finish."""
+        """Do nothing: there is no communication to finish."""
 
     def state_dict(self) -> dict[str, Any]:
-        """At the end of an iteration: the clock, and what is under way."""
+        """Return the state at the end of an iteration: closer, clock, and the gradients being computed."""
         clock = {"seconds": self.seconds, "numbers": list(self._numbers), "ends": self._ends.tolist()}
-        return {**self.rounds.state_dict(), **clock}
+        return {**self.closer.state_dict(), **clock}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self.rounds.load_state_dict(state)
+        """Restore the state that `state_dict` returned."""
+        self.closer.load_state_dict(state)
         self.seconds, self._numbers = float(state["seconds"]), list(state["numbers"])
         self._ends = np.array(state["ends"])

@@ -1,4 +1,4 @@
-"""Rounds of averaging beside the training steps: when they start, and how they end on all ranks alike."""
+"""Averaging rounds of LASGD beside the training steps: their start, and their end on all ranks alike."""
 
 from __future__ import annotations
 
@@ -10,261 +10,264 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.collectives.staging import beside_compute, computed, side_stream
+from hpcsgd.collectives.staging import on_side_stream, record_event, side_stream
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies.lasgd.heartbeat import Beats
-from hpcsgd.strategies.lasgd.model_delta import Delta
-from hpcsgd.strategies.lasgd.statistics import Tally
+from hpcsgd.strategies.lasgd.heartbeat import ControlAllgather
+from hpcsgd.strategies.lasgd.model_delta import ModelDelta
+from hpcsgd.strategies.lasgd.statistics import RoundStatistics
 
-#: What ranks tell each other in a beat.
+#: The control record that each rank contributes to the all-gather.
 RECORD = np.dtype(
     [
-        ("steps", np.int64),  # taken
-        ("begun", np.int64),  # and those under way
-        ("since", np.int64),  # steps since the last snapshot
-        ("resting", np.bool_),  # takes no steps until all have come to rest
+        ("steps", np.int64),  # completed
+        ("steps_begun", np.int64),
+        ("steps_since_snapshot", np.int64),
+        ("quiescing", np.bool_),  # takes no steps until all ranks quiesce
         ("rounds", np.int64),  # completed
-        ("squares", np.float64),  # of the distance of the last snapshot from its average
-        ("norm", np.float64),  # of that average, squared
+        ("squared_distance", np.float64),  # of the last snapshot from its average
+        ("squared_norm", np.float64),  # of that average
         ("step_seconds", np.float64),
         ("round_seconds", np.float64),
-        ("round_cost", np.float64),  # seconds of a core
+        ("round_cpu_seconds", np.float64),
     ]
 )
-NO_GOAL = 2**62
-Records = Any  # a record array of RECORD, one a rank
+NO_TARGET = 2**62
+Records = Any  # a record array of RECORD, of shape (ranks,)
 
-#: Between two beats: this share of the time to what comes next, but at least of a step, and seconds.
+#: Seconds between two all-gathers: this share of the time until the next event, or of a step if longer.
 _SHARE, _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 1e-3, 0.2
-_SHARE_AT_REST = 0.06  # of a step, while one waits until the others have come to rest too
-#: Steps take about so long, not just so long: who would be late by less than this factor takes one more.
+_SHARE_QUIESCING = 0.06  # of a step, while a rank waits for the others to quiesce
+#: Step times vary: a rank leaves a step to others only if it would be later by more than this factor.
 _LATE = 1.5
-_WHAT = "a round of averaging"
+_ROUND = "a round of averaging"
 
 
 class Averaging:
-    """This rank's part in rounds that start when all see them wanted; collective when made.
+    """This rank's side of rounds that start when they are due on all ranks; collective when made.
 
-    Beats carry all that is decided together, so every rank starts the same rounds in the same order, and
-    all know when each has come to rest: nothing else needs an agreement, whoever finishes first. The
-    rounds themselves are jobs of the communication thread.
+    All decisions follow from the all-gathered control records, so every rank starts the same rounds in the
+    same order and detects the same instant at which all have quiesced: no other agreement is needed,
+    whichever rank finishes first. The rounds are jobs of the communication thread.
 
     Parameters
     ----------
     world
         The ranks.
     delta
-        This rank's model and what is averaged.
-    wanted
-        From the records of all ranks: in how many steps a round is wanted; 0: now. The same on all ranks.
-    share
-        Likewise: how much of what the round brings is merged, see `Delta.advance`.
+        Snapshot, average and correction of this rank's model.
+    steps_until_round
+        Function of the records of all ranks: steps until the next round is due; 0: start one now.
+    damping
+        Function of the records of all ranks: the share of the result that a merge applies, see
+        `ModelDelta.accumulate`.
     max_lag
-        Steps after a merge, or the snapshot of what is yet to be merged, that this rank takes before it waits
-        for the next merge; None: any number.
+        Steps after a merge, or after the snapshot of a correction that is not merged yet, that this rank
+        takes before it waits for the next merge; None: any number.
 
     Attributes
     ----------
-    tally
-        What its steps and rounds were like.
-    goal
-        How many steps all ranks together shall have begun when they next come to rest.
+    statistics
+        Statistics of this rank's steps and rounds.
+    target
+        Total number of steps that all ranks together begin before they quiesce.
     """
 
     def __init__(
         self,
         world: World,
-        delta: Delta,
-        wanted: Callable[[Records], float],
-        share: Callable[[Records], float],
+        delta: ModelDelta,
+        steps_until_round: Callable[[Records], float],
+        damping: Callable[[Records], float],
         max_lag: int | None,
     ) -> None:
         self._world, self._delta, self._max_lag = world, delta, max_lag
-        self._wanted, self._share = wanted, share
-        # The compute thread has this for the optimizer's update and a merge, the communication thread for
+        self._steps_until_round, self._damping = steps_until_round, damping
+        # The compute thread holds this for the optimizer's update and a merge, the communication thread for
         # a snapshot or the end of a round: neither ever waits for a forward or a backward pass.
         self._lock = threading.Lock()
-        self._updated = computed(world.device)
-        self._begun, self.goal = 0, NO_GOAL
-        self._started = self._noted = 0  # rounds
-        self._shot_at = self._pending_of = self._merged_at = 0  # in steps
-        self._in_flight = self._pending = self._resting = self._quiet = False
-        self.tally = Tally()
+        self._updated = record_event(world.device)
+        self._steps_begun, self.target = 0, NO_TARGET
+        self._rounds_started = self._rounds_recorded = 0
+        self._snapshot_step = self._correction_step = self._merge_step = 0
+        self._in_flight = self._pending = self._quiescing = self._quiet = False
+        self.statistics = RoundStatistics()
         self._records: Records = np.zeros(world.size, RECORD).view(np.recarray)
-        # One rank alone has nothing to average.
-        self._beats = Beats(world, self._speak, self._hear) if world.size > 1 else None
+        # A single rank has nothing to average.
+        self._control = (
+            ControlAllgather(world, self._make_record, self._on_records) if world.size > 1 else None
+        )
 
-    def total(self, *, begun: bool = False) -> int:
-        """The steps of all ranks that this one knows of; with those under way, where `begun`."""
-        known = self._records.begun if begun else self._records.steps
-        own = self._begun if begun else self.steps
+    def total_steps(self, *, begun: bool = False) -> int:
+        """Return the steps of all ranks, as of the last records; `begun`: with those being taken."""
+        known = self._records.steps_begun if begun else self._records.steps
+        own = self._steps_begun if begun else self.steps
         return int(known.sum()) - int(known[self._world.rank]) + own
 
     @property
     def steps(self) -> int:
-        """Taken by this rank."""
-        return self.tally.totals.steps
+        """Steps completed by this rank."""
+        return self.statistics.totals.steps
 
-    def done(self) -> bool:
-        """Whether this rank shall take no more steps: all that the goal asks for are taken or under way.
+    def is_finished(self) -> bool:
+        """Return whether this rank takes no more steps: all steps of the target have begun.
 
-        Or others will have taken them before this rank were through with one. Of the fastest rank that is
-        never true: somebody always goes on.
+        Also true if the other ranks will finish the remaining steps before this rank could complete one.
+        Never true for the fastest rank, so progress is guaranteed.
         """
-        left = self.goal - self.total(begun=True)
+        left = self.target - self.total_steps(begun=True)
         if left <= 0:
             return True
         seconds = self._records.step_seconds
-        others = (seconds > 0) & ~self._records.resting
+        others = (seconds > 0) & ~self._records.quiescing
         others[self._world.rank] = False
         if not others.any():
             return False
-        theirs = max(seconds[others].min(), left / (1 / seconds[others]).sum())
-        return bool(self.tally.step_seconds > _LATE * theirs)
+        seconds_of_others = max(seconds[others].min(), left / (1 / seconds[others]).sum())
+        return bool(self.statistics.step_seconds > _LATE * seconds_of_others)
 
-    def begin(self) -> None:
-        """A step is under way."""
-        self._begun = self.steps + 1
-        self.tally.begin_step()
-        if self._beats is not None:
-            self._beats.wake()
+    def begin_step(self) -> None:
+        """Record that a step has begun."""
+        self._steps_begun = self.steps + 1
+        self.statistics.begin_step()
+        if self._control is not None:
+            self._control.request()
 
     def step(self, update: Callable[[], None]) -> None:
-        """Let the optimizer change the model, and merge what has come meanwhile."""
+        """Run the optimizer's update, and merge a pending correction."""
         self._world.progress.check()
-        if self._begun == self.steps:
-            self.begin()
+        if self._steps_begun == self.steps:
+            self.begin_step()
         with self._lock:
             update()
-            self.tally.totals.steps += 1
+            self.statistics.totals.steps += 1
             self._merge()
-        self.tally.end_step()
-        self._wait_for_a_round()
-        self.tally.begin_step()
+        self.statistics.end_step()
+        self._enforce_max_lag()
+        self.statistics.begin_step()
 
-    def rest(self) -> None:
-        """Come to rest: no round is under way, and the model has all that it gained; collective."""
-        if self._beats is None:
+    def quiesce(self) -> None:
+        """Wait until no round is in flight on any rank, and merge the last correction; collective."""
+        if self._control is None:
             return
-        self._begun, self._quiet = self.steps, False
-        self._resting = True
-        self._beats.wake()
+        self._steps_begun, self._quiet = self.steps, False
+        self._quiescing = True
+        self._control.request()
         self._until(lambda: self._quiet, "the end of the rounds of averaging")
-        self._resting = False
+        self._quiescing = False
         with self._lock:
             self._merge()
 
     def close(self) -> None:
-        """Come to rest for good; collective."""
-        self.rest()
-        if self._beats is not None:
-            self._beats.close()
+        """Quiesce for good; collective."""
+        self.quiesce()
+        if self._control is not None:
+            self._control.close()
 
-    def _wait_for_a_round(self) -> None:
-        # A snapshot may be older than the last merge, that of the round before.
-        oldest = min(self._merged_at, self._shot_at) if self._in_flight else self._merged_at
-        if self._max_lag is None or self._beats is None or self.steps - oldest < self._max_lag:
+    def _enforce_max_lag(self) -> None:
+        # A snapshot may be older than the last merge, which is that of the round before.
+        oldest = min(self._merge_step, self._snapshot_step) if self._in_flight else self._merge_step
+        if self._max_lag is None or self._control is None or self.steps - oldest < self._max_lag:
             return
-        with self.tally.waiting():
-            self._until(lambda: self._pending, _WHAT)
+        with self.statistics.waiting():
+            self._until(lambda: self._pending, _ROUND)
         with self._lock:
             self._merge()
 
     def _until(self, done: Callable[[], bool], what: str) -> None:
-        assert self._beats is not None
-        beats = self._beats
-        self._world.progress.until(done, what, lambda: beats.missing)
+        assert self._control is not None
+        control = self._control
+        self._world.progress.until(done, what, lambda: control.missing)
 
     def _merge(self) -> None:
         if self._pending:
-            with self.tally.merging(self.steps - self._pending_of):
-                self._delta.merge()
-            self._pending, self._merged_at = False, self.steps
-        self._updated = computed(self._world.device)
+            with self.statistics.merging(self.steps - self._correction_step):
+                self._delta.apply()
+            self._pending, self._merge_step = False, self.steps
+        self._updated = record_event(self._world.device)
 
-    # What the communication thread does.
+    # In the communication thread.
 
-    def _speak(self) -> np.ndarray:
-        tally, steps = self.tally, self.steps
+    def _make_record(self) -> np.ndarray:
+        statistics, steps = self.statistics, self.steps
         record = (
             steps,
-            self._begun,
-            steps - self._shot_at,
-            self._resting,
-            tally.totals.rounds,
-            tally.squares,
-            tally.norm,
-            tally.step_seconds,
-            tally.round_seconds,
-            tally.round_cost,
+            self._steps_begun,
+            steps - self._snapshot_step,
+            self._quiescing,
+            statistics.totals.rounds,
+            statistics.squared_distance,
+            statistics.squared_norm,
+            statistics.step_seconds,
+            statistics.round_seconds,
+            statistics.round_cpu_seconds,
         )
         return np.array([record], RECORD)
 
-    def _hear(self, table: np.ndarray) -> float | None:
+    def _on_records(self, table: np.ndarray) -> float | None:
         self._records = records = table.view(np.recarray)
-        between = bool((records.rounds == self._started).all())
-        if between and self._noted < self._started:
-            self._noted = self._started
-            self.tally.totals.drift += math.sqrt(records.squares.mean())
-        if between and records.resting.all():
+        no_round_open = bool((records.rounds == self._rounds_started).all())
+        if no_round_open and self._rounds_recorded < self._rounds_started:
+            self._rounds_recorded = self._rounds_started
+            self.statistics.totals.drift += math.sqrt(records.squared_distance.mean())
+        if no_round_open and records.quiescing.all():
             self._quiet = True
             return None
-        wanted = self._wanted(records)
-        if between and wanted == 0:
-            self._started += 1
-            begin = partial(self._begin_round, self._started, self._share(records))
-            self._world.progress.submit(f"{_WHAT}: snapshot {self._started}", begin)
-        return self._pause(records, wanted)
+        steps_until_round = self._steps_until_round(records)
+        if no_round_open and steps_until_round == 0:
+            self._rounds_started += 1
+            begin = partial(self._begin_round, self._rounds_started, self._damping(records))
+            self._world.progress.submit(f"{_ROUND}: snapshot {self._rounds_started}", begin)
+        return self._pause(records, steps_until_round)
 
-    def _pause(self, records: Records, wanted: float) -> float:
-        """Seconds to the next beat: what is about to happen shall be known soon, and beats cost time too."""
-        left = (self.goal - int(records.begun.sum())) / self._world.size
-        share = _SHARE_AT_REST if records.resting.any() else _SHARE * max(1.0, min(wanted, left))
-        pause = share * fastest_step(records)
+    def _pause(self, records: Records, steps_until_round: float) -> float:
+        """Return the seconds until the next all-gather: short before an event, as each one costs time."""
+        left = (self.target - int(records.steps_begun.sum())) / self._world.size
+        steps = _SHARE * max(1.0, min(steps_until_round, left))
+        pause = (_SHARE_QUIESCING if records.quiescing.any() else steps) * fastest_step_seconds(records)
         return min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
     def _begin_round(self, number: int, share: float) -> None:
-        self.tally.begin_round()
-        with self._lock, beside_compute(self._world.device, self._updated):
-            self._delta.begin(self._pending)
-            self._shot_at, self._in_flight = self.steps, True
-        with side_stream(self._world.device):  # a round shall not wait for what the training has queued since
+        self.statistics.begin_round()
+        with self._lock, on_side_stream(self._world.device, self._updated):
+            self._delta.snapshot(self._pending)
+            self._snapshot_step, self._in_flight = self.steps, True
+        with side_stream(self._world.device):  # a round must not wait for work that training queues later
             self._delta.start(number)
-        self._world.progress.submit(f"{_WHAT}: end of {number}", partial(self._end_round, share))
+        self._world.progress.submit(f"{_ROUND}: end of {number}", partial(self._end_round, share))
 
     def _end_round(self, share: float) -> None:
         self._delta.finish()
-        with self._lock, beside_compute(self._world.device, self._updated):
-            found = self._delta.advance(share)
-            self._pending, self._pending_of, self._in_flight = True, self._shot_at, False
-        self.tally.end_round(*found)
+        with self._lock, on_side_stream(self._world.device, self._updated):
+            squares = self._delta.accumulate(share)
+            self._pending, self._correction_step, self._in_flight = True, self._snapshot_step, False
+        self.statistics.end_round(*squares)
 
-    # At rest.
+    # While quiescent.
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, of this rank; collective."""
-        self.rest()
+        """Return the state of this rank; collective."""
+        self.quiesce()
         return {
             "steps": self._records.steps.tolist(),
-            "shot_at": self._shot_at,
-            "merged_at": self._merged_at,
-            "tally": self.tally.state_dict(),
+            "shot_at": self._snapshot_step,
+            "merged_at": self._merge_step,
+            "tally": self.statistics.state_dict(),
             "delta": self._delta.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; collective."""
-        self.rest()
+        """Restore the state that `state_dict` returned; collective."""
+        self.quiesce()
         self._records = np.zeros(self._world.size, RECORD).view(np.recarray)
-        self._records.steps = self._records.begun = state["steps"]
-        self._begun = state["steps"][self._world.rank]
-        self._shot_at, self._merged_at = state["shot_at"], state["merged_at"]
-        self.tally.load_state_dict(state["tally"])
-        self._started = self._noted = self.tally.totals.rounds
+        self._records.steps = self._records.steps_begun = state["steps"]
+        self._steps_begun = state["steps"][self._world.rank]
+        self._snapshot_step, self._merge_step = state["shot_at"], state["merged_at"]
+        self.statistics.load_state_dict(state["tally"])
+        self._rounds_started = self._rounds_recorded = self.statistics.totals.rounds
         self._delta.load_state_dict(state["delta"])
 
 
-def fastest_step(records: Records) -> float:
-    """Seconds of a step of the fastest rank; 0 before any was taken."""
+def fastest_step_seconds(records: Records) -> float:
+    """Return the step time of the fastest rank, in seconds; 0 before any step."""
     measured = records.step_seconds[records.step_seconds > 0]
     return float(measured.min()) if len(measured) else 0.0

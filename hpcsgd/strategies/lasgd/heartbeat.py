@@ -1,8 +1,8 @@
-"""Ranks tell each other a few numbers, again and again, and nobody waits for it.
+"""Repeated non-blocking all-gather of one control record a rank.
 
-A beat is an all-gather of one record a rank, by messages that a service of the communication thread looks
-after. All ranks hear the same tables in the same order: whatever is decided from them alone, all decide
-alike, without another message.
+The messages are progressed by a poller of the communication thread; no rank blocks. All ranks get the same
+records in the same order, so every decision that is a function of the records alone is equal on all ranks,
+without another message.
 """
 
 from __future__ import annotations
@@ -13,91 +13,95 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.mpi.progress import LISTENING
+from hpcsgd.mpi.progress import POLL_INTERVAL
 from hpcsgd.mpi.world import World
 
-_ASLEEP = 60.0  # seconds; whoever wakes it has it called
+_IDLE_INTERVAL = 60.0  # seconds; `request` makes the thread poll at once
 
 
-class Beats:
-    """This rank's part in the beats; collective when made, asleep until `wake`.
+class ControlAllgather:
+    """This rank's side of the repeated all-gather; collective when made, idle until `request`.
 
-    They are questions of a few bytes, which do not count as what a method sends.
+    The messages are control traffic: a few bytes, not counted as traffic of a method.
 
     Parameters
     ----------
     world
         The ranks.
-    speak
-        Gives this rank's record: a structured array of one element.
-    hear
-        Takes all ranks' records, (ranks,), and says in how many seconds the next beat begins; None: asleep
-        until `wake`. What it decides from these alone, all ranks decide alike.
+    make_record
+        Returns this rank's record: a structured array of shape (1,).
+    on_records
+        Called with the records of all ranks, of shape (ranks,); returns the seconds until the next
+        all-gather, or None: idle until `request`. Must be a function of the records alone where its
+        decisions must be equal on all ranks.
 
     Raises
     ------
     HpcsgdError
-        Without MPI_THREAD_MULTIPLE.
+        MPI provides less than MPI_THREAD_MULTIPLE.
     """
 
     def __init__(
-        self, world: World, speak: Callable[[], np.ndarray], hear: Callable[[np.ndarray], float | None]
+        self,
+        world: World,
+        make_record: Callable[[], np.ndarray],
+        on_records: Callable[[np.ndarray], float | None],
     ) -> None:
-        world.progress.need_thread("averages beside the gradients need a thread of their own")
-        self._world, self._speak, self._hear = world, speak, hear
-        self._net = world.control.twin(0)
-        self._tag = next(self._net.users) % self._net.tag_limit
-        self._awake, self._due = False, 0.0
-        self._asked = world.rank
-        self._talk = self._beat()
-        world.progress.serve(self._poll)
+        world.progress.require_thread_multiple("LASGD needs a communication thread")
+        self._world, self._make_record, self._on_records = world, make_record, on_records
+        self._net = world.control.dup("LASGD control records")
+        self._tag = self._net.next_id() % self._net.tag_limit
+        self._requested, self._due = False, 0.0
+        self._source = world.rank
+        self._protocol = self._repeat()
+        world.progress.add_poller(self._poll)
 
     @property
     def missing(self) -> list[int]:
-        """The rank that this one waits for in a beat, if any."""
-        return [] if self._asked == self._world.rank else [self._asked]
+        """The rank whose message this one waits for, if any."""
+        return [] if self._source == self._world.rank else [self._source]
 
-    def wake(self) -> None:
-        """Take part in the next beat, as soon as all other ranks do."""
-        if not self._awake:
-            self._awake = True
-            self._world.progress.call_services()
+    def request(self) -> None:
+        """Take part in the next all-gather as soon as all other ranks do."""
+        if not self._requested:
+            self._requested = True
+            self._world.progress.poll_now()
 
     def close(self) -> None:
-        """No more beats; where all ranks sleep."""
-        self._world.progress.dismiss(self._poll)
+        """Stop; only while all ranks are idle."""
+        self._world.progress.remove_poller(self._poll)
 
     def _poll(self) -> float:
-        return next(self._talk)
+        return next(self._protocol)
 
-    def _beat(self) -> Generator[float, None, None]:
+    def _repeat(self) -> Generator[float, None, None]:
         while True:
-            while not self._awake:
-                yield _ASLEEP
+            while not self._requested:
+                yield _IDLE_INTERVAL
             while (pause := self._due - time.monotonic()) > 0:
                 yield pause
-            table = yield from self._gather(self._speak())
-            # Asleep before others learn of it: who is told may wake this up at once.
-            self._awake = False
-            wanted = self._hear(table)
-            if wanted is not None:
-                self._awake, self._due = True, time.monotonic() + wanted
+            records = yield from self._gather(self._make_record())
+            # Reset first: the compute thread may call `request` as soon as `on_records` has an effect.
+            self._requested = False
+            pause_or_none = self._on_records(records)
+            if pause_or_none is not None:
+                self._requested, self._due = True, time.monotonic() + pause_or_none
             yield 0.0
 
-    def _gather(self, mine: np.ndarray) -> Generator[float, None, np.ndarray]:
-        """All ranks' records, by Bruck's algorithm: all that are there go on, twice as far each time."""
+    def _gather(self, own: np.ndarray) -> Generator[float, None, np.ndarray]:
+        """All-gather by Bruck's algorithm: rows are forwarded over distances 1, 2, 4, ..."""
         rank, size, net = self._world.rank, self._world.size, self._net
-        rows, have = np.empty(size, mine.dtype), 1
-        rows[:1] = mine
+        rows, have = np.empty(size, own.dtype), 1
+        rows[:1] = own
         while have < size:
             count = min(have, size - have)
-            self._asked = (rank + have) % size
+            self._source = (rank + have) % size
             requests: list[Any] = [
-                net.irecv(rows[have : have + count], self._asked, self._tag),
+                net.irecv(rows[have : have + count], self._source, self._tag),
                 net.isend(rows[:count], (rank - have) % size, self._tag),
             ]
             while not all(request.Test() for request in requests):
-                yield LISTENING
+                yield POLL_INTERVAL
             have += count
-        self._asked = rank
+        self._source = rank
         return np.roll(rows, rank)

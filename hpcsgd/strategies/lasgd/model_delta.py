@@ -1,4 +1,4 @@
-"""What a model gains from averages that are taken of it while it goes on changing."""
+"""Snapshots of a model that are averaged while it changes, and the corrections that the averages yield."""
 
 from __future__ import annotations
 
@@ -7,138 +7,154 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from hpcsgd.collectives.compressed import Compressed
-from hpcsgd.collectives.reducer import Plain
+from hpcsgd.collectives.compressed import CompressedReducer
+from hpcsgd.collectives.reducer import PlainReducer
 from hpcsgd.tensors.group import TensorGroup
 
 Merge = Literal["damped", "delta", "overwrite"]
 
 
-class Delta:
-    """A snapshot of this rank's model that goes into an average, and what the model gains from that.
+class ModelDelta:
+    """A snapshot of this rank's model, its average over all ranks, and the correction of the model.
 
-    A round is `begin`, `start`, `finish`, and then `merge` before or during a later one. Two threads use it,
-    one at a time but for `start` and `finish`. Memory of three more models, of four with compression.
+    A round is `snapshot`, `start`, `finish`, `accumulate`; `apply` follows at any time. Two threads call
+    these methods, one at a time except for `start` and `finish`. Takes the memory of three more models,
+    with compression of four.
 
     Parameters
     ----------
     model
-        This rank's.
+        The model of this rank.
     average
-        Tensors like it, which are reduced in place of it.
-    sums
-        The reduction of `average`.
+        Tensors of the same shapes, in which snapshots are averaged.
+    reducer
+        Sums `average` over all ranks.
     merge
-        "delta" and "damped": the model goes by as much as the average is away from its snapshot, or by a
-        share of that, which keeps what it has learned meanwhile, and the mean of all models. "overwrite": it
-        becomes the average.
+        "delta" and "damped": the correction is average - snapshot, or a share of it, which preserves the
+        steps since the snapshot and the mean of all models. "overwrite": the average replaces the model.
     changes
-        Whether what goes into an average is the change since the last one, for compression.
+        Whether to average the changes since the last average instead of the models, for compression.
     """
 
     def __init__(
         self,
         model: TensorGroup,
         average: TensorGroup,
-        sums: Plain | Compressed,
+        reducer: PlainReducer | CompressedReducer,
         merge: Merge,
         *,
         changes: bool,
     ) -> None:
         from hpcsgd.kernels.sums import model_delta as kernels
 
-        self._model, self._average, self._sums = model, average, sums
-        self._kind: _Kind = _Overwrite() if merge == "overwrite" else _Shift(kernels)
-        self._gain = [torch.zeros_like(bucket.flat) for bucket in model]
-        self._shot = [torch.zeros_like(bucket.flat) for bucket in model]
-        #: The last average, the same on all ranks.
-        self._before = [bucket.flat.clone() for bucket in model] if changes else []
+        self._model, self._average, self._reducer = model, average, reducer
+        self._rule: _MergeRule = _Overwrite() if merge == "overwrite" else _AddCorrection(kernels)
+        self._correction = [torch.zeros_like(bucket.flat) for bucket in model]
+        self._snapshot = [torch.zeros_like(bucket.flat) for bucket in model]
+        #: The last average, equal on all ranks.
+        self._last_average = [bucket.flat.clone() for bucket in model] if changes else []
         world, dtypes = model.world, [bucket.flat.dtype for bucket in model]
-        world.compile(lambda: kernels.warm_up(dtypes, world.device))
+        world.local.compile_kernels(lambda: kernels.warm_up(dtypes, world.device))
 
-    def begin(self, pending: bool) -> None:
-        """Take the snapshot, with what the model is yet to gain where that is `pending`."""
-        for bucket, target, gain, shot in zip(
-            self._model, self._average, self._gain, self._shot, strict=True
+    def snapshot(self, pending: bool) -> None:
+        """Take a snapshot, with the correction added if one is `pending`."""
+        for bucket, average, correction, snapshot in zip(
+            self._model, self._average, self._correction, self._snapshot, strict=True
         ):
-            self._kind.snapshot(bucket.flat, gain, target.flat, shot, pending=pending)
-        for target, before in zip(self._average, self._before, strict=False):
-            target.flat.sub_(before)
+            self._rule.snapshot(bucket.flat, correction, average.flat, snapshot, pending=pending)
+        for average, last in zip(self._average, self._last_average, strict=False):
+            average.flat.sub_(last)
 
     def start(self, number: int) -> None:
-        """Start the average of all ranks' snapshots."""
-        for target in self._average:
-            self._sums.start(target, 1.0 / target.world.size, number)
+        """Start to average the snapshots of all ranks; `number` is the round."""
+        for average in self._average:
+            self._reducer.start(average, 1.0 / average.world.size, number)
 
     def finish(self) -> None:
         """Wait for the average."""
-        self._sums.finish()
+        self._reducer.finish()
 
-    def advance(self, share: float) -> tuple[float, float]:
-        """Note what the model gains, a share of what the average brings; the same share on all ranks.
+    def accumulate(self, share: float) -> tuple[float, float]:
+        """Add a share of average - snapshot, equal on all ranks, to the correction.
 
-        Returns the squares of the snapshot's distance from the average, and of the average's norm.
+        Returns
+        -------
+        (squared_distance, squared_norm)
+            Squared 2-norms of average - snapshot, and of the average.
         """
-        for target, before in zip(self._average, self._before, strict=False):
-            before.copy_(target.flat.add_(before))
+        for average, last in zip(self._average, self._last_average, strict=False):
+            last.copy_(average.flat.add_(last))
         squares = [
-            self._kind.advance(target.flat, shot, gain, share)
-            for target, shot, gain in zip(self._average, self._shot, self._gain, strict=True)
+            self._rule.accumulate(average.flat, snapshot, correction, share)
+            for average, snapshot, correction in zip(
+                self._average, self._snapshot, self._correction, strict=True
+            )
         ]
-        norms = [torch.linalg.vector_norm(target.flat, dtype=_wide(target.flat)) for target in self._average]
+        norms = [torch.linalg.vector_norm(each.flat, dtype=_wide(each.flat)) for each in self._average]
         return sum(map(float, squares)), sum(float(norm) ** 2 for norm in norms)
 
-    def merge(self) -> None:
-        """Give the model what it has gained."""
-        for bucket, gain in zip(self._model, self._gain, strict=True):
-            self._kind.merge(bucket.flat, gain)
+    def apply(self) -> None:
+        """Apply the correction to the model, and reset it."""
+        for bucket, correction in zip(self._model, self._correction, strict=True):
+            self._rule.apply(bucket.flat, correction)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold between rounds, with all gains merged."""
+        """Return the state between rounds, with no correction pending."""
         return {
-            "before": [before.cpu().clone() for before in self._before],
-            "reduction": self._sums.state_dict(),
+            "before": [last.cpu().clone() for last in self._last_average],
+            "reduction": self._reducer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        for before, saved in zip(self._before, state["before"], strict=True):
-            before.copy_(saved)
-        self._sums.load_state_dict(state["reduction"])
+        """Restore the state that `state_dict` returned."""
+        for last, saved in zip(self._last_average, state["before"], strict=True):
+            last.copy_(saved)
+        self._reducer.load_state_dict(state["reduction"])
 
 
-class _Kind(Protocol):
-    def snapshot(self, model: Tensor, gain: Tensor, average: Tensor, shot: Tensor, *, pending: bool) -> None:
-        """Write what the model would be after a merge to `average` and `shot`."""
+class _MergeRule(Protocol):
+    def snapshot(
+        self, model: Tensor, correction: Tensor, average: Tensor, snapshot: Tensor, *, pending: bool
+    ) -> None:
+        """Write the model, with a pending correction applied, to `average` and `snapshot`."""
 
-    def advance(self, average: Tensor, shot: Tensor, gain: Tensor, share: float) -> float | Tensor:
-        """Add to `gain` a share of what a round brought; returns the sum of squares of average - shot."""
+    def accumulate(
+        self, average: Tensor, snapshot: Tensor, correction: Tensor, share: float
+    ) -> float | Tensor:
+        """Add the result of a round to `correction`; return the sum of squares of average - snapshot."""
 
-    def merge(self, model: Tensor, gain: Tensor) -> None:
-        """Bring the gain into the model."""
+    def apply(self, model: Tensor, correction: Tensor) -> None:
+        """Apply the correction to the model."""
 
 
-class _Shift:
+class _AddCorrection:
     def __init__(self, kernels: Any) -> None:
-        self.advance, self.merge, self._snapshot = kernels.advance, kernels.merge, kernels.snapshot
+        self.accumulate, self.apply = kernels.accumulate, kernels.apply_correction
+        self._take_snapshot = kernels.take_snapshot
 
-    def snapshot(self, model: Tensor, gain: Tensor, average: Tensor, shot: Tensor, *, pending: bool) -> None:
-        self._snapshot(model, gain, average, shot)
+    def snapshot(
+        self, model: Tensor, correction: Tensor, average: Tensor, snapshot: Tensor, *, pending: bool
+    ) -> None:
+        self._take_snapshot(model, correction, average, snapshot)
 
 
 class _Overwrite:
-    def snapshot(self, model: Tensor, gain: Tensor, average: Tensor, shot: Tensor, *, pending: bool) -> None:
-        shot.copy_(gain if pending else model)
-        average.copy_(shot)
+    def snapshot(
+        self, model: Tensor, correction: Tensor, average: Tensor, snapshot: Tensor, *, pending: bool
+    ) -> None:
+        snapshot.copy_(correction if pending else model)
+        average.copy_(snapshot)
 
-    def advance(self, average: Tensor, shot: Tensor, gain: Tensor, share: float) -> float | Tensor:
-        gain.copy_(average)
-        return shot.sub_(average).double().square().sum()
+    def accumulate(
+        self, average: Tensor, snapshot: Tensor, correction: Tensor, share: float
+    ) -> float | Tensor:
+        correction.copy_(average)
+        return snapshot.sub_(average).double().square().sum()
 
-    def merge(self, model: Tensor, gain: Tensor) -> None:
-        model.copy_(gain)
+    def apply(self, model: Tensor, correction: Tensor) -> None:
+        model.copy_(correction)
 
 
 def _wide(values: Tensor) -> torch.dtype:
-    """The type in which a norm neither overflows nor is inexact."""
+    """Return a dtype in which the norm neither overflows nor loses precision."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""What steps and rounds of averaging were like on this rank: totals for the metrics, and what they take."""
+"""Statistics of this rank's steps and averaging rounds: totals for the metrics, and measured times."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-_REMEMBERED = 9  # steps whose median is what a step takes: the first ones are slow, and any may be
+_WINDOW = 9  # steps whose median is the step time: the first ones are slow, and any other may be
 
 
 @dataclass
-class Totals:
-    """What rounds were like, of this rank.
+class RoundTotals:
+    """Totals of this rank since the start.
 
     Attributes
     ----------
     rounds, steps
-        How many there were.
+        Completed rounds, and steps.
     merges, lag, longest_lag
-        How many averages were merged, and how many steps these were behind, in all and at most.
+        Merged averages, and the steps from snapshot to merge: their sum, and their maximum.
     seconds, waited
-        What rounds took, and how long the training waited for them.
+        Duration of all rounds, and the time for which the training waited for them.
     drift
-        The consensus distances that averages found, added up.
+        Sum of the consensus distances of the snapshots.
     """
 
     rounds: int = 0
@@ -39,81 +39,81 @@ class Totals:
     drift: float = 0.0
 
 
-class Tally:
-    """Counts and clocks of one rank.
+class RoundStatistics:
+    """Totals and clocks of one rank.
 
     Attributes
     ----------
     totals
-        See `Totals`.
-    squares, norm
-        Of the last round: the squares of the snapshot's distance from the average, and of its norm.
+        The totals, see `RoundTotals`.
+    squared_distance, squared_norm
+        Squared 2-norms of the last round: of average - snapshot, and of the average.
     step_seconds, round_seconds
-        What a step takes, as the median of the last few, and what the last round took.
+        Median duration of the last steps, and duration of the last round.
     """
 
     def __init__(self) -> None:
-        self.totals, self._told = Totals(), Totals()
-        self.squares = self.norm = self.step_seconds = self.round_seconds = 0.0
-        self._round_cost = self._merge_cost = 0.0
-        self._durations: deque[float] = deque(maxlen=_REMEMBERED)
-        self._step_began = self._round_began = self._cost_before = 0.0
+        self.totals, self._reported = RoundTotals(), RoundTotals()
+        self.squared_distance = self.squared_norm = self.step_seconds = self.round_seconds = 0.0
+        self._round_cpu = self._merge_seconds = 0.0
+        self._durations: deque[float] = deque(maxlen=_WINDOW)
+        self._step_start = self._round_start = self._cpu_before = 0.0
 
     @property
-    def round_cost(self) -> float:
-        """Seconds of a core that the last round took, its merge included."""
-        return self._round_cost + self._merge_cost
+    def round_cpu_seconds(self) -> float:
+        """CPU time of the last round and its merge, in seconds."""
+        return self._round_cpu + self._merge_seconds
 
     def begin_step(self) -> None:
         """Start the clock of a step."""
-        self._step_began = time.perf_counter()
+        self._step_start = time.perf_counter()
 
     def end_step(self) -> None:
-        """Note that it is over."""
-        self._durations.append(time.perf_counter() - self._step_began)
+        """Record the duration of the step."""
+        self._durations.append(time.perf_counter() - self._step_start)
         self.step_seconds = statistics.median(self._durations)
 
     def begin_round(self) -> None:
-        """Start the clocks of a round; in the communication thread."""
-        self._round_began, self._cost_before = time.perf_counter(), time.thread_time()
+        """Start the clocks of a round; called in the communication thread."""
+        self._round_start, self._cpu_before = time.perf_counter(), time.thread_time()
 
-    def end_round(self, squares: float, norm: float) -> None:
-        """Note that it is over."""
-        self.squares, self.norm = squares, norm
-        self.round_seconds = time.perf_counter() - self._round_began
-        self._round_cost = time.thread_time() - self._cost_before
+    def end_round(self, squared_distance: float, squared_norm: float) -> None:
+        """Record the result and the durations of the round."""
+        self.squared_distance, self.squared_norm = squared_distance, squared_norm
+        self.round_seconds = time.perf_counter() - self._round_start
+        self._round_cpu = time.thread_time() - self._cpu_before
         self.totals.seconds += self.round_seconds
-        self.totals.rounds += 1  # last: the others may now start the next
+        self.totals.rounds += 1  # last: other ranks may start the next round now
 
     @contextmanager
     def merging(self, lag: int) -> Iterator[None]:
-        """Inside, an average is merged that is so many steps behind."""
+        """Context manager for the merge of an average whose snapshot is `lag` steps old."""
         started, totals = time.perf_counter(), self.totals
         yield
-        self._merge_cost = time.perf_counter() - started
+        self._merge_seconds = time.perf_counter() - started
         totals.merges += 1
         totals.lag += lag
         totals.longest_lag = max(totals.longest_lag, lag)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, the training waits for a round."""
+        """Context manager for a wait of the training for a round."""
         started = time.perf_counter()
         yield
         self.totals.waited += time.perf_counter() - started
 
-    def figures(self) -> dict[str, float]:
-        """What rounds were like since the last call.
+    def metrics(self) -> dict[str, float]:
+        """Return the statistics of the rounds since the last call.
 
         Returns
         -------
         dict
-            "rounds"; "steps_per_round"; "lag" and "longest_lag" (of all), the steps between a snapshot and
-            its merge; "hidden", the share of the rounds' time for which the training did not wait;
-            "drift", the mean consensus distance of the snapshots.
+            "rounds"; "steps_per_round"; "lag", the mean of the steps from a snapshot to its merge, and
+            "longest_lag", their maximum since the start; "hidden", the share of the rounds' time for which
+            the training did not wait; "drift", the mean consensus distance of the snapshots.
         """
-        now, before = self.totals, self._told
-        self._told = replace(now)
+        now, before = self.totals, self._reported
+        self._reported = replace(now)
         rounds, seconds = now.rounds - before.rounds, now.seconds - before.seconds
         return {
             "rounds": rounds,
@@ -125,9 +125,9 @@ class Tally:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The totals; what steps take is measured anew."""
-        return {"totals": asdict(self.totals), "told": asdict(self._told)}
+        """Return the totals; durations are measured again."""
+        return {"totals": asdict(self.totals), "told": asdict(self._reported)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self.totals, self._told = (Totals(**state[name]) for name in ("totals", "told"))
+        """Restore the state that `state_dict` returned."""
+        self.totals, self._reported = (RoundTotals(**state[name]) for name in ("totals", "told"))

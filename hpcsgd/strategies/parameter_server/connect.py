@@ -1,4 +1,4 @@
-"""How the servers are reached: as ranks of the same job, or over TCP in a job of their own."""
+"""Connectors to the servers: ranks of the same job, or another job over TCP."""
 
 from __future__ import annotations
 
@@ -9,98 +9,101 @@ from pathlib import Path
 
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.mpi.communicator import Transport
+from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.world import World
 from hpcsgd.server import tcp_link
-from hpcsgd.server.connection import Dial
+from hpcsgd.server.connection import Connector
 from hpcsgd.server.mpi_link import MPILink
-from hpcsgd.server.protocol import Link, Party
+from hpcsgd.server.protocol import Handler, Link
 
-_LOOK_EVERY = 0.2  # seconds
+_FILE_POLL_INTERVAL = 0.2  # seconds
 
 
-class RankDial:
-    """Reaches a server that is a rank of the same job.
+class MPIConnector:
+    """Connector to a server that is a rank of the same job.
 
     Parameters
     ----------
-    transport, rank, traffic
+    communicator, rank, traffic
         See `MPILink`.
     """
 
-    def __init__(self, transport: Transport, rank: int, traffic: Traffic) -> None:
-        self._transport, self._rank, self._traffic = transport, rank, traffic
-        self.server = f"the server on rank {rank}"
+    def __init__(self, communicator: Communicator, rank: int, traffic: Traffic) -> None:
+        self._communicator, self._rank, self._traffic = communicator, rank, traffic
+        self.server_name = f"the server on rank {rank}"
 
-    def open(self, party: Party) -> tuple[Link, str]:
-        return MPILink(self._transport, self._rank, party, self.server, self._traffic), ""
+    def open(self, handler: Handler) -> tuple[Link, str]:
+        return MPILink(self._communicator, self._rank, handler, self.server_name, self._traffic), ""
 
 
-class FileDial:
-    """Reaches a server of another job, which says in a file where it is.
+class TCPConnector:
+    """Connector to a server of another job, whose address is in a rendezvous file.
 
-    The file is read anew for every link: a server that was started again has another port.
+    The file is read again for every link, for a restarted server has another port.
 
     Parameters
     ----------
     path
-        The file, see `ports.Meeting`.
+        The file, see `tcp_link.RendezvousFile`.
     index
-        Which of its servers.
+        Index of the server in it.
     traffic
         See `Link`.
     """
 
     def __init__(self, path: Path, index: int, traffic: Traffic) -> None:
         self._path, self._index, self._traffic = path, index, traffic
-        self.server = f"server {index} of {path}"
+        self.server_name = f"server {index} of {path}"
 
-    def open(self, party: Party) -> tuple[Link, str]:
-        meeting = tcp_link.Meeting.read(self._path)
-        if self._index >= len(meeting.servers):
+    def open(self, handler: Handler) -> tuple[Link, str]:
+        file = tcp_link.RendezvousFile.read(self._path)
+        if self._index >= len(file.servers):
             raise HpcsgdError(
-                f"there is no {self.server} any more",
-                got=f"{len(meeting.servers)} servers",
-                do="start as many servers as before",
+                f"{self.server_name} does not exist",
+                expected=f"at least {self._index + 1} servers",
+                got=f"{len(file.servers)}",
+                do="restart `hpcsgd serve` with as many ranks as before",
             )
-        connection = tcp_link.connect(*meeting.servers[self._index])
-        return tcp_link.SocketLink(connection, party, self.server, self._traffic), meeting.secret
+        connection = tcp_link.connect(*file.servers[self._index])
+        return tcp_link.TCPLink(connection, handler, self.server_name, self._traffic), file.secret
 
 
-def dials(path: Path, world: World) -> list[Dial]:
-    """How to reach the servers that a file names; collective. Waits for the file: jobs start in any order.
+def make_connectors(path: Path, world: World) -> list[Connector]:
+    """Make the connectors to the servers of a rendezvous file; collective.
+
+    Waits for the file, since jobs may start in any order.
 
     Raises
     ------
     HpcsgdError
-        On all ranks, where there is no such file before the world's deadline, or it is another kind of file.
+        On all ranks, if no file is written within the world's timeout, or if it is of another kind.
     """
-    give_up = time.monotonic() + world.timeout
+    deadline = time.monotonic() + world.timeout
     servers = 0
     while servers == 0:
-        found = world.together(lambda: _servers(path, give_up) if world.rank == 0 else 0)
-        servers = world.gather(found, "the number of servers")[0]
-    return [FileDial(path, index, world.traffic) for index in range(servers)]
+        count = world.collectively(lambda: _count_servers(path, deadline) if world.rank == 0 else 0)
+        servers = world.gather(count, "the number of servers")[0]
+    return [TCPConnector(path, index, world.traffic) for index in range(servers)]
 
 
-def _servers(path: Path, give_up: float) -> int:
-    """How many a file names; 0: there is no file yet."""
+def _count_servers(path: Path, deadline: float) -> int:
+    """Number of servers in a rendezvous file; 0 while there is no file."""
     try:
-        return len(tcp_link.Meeting.read(path).servers)
+        return len(tcp_link.RendezvousFile.read(path).servers)
     except OSError as error:
-        if time.monotonic() > give_up:
+        if time.monotonic() > deadline:
             raise HpcsgdError(
                 f"no server has written {path}",
                 got=str(error),
-                do=f"start the servers: mpiexec -n 1 hpcsgd serve --listen {path}, where all jobs see the "
-                "file; for a longer wait raise --timeout or HPCSGD_TIMEOUT (seconds)",
+                do=f"start the servers: mpiexec -n 1 hpcsgd serve --listen {path}, with a path that all jobs "
+                "can access; to wait longer raise --timeout or HPCSGD_TIMEOUT (seconds)",
             ) from None
-        time.sleep(_LOOK_EVERY)
+        time.sleep(_FILE_POLL_INTERVAL)
         return 0
 
 
 def group_name(world: World) -> str:
-    """What this job is called among the groups of a server: like no other, and the same on all its ranks."""
+    """Unique name of this job among the groups of a server, equal on all its ranks; collective."""
     job = os.environ.get("SLURM_JOB_ID", "")
     parts = [*([f"job{job}"] if job else []), world.host, str(os.getpid()), secrets.token_hex(2)]
     return str(world.gather("-".join(parts), "the name of the group")[0])

@@ -1,4 +1,4 @@
-"""What a rank does that is a parameter server in one job with its clients."""
+"""Role of a rank that is a parameter server in the same job as its clients."""
 
 from __future__ import annotations
 
@@ -9,67 +9,67 @@ from typing import Any
 
 from torch import Tensor
 
-from hpcsgd.mpi.communicator import Transport
+from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.server import Policy, Server
-from hpcsgd.server.metrics import figures_of
+from hpcsgd.server.metrics import server_metrics
 from hpcsgd.server.mpi_link import MPILink
-from hpcsgd.server.utilization import Load
+from hpcsgd.server.utilization import Utilization
 from hpcsgd.strategies.base import Strategy
-from hpcsgd.strategies.context import Setting
+from hpcsgd.strategies.context import StrategyContext
 
-_WATCH_EVERY = 0.2  # seconds
+_LEASE_CHECK_INTERVAL = 0.2  # seconds
 
 
-class Serving(Strategy):
-    """Serves until all clients have taken their steps; its own model takes none.
+class ServerRole(Strategy):
+    """Serves requests until all clients have taken their steps; its own model takes none.
 
     Parameters
     ----------
     run
-        The run's setting.
+        Context of the whole run.
     policy, index, count
         See `Server`.
-    transport
-        Where clients are heard.
-    talkers
-        The ranks that talk for their groups.
+    communicator
+        Communicator of the links, see `MPILink`.
+    gateways
+        Ranks of the groups' gateways, which connect to this server.
     groups
-        How many groups there are.
+        Number of groups.
     """
 
-    lockstep = False
+    synchronous = False
 
     def __init__(
         self,
-        run: Setting,
+        run: StrategyContext,
         policy: Policy,
         index: int,
         count: int,
-        transport: Transport,
-        talkers: Sequence[int],
+        communicator: Communicator,
+        gateways: Sequence[int],
         groups: int,
     ) -> None:
         self._run, self._groups = run, groups
-        self._transport, self._talkers = transport, talkers
+        self._communicator, self._gateways = communicator, gateways
         self.server = Server(policy, index, count)
-        self._load, self._told = Load(), Counter[int]()
-        self._watched = 0.0
+        self._utilization, self._reported_staleness = Utilization(), Counter[int]()
+        self._leases_checked_at = 0.0
 
-    def attach(self, setting: Setting) -> None:
-        super().attach(setting)
+    def attach(self, context: StrategyContext) -> None:
+        super().attach(context)
         from hpcsgd.kernels.sums import server_update
 
         server_update.warm_up()
-        for rank in self._talkers:
-            name = f"rank {self._transport.ranks[rank]}"
-            self.server.add(MPILink(self._transport, rank, self.server, name, setting.world.traffic))
-        self._serve(lambda: self.server.rests >= len(self._talkers))
+        for rank in self._gateways:
+            name = f"rank {self._communicator.ranks[rank]}"
+            self.server.add_link(MPILink(self._communicator, rank, self.server, name, context.world.traffic))
+        self._serve(lambda: self.server.pauses >= len(self._gateways))
 
-    def turns(self, end: int) -> Iterator[int]:
+    def peer_schedule(self, end: int) -> Iterator[int]:
         server = self.server
-        target = server.rests + len(self._talkers)
-        server.begin((end - self._run.step) * self._groups)
-        self._serve(lambda: server.rests >= target)
+        target = server.pauses + len(self._gateways)
+        server.start_steps((end - self._run.step) * self._groups)
+        self._serve(lambda: server.pauses >= target)
         self._run.step = end
         yield from ()
 
@@ -77,53 +77,54 @@ class Serving(Strategy):
         self._serve(lambda: not self.server.links)
 
     def _serve(self, done: Callable[[], bool]) -> None:
-        world = self.setting.world
+        world = self.context.world
         with world.progress.waiting("requests of clients"):
             while not done():
-                self._hear(done)  # each request begins a new wait, with its own deadline
+                self._wait_for_message(done)  # each request begins a new wait, with its own deadline
         world.progress.check()
 
-    def _hear(self, done: Callable[[], bool]) -> None:
-        server, heard = self.server, self.server.heard
-        self.setting.world.waiter.until(
-            lambda: self._look() or done() or server.heard > heard, "requests of clients"
+    def _wait_for_message(self, done: Callable[[], bool]) -> None:
+        server, received = self.server, self.server.messages_received
+        self.context.world.waiter.until(
+            lambda: self._poll() or done() or server.messages_received > received, "requests of clients"
         )
 
-    def _look(self) -> bool:
-        """Let all links move; never says that the wait is over."""
+    def _poll(self) -> bool:
+        """Pump all links and check the leases; returns False, as part of a wait condition."""
         started = time.perf_counter()
-        with self.setting.world.waiter.trace.span("requests", "service"):
+        with self.context.world.waiter.tracer.span("requests", "service"):
             moved = self.server.pump(self.server.links)
         now = time.perf_counter()
-        self._load.looked(moved, now - started if moved else 0.0)
-        if now - self._watched > _WATCH_EVERY:
-            self._watched = now
-            self.server.watch()
+        self._utilization.record_poll(moved, now - started if moved else 0.0)
+        if now - self._leases_checked_at > _LEASE_CHECK_INTERVAL:
+            self._leases_checked_at = now
+            self.server.check_leases()
         return False
 
     def values(self, index: int) -> Tensor | None:
-        """The values of a shard, where this server has it."""
+        """Values of a shard; None if it is on another server."""
         shard = self.server.shards.get(index)
         return None if shard is None else shard.centre
 
-    def figures(self) -> dict[str, Any]:
-        counting = self.server.counting
-        return figures_of(self._since(counting.staleness), counting.left_out, self._load.figures())
+    def metrics(self) -> dict[str, Any]:
+        aggregator = self.server.aggregator
+        staleness = self._new_staleness(aggregator.staleness)
+        return server_metrics(staleness, aggregator.dropped, self._utilization.metrics())
 
-    def _since(self, staleness: Counter[int]) -> Counter[int]:
-        """What has been counted since the last call."""
-        new, self._told = staleness - self._told, Counter(staleness)
+    def _new_staleness(self, staleness: Counter[int]) -> Counter[int]:
+        """Histogram since the last call."""
+        new, self._reported_staleness = staleness - self._reported_staleness, Counter(staleness)
         return new
 
     def state_dict(self) -> dict[str, Any]:
         shards = self.server.shards
         return {
             "shards": {index: shard.state_dict() for index, shard in shards.items()},
-            "codes": {i: shard.codes.state_dict() for i, shard in shards.items() if shard.codes is not None},
+            "codes": {i: shard.codec.state_dict() for i, shard in shards.items() if shard.codec is not None},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for index, shard in self.server.shards.items():
             shard.load_state_dict(state["shards"][index])
-            if shard.codes is not None:
-                shard.codes.load_state_dict(state["codes"].get(index, {}))
+            if shard.codec is not None:
+                shard.codec.load_state_dict(state["codes"].get(index, {}))

@@ -1,8 +1,7 @@
-"""PS/MPI: groups of workers that all-reduce inside, and parameter servers between them."""
+"""PS/MPI: groups of workers with all-reduce inside, and parameter servers between the groups."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,60 +11,61 @@ from typing import Any, Literal
 import torch
 
 from hpcsgd.collectives import broadcast
-from hpcsgd.collectives.peers import Peers
 from hpcsgd.compress import spec_of
-from hpcsgd.compress.point_to_point import check
+from hpcsgd.compress.point_to_point import check_stateless
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.server import Policy
-from hpcsgd.server.update_rules import describe
+from hpcsgd.server.update_rules import describe_optimizer
 from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.base import Strategy
-from hpcsgd.strategies.context import Setting
-from hpcsgd.strategies.parameter_server.connect import RankDial, dials, group_name
-from hpcsgd.strategies.parameter_server.server_rank import Serving
-from hpcsgd.strategies.parameter_server.worker import Descending, Drawn, Place, Worker
+from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.strategies.parameter_server.connect import MPIConnector, group_name, make_connectors
+from hpcsgd.strategies.parameter_server.server_rank import ServerRole
+from hpcsgd.strategies.parameter_server.worker import ElasticWorker, GradientWorker, GroupConfig, Worker
 from hpcsgd.tensors.group import TensorGroup
 
 _MODES = ("sync", "async", "elastic")
 
 
 class ParameterServer(Strategy):
-    """Groups of workers that average inside by all-reduce, and servers between them (arXiv 1801.03855).
+    """Parameter servers between groups of workers, with all-reduce inside groups (arXiv 1801.03855).
 
     From the paper (Mamidala, Kollias, Ward, Artico): groups are MPI communicators, each a client of the
-    servers; with one worker a group this is a pure parameter server, with no server pure MPI. The elastic
-    rule is EASGD's (arXiv 1412.6651). Our reading: buckets are the shards; ranks of a group's first node
-    share the talking to the servers; what may be lost in time, and who is waited for, see `hpcsgd.server`.
+    servers; groups of one worker make a pure parameter server, and no servers pure MPI. The elastic rule is
+    that of EASGD (arXiv 1412.6651). Our reading: buckets are the shards; the ranks of a group's first node
+    share the traffic with the servers; leases and dropped pushes, see `hpcsgd.server`.
 
-    The last `servers` ranks of the job are servers; the others are divided in groups of neighbours. With
-    "sync" and "async" the optimizer's step is taken by the servers, which must know the optimizer (of
-    `torch.optim`, element by element); with "elastic" each group has its own. Steps are those of all groups
-    divided by their number. When the run is closed all models are that of the servers.
+    The last `servers` ranks of the job are servers; the others are divided into groups of consecutive ranks.
+    In modes "sync" and "async" the servers take the optimizer's steps, so it must be an elementwise one of
+    `torch.optim`; in mode "elastic" each group has its own optimizer. The steps of the run are the steps of
+    all groups divided by their number. When the run is closed all ranks have the servers' model.
 
-    `Run(compress=...)` compresses the all-reduce inside groups of several ranks, and what groups and servers
-    send to each other, see `hpcsgd.server.delta_coding`; for the latter every scheme but PowerSGD.
+    `Run(compress=...)` compresses the all-reduce inside groups of several ranks, and the messages between
+    groups and servers (see `hpcsgd.server.delta_coding`); the latter with every scheme except PowerSGD.
 
     Parameters
     ----------
     mode
-        "sync" (default): one step with the mean gradient of all groups: AR-SGD. "async": one with the
-        gradient of each group, at once. "elastic": the model of a group and that of the servers draw each
-        other near after every `interval` steps of the group.
+        "sync" (default): one step with the mean gradient of all groups (AR-SGD). "async": a step with the
+        gradient of each group, as it arrives. "elastic": elastic averaging of a group's model and the
+        servers', after every `interval` steps of the group.
     servers
-        Ranks that serve; 0: none. Default 1. A single rank trains alone.
+        Number of ranks that serve; 0: none. Default 1. A single rank trains alone.
     groups
-        How many, as equal as possible; default: every worker is one.
+        Number of groups, of sizes that differ by at most 1; default: one for each worker.
     interval
-        Of mode "elastic": steps between two exchanges. Default 8.
+        Mode "elastic": steps between two exchanges. Default 8.
     alpha
-        Of mode "elastic": by which share of their distance; default 0.9 divided by the number of groups.
+        Mode "elastic": fraction of the distance between a group's model and the servers' by which both move
+        towards each other, in (0, 1). Default: 0.9 divided by the number of groups.
     max_staleness
-        How many exchanges a group may be ahead of the slowest; 0: all exchange together. None (default): any.
+        Number of exchanges that a group may be ahead of the slowest; 0: all groups exchange at the same time.
+        Default None: any number.
     lease
-        Seconds after which a group that is not heard is not waited for, until it is heard again. Default 10.
+        Seconds without a message after which a group is no longer awaited, until its next one. Default 10.
     connect
-        The file of `hpcsgd serve --listen FILE`: this job is one group, whose servers are another job. Mode
-        and other options of the servers are theirs. Empty (default): servers are ranks of this job.
+        File of `hpcsgd serve --listen FILE`: this job is one group, and another job has the servers, which
+        set the options of servers. Default "": the servers are ranks of this job.
     """
 
     def __init__(
@@ -91,54 +91,51 @@ class ParameterServer(Strategy):
             raise BadOption(
                 f"mode {mode} needs a server",
                 got="servers=0, which is pure MPI",
-                do="use servers=1, or mode=sync",
+                do="use servers=1 or mode=sync",
             )
         self.mode, self.servers, self.groups, self.connect = mode, servers, groups, connect
         self.interval = interval if mode == "elastic" else 1
         self.alpha, self.max_staleness, self.lease = alpha, max_staleness, lease
-        self.lockstep = servers == 0 and not connect
+        self.synchronous = servers == 0 and not connect
 
     def options(self) -> dict[str, object]:
         names = ("mode", "servers", "groups", "interval", "alpha", "max_staleness", "lease", "connect")
         return {name: getattr(self, name) for name in names}
 
     def workers(self, ranks: int) -> int:
-        return ranks if self._alone(ranks) or self.connect else max(1, ranks - self.servers)
+        return ranks if self._is_pure_mpi(ranks) or self.connect else max(1, ranks - self.servers)
 
-    def _alone(self, ranks: int) -> bool:
+    def _is_pure_mpi(self, ranks: int) -> bool:
         return not self.connect and (self.servers == 0 or ranks == 1)
 
-    def attach(self, setting: Setting) -> None:
-        setting.refuse("a parameter server", virtual_nodes=True)
-        super().attach(setting)
-        world = setting.world
-        self.lockstep = self._alone(world.size)
-        self._part = world
-        if self.lockstep:
-            self._role: AllReduce | Worker | Serving = AllReduce()
-            self._role.attach(setting)
+    def attach(self, context: StrategyContext) -> None:
+        context.reject("a parameter server", virtual_nodes=True)
+        super().attach(context)
+        world = context.world
+        self.synchronous = self._is_pure_mpi(world.size)
+        self._group_world = world
+        if self.synchronous:
+            self._role: AllReduce | Worker | ServerRole = AllReduce()
+            self._role.attach(context)
             return
-        # These raise on all ranks alike.
+        # These checks have the same result on all ranks.
         if self.mode != "elastic":
-            assert setting.optimizer is not None
-            describe(setting.optimizer)
-        if setting.compress is not None:
-            check(setting.compress)
-            spec_of(setting.compress)
-        self._role = self._connected() if self.connect else self._in_job()
-        part = copy.copy(setting)
-        part.world, part.peers = self._part, Peers(self._part)
-        part.begin_step()
-        self._role.attach(part)
+            assert context.optimizer is not None
+            describe_optimizer(context.optimizer)
+        if context.compress is not None:
+            check_stateless(context.compress)
+            spec_of(context.compress)
+        self._role = self._connect_to_servers() if self.connect else self._make_job_role()
+        self._role.attach(context.on(self._group_world))
 
-    def _connected(self) -> Worker:
-        world = self.setting.world
-        found = dials(Path(self.connect), world)
-        return self._worker(found, group_name(world), 0)
+    def _connect_to_servers(self) -> Worker:
+        world = self.context.world
+        connectors = make_connectors(Path(self.connect), world)
+        return self._make_worker(connectors, group_name(world), 0)
 
-    def _in_job(self) -> Worker | Serving:
-        """Take this rank's part, as a server or in a group."""
-        world = self.setting.world
+    def _make_job_role(self) -> Worker | ServerRole:
+        """Make this rank's role: a server, or a worker of a group."""
+        world = self.context.world
         workers = world.size - self.servers
         groups = workers if self.groups is None else self.groups
         if workers < 1 or groups > workers:
@@ -147,32 +144,32 @@ class ParameterServer(Strategy):
                 expected=f"at least {self.servers + (self.groups or 1)} ranks",
                 got=f"{world.size} ranks, {self.servers} servers"
                 + ("" if self.groups is None else f", {groups} groups"),
-                do="start more ranks, or set servers and groups",
+                do="start more ranks, or lower servers or groups",
                 everywhere=True,
             )
         policy = Policy(self.mode, self.alpha, self.max_staleness, self.lease)
-        serving = world.rank >= workers
-        group = groups if serving else world.rank * groups // workers
-        self._part = world.split(group)
-        net = world.control.twin(1)
-        talks = world.gather(not serving and self._part.node == 0)
-        if serving:
-            talkers = [rank for rank, talk in enumerate(talks) if talk]
+        is_server = world.rank >= workers
+        group = groups if is_server else world.rank * groups // workers
+        self._group_world = world.split(group)
+        communicator = world.control.dup("parameter server")
+        are_gateways = world.gather(not is_server and self._group_world.node == 0)
+        if is_server:
+            gateways = [rank for rank, is_gateway in enumerate(are_gateways) if is_gateway]
             index = world.rank - workers
-            return Serving(self.setting, policy, index, self.servers, net, talkers, groups)
-        dials = [RankDial(net, rank, world.traffic) for rank in range(workers, world.size)]
+            return ServerRole(self.context, policy, index, self.servers, communicator, gateways, groups)
+        connectors = [MPIConnector(communicator, rank, world.traffic) for rank in range(workers, world.size)]
         name = f"group {group:0{len(str(groups - 1))}d}"
-        return self._worker(list(dials), name, groups)
+        return self._make_worker(list(connectors), name, groups)
 
-    def _worker(self, dials: list[Any], name: str, groups: int) -> Worker:
-        together = self.mode == "sync" or self.max_staleness == 0
-        place = Place(self.setting, dials, name, groups, self.mode, self.interval, together)
-        return Drawn(place) if self.mode == "elastic" else Descending(place)
+    def _make_worker(self, connectors: list[Any], name: str, groups: int) -> Worker:
+        synchronous = self.mode == "sync" or self.max_staleness == 0
+        config = GroupConfig(self.context, connectors, name, groups, self.mode, self.interval, synchronous)
+        return ElasticWorker(config) if self.mode == "elastic" else GradientWorker(config)
 
-    # What the role does.
+    # Delegated to the role.
 
-    def turns(self, end: int) -> Iterator[int]:
-        return self._role.turns(end)
+    def peer_schedule(self, end: int) -> Iterator[int]:
+        return self._role.peer_schedule(end)
 
     def accumulate(self) -> AbstractContextManager[None]:
         return self._role.accumulate()
@@ -183,8 +180,8 @@ class ParameterServer(Strategy):
     def step(self, update: Callable[[], None]) -> None:
         self._role.step(update)
 
-    def figures(self) -> dict[str, Any]:
-        return self._role.figures()
+    def metrics(self) -> dict[str, Any]:
+        return self._role.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         return self._role.state_dict()
@@ -195,15 +192,17 @@ class ParameterServer(Strategy):
     # The servers' model, on all ranks of the run.
 
     def averaged(self) -> AbstractContextManager[None]:
-        if self.lockstep:
+        if self.synchronous:
             return self._role.averaged()
-        return self._role.pulled() if self.connect and isinstance(self._role, Worker) else self._averaged()
+        if self.connect and isinstance(self._role, Worker):
+            return self._role.server_model()
+        return self._averaged()
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        trained = self._trained()
+        trained = self._trainable()
         own = [p.detach().clone() for _, p in trained]
-        self._show()
+        self._load_server_model()
         try:
             yield
         finally:
@@ -211,42 +210,42 @@ class ParameterServer(Strategy):
                 p.data.copy_(value)
 
     @torch.no_grad()
-    def _show(self) -> None:
-        """Put the servers' model in place."""
-        trained, world = self._trained(), self.setting.world
-        values = TensorGroup(world, list(reversed(trained)), self.setting.bucket_mib)
-        for bucket in values:
-            kept = self._role.values(bucket.index) if isinstance(self._role, Serving) else None
-            if kept is not None:
-                bucket.flat.copy_(kept)
+    def _load_server_model(self) -> None:
+        """Load the servers' model; collective."""
+        trained, world = self._trainable(), self.context.world
+        model = TensorGroup(world, list(reversed(trained)), self.context.bucket_mib)
+        for bucket in model:
+            values = self._role.values(bucket.index) if isinstance(self._role, ServerRole) else None
+            if values is not None:
+                bucket.flat.copy_(values)
             broadcast(bucket, world.size - self.servers + bucket.index % self.servers)
         for name, p in trained:
-            p.data.copy_(values.views[name])
+            p.data.copy_(model.views[name])
 
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, p) for name, p in self.setting.parameters if p.requires_grad]
+    def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.context.parameters if p.requires_grad]
 
     def consensus_distance(self) -> float:
-        """Root mean square over workers of the distance of their models from that of the servers."""
-        if self.lockstep:
+        """Root mean square over workers of the distance of their models from the servers' model."""
+        if self.synchronous:
             return 0.0
-        own = [p.detach().clone() for _, p in self._trained()]
+        own = [p.detach().clone() for _, p in self._trainable()]
         with self.averaged():
-            pairs = zip(own, self._trained(), strict=True)
+            pairs = zip(own, self._trainable(), strict=True)
             squared = sum(float((a - p.detach()).double().square().sum()) for a, (_, p) in pairs)
-        told = self.setting.world.gather(squared)[: self.workers(self.setting.world.size)]
-        return math.sqrt(sum(told) / len(told))
+        squares = self.context.world.gather(squared)[: self.workers(self.context.world.size)]
+        return math.sqrt(sum(squares) / len(squares))
 
     def detach(self) -> None:
-        if not self.lockstep:
+        if not self.synchronous:
             with self.averaged():
-                last = [p.detach().clone() for _, p in self._trained()]
+                last = [p.detach().clone() for _, p in self._trainable()]
         self._role.detach()
-        if not self.lockstep:
-            for (_, p), value in zip(self._trained(), last, strict=True):
+        if not self.synchronous:
+            for (_, p), value in zip(self._trainable(), last, strict=True):
                 p.data.copy_(value)
-        if self._part is not self.setting.world:
-            self._part.close()
+        if self._group_world is not self.context.world:
+            self._group_world.close()
 
 
 def _check(name: str, value: object, good: bool, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""What a worker does that has parameter servers: alone or in a group that computes one mean gradient."""
+"""Roles of a worker of a group that exchanges gradients or models with parameter servers."""
 
 from __future__ import annotations
 
@@ -11,103 +11,103 @@ from typing import Any, NamedTuple
 import torch
 
 from hpcsgd.collectives import broadcast
-from hpcsgd.collectives.compressed import not_finite
-from hpcsgd.server.connection import Dial
-from hpcsgd.server.delta_coding import Coding
-from hpcsgd.server.metrics import figures_of
+from hpcsgd.collectives.compressed import non_finite_error
+from hpcsgd.server.connection import Connector
+from hpcsgd.server.delta_coding import CodingConfig
+from hpcsgd.server.metrics import server_metrics
 from hpcsgd.server.store import Store
-from hpcsgd.server.update_rules import describe as optimizer_of
+from hpcsgd.server.update_rules import describe_optimizer
 from hpcsgd.strategies.allreduce import AllReduce
-from hpcsgd.strategies.context import Setting
-from hpcsgd.tensors.fingerprint import describe, versions
+from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import Bucket, TensorGroup
 from hpcsgd.tensors.parameters import Parameters
 
 
-class Place(NamedTuple):
-    """Where a worker stands.
+class GroupConfig(NamedTuple):
+    """Configuration of a group of workers.
 
     Attributes
     ----------
     run
-        The run's setting, whose steps are those of all groups.
-    dials
-        How each server is reached.
+        Context of the whole run, which counts the steps of all groups.
+    connectors
+        One for each server.
     name
-        Of its group.
+        Name of the group.
     groups
-        How many groups share the steps of the run; 0: nobody shares this group's steps.
+        Number of groups that share the steps of the run; 0: this group takes all of them.
     mode
         "sync", "async" or "elastic".
     interval
         Steps between two exchanges with the servers.
-    together
+    synchronous
         Whether all groups exchange at the same time.
     """
 
-    run: Setting
-    dials: list[Dial]
+    run: StrategyContext
+    connectors: list[Connector]
     name: str
     groups: int
     mode: str
     interval: int
-    together: bool
+    synchronous: bool
 
 
 class Worker(AllReduce):
-    """A rank of a group whose mean gradient, or model, is exchanged with parameter servers.
+    """Rank of a group that exchanges its mean gradient or its model with parameter servers.
 
     Parameters
     ----------
-    place
-        See `Place`.
+    group
+        See `GroupConfig`.
     """
 
-    lockstep = False
+    synchronous = False
     KEY = "model"
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, group: GroupConfig) -> None:
+        self._group = group
 
-    def attach(self, setting: Setting) -> None:
-        super().attach(setting)
-        place, world = self._place, setting.world
-        # In the order of the gradients' buckets: what is pushed and what is pulled are cut alike.
-        self.parameters = Parameters(world, list(reversed(setting.parameters)), setting.bucket_mib)
-        self._leave = TensorGroup(world, [("leave", torch.zeros(2, dtype=torch.int64))], staged=False)
-        self._number_of = self._groups_of_parameters()
+    def attach(self, context: StrategyContext) -> None:
+        super().attach(context)
+        group, world = self._group, context.world
+        # In the order of the gradients' buckets: pushed and pulled buckets have equal boundaries.
+        self.parameters = Parameters(world, list(reversed(context.parameters)), context.bucket_mib)
+        self._quota = TensorGroup(world, [("quota", torch.zeros(2, dtype=torch.int64))], staged=False)
+        self._group_index = self._parameter_groups()
         self._store = Store(
             world,
-            place.dials,
-            place.name,
+            group.connectors,
+            group.name,
             {self.KEY: self.parameters.group},
             self._contract(),
             self._options(),
             self._segments,
-            {} if place.groups else {"seed": setting.seed},
+            {} if group.groups else {"seed": context.seed},
             self._coding(),
         )
         self._store.init(self.KEY, self.parameters.group).wait()
-        self._store.rest()
-        self._since = self._own_steps = self._ever = 0
-        self._allowed = place.interval
-        self._began = 0
+        self._store.pause()
+        self._steps_since_exchange = self._own_steps = self._total_steps = 0
+        self._allowed_steps = group.interval
+        self._start_step = 0
 
     def _contract(self) -> dict[str, Any]:
-        parameters = [describe(name, p) for name, p in self.setting.parameters]
-        return {**versions(), "mode": self._place.mode, "list of parameters": parameters}
+        parameters = [describe_tensor(name, p) for name, p in self.context.parameters]
+        return {**package_versions(), "mode": self._group.mode, "list of parameters": parameters}
 
-    def _coding(self) -> Coding | None:
-        if self.setting.compress is None:
+    def _coding(self) -> CodingConfig | None:
+        if self.context.compress is None:
             return None
-        own = zlib.crc32(f"{self.setting.seed} {self._place.name}".encode())
-        return Coding(self.setting.compress, self._place.mode, own)
+        unique = zlib.crc32(f"{self.context.seed} {self._group.name}".encode())
+        return CodingConfig(self.context.compress, self._group.mode, unique)
 
     def _options(self) -> list[dict[str, Any]]:
         return []
 
-    def _groups_of_parameters(self) -> dict[str, int]:
-        optimizer, names = self.setting.optimizer, {id(p): name for name, p in self.setting.parameters}
+    def _parameter_groups(self) -> dict[str, int]:
+        optimizer, names = self.context.optimizer, {id(p): name for name, p in self.context.parameters}
         assert optimizer is not None
         return {
             names[id(p)]: number
@@ -117,77 +117,79 @@ class Worker(AllReduce):
         }
 
     def _segments(self, bucket: Bucket) -> list[tuple[int, int, int]]:
-        """Stretches of a bucket whose parameters are in one group of the optimizer."""
-        found: list[tuple[int, int, int]] = []
+        """Segments of a bucket whose parameters are in the same parameter group of the optimizer."""
+        segments: list[tuple[int, int, int]] = []
         for name, view in zip(bucket.names, bucket.views, strict=True):
             start, stop = bucket.extent(view)
-            number = self._number_of.get(name, 0)
-            if found and found[-1][2] == number:
-                start = found.pop()[0]
-            found.append((start, stop, number))
-        return found
+            number = self._group_index.get(name, 0)
+            if segments and segments[-1][2] == number:
+                start = segments.pop()[0]
+            segments.append((start, stop, number))
+        return segments
 
-    def turns(self, end: int) -> Iterator[int]:
-        run, shared = self._place.run, self._place.groups > 0
-        self._began, self._end, self._own_steps = run.step, end, 0
+    def peer_schedule(self, end: int) -> Iterator[int]:
+        run, shared = self._group.run, self._group.groups > 0
+        self._start_step, self._end, self._own_steps = run.step, end, 0
         if shared:
-            self._store.claim(self._place.interval).wait()
-            self._hear()
+            self._store.request_steps(self._group.interval).wait()
+            self._read_quota()
         else:
-            self._join()
+            self._join_updates()
         try:
-            while self._allowed > 0 if shared else run.step < end:
+            while self._allowed_steps > 0 if shared else run.step < end:
                 yield 0
             run.step = end
-        finally:  # a loop that is left early must not keep the servers waiting
-            self._store.rest()
-            self._allowed = self._place.interval
+        finally:  # after an early exit from the loop the servers must not await this group
+            self._store.pause()
+            self._allowed_steps = self._group.interval
 
-    def _join(self) -> None:
-        """Begin to push, after a pause in which other groups have gone on."""
+    def _join_updates(self) -> None:
+        """Join the updates again, after a pause in which other groups have made some."""
 
     def step(self, update: Callable[[], None]) -> None:
-        self._take(update)
-        self._since += 1
+        self._local_step(update)
+        self._steps_since_exchange += 1
         self._own_steps += 1
-        self._ever += 1
-        if self._since >= self._allowed:
-            self._exchange(self._place.interval if self._place.groups else 0)
-            self._since = 0
-            if self._place.groups:
-                self._hear()
-        self._count()
+        self._total_steps += 1
+        if self._steps_since_exchange >= self._allowed_steps:
+            self._exchange(self._group.interval if self._group.groups else 0)
+            self._steps_since_exchange = 0
+            if self._group.groups:
+                self._read_quota()
+        self._update_run_step()
 
-    def _number(self) -> int:
-        return self._ever  # the run's steps are those of all groups: they may stand still meanwhile
+    def _reduction_number(self) -> int:
+        return (
+            self._total_steps
+        )  # the run counts the steps of all groups and may stay the same between two of this one's
 
-    def _take(self, update: Callable[[], None]) -> None:
-        """This group's part of a step."""
+    def _local_step(self, update: Callable[[], None]) -> None:
+        """Take this group's part of a step."""
         raise NotImplementedError
 
-    def _exchange(self, wanted: int) -> None:
-        """Push and pull, and ask for so many steps."""
+    def _exchange(self, requested_steps: int) -> None:
+        """Push and pull, and request a quota of `requested_steps`."""
         raise NotImplementedError
 
-    def _hear(self) -> None:
-        """Tell the group how many steps it may take, and how many all groups have begun."""
-        told = self._leave.buckets[0]
-        told.flat[:2] = torch.tensor([self._store.granted, self._store.begun])
-        if self.setting.world.size > 1:
-            broadcast(told, self._store.leader)
-        self._allowed, self._begun = int(told.flat[0]), int(told.flat[1])
+    def _read_quota(self) -> None:
+        """Broadcast the granted quota and the steps begun by all groups within the group."""
+        quota = self._quota.buckets[0]
+        quota.flat[:2] = torch.tensor([self._store.granted, self._store.steps_begun])
+        if self.context.world.size > 1:
+            broadcast(quota, self._store.leader)
+        self._allowed_steps, self._steps_begun = int(quota.flat[0]), int(quota.flat[1])
 
-    def _count(self) -> None:
-        place = self._place
+    def _update_run_step(self) -> None:
+        group = self._group
         taken = self._own_steps
-        if place.groups and not place.together:
-            # What all groups have begun, but for what each of them has under way.
-            taken = max(0, self._begun // place.groups - place.interval)
-        place.run.step = min(self._end, self._began + taken)
+        if group.groups and not group.synchronous:
+            # Steps that all groups have begun, without those that each may still be taking.
+            taken = max(0, self._steps_begun // group.groups - group.interval)
+        group.run.step = min(self._end, self._start_step + taken)
 
     @contextmanager
-    def pulled(self) -> Iterator[None]:
-        """Inside, the model is that of the servers."""
+    def server_model(self) -> Iterator[None]:
+        """Context with the servers' model in place of the group's."""
         state, own = self._store.state_dict(), self.parameters.copy()
         self._store.pull(self.KEY, self.parameters.group).wait()
         try:
@@ -198,84 +200,88 @@ class Worker(AllReduce):
 
     def detach(self) -> None:
         self._store.close()
-        del self._store, self._leave
+        del self._store, self._quota
         super().detach()
         self.parameters.release()
         del self.parameters
 
-    def figures(self) -> dict[str, Any]:
-        return figures_of(Counter(), self._store.late, {"queue": 0.0, "load": 0.0})
+    def metrics(self) -> dict[str, Any]:
+        return server_metrics(Counter(), self._store.late, {"queue": 0.0, "load": 0.0})
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"store": self._store.state_dict(), "since": self._since, "ever": self._ever}
+        own = {
+            "store": self._store.state_dict(),
+            "since": self._steps_since_exchange,
+            "ever": self._total_steps,
+        }
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        # Servers of their own jobs have not gone back.
-        self._store.load_state_dict(state["store"], servers_too=self._place.groups > 0)
-        self._since, self._ever = int(state["since"]), int(state["ever"])
+        # Servers of another job are not restored.
+        self._store.load_state_dict(state["store"], with_servers=self._group.groups > 0)
+        self._steps_since_exchange, self._total_steps = int(state["since"]), int(state["ever"])
 
 
-class Descending(Worker):
+class GradientWorker(Worker):
     """Pushes the mean gradient of its group; the servers take the optimizer's step (sync and async SGD)."""
 
-    def attach(self, setting: Setting) -> None:
-        assert setting.optimizer is not None
-        self._name, _ = optimizer_of(setting.optimizer)
-        super().attach(setting)
-        setting.optimizer._opt_called = True  # type: ignore[attr-defined]  # for torch's schedulers
+    def attach(self, context: StrategyContext) -> None:
+        assert context.optimizer is not None
+        self._name, _ = describe_optimizer(context.optimizer)
+        super().attach(context)
+        context.optimizer._opt_called = True  # type: ignore[attr-defined]  # for torch's schedulers
 
     def _contract(self) -> dict[str, Any]:
         return {**super()._contract(), "optimizer": self._name}
 
     def _options(self) -> list[dict[str, Any]]:
-        assert self.setting.optimizer is not None
-        return optimizer_of(self.setting.optimizer)[1]
+        assert self.context.optimizer is not None
+        return describe_optimizer(self.context.optimizer)[1]
 
-    def _join(self) -> None:
-        self._store.pull(self.KEY, self.parameters.group, begin=True).wait()
+    def _join_updates(self) -> None:
+        self._store.pull(self.KEY, self.parameters.group, join=True).wait()
 
-    def _take(self, update: Callable[[], None]) -> None:
+    def _local_step(self, update: Callable[[], None]) -> None:
         self.synchronize()
-        self._store.tell_options(self._options())
+        self._store.set_options(self._options())
 
-    def _exchange(self, wanted: int) -> None:
-        counts = self._finite and self.setting.unscale() and self._can_be_said()
-        weight = float(self.setting.world.size) if counts else 0.0
+    def _exchange(self, requested_steps: int) -> None:
+        is_valid = self._finite and self.context.unscale() and self._is_encodable()
+        weight = float(self.context.world.size) if is_valid else 0.0
         self._finite = True
-        work = self._store.pushpull(self.KEY, self.gradients.group, self.parameters.group, weight, wanted)
-        work.wait()
-        self.gradients.start_over()
+        gradients, parameters = self.gradients.group, self.parameters.group
+        self._store.pushpull(self.KEY, gradients, parameters, weight, requested_steps).wait()
+        self.gradients.reset()
 
-    def _can_be_said(self) -> bool:
-        """Whether all gradients are finite, which matters to compression alone."""
-        if self.setting.compress is None:
+    def _is_encodable(self) -> bool:
+        """Whether all gradients are finite, which compression requires."""
+        if self.context.compress is None:
             return True
-        world, views = self.setting.world, self.gradients.group.views
+        world, views = self.context.world, self.gradients.group.views
         bad = [name for name, view in views.items() if not bool(view.isfinite().all())]
-        if bad and self.setting.nonfinite == "error":
-            raise not_finite("gradient", bad[0], world.name, world.status.step)
+        if bad and self.context.nonfinite == "error":
+            raise non_finite_error("gradient", bad[0], world.global_rank, world.activity.step)
         return not bad
 
 
-class Drawn(Worker):
-    """Takes synchronous steps in its group, whose model and the servers' draw each other near (EASGD)."""
+class ElasticWorker(Worker):
+    """Takes synchronous steps in its group, with elastic averaging of its model and the servers' (EASGD)."""
 
-    def attach(self, setting: Setting) -> None:
-        super().attach(setting)
-        trained = [(name, p) for name, p in reversed(setting.parameters) if p.requires_grad]
-        self._pull = TensorGroup(setting.world, trained, setting.bucket_mib)
+    def attach(self, context: StrategyContext) -> None:
+        super().attach(context)
+        trained = [(name, p) for name, p in reversed(context.parameters) if p.requires_grad]
+        self._difference = TensorGroup(context.world, trained, context.bucket_mib)
 
     def detach(self) -> None:
-        del self._pull
+        del self._difference
         super().detach()
 
-    def _take(self, update: Callable[[], None]) -> None:
+    def _local_step(self, update: Callable[[], None]) -> None:
         AllReduce.step(self, update)
 
-    def _exchange(self, wanted: int) -> None:
+    def _exchange(self, requested_steps: int) -> None:
         model = self.parameters.group
-        self._store.pushpull(self.KEY, model, self._pull, 1.0, wanted).wait()
-        for bucket, pull in zip(model, self._pull, strict=True):
-            bucket.flat.sub_(pull.flat)
+        self._store.pushpull(self.KEY, model, self._difference, 1.0, requested_steps).wait()
+        for bucket, difference in zip(model, self._difference, strict=True):
+            bucket.flat.sub_(difference.flat)

@@ -1,4 +1,4 @@
-"""TELEPORTATION: a few models that wander over many peers and average only with one another."""
+"""TELEPORTATION: a few models move over many peers and average only with one another."""
 
 from __future__ import annotations
 
@@ -8,41 +8,52 @@ from typing import Any
 from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.staging import after_compute
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.strategies.context import Setting
-from hpcsgd.strategies.replicas import OwnModels
-from hpcsgd.strategies.teleportation.optimizer_state import CarriedState
+from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.strategies.replicas import ReplicaStrategy
+from hpcsgd.strategies.teleportation.optimizer_state import PortableOptimizerState
 from hpcsgd.strategies.teleportation.tokens import Tokens
 
 
-class Teleportation(OwnModels):
-    """A few peers are active at a time: they take over the models of those before, step, and average.
+class Teleportation(ReplicaStrategy):
+    """A few active peers step and average; their models then move to other peers (arXiv 2501.15259).
 
-    TELEPORTATION (Takezawa and Stich, ICLR 2025, arXiv 2501.15259). There are as many models, the tokens,
-    as active peers. In iteration t they are with peers that all ranks draw from (seed, t); these take their
-    steps, y_m = x_m - lr g(x_m), and x_m <- sum_m' W_mm' y_m' over a topology of the tokens goes to the peer
-    that holds token m in iteration t + 1. Nobody waits for a peer that rests, and that one only for its next
-    model: HPCSGD_TIMEOUT must be longer than any rest.
+    TELEPORTATION (Takezawa and Stich, ICLR 2025). There are as many models, the tokens, as active peers.
+    In iteration t they are held by peers that are a function of (seed, t) on all ranks; the holders take
+    their steps, y_m = x_m - lr g(x_m), and x_m <- sum_m' W_mm' y_m' over a topology of the tokens goes to
+    the peer that holds token m in iteration t + 1. No peer waits for an idle one, and an idle peer waits only
+    for its next model: HPCSGD_TIMEOUT must be longer than any idle time.
 
-    Our reading: the tokens' order is drawn too; the optimizer's state travels with its token, not averaged;
-    buffers such as BatchNorm's stay with the peer. The consensus is the mean of the tokens. Learning rates
-    are each rank's own, so schedules must follow `run.steps`, the number of the iteration, and not how often
-    this rank has stepped. A loop over `run.batches(loader, steps=...)` must not be left early.
+    Our reading: the order of the tokens is random too; the optimizer state moves with its token and is not
+    averaged; buffers such as BatchNorm's stay with the peer. The consensus is the mean of the tokens.
+    Learning rates are set on each rank, so schedules must follow `run.steps`, the number of the iteration,
+    and not the number of this rank's steps. A loop over `run.batches(loader, steps=...)` must run to its end.
 
     Parameters
     ----------
     active
-        How many peers compute at a time, 1 to all. Default: 4, or all where these are fewer. Several
-        numbers, 1x2x4: as many trainings at once that share nothing, on peers disjoint in each iteration, as
-        `hpcsgd tune` compares them; `shown` is the number of the one that `averaged()` and the like mean.
+        Number of active peers, 1 to all. Default: 4, or all if these are fewer. Several numbers, 1x2x4: as
+        many independent trainings at once, on disjoint peers in each iteration, for `hpcsgd tune`.
     topology
-        Over the tokens, as NAME or NAME:key=value+key=value of `hpcsgd.topology`. Default "exponential".
+        The topology over the tokens, NAME or NAME:key=value+key=value of `hpcsgd.topology`. Default
+        "exponential".
     fused
-        Send each y straight to all who average it for the next iteration (default); else average first,
-        then move: a message more for each token, for the same bits.
+        Send each y straight to all peers that average it for the next iteration (default); False: first
+        average, then move, with one more message for each token and the same bits.
+
+    Attributes
+    ----------
+    evaluated_group
+        With several numbers of active peers: index of the training that `averaged()`, `consensus_distance()`
+        and `consensus_weight()` are about. Default 0.
+
+    Raises
+    ------
+    BadOption
+        `active` below 1; on attachment also if it is above the number of peers.
     """
 
-    lockstep = False
-    shown = 0
+    synchronous = False
+    evaluated_group = 0
 
     def __init__(
         self,
@@ -51,115 +62,117 @@ class Teleportation(OwnModels):
         fused: bool = True,
     ) -> None:
         if active is not None and min(active if isinstance(active, tuple) else (active,)) < 1:
-            raise BadOption("TELEPORTATION needs active peers", expected="active of at least 1", got=active)
+            raise BadOption(
+                "option active of TELEPORTATION is out of range", expected="active of at least 1", got=active
+            )
         self.active, self.topology, self.fused = active, topology, fused
 
     def options(self) -> dict[str, object]:
         return {"active": self.active, "topology": self.topology, "fused": self.fused}
 
-    def fit(self, peers: int) -> None:
+    def clamp_to(self, peers: int) -> None:
         if isinstance(self.active, int):
             self.active = min(self.active, peers)
 
-    def attach(self, setting: Setting) -> None:
-        setting.refuse("TELEPORTATION", compression=True)
-        peers = setting.peers
-        self.tokens = Tokens(peers, self.active, self.topology, setting.seed)
-        super().attach(setting)
-        assert setting.optimizer is not None
-        # Alone nothing travels, and the optimizer is left as it is.
-        copies = peers.each if peers.size > 1 else 0
-        self._state = CarriedState(setting.world, setting.optimizer, copies, setting.bucket_mib)
-        cargoes = filter(None, (self.parameters.groups, self._state.groups))
-        self._exchanges = [Exchange(peers, groups, channel) for channel, groups in enumerate(cargoes)]
+    def attach(self, context: StrategyContext) -> None:
+        context.reject("TELEPORTATION", compression=True)
+        peers = context.peers
+        self.tokens = Tokens(peers, self.active, self.topology, context.seed)
+        super().attach(context)
+        assert context.optimizer is not None
+        # A single peer transfers nothing, and its optimizer stays unchanged.
+        copies = peers.per_rank if peers.size > 1 else 0
+        self._state = PortableOptimizerState(context.world, context.optimizer, copies, context.bucket_mib)
+        group_lists = filter(None, (self.parameters.groups, self._state.groups))
+        self._exchanges = [Exchange(peers, groups, channel) for channel, groups in enumerate(group_lists)]
         for exchange in self._exchanges:
-            if exchange.sends:
-                setting.world.progress.serve(exchange.push)
-        self._computing = False
-        self._complete = setting.step  # in this iteration all holders have their models
+            if exchange.uses_messages:
+                context.world.progress.add_poller(exchange.poll)
+        self._scheduled = False
+        self._complete_step = context.step  # the last one in which all holders have their models
 
     def detach(self) -> None:
-        progress = self.setting.world.progress
+        progress = self.context.world.progress
         for exchange in self._exchanges:
-            progress.dismiss(exchange.push)
-            exchange.settle()
+            progress.remove_poller(exchange.poll)
+            exchange.flush()
         progress.drain()
         del exchange, self._exchanges, self._state
         super().detach()
 
-    def turns(self, end: int) -> Iterator[int]:
-        setting, tokens = self.setting, self.tokens
-        self._check_complete()
+    def peer_schedule(self, end: int) -> Iterator[int]:
+        context, tokens = self.context, self.tokens
+        self._check_models_in_place()
         try:
-            for step in range(setting.step, end):
-                setting.step = step
-                for peer in tokens.here(step):
-                    self._computing = True
-                    yield setting.peers.index(peer)
-                if not tokens.here(step) and tokens.here(step + 1):
-                    self._move(step)
-            setting.step = self._complete = end
+            for step in range(context.step, end):
+                context.step = step
+                for peer in tokens.local_holders(step):
+                    self._scheduled = True
+                    yield context.peers.index(peer)
+                if not tokens.local_holders(step) and tokens.local_holders(step + 1):
+                    self._transfer(step)
+            context.step = self._complete_step = end
         finally:
-            self._computing = False
+            self._scheduled = False
 
     def step(self, update: Callable[[], None]) -> None:
-        setting, step = self.setting, self.setting.step
-        if not self._computing:
-            self._step_alone(update)
+        context, step = self.context, self.context.step
+        if not self._scheduled:
+            self._step_outside_batches(update)
             return
-        self._state.give(setting.turn)
+        self._state.load(context.current_peer_index)
         update()
-        self._state.keep(setting.turn)
-        if setting.peer == self.tokens.here(step)[-1]:
-            self._move(step)
-            setting.step = step + 1
+        self._state.store(context.current_peer_index)
+        if context.peer == self.tokens.local_holders(step)[-1]:
+            self._transfer(step)
+            context.step = step + 1
 
-    def _step_alone(self, update: Callable[[], None]) -> None:
-        """An iteration for a step outside of `run.batches`."""
-        setting, tokens = self.setting, self.tokens
-        if setting.peers.each > 1 or not tokens.here(setting.step):
+    def _step_outside_batches(self, update: Callable[[], None]) -> None:
+        """Take one iteration for a call of `run.step` outside of `run.batches`."""
+        context, tokens = self.context, self.tokens
+        if context.peers.per_rank > 1 or not tokens.local_holders(context.step):
             raise HpcsgdError(
-                f"a step outside of run.batches(): {tokens.count} of {setting.peers.size} peers are active",
-                rank=setting.world.rank,
-                do="iterate over run.batches(loader), which knows whose turn it is",
+                f"run.step() outside run.batches() with {tokens.count} of {context.peers.size} peers active",
+                rank=context.world.rank,
+                do="iterate over run.batches(loader), which yields batches only for active peers",
             )
-        for _ in self.turns(setting.step + 1):
+        for _ in self.peer_schedule(context.step + 1):
             self.step(update)
 
-    def _move(self, step: int) -> None:
-        """Average an iteration's models and bring them, with the optimizer's states, to the next holders."""
-        world = self.setting.world
-        for move in self.tokens.moves(step, self._exchanges, self.fused):
-            # Not `run`: what a service pushes on must not be touched by a second thread.
-            what = f"moving models after iteration {step}"
-            world.progress.submit(what, after_compute(world.device, move.run)).wait()
-        for peer in self.tokens.here(step + 1):
-            self._state.arrived(self.setting.peers.index(peer))
+    def _transfer(self, step: int) -> None:
+        """Average the models of an iteration and move them, with optimizer states, to the next holders."""
+        world = self.context.world
+        for transfer in self.tokens.transfers(step, self._exchanges, self.fused):
+            # Not `progress.run`, which may run it in this thread: `exchange.poll` polls the same messages.
+            what = f"the transfer of models after iteration {step}"
+            world.progress.submit(what, after_compute(world.device, transfer.run)).wait()
+        for peer in self.tokens.local_holders(step + 1):
+            self._state.mark_received(self.context.peers.index(peer))
 
-    def share(self, peer: int) -> float:
-        self._check_complete()
-        holders = self.tokens.group(self.shown, self.setting.step)
+    def consensus_weight(self, peer: int) -> float:
+        self._check_models_in_place()
+        holders = self.tokens.group(self.evaluated_group, self.context.step)
         return 1.0 / len(holders) if peer in holders else 0.0
 
-    def _check_complete(self) -> None:
-        if self._complete != self.setting.step:
+    def _check_models_in_place(self) -> None:
+        if self._complete_step != self.context.step:
             raise HpcsgdError(
-                f"models are under way: run.batches() was left early, after iteration {self._complete}",
-                rank=self.setting.world.rank,
-                do="say how many steps it is to have: run.batches(loader, steps=...); evaluate after it",
+                f"models in transfer: run.batches() was left early, after iteration {self._complete_step}",
+                rank=self.context.world.rank,
+                do="pass the number of steps, run.batches(loader, steps=...), and evaluate after the loop",
             )
 
     def model_step(self) -> int:
-        steps = range(self.setting.step, -1, -1)
-        return next((step for step in steps if self.tokens.here(step)), -1)
+        steps = range(self.context.step, -1, -1)
+        return next((step for step in steps if self.tokens.local_holders(step)), -1)
 
     def state_dict(self) -> dict[str, Any]:
-        here = map(self.setting.peers.index, self.tokens.here(self.setting.step))
-        return {"optimizer": {turn: self._state.copy(turn) for turn in here if self._state.groups}}
+        local = map(self.context.peers.index, self.tokens.local_holders(self.context.step))
+        return {"optimizer": {index: self._state.copy(index) for index in local if self._state.groups}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._complete = self.setting.step
+        self._complete_step = self.context.step
         for exchange in self._exchanges:
-            exchange.clear()
-        for turn, values in state["optimizer"].items():
-            self._state.restore(turn, values)
+            exchange.reset()
+        for index, values in state["optimizer"].items():
+            self._state.restore(index, values)

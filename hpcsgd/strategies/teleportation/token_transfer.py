@@ -1,4 +1,4 @@
-"""Moves of models between peers: each that receives takes on a weighted sum of what others had."""
+"""Transfers of models between peers, in which each receiver takes on a weighted sum of the sent models."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from hpcsgd.collectives.neighbour_exchange import Exchange, Terms
 
 
 @dataclass
-class Move:
-    """Tokens go from the peers that hold them to others, or the same, and are averaged on the way.
+class TokenTransfer:
+    """Transfer of all tokens from their holders to other peers, or the same ones, with averaging.
 
     Attributes
     ----------
     exchange, version
-        What moves, and its number there.
+        The exchange of the transferred tensors, and the version that is published there.
     sources, targets
-        The peer of each token before and after.
+        The holder of each token before and after.
     rows
-        For each token the (token, weight) pairs that it becomes the sum of.
+        For each token the (token, weight) pairs of its weighted sum.
     """
 
     exchange: Exchange
@@ -29,19 +29,19 @@ class Move:
     rows: Sequence[Terms]
 
     def run(self) -> None:
-        """Do this rank's part: as a job, as all of `Exchange`."""
+        """Publish and mix the tokens of this rank; in the communication thread, like all of `Exchange`."""
         local = self.exchange.peers.local
         for token, peer in enumerate(self.sources):
             if peer in local:
-                self._show(token, peer)
+                self._publish(token, peer)
         for token, peer in enumerate(self.targets):
             if peer in local:
                 self._mix(token, peer)
 
-    def _show(self, token: int, peer: int) -> None:
-        reading = [m for m, row in enumerate(self.rows) if any(source == token for source, _ in row)]
-        readers = [self.targets[m] for m in reading if self.targets[m] != peer]
-        self.exchange.show(peer, self.version, readers)
+    def _publish(self, token: int, peer: int) -> None:
+        readers = [m for m, row in enumerate(self.rows) if any(source == token for source, _ in row)]
+        others = [self.targets[m] for m in readers if self.targets[m] != peer]
+        self.exchange.publish(peer, self.version, others)
 
     def _mix(self, token: int, peer: int) -> None:
         terms = [(self.sources[source], weight) for source, weight in self.rows[token]]

@@ -1,4 +1,4 @@
-"""Tokens: the few models of TELEPORTATION, which peers hold them when, and how they get there."""
+"""Tokens: the few models of TELEPORTATION, their holders in each iteration, and their transfers."""
 
 from __future__ import annotations
 
@@ -10,31 +10,38 @@ import numpy as np
 from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.errors import BadOption
-from hpcsgd.strategies.teleportation.token_transfer import Move
+from hpcsgd.strategies.teleportation.token_transfer import TokenTransfer
 from hpcsgd.topology import build
 
 _DEFAULT = 4
 
 
 class Tokens:
-    """A schedule that all ranks know without a message.
+    """The holders of all tokens in each iteration, which every rank computes without a message.
 
     Parameters
     ----------
     peers
-        Who may hold a token.
+        All peers.
     active
-        How many tokens; None: 4, or as many as there are peers where these are fewer. Several numbers:
-        as many groups of tokens that have nothing to do with one another.
+        Number of tokens; None: 4, or the number of peers if that is smaller. Several numbers: as many
+        groups of tokens, which are averaged separately.
     topology
-        Over the tokens of a group.
+        The topology over the tokens of a group.
     seed
-        Of the schedule.
+        Seed of the holders.
+
+    Attributes
+    ----------
+    sizes
+        Number of tokens of each group.
+    count
+        Number of all tokens.
 
     Raises
     ------
     BadOption
-        More tokens than peers, or no such topology over so many.
+        More tokens than peers, or the topology does not exist for so many tokens.
     """
 
     def __init__(self, peers: Peers, active: int | tuple[int, ...] | None, topology: str, seed: int) -> None:
@@ -48,17 +55,17 @@ class Tokens:
                 do=f"use active={peers.size} or fewer, more ranks, or virtual nodes",
                 everywhere=True,
             )
-        self._graphs = peers.world.together(lambda: [build(topology, size) for size in self.sizes])
+        self._graphs = peers.world.collectively(lambda: [build(topology, size) for size in self.sizes])
         self._firsts = [sum(self.sizes[:number]) for number in range(len(self.sizes))]
         self._peers, self._seed = peers, seed
 
     def group(self, number: int, step: int) -> tuple[int, ...]:
-        """The peers that hold the tokens of one group in an iteration."""
+        """Return the holders of the tokens of one group in an iteration."""
         first = self._firsts[number]
         return self.holders(step)[first : first + self.sizes[number]]
 
     def rows(self, step: int) -> list[list[tuple[int, float]]]:
-        """For each token which tokens it becomes the weighted sum of."""
+        """Return for each token the (token, weight) pairs of its average in an iteration."""
         return [
             [(first + token, weight) for token, weight in graph.row(own, step)]
             for graph, first in zip(self._graphs, self._firsts, strict=True)
@@ -66,30 +73,43 @@ class Tokens:
         ]
 
     def holders(self, step: int) -> tuple[int, ...]:
-        """The peers that hold token 0, 1, ... in an iteration."""
-        return draw(self._seed, step, self._peers.size, self.count)
+        """Return the peers that hold token 0, 1, ... in an iteration."""
+        return sample_holders(self._seed, step, self._peers.size, self.count)
 
-    def here(self, step: int) -> list[int]:
-        """Those of them that live on this rank, by token."""
+    def local_holders(self, step: int) -> list[int]:
+        """Return the holders on this rank in an iteration, ordered by token."""
         return [peer for peer in self.holders(step) if peer in self._peers.local]
 
-    def moves(self, step: int, exchanges: Sequence[Exchange], fused: bool) -> list[Move]:
-        """What takes place between an iteration's steps and the next ones.
+    def transfers(self, step: int, exchanges: Sequence[Exchange], fused: bool) -> list[TokenTransfer]:
+        """Return the transfers after the steps of an iteration, in order.
 
-        The first exchange is that of the models, which are averaged; what the others have is not.
+        Parameters
+        ----------
+        step
+            The iteration.
+        exchanges
+            The first one is that of the models, which are averaged; tensors of the others are only moved.
+        fused
+            Average and move the models in one transfer, not in two.
         """
         models, *others = exchanges
         now, after, rows = self.holders(step), self.holders(step + 1), self.rows(step)
-        alone = [[(token, 1.0)] for token in range(self.count)]
+        identity = [[(token, 1.0)] for token in range(self.count)]
         if fused:
-            moves = [Move(models, step, now, after, rows)]
+            transfers = [TokenTransfer(models, step, now, after, rows)]
         else:
-            moves = [Move(models, 2 * step, now, now, rows), Move(models, 2 * step + 1, now, after, alone)]
-        return [Move(other, step, now, after, alone) for other in others] + moves
+            transfers = [
+                TokenTransfer(models, 2 * step, now, now, rows),
+                TokenTransfer(models, 2 * step + 1, now, after, identity),
+            ]
+        return [TokenTransfer(other, step, now, after, identity) for other in others] + transfers
 
 
 @lru_cache(maxsize=64)
-def draw(seed: int, step: int, size: int, count: int) -> tuple[int, ...]:
-    """`count` of `size` peers in random order; any step directly, and the same in all versions of NumPy."""
+def sample_holders(seed: int, step: int, size: int, count: int) -> tuple[int, ...]:
+    """Return `count` of `size` peers in random order.
+
+    A function of the arguments alone, without the steps before, and equal in all versions of NumPy.
+    """
     numbers = np.random.Philox(key=[seed % 2**64, step]).random_raw(size)
     return tuple(np.argsort(numbers, kind="stable")[:count].tolist())

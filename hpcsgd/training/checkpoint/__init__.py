@@ -1,1 +1,1 @@
-"""Checkpoints in files and in memory."""
+"""Checkpoints, in files and in memory."""

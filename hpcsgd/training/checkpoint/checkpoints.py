@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and on which all ranks agree."""
+"""Checkpoints that are complete or absent, with the same result on all ranks."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Checkpoints:
     Parameters
     ----------
     folder
-        Holds ``step-00000040/`` with ``rank-0003.pt`` and ``manifest.json``; made where absent. All
+        Contains ``step-00000040/`` with ``rank-0003.pt`` and ``manifest.json``; created if absent. All
         ranks must see the same folder.
     rank, ranks
-        Of this process, and how many there are.
+        Rank of this process, and number of ranks.
     gather
-        All-gather of a small picklable object over the ranks, in order of rank; waits for all.
+        Blocking all-gather of a small picklable object over the ranks, in order of rank.
     keep
-        How many checkpoints stay; at least 1, default 2.
+        Number of checkpoints to retain; at least 1, default 2.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Checkpoints:
         keep: int = 2,
     ) -> None:
         if keep < 1:
-            raise BadOption("cannot keep so few checkpoints", expected="at least 1", got=keep)
+            raise BadOption("keep, the number of checkpoints, is too small", expected="at least 1", got=keep)
         self._folder = Path(folder)
         self._rank = rank
         self._ranks = ranks
@@ -61,25 +61,25 @@ class Checkpoints:
         self._keep = keep
 
     def steps(self) -> list[int]:
-        """List the steps that have a checkpoint, oldest first; does not read the files."""
+        """List the steps that have a checkpoint, oldest first, without reading the files."""
         found = (re.fullmatch(r"step-(\d{8,})", p.name) for p in self._folder.glob("step-*"))
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of a step, then remove those no longer kept.
+        """Write the checkpoint of a step, then remove the oldest beyond `keep`.
 
-        Checkpoints of later steps are removed too: a run that saves step 30 has left the course on
-        which it once saved step 40.
+        Checkpoints of later steps are removed too: a run that saves step 30 after step 40 was resumed
+        before 40, and continues differently.
 
         Parameters
         ----------
         step
-            Of the run; at least 0. A checkpoint of the same step is replaced.
+            Step of the run, at least 0. A checkpoint of the same step is replaced.
         state
-            Of this rank: tensors, numbers, text and None in dicts, lists and tuples. Tensors that
+            State of this rank: tensors, numbers, text and None in dicts, lists and tuples. Tensors that
             share a storage are saved with all of it, once, and share one again when loaded.
         meta
-            What JSON can hold; that of rank 0 is saved.
+            JSON values; those of rank 0 are saved.
 
         Returns
         -------
@@ -89,14 +89,14 @@ class Checkpoints:
         Raises
         ------
         HpcsgdError
-            On all ranks where one failed, and names it. The earlier checkpoints stay.
+            On all ranks if one failed, which the error names. Earlier checkpoints are untouched.
         """
-        self._agree(step)
+        self._check_same_step(step)
         final = self._path(step)
-        aside = _aside(final, "partial")
-        self._settle(step, self._on_root(lambda: self._prepare(aside)))
-        write = _attempt(lambda: write_state(aside / _file_name(self._rank), state))
-        files = self._settle(step, write)
+        partial_folder = _hidden(final, "partial")
+        self._raise_if_any_failed(step, self._on_root(lambda: self._prepare(partial_folder)))
+        write = _attempt(lambda: write_state(partial_folder / _file_name(self._rank), state))
+        files = self._raise_if_any_failed(step, write)
         body = {
             "format": FORMAT,
             "step": step,
@@ -105,35 +105,35 @@ class Checkpoints:
             "files": {_file_name(rank): entry for rank, entry in enumerate(files)},
             "meta": meta,
         }
-        self._settle(step, self._on_root(lambda: _publish(aside, final, body)))
+        self._raise_if_any_failed(step, self._on_root(lambda: _publish(partial_folder, final, body)))
         if self._rank == 0:
             self._prune(step)
         return final
 
-    def load(self, step: int | None = None, *, of_others: bool = False) -> Loaded:
-        """Read the checkpoint of a step, the newest by default, checked on all ranks.
+    def load(self, step: int | None = None, *, any_ranks: bool = False) -> Loaded:
+        """Read the checkpoint of a step, with the same result on all ranks.
 
         Parameters
         ----------
         step
-            Which one.
-        of_others
-            Whether it may be that of another number of ranks.
+            Step of the checkpoint; default None: the newest.
+        any_ranks
+            Accept a checkpoint of another number of ranks; default False.
 
         Returns
         -------
         (states, meta)
-            The states of this rank, on the CPU, and what `save` got as ``meta``. It is one, or of more
-            ranks than there are now several: each of them is some rank's. Where there are more ranks now
-            these have the first ones' too.
+            This rank's states, on the CPU, and the ``meta`` of `save`. There is one state; or several, if
+            the checkpoint has more ranks than there are now: each of its states goes to one rank. If there
+            are more ranks now, the additional ranks get copies of the first ranks' states.
 
         Raises
         ------
         HpcsgdError
             On all ranks: there is no such checkpoint, it is of another number of ranks, or a file
-            is missing or damaged; then names the file, and the newest checkpoint that is whole.
+            is missing or damaged; the error names the file, and the newest complete checkpoint.
         """
-        self._agree(step)
+        self._check_same_step(step)
         steps: Any = self._gather(self._on_root(self._restore_and_list))[0]
         if isinstance(steps, Fault):
             raise _error(f"cannot read {self._folder}", {0: steps})
@@ -142,58 +142,60 @@ class Checkpoints:
                 f"there is no checkpoint{'' if step is None else f' of step {step}'}",
                 expected=f"one in {self._folder}",
                 got=f"steps {', '.join(map(str, steps))}" if steps else "none",
-                do="load one of these steps" if steps else "start a new run",
+                do="resume from one of these steps" if steps else "start a new run",
                 everywhere=True,
             )
         wanted = steps[-1] if step is None else step
-        loaded, faults = self._read(wanted, of_others)
+        loaded, faults = self._read(wanted, any_ranks)
         if faults or isinstance(loaded, Fault):
             others = [other for other in reversed(steps) if other != wanted]
-            remedy = faults[min(faults)].do or self._offer(others, of_others)
+            remedy = faults[min(faults)].do or self._suggest(others, any_ranks)
             raise _error(f"cannot load the checkpoint of step {wanted}", faults, remedy)
         return loaded
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
 
-    def _agree(self, step: int | None) -> None:
+    def _check_same_step(self, step: int | None) -> None:
         steps = self._gather(step)
         if any(other != steps[0] for other in steps):
             raise Disagreement(
-                "ranks name different steps for one checkpoint",
+                "the ranks pass different steps for one checkpoint",
                 expected="the same step on all ranks",
                 got=", ".join(f"rank {rank}: {other}" for rank, other in enumerate(steps)),
                 everywhere=True,
             )
         if step is not None and step < 0:
-            raise BadOption("no such step", expected="at least 0", got=step, everywhere=True)
+            raise BadOption(
+                "the step of a checkpoint is negative", expected="at least 0", got=step, everywhere=True
+            )
 
     def _on_root(self, action: Callable[[], T]) -> T | Fault | None:
         return _attempt(action) if self._rank == 0 else None
 
-    def _settle(self, step: int, outcome: object) -> list[object]:
-        """Exchange outcomes; where one is a fault, undo what is half done and raise everywhere."""
+    def _raise_if_any_failed(self, step: int, outcome: object) -> list[object]:
+        """Gather the ranks' outcomes; if one is a fault, remove partial files and raise on all ranks."""
         outcomes = self._gather(outcome)
         faults = _faults(outcomes)
         if faults:
-            self._on_root(self._tidy)
+            self._on_root(self._remove_leftovers)
             self._gather(None)
-            remedy = "mend this and save again: earlier checkpoints are untouched"
+            remedy = "fix the cause, and resume from an earlier checkpoint: these are untouched"
             raise _error(f"cannot save the checkpoint of step {step}", faults, remedy)
         return outcomes
 
-    def _prepare(self, aside: Path) -> None:
+    def _prepare(self, partial_folder: Path) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._tidy()
-        aside.mkdir()
+        self._remove_leftovers()
+        partial_folder.mkdir()
 
-    def _tidy(self) -> None:
+    def _remove_leftovers(self) -> None:
         self._restore()
         for leftover in self._folder.glob(".step-*.partial"):
             shutil.rmtree(leftover)
 
     def _restore(self) -> None:
-        """Put back what a crash caught between being moved away and being replaced."""
+        """Restore checkpoints that were renamed, but not yet replaced, at the time of a crash."""
         for replaced in self._folder.glob(".step-*.replaced"):
             final = replaced.with_name(replaced.name[1:].removesuffix(".replaced"))
             if final.exists():
@@ -206,9 +208,9 @@ class Checkpoints:
         return self.steps()
 
     def _prune(self, step: int) -> None:
-        kept = [other for other in self.steps() if other <= step and self._is_complete(other)]
-        for other in set(self.steps()) - set(kept[-self._keep :]):
-            # A checkpoint is saved all the same if an old one cannot be removed.
+        complete = [other for other in self.steps() if other <= step and self._is_complete(other)]
+        for other in set(self.steps()) - set(complete[-self._keep :]):
+            # The new checkpoint is saved even if an old one cannot be removed.
             _attempt(partial(_remove, self._path(other)))
 
     def _is_complete(self, step: int) -> bool:
@@ -219,45 +221,45 @@ class Checkpoints:
         except (OSError, Fault):
             return False
 
-    def _read(self, step: int, of_others: bool) -> tuple[Loaded | Fault, dict[int, Fault]]:
-        loaded = _attempt(lambda: self._read_own(self._path(step), of_others))
+    def _read(self, step: int, any_ranks: bool) -> tuple[Loaded | Fault, dict[int, Fault]]:
+        loaded = _attempt(lambda: self._read_own(self._path(step), any_ranks))
         return loaded, _faults(self._gather(loaded if isinstance(loaded, Fault) else None))
 
-    def _read_own(self, folder: Path, of_others: bool) -> Loaded:
+    def _read_own(self, folder: Path, any_ranks: bool) -> Loaded:
         manifest = read_manifest(folder)
         saved = manifest["ranks"]
-        if saved != self._ranks and not of_others:
+        if saved != self._ranks and not any_ranks:
             what = f"{folder} was saved by another number of ranks"
-            do = f"start as many ranks as saved it: {saved}; or let other ranks go on: --on-failure restart"
+            do = f"start {saved} ranks; or resume with any number of ranks: --on-failure restart"
             raise Fault(what, f"{saved} ranks", f"{self._ranks} ranks", do)
-        mine = range(self._rank, saved, self._ranks) or [self._rank % saved]
-        names = [_file_name(rank) for rank in mine]
+        saved_ranks = range(self._rank, saved, self._ranks) or [self._rank % saved]
+        names = [_file_name(rank) for rank in saved_ranks]
         return [read_state(folder / name, manifest["files"][name]) for name in names], manifest["meta"]
 
-    def _offer(self, steps: list[int], of_others: bool) -> str:
+    def _suggest(self, steps: list[int], any_ranks: bool) -> str:
         for step in steps:
-            if not self._read(step, of_others)[1]:
-                return f"step {step} is whole: resume from {self._path(step)}"
-        return "no other checkpoint is whole: start a new run"
+            if not self._read(step, any_ranks)[1]:
+                return f"step {step} is complete: resume from {self._path(step)}"
+        return "no other checkpoint is complete: start a new run"
 
 
-def _publish(aside: Path, final: Path, body: Mapping[str, object]) -> None:
-    write_manifest(aside, body)
-    replaced = _aside(final, "replaced")
+def _publish(partial_folder: Path, final: Path, body: Mapping[str, object]) -> None:
+    write_manifest(partial_folder, body)
+    replaced = _hidden(final, "replaced")
     if final.exists():
         final.rename(replaced)
-    aside.rename(final)
+    partial_folder.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first: a crash while removing must not leave half a checkpoint under its name.
-    shutil.rmtree(folder.rename(_aside(folder, "partial")))
+    # Renamed first: a crash during the removal must not leave an incomplete checkpoint under its name.
+    shutil.rmtree(folder.rename(_hidden(folder, "partial")))
 
 
-def _aside(final: Path, why: str) -> Path:
-    return final.with_name(f".{final.name}.{why}")
+def _hidden(final: Path, suffix: str) -> Path:
+    return final.with_name(f".{final.name}.{suffix}")
 
 
 def _attempt(action: Callable[[], T]) -> T | Fault:

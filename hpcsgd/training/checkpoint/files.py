@@ -1,4 +1,4 @@
-"""The files of a checkpoint: written through to the disk, checked by digest, loaded as data."""
+"""The files of a checkpoint: synced to disk, verified by digest, and loaded without running code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _PLAIN = (type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter)
 
 
 class Fault(Exception):
-    """Why one rank cannot go on: small and picklable, so that all ranks can word the same error.
+    """The failure of one rank, small and picklable, from which all ranks raise the same error.
 
     Parameters
     ----------
     what, expected, got, do
-        As in `hpcsgd.errors.HpcsgdError`.
+        As those of `hpcsgd.errors.HpcsgdError`.
     """
 
     def __init__(
@@ -43,17 +43,17 @@ class Fault(Exception):
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> dict[str, object]:
-    """Write a state to a new file and through to the disk.
+    """Write a state to a new file and sync it to disk.
 
     Returns
     -------
     dict
-        ``sha256`` and ``bytes`` of what was meant to be written.
+        ``sha256`` and ``bytes`` of the intended content.
 
     Raises
     ------
     Fault
-        The state holds something that could not be loaded again; names its key.
+        The state contains a value that could not be loaded again; the fault names its key.
     OSError
         The file cannot be written.
     """
@@ -63,7 +63,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> dict[str, object]:
         try:
             torch.save(state, cast(BinaryIO, writer))
         except RuntimeError:
-            # torch answers a failed write with an error of its own, which hides the reason.
+            # torch replaces the OSError of a failed write by an error without the reason.
             raise writer.error or Fault(f"torch cannot write {path}") from None
         file.flush()
         os.fsync(file.fileno())
@@ -71,12 +71,12 @@ def write_state(path: Path, state: Mapping[str, Any]) -> dict[str, object]:
 
 
 def read_state(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a state onto the CPU, if its file is what `write_state` wrote.
+    """Read a state to the CPU, after a check that the file is the one that `write_state` wrote.
 
     Raises
     ------
     Fault
-        The file is missing, has another size or digest, or holds more than plain data.
+        The file is missing, has another size or digest, or contains more than plain data.
     """
     if not path.is_file():
         raise Fault(f"{path} is missing")
@@ -91,19 +91,19 @@ def read_state(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:
-            # torch's own text advises to load it as a pickle, which would run what it holds.
-            what = f"{path} is refused: it holds more than tensors and plain values"
+            # torch's own message advises to load the file as a pickle, which would run its code.
+            what = f"{path} is refused: it contains more than tensors and plain values"
             raise Fault(what) from None
     return state
 
 
 def write_manifest(folder: Path, body: Mapping[str, object]) -> None:
-    """Write the manifest of a folder, with a digest of its own, and sync both.
+    """Write the manifest of a folder, with a digest of itself, and sync both to disk.
 
     Raises
     ------
     TypeError, OSError
-        JSON cannot hold the body; the file cannot be written.
+        The body is not JSON; the file cannot be written.
     """
     with open(folder / MANIFEST, "x", encoding="utf-8") as file:
         json.dump({**body, "sha256": _digest(body)}, file, indent=2)
@@ -118,27 +118,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises
     ------
     Fault
-        It is missing, damaged, or of another format.
+        The manifest is missing, damaged, or of another format.
     """
     path = folder / MANIFEST
     try:
         body: dict[str, Any] = json.loads(path.read_bytes())
         digest = body.pop("sha256")
-        whole = digest == _digest(body)
+        intact = digest == _digest(body)
     except FileNotFoundError:
         raise Fault(f"{path} is missing") from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise Fault(f"{path} is damaged")
     if body["format"] != FORMAT:
-        do = f"use the version of hpcsgd that wrote it: {body.get('hpcsgd')}"
+        do = f"resume with the version of hpcsgd that wrote it: {body.get('hpcsgd')}"
         raise Fault(f"{path} has another format", str(FORMAT), str(body["format"]), do)
     return body
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's entries through to the disk, so that new names outlive a crash."""
+    """Sync a folder's entries to disk, so that new names survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -147,7 +147,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class _HashingWriter:
-    """A file that keeps the digest of what it was given, whatever the disk makes of it."""
+    """A file with the digest of the bytes passed to `write`, whether or not they reached the disk."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -167,7 +167,7 @@ class _HashingWriter:
 
 
 def _digest(body: Mapping[str, object]) -> str:
-    # Through JSON and back first: tuples and keys that are no text change on the way.
+    # Through JSON and back first: tuples, and keys that are not strings, change on the way.
     plain = json.loads(json.dumps(body))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -187,7 +187,7 @@ def _check_loadable(value: object, key: str) -> None:
 
 
 def _probe(value: object, key: str) -> None:
-    """Try what only torch knows: whether its loader takes a value that is not plain."""
+    """Check by a trial that torch's safe loader accepts a value that is not plain."""
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)

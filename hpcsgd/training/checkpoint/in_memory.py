@@ -1,4 +1,4 @@
-"""The state of a run in memory, and how it is taken up by other ranks than those that had it."""
+"""Checkpoints in memory, and the conversion of a run's state for another set of ranks."""
 
 from __future__ import annotations
 
@@ -13,35 +13,39 @@ from hpcsgd.mpi.world import World
 State = Mapping[str, Any]
 
 
-class Kept:
-    """The last two states of this rank, for going on without ranks that have died.
+class InMemoryCheckpoints:
+    """Copies of this rank's last two states, to continue from after other ranks have died.
 
-    Two, because when a rank dies some of the others may have made a copy that the rest have not.
+    Two, because at the death of a rank some of the others may have made a copy that the rest have not.
 
     Attributes
     ----------
-    folder
-        Of the run.
+    run_folder
+        Folder of the run, in which the surviving ranks continue; empty before it is known.
     """
 
     def __init__(self) -> None:
-        self.folder = ""
+        self.run_folder = ""
         self._states: dict[int, State] = {}
         self._number = 0
 
     def add(self, state: State) -> None:
-        """Copy a state; on all ranks, one after the other in the same order."""
+        """Copy a state to the CPU; all ranks add their states in the same order."""
+        previous = self._number
         self._number += 1
-        self._states = {number: kept for number, kept in self._states.items() if number == self._number - 1}
+        self._states = {number: copy for number, copy in self._states.items() if number == previous}
         self._states[self._number] = _copied(state)
 
-    def common(self, world: World) -> State | None:
-        """The newest state that all ranks of a world have, from now on the only one; None: there is none."""
-        told = world.gather(list(self._states), "a state that all ranks have")
-        numbers = set.intersection(*map(set, told))
-        if not numbers:
+    def newest_common(self, world: World) -> State | None:
+        """Return the newest state that all ranks of `world` have, and drop all others; None without one.
+
+        Collective.
+        """
+        numbers_of_ranks = world.gather(list(self._states), "the numbers of the in-memory checkpoints")
+        common = set.intersection(*map(set, numbers_of_ranks))
+        if not common:
             return None
-        self._number = max(numbers)
+        self._number = max(common)
         self._states = {self._number: self._states[self._number]}
         return self._states[self._number]
 
@@ -56,24 +60,25 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def reform(states: Sequence[State], world: World, givers: int) -> dict[str, Any]:
-    """One state for this rank of a world whose ranks are not those that had the states; collective.
+def redistribute(states: Sequence[State], world: World, contributing: int) -> dict[str, Any]:
+    """Return a state for this rank, from the states of other ranks than those of `world`; collective.
 
-    All get the mean of the models, of those that are newest (a peer that rests has an old one). What else
-    belongs to a rank, its optimizer's state say, is that of the first state that it brings.
+    All ranks get the mean of the newest models (the model of a peer that was idle is older). Everything else
+    that belongs to one rank, such as its optimizer's state, is taken from the first of this rank's `states`.
 
     Parameters
     ----------
     states
-        Of checkpoints or in memory, at least one.
+        States from checkpoints or memory, at least one.
     world
-        The ranks that go on.
-    givers
-        How many of the states count, for others bring the rest too.
+        The ranks that continue.
+    contributing
+        Number of this rank's states, from the first, whose models enter the mean; other ranks contribute the
+        rest. May be 0.
     """
     own = dict(states[0]["run"])
-    newest = max(world.gather(max((s["run"]["model_step"] for s in states[:givers]), default=-1)))
-    models = [s["run"]["model"] for s in states[:givers] if s["run"]["model_step"] == newest]
+    newest = max(world.gather(max((s["run"]["model_step"] for s in states[:contributing]), default=-1)))
+    models = [s["run"]["model"] for s in states[:contributing] if s["run"]["model_step"] == newest]
     count = sum(world.gather(len(models), "the number of models"))
     own["model"] = {
         name: _mean([model[name] for model in models], value, count, world)
@@ -89,34 +94,36 @@ def _mean(values: Sequence[Tensor], like: Tensor, count: int, world: World) -> T
     total = torch.zeros(like.shape, dtype=torch.float64)
     for value in values:
         total += value.cpu()
-    what = "the mean of the models that are left"
+    what = "the mean of the models of the remaining ranks"
     with world.progress.waiting(what):
         world.control.allreduce(total.view(-1).numpy(), what)
     return (total / count).to(like)
 
 
-def moved(state: State, steps_per_epoch: int, batches: int, accumulate: int | None) -> dict[str, Any]:
-    """The same place in the epochs, counted in the steps and batches of other ranks.
+def rescale_progress(
+    state: State, steps_per_epoch: int, batches: int, accumulate: int | None
+) -> dict[str, Any]:
+    """Return the state with its position in the epochs in units of another set of ranks.
 
     Parameters
     ----------
     state
-        With `step`, `steps_per_epoch`, `batches` and `loaders`, the position of each loader.
+        Has `step`, `steps_per_epoch`, `batches` and `loaders`, the position of each loader.
     steps_per_epoch, batches
-        Of the ranks that go on.
+        Steps, and batches a rank, in an epoch of the ranks that continue.
     accumulate
-        Batches a step, where all peers keep step; None: each loader is somewhere else.
+        Batches a step if all peers take every step; None: the loaders' positions differ.
     """
     before = state["steps_per_epoch"]
     epoch, within = divmod(state["step"], before)
     within = min(-(-within * steps_per_epoch // before), steps_per_epoch - 1)
     step = epoch * steps_per_epoch + within
-    place = {"step": step, "base": step, "epoch": epoch, "batch": 0}
+    position = {"step": step, "base": step, "epoch": epoch, "batch": 0}
     if accumulate is None:
         loaders = [
             {"epoch": at["epoch"], "batch": min(at["batch"] * batches // state["batches"], batches - 1)}
             for at in state["loaders"]
         ]
-        return {**state, **place, "loaders": loaders}
-    place["batch"] = min(within * accumulate, batches - 1)
-    return {**state, **place, "loaders": [{"epoch": epoch, "batch": place["batch"]}]}
+        return {**state, **position, "loaders": loaders}
+    position["batch"] = min(within * accumulate, batches - 1)
+    return {**state, **position, "loaders": [{"epoch": epoch, "batch": position["batch"]}]}

@@ -1,4 +1,4 @@
-"""Data sets, their partition over ranks, and the loader that knows its epoch."""
+"""Data sets, their partition over ranks, and the training loader of a rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hpcsgd.training.data.base import Augment, Data, Source
 from hpcsgd.training.data.cifar import cifar10, cifar100
 from hpcsgd.training.data.digits import digits
 from hpcsgd.training.data.imagenet import imagenet
-from hpcsgd.training.data.in_memory import Tensors
+from hpcsgd.training.data.in_memory import TensorSource
 from hpcsgd.training.data.loader import Loader
 from hpcsgd.training.data.mnist import fashion_mnist, mnist
 from hpcsgd.training.data.partition import evaluation_shard, partition
@@ -22,7 +22,7 @@ __all__ = [
     "Data",
     "Loader",
     "Source",
-    "Tensors",
+    "TensorSource",
     "evaluation_shard",
     "load",
     "partition",
@@ -41,7 +41,7 @@ DATASETS: dict[str, Callable[..., Data]] = {
 
 
 def load(spec: str) -> Data:
-    """Load the data set that a spec such as ``text:context=128,limit=8`` names.
+    """Load a data set from a spec such as ``text:context=128,limit=8``.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def load(spec: str) -> Data:
     Raises
     ------
     BadOption
-        Unknown name or option, or a value out of its range.
+        Unknown name or option, or a value out of range.
     HpcsgdError
-        Files that are missing, truncated or of another format.
+        Files are missing, truncated or of another format.
     """
     return build(DATASETS, spec, "data set")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to 4 pixels, filled with zeros, and mirror every second one.
+    """Shift each image by up to 4 pixels, padded with zeros, and mirror half of them, at random.
 
     Parameters
     ----------

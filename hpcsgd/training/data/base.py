@@ -1,4 +1,4 @@
-"""What a data set is: a training and a test source, and what a model must know of them."""
+"""The interface of data sets: a training and a test source, and the shapes that a model needs."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 from torch import Tensor
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-"""Inputs of one training batch, and the only source of randomness, to augmented inputs."""
+"""Maps the inputs of a training batch, and the only source of randomness, to augmented inputs."""
 
 
 class Source(Protocol):
-    """Samples by index."""
+    """A source of samples by index."""
 
     @property
     def labels(self) -> Tensor | None:
-        """Class of each sample, (samples,) int64; None where samples have no class."""
+        """Class of each sample, (samples,) int64; None if samples have no class."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some samples.
+        """Return inputs and targets of some samples.
 
         Parameters
         ----------
         indices
-            Samples, (n,) int64.
+            Indices of the samples, (n,) int64.
         generator
-            Given for training batches, to sources whose augmentation is part of decoding (a random
-            crop of images that differ in size); the others have no use for it. Default None:
-            every call returns the same.
+            Passed for training batches, for sources whose augmentation is part of decoding (a random
+            crop of images that differ in size); other sources ignore it. Default None:
+            every call returns the same values.
         """
 
 
@@ -45,14 +45,14 @@ class Data:
     train, test
         Disjoint sources.
     kind
-        ``"classification"``: an input has one label; ``"language"``: each token has the next as
-        its target.
+        ``"classification"``: an input has one label; ``"language"``: the target of each token is the
+        next token.
     shape
         Shape of one input.
     classes
         Number of labels, or size of the vocabulary.
     augment
-        Applied to training batches only; default None.
+        Augmentation of training batches; default None.
     """
 
     train: Source

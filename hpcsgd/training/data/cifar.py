@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, from the binary version: no pickle is ever loaded."""
+"""CIFAR-10 and CIFAR-100, from the binary version: no pickle is loaded."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 from hpcsgd.training.data.augment import crop_and_flip
 from hpcsgd.training.data.base import Data
-from hpcsgd.training.data.files import corrupt, find
-from hpcsgd.training.data.in_memory import Tensors
+from hpcsgd.training.data.files import corrupt_file, find_folder
+from hpcsgd.training.data.in_memory import TensorSource
 
 _PAGE = "the page 'The CIFAR-10 and CIFAR-100 datasets', binary version"
 _PIXELS = 3 * 32 * 32
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the binary version keeps what, and the statistics of its training pixels."""
+class BinaryVersion:
+    """Files and record format of a binary version, and the statistics of its training pixels."""
 
     folder: str
     train: tuple[str, ...]
@@ -33,7 +33,7 @@ class Layout:
 
 
 _TRAIN10 = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
-CIFAR10 = Layout(
+CIFAR10 = BinaryVersion(
     folder="cifar-10-batches-bin",
     train=_TRAIN10,
     test=("test_batch.bin",),
@@ -43,7 +43,7 @@ CIFAR10 = Layout(
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
 )
-CIFAR100 = Layout(
+CIFAR100 = BinaryVersion(
     folder="cifar-100-binary",
     train=("train.bin",),
     test=("test.bin",),
@@ -61,7 +61,7 @@ def cifar10(path: Path = Path("data/cifar10")) -> Data:
     Parameters
     ----------
     path
-        Folder of the ``.bin`` files, or the one that holds ``cifar-10-batches-bin``.
+        Folder of the ``.bin`` files, or its parent folder, with ``cifar-10-batches-bin``.
 
     Notes
     -----
@@ -76,7 +76,7 @@ def cifar100(path: Path = Path("data/cifar100")) -> Data:
     Parameters
     ----------
     path
-        Folder of the ``.bin`` files, or the one that holds ``cifar-100-binary``.
+        Folder of the ``.bin`` files, or its parent folder, with ``cifar-100-binary``.
 
     Notes
     -----
@@ -85,35 +85,35 @@ def cifar100(path: Path = Path("data/cifar100")) -> Data:
     return read(path, CIFAR100)
 
 
-def read(path: Path, layout: Layout) -> Data:
-    """Read the data set that a layout describes.
+def read(path: Path, version: BinaryVersion) -> Data:
+    """Read a data set in its binary version.
 
     Raises
     ------
     HpcsgdError
-        A file is missing, of another size, or has a label that does not exist.
+        A file is missing, of another size, or has a label out of range.
     """
-    folder = find(layout.records, (path, path / layout.folder), ("",), _PAGE)
-    train, test = (_source(folder, names, layout) for names in (layout.train, layout.test))
+    folder = find_folder(version.records, (path, path / version.folder), ("",), _PAGE)
+    train, test = (_source(folder, names, version) for names in (version.train, version.test))
     shape = (3, 32, 32)
-    return Data(train, test, "classification", shape, layout.classes, crop_and_flip)
+    return Data(train, test, "classification", shape, version.classes, crop_and_flip)
 
 
-def _source(folder: Path, names: Sequence[str], layout: Layout) -> Tensors:
-    total = sum(layout.records[name] for name in names)
+def _source(folder: Path, names: Sequence[str], version: BinaryVersion) -> TensorSource:
+    total = sum(version.records[name] for name in names)
     x = np.empty((total, _PIXELS), np.uint8)
     y = np.empty(total, np.int64)
     start = 0
     for name in names:
-        file, count = folder / name, layout.records[name]
-        record = layout.labels + _PIXELS
+        file, count = folder / name, version.records[name]
+        record = version.labels + _PIXELS
         if file.stat().st_size != count * record:
-            raise corrupt(file, f"{count * record} bytes", file.stat().st_size, _PAGE)
+            raise corrupt_file(file, f"{count * record} bytes", file.stat().st_size, _PAGE)
         records = np.fromfile(file, np.uint8).reshape(count, record)
-        fine = records[:, layout.labels - 1]
-        if int(fine.max()) >= layout.classes:
-            raise corrupt(file, f"labels below {layout.classes}", int(fine.max()), _PAGE)
-        x[start : start + count], y[start : start + count] = records[:, layout.labels :], fine
+        fine = records[:, version.labels - 1]
+        if int(fine.max()) >= version.classes:
+            raise corrupt_file(file, f"labels below {version.classes}", int(fine.max()), _PAGE)
+        x[start : start + count], y[start : start + count] = records[:, version.labels :], fine
         start += count
     images = torch.from_numpy(x).view(-1, 3, 32, 32)
-    return Tensors(images, torch.from_numpy(y), layout.mean, layout.std)
+    return TensorSource(images, torch.from_numpy(y), version.mean, version.std)

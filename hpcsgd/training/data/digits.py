@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from hpcsgd.training.data.base import Data
-from hpcsgd.training.data.in_memory import Tensors
-from hpcsgd.training.data.rng_streams import python_random_kept, torch_stream
+from hpcsgd.training.data.in_memory import TensorSource
+from hpcsgd.training.data.rng_streams import preserve_python_random, torch_stream
 
 
 def digits(seed: int = 0) -> Data:
@@ -15,14 +15,14 @@ def digits(seed: int = 0) -> Data:
     Parameters
     ----------
     seed
-        Of the split: four fifths of each class to train on, one fifth to test.
+        Seed of the split: four fifths of each class are for training, one fifth for the test. Default 0.
 
     Notes
     -----
     Alpaydin and Kaynak, Optical recognition of handwritten digits, UCI repository, 1998.
     """
-    with python_random_kept():
-        from sklearn.datasets import load_digits  # slow to import, and only needed here
+    with preserve_python_random():
+        from sklearn.datasets import load_digits  # slow to import, and needed only here
 
     pixels, target = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels / 16).float().view(-1, 1, 8, 8)
@@ -31,5 +31,5 @@ def digits(seed: int = 0) -> Data:
     members = [order[y[order] == label] for label in range(10)]
     test = torch.cat([member[: len(member) // 5] for member in members])
     train = torch.cat([member[len(member) // 5 :] for member in members])
-    sources = Tensors(x[train], y[train]), Tensors(x[test], y[test])
+    sources = TensorSource(x[train], y[train]), TensorSource(x[test], y[test])
     return Data(*sources, kind="classification", shape=(1, 8, 8), classes=10)

@@ -1,4 +1,4 @@
-"""Files of a data set: found, or named in an error; and of the right size, or refused."""
+"""The search for the files of a data set, and the errors for missing and corrupt files."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from hpcsgd.errors import HpcsgdError
 
 
-def find(names: Iterable[str], folders: Iterable[Path], suffixes: Iterable[str], page: str) -> Path:
-    """The first folder that holds all the files.
+def find_folder(names: Iterable[str], folders: Iterable[Path], suffixes: Iterable[str], page: str) -> Path:
+    """Return the first folder with all files of a data set.
 
     Parameters
     ----------
     names
-        Files that are needed.
+        Names of the files.
     folders
-        Where to look, in order.
+        Candidate folders, in order.
     suffixes
-        A file may have any of these appended to its name.
+        Suffixes, any of which a file may have after its name.
     page
-        Where to get them.
+        Source of the files, for the error.
 
     Raises
     ------
     HpcsgdError
-        No folder holds all of them; names those missing in the first folder.
+        No folder has all files; names those that are missing in the first folder.
     """
     names, folders, suffixes = list(names), list(folders), list(suffixes)
     missing: list[str] = []
@@ -37,12 +37,12 @@ def find(names: Iterable[str], folders: Iterable[Path], suffixes: Iterable[str],
     raise HpcsgdError(
         "files of the data set are missing: " + ", ".join(missing),
         expected=", ".join(names),
-        got="looked in " + ", ".join(str(folder.absolute()) for folder in folders),
-        do=f"download them from {page}, and give their folder: path=FOLDER",
+        got="none in " + ", ".join(str(folder.absolute()) for folder in folders),
+        do=f"download them from {page}, and set the option path=FOLDER of --data",
     )
 
 
-def corrupt(file: Path, expected: object, got: object, page: str) -> HpcsgdError:
-    """The error for a file that is not what its name says."""
+def corrupt_file(file: Path, expected: object, got: object, page: str) -> HpcsgdError:
+    """Return the error for a file with unexpected content."""
     what = f"{file} is truncated, corrupt, or of another format"
     return HpcsgdError(what, expected=expected, got=got, do=f"download it again from {page}")

@@ -1,4 +1,4 @@
-"""ImageNet, from folders of images, decoded as they are needed."""
+"""ImageNet, from folders of images that are decoded on demand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.training.data.base import Data
-from hpcsgd.training.data.rng_streams import python_random_kept
+from hpcsgd.training.data.rng_streams import preserve_python_random
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -23,17 +23,17 @@ _SIZE = 224
 
 
 def imagenet(path: Path = Path("data/imagenet"), workers: int = 4) -> Data:
-    """Folders ``train`` and ``val`` with a folder of images for each class; 224 by 224 pixels.
+    """Images of 224 by 224 pixels, from folders ``train`` and ``val`` with a folder for each class.
 
-    Training images are a random crop of 8 to 100 % of the area, mirrored half of the time; test
-    images the centre after their shorter side is scaled to 256 pixels. Needs torchvision.
+    A training image is a random crop of 8 to 100 % of the area, mirrored half of the time; a test
+    image is the centre, after its shorter side is scaled to 256 pixels. Needs torchvision.
 
     Parameters
     ----------
     path
-        Folder of ``train`` and ``val``.
+        Folder of ``train`` and ``val``. Default ``data/imagenet``.
     workers
-        Threads that decode, on each rank.
+        Decoding threads of each rank. Default 4.
 
     Raises
     ------
@@ -46,30 +46,30 @@ def imagenet(path: Path = Path("data/imagenet"), workers: int = 4) -> Data:
     al., Going deeper with convolutions, 2015.
     """
     if workers < 1:
-        raise BadOption("imagenet needs a thread that decodes", expected="workers=1 or more")
+        raise BadOption("imagenet needs a decoding thread", expected="workers=1 or more", got=workers)
     train, val = (_folder(path / name) for name in ("train", "val"))
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise HpcsgdError(
             f"{path / 'train'} and {path / 'val'} differ in their classes",
             got=f"only in one of them: {', '.join(odd[:5])}",
-            do="give val a folder for each class, like train",
+            do="give val the same folders as train, one for each class",
         )
     pool = ThreadPoolExecutor(workers, "hpcsgd-decode")
-    sources = Images(train, pool), Images(val, pool)
+    sources = ImageSource(train, pool), ImageSource(val, pool)
     shape = (3, _SIZE, _SIZE)
     return Data(*sources, kind="classification", shape=shape, classes=len(train.classes))
 
 
-class Images:
-    """Image files, decoded by a pool of threads.
+class ImageSource:
+    """A source of image files, decoded by a pool of threads.
 
     Parameters
     ----------
     folder
         A torchvision ``ImageFolder``.
     pool
-        Decodes the images of a batch side by side.
+        Decodes the images of a batch in parallel.
     """
 
     def __init__(self, folder: Any, pool: ThreadPoolExecutor) -> None:
@@ -82,39 +82,39 @@ class Images:
         return len(self._files)
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Images, (n, 3, 224, 224) float32, and labels; cropped at random with a generator."""
-        draws = _draw(len(indices), generator)
-        images = list(self._pool.map(self._decode, indices.tolist(), draws))
+        """Return images, (n, 3, 224, 224) float32, and labels; with a generator, random crops."""
+        uniform = _uniform_numbers(len(indices), generator)
+        images = list(self._pool.map(self._decode, indices.tolist(), uniform))
         return torch.stack(images), self.labels[indices]
 
-    def _decode(self, index: int, draw: Tensor | None) -> Tensor:
+    def _decode(self, index: int, uniform: Tensor | None) -> Tensor:
         try:
             image = self._open(self._files[index])
         except OSError as error:
-            do = "replace the file or take it out of its folder"
+            do = "replace the file, or remove it from its folder"
             raise HpcsgdError(f"cannot decode {self._files[index]}", got=error, do=do) from error
-        image = _center(image) if draw is None else _random_crop(image, draw)
+        image = _center(image) if uniform is None else _random_crop(image, uniform)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return (pixels / 255 - _MEAN) / _STD
 
 
-def crop_box(width: int, height: int, draw: Tensor) -> tuple[int, int, int, int]:
-    """A random part of an image: 8 to 100 % of its area, 3:4 to 4:3 in aspect.
+def crop_box(width: int, height: int, uniform: Tensor) -> tuple[int, int, int, int]:
+    """Return a random box in an image: 8 to 100 % of the area, aspect 3:4 to 4:3.
 
     Parameters
     ----------
     width, height
-        Of the image, in pixels.
-    draw
-        Uniform in [0, 1), (attempts, 4): area, aspect, and the corner's two coordinates. The first
-        attempt that lies inside the image is taken; if none does, the largest centred part of an
-        allowed aspect.
+        Size of the image, in pixels.
+    uniform
+        Uniform numbers in [0, 1), (attempts, 4): area, aspect, and the corner's two coordinates. The
+        first attempt inside the image is used; if there is none, the largest centred box of an allowed
+        aspect.
 
     Returns
     -------
     left, top, right, bottom
     """
-    for area, aspect, x, y in draw.tolist():
+    for area, aspect, x, y in uniform.tolist():
         target = width * height * (0.08 + 0.92 * area)
         ratio = math.exp((2 * aspect - 1) * math.log(4 / 3))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
@@ -126,16 +126,16 @@ def crop_box(width: int, height: int, draw: Tensor) -> tuple[int, int, int, int]
     return left, top, left + w, top + h
 
 
-def _draw(count: int, generator: torch.Generator | None) -> Tensor | list[None]:
-    """For each image ten attempts at a crop, and one more number: whether it is mirrored."""
+def _uniform_numbers(count: int, generator: torch.Generator | None) -> Tensor | list[None]:
+    """Return the numbers of ten attempts at a crop for each image, and one more for mirroring."""
     return torch.rand(count, 41, generator=generator) if generator else [None] * count
 
 
-def _random_crop(image: Any, draw: Tensor) -> Any:
+def _random_crop(image: Any, uniform: Tensor) -> Any:
     width, height = image.size
-    image = image.crop(crop_box(width, height, draw[:40].view(10, 4)))
+    image = image.crop(crop_box(width, height, uniform[:40].view(10, 4)))
     image = image.resize((_SIZE, _SIZE), _BILINEAR)
-    return image.transpose(_FLIP) if draw[40] < 0.5 else image
+    return image.transpose(_FLIP) if uniform[40] < 0.5 else image
 
 
 def _center(image: Any) -> Any:
@@ -147,10 +147,10 @@ def _center(image: Any) -> Any:
 
 def _folder(path: Path) -> Any:
     try:
-        with python_random_kept():
+        with preserve_python_random():
             from torchvision.datasets import ImageFolder
     except (ImportError, RuntimeError) as error:
-        do = "pip install a torchvision that belongs to this torch"
+        do = "install the version of torchvision that fits this torch"
         raise HpcsgdError("imagenet needs torchvision", got=error, do=do) from error
     try:
         return ImageFolder(str(path))
@@ -159,5 +159,5 @@ def _folder(path: Path) -> Any:
             f"no images for imagenet in {path.absolute()}",
             expected="folders train and val, with a folder of images for each class",
             got=error,
-            do="download them from the ImageNet page (ILSVRC2012), and give path=FOLDER",
+            do="download them from the ImageNet page (ILSVRC2012), and set --data imagenet:path=FOLDER",
         ) from error

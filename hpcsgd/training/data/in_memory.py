@@ -1,4 +1,4 @@
-"""A source in memory."""
+"""A source of samples in memory."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 from hpcsgd.errors import BadOption
 
 
-class Tensors:
-    """Samples held as two tensors.
+class TensorSource:
+    """A source whose samples are two tensors.
 
     Parameters
     ----------
     x
-        Inputs, (samples, ...), any dtype. uint8 stands for [0, 1] in 255 steps: it is kept as uint8
-        and becomes float32 when a batch is made.
+        Inputs, (samples, ...), any dtype. uint8 stands for [0, 1] in 255 steps: it is stored as uint8
+        and converted to float32 for each batch.
     y
         Targets, (samples, ...). Integers in one dimension are the labels.
     mean, std
-        For each channel (dimension 1 of ``x``), in units of [0, 1]: a batch is
-        (x / 255 - mean) / std. Only for uint8. Default: 0 and 1.
+        Mean and standard deviation of each channel (dimension 1 of ``x``), in units of [0, 1]: a batch is
+        (x / 255 - mean) / std. For uint8 only. Default: 0 and 1.
 
     Raises
     ------
     BadOption
-        ``x`` and ``y`` differ in length, or there is a mean or std for inputs that are not uint8.
+        ``x`` and ``y`` differ in length, or a mean or std is passed for inputs that are not uint8.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Tensors:
 
     @property
     def labels(self) -> Tensor | None:
-        """Class of each sample, (samples,) int64; None where targets are not classes."""
+        """Class of each sample, (samples,) int64; None if targets are not classes."""
         classes = self.y.ndim == 1 and not self.y.is_floating_point()
         return self.y.long() if classes else None
 
@@ -57,7 +57,7 @@ class Tensors:
         return len(self.x)
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs, float32 where they are stored as uint8, and targets of some samples."""
+        """Return inputs, as float32 if they are stored as uint8, and targets of some samples."""
         x, y = self.x.index_select(0, indices), self.y.index_select(0, indices)
         if x.dtype == torch.uint8:
             x = x.to(torch.float32).mul_(self._scale).sub_(self._shift)

@@ -8,32 +8,32 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.training.data.base import Augment, Source
-from hpcsgd.training.data.partition import partition, shuffled, skewed
+from hpcsgd.training.data.partition import dirichlet_shards, partition, shuffled
 from hpcsgd.training.data.rng_streams import torch_stream
 
 
 class Loader:
-    """Batches of this rank's samples; every iteration is the next epoch, in a new order.
+    """Yields batches of this rank's samples; every iteration is the next epoch, in a new order.
 
-    An iteration that is left early ends its epoch: the next one starts the epoch after it. After
-    `load_state_dict` the next iteration goes on inside the epoch, with the same bits.
+    An iteration that is broken off ends its epoch: the next one starts the following epoch. After
+    `load_state_dict` the next iteration continues inside the epoch, bit for bit.
 
     Parameters
     ----------
     source
         The training samples.
     batch
-        Samples a batch, on this rank; the last batch of an epoch may be smaller.
+        Samples a batch on this rank; the last batch of an epoch may be smaller.
     rank, ranks
-        This rank and how many there are; default 0 of 1.
+        This rank, and the number of ranks; default 0 of 1.
     alpha
         None (default): IID; a number: Dirichlet(alpha), see `partition`.
     seed
-        Of order, skew and augmentation: all a function of it and of the position; default 0.
+        Seed of order, skew and augmentation, all functions of it and of the position; default 0.
     augment
-        Applied to the inputs of each batch; default None.
+        Augmentation of the inputs of each batch; default None.
     drop_last
-        Leave out the smaller last batch; default False.
+        Drop the smaller last batch; default False.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Loader:
     Raises
     ------
     BadOption
-        A value out of its range, or more ranks or larger batches than there are samples.
+        A value out of range, or more ranks or larger batches than there are samples.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Loader:
         drop_last: bool = False,
     ) -> None:
         if batch < 1:
-            raise BadOption("a batch needs a sample", expected="1 or more", got=batch)
+            raise BadOption("the batch size is too small", expected="1 or more", got=batch)
         if not 0 <= rank < ranks:
             raise BadOption("no such rank", expected=f"0 to {ranks - 1}", got=rank)
         self.source, self.batch, self.rank, self.ranks = source, batch, rank, ranks
@@ -72,21 +72,21 @@ class Loader:
                 got=batch,
                 everywhere=True,
             )
-        # Many loaders of one process would else divide the samples again and again.
+        # Once: a process with many loaders would otherwise partition the samples in each epoch.
         self._own: Tensor | None = None
         if alpha is not None and source.labels is not None:
-            self._own = skewed(source.labels, ranks, alpha, seed)[rank]
+            self._own = dirichlet_shards(source.labels, ranks, alpha, seed)[rank]
         self._batches = counts[rank]
         self._longest = max(counts)
         self.epoch = self._next = self._first = 0
         self._inside = False
 
     def __len__(self) -> int:
-        """Batches that the current iteration, or else the next one, yields in all."""
+        """Return the number of batches that the current, or else the next, iteration yields in all."""
         return max(0, self._batches - self._first)
 
     def filler(self) -> tuple[Tensor, Tensor]:
-        """The last batch of the current epoch, for who has run out of them and must keep step."""
+        """Return the last batch of the epoch, for ranks that have no more batches and must take part."""
         shard = self._shard(self.epoch)
         return self._load(shard, self.epoch, self._batches - 1)
 
@@ -110,14 +110,14 @@ class Loader:
                 self._first = 0
 
     def state_dict(self) -> dict[str, int]:
-        """The position after the last batch handed out: ``epoch``, and ``batch`` within it."""
+        """Return the position after the last batch yielded: ``epoch``, and ``batch`` within it."""
         return {"epoch": self.epoch, "batch": self._next}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Let the next iteration start at a saved position.
+        """Start the next iteration at a saved position.
 
-        It may be beyond this rank's last batch, while other ranks have more in the same epoch: the
-        iteration then is empty.
+        It may be beyond this rank's last batch, if other ranks have more batches in the epoch: then the
+        iteration is empty.
 
         Raises
         ------
@@ -136,7 +136,7 @@ class Loader:
         self._go_to(epoch, batch)
 
     def _go_to(self, epoch: int, batch: int) -> None:
-        """Stand before a batch, outside any iteration."""
+        """Set the position to a batch, outside any iteration."""
         self.epoch, self._next, self._first, self._inside = epoch, batch, batch, False
 
     def _shards(self, epoch: int) -> list[Tensor]:

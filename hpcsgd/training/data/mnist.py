@@ -1,4 +1,4 @@
-"""MNIST and its drop-in successor, from idx files."""
+"""MNIST and Fashion-MNIST, from idx files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hpcsgd.training.data.base import Data
-from hpcsgd.training.data.files import corrupt, find
-from hpcsgd.training.data.in_memory import Tensors
+from hpcsgd.training.data.files import corrupt_file, find_folder
+from hpcsgd.training.data.in_memory import TensorSource
 
 _NAMES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
@@ -49,16 +49,16 @@ def fashion_mnist(path: Path = Path("data/fashion-mnist")) -> Data:
 
 
 def read_idx(file: Path, dimensions: int, page: str) -> Tensor:
-    """The array of unsigned bytes in an idx file.
+    """Read the array of unsigned bytes in an idx file.
 
     Parameters
     ----------
     file
-        Compressed where its name ends in ``.gz``.
+        Path of the file, compressed if its name ends in ``.gz``.
     dimensions
-        How many the array must have.
+        Number of dimensions that the array must have.
     page
-        Where to get the file, for errors.
+        Source of the file, for errors.
 
     Returns
     -------
@@ -68,34 +68,34 @@ def read_idx(file: Path, dimensions: int, page: str) -> Tensor:
     Raises
     ------
     HpcsgdError
-        Another magic number, or more or fewer bytes than the header says.
+        Another magic number, or another number of bytes than in the header.
     """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise corrupt(file, "a readable idx file", error, page) from error
+        raise corrupt_file(file, "a readable idx file", error, page) from error
     magic, body = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
     if content[:4] != magic or len(content) < body:
-        raise corrupt(file, f"idx magic number {magic.hex()}", content[:4].hex(), page)
+        raise corrupt_file(file, f"idx magic number {magic.hex()}", content[:4].hex(), page)
     shape = [int(size) for size in np.frombuffer(content, ">u4", dimensions, 4)]
     if len(content) - body != prod(shape):
-        raise corrupt(file, f"{prod(shape)} bytes of data", len(content) - body, page)
+        raise corrupt_file(file, f"{prod(shape)} bytes of data", len(content) - body, page)
     return torch.from_numpy(np.frombuffer(content, np.uint8, -1, body).copy()).view(shape)
 
 
 def _read(path: Path, mean: float, std: float, page: str) -> Data:
     names = [f"{name}-ubyte" for name in _NAMES]
-    folder = find(names, [path], ("", ".gz"), page)
+    folder = find_folder(names, [path], ("", ".gz"), page)
     files = [plain if (plain := folder / n).is_file() else folder / f"{n}.gz" for n in names]
     train, test = (_source(images, labels, mean, std, page) for images, labels in (files[:2], files[2:]))
     return Data(train, test, kind="classification", shape=(1, 28, 28), classes=10)
 
 
-def _source(images: Path, labels: Path, mean: float, std: float, page: str) -> Tensors:
+def _source(images: Path, labels: Path, mean: float, std: float, page: str) -> TensorSource:
     x, y = read_idx(images, 3, page), read_idx(labels, 1, page)
     if x.shape[1:] != (28, 28) or not len(x):
-        raise corrupt(images, "images of 28 by 28 pixels", tuple(x.shape), page)
+        raise corrupt_file(images, "images of 28 by 28 pixels", tuple(x.shape), page)
     if len(y) != len(x) or int(y.max()) > 9:
         got = f"{len(y)} labels, the largest {int(y.max())}" if len(y) else "no labels"
-        raise corrupt(labels, f"{len(x)} labels of 0 to 9", got, page)
-    return Tensors(x.unsqueeze(1), y.long(), (mean,), (std,))
+        raise corrupt_file(labels, f"{len(x)} labels of 0 to 9", got, page)
+    return TensorSource(x.unsqueeze(1), y.long(), (mean,), (std,))

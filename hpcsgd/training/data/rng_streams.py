@@ -1,4 +1,4 @@
-"""Random streams, each a function of a purpose and a key: never the global state of a library."""
+"""Random streams, each a function of a purpose and a key, independent of any global state."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hpcsgd.errors import BadOption
 
 
 def numpy_stream(purpose: str, *key: int) -> np.random.Generator:
-    """A NumPy generator for one purpose and key of non-negative integers."""
+    """Return the NumPy generator of a purpose and a key of non-negative integers."""
     return np.random.default_rng(_sequence(purpose, key))
 
 
 def torch_stream(purpose: str, *key: int) -> torch.Generator:
-    """A torch generator for one purpose and key of non-negative integers."""
+    """Return the torch generator of a purpose and a key of non-negative integers."""
     (seed,) = _sequence(purpose, key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed))
 
 
 @contextmanager
-def python_random_kept() -> Iterator[None]:
-    """Put the state of the module ``random`` back at the end: importing some libraries draws."""
+def preserve_python_random() -> Iterator[None]:
+    """Restore the state of the module ``random`` at the end; the import of some libraries changes it."""
     state = random.getstate()
     try:
         yield

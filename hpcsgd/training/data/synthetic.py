@@ -8,23 +8,24 @@ import torch
 
 from hpcsgd.errors import BadOption
 from hpcsgd.training.data.base import Data
-from hpcsgd.training.data.in_memory import Tensors
+from hpcsgd.training.data.in_memory import TensorSource
 from hpcsgd.training.data.rng_streams import torch_stream
 
 
 def synthetic(shape: tuple[int, ...] = (32,), classes: int = 10, samples: int = 4096, seed: int = 0) -> Data:
-    """Gaussian clusters, one a class, of unit variance around normally distributed centres.
+    """Gaussian clusters of unit variance, one a class, around normally distributed centres.
 
     Parameters
     ----------
     shape
-        Of one input, float32.
+        Shape of one input, float32. Default (32,).
     classes
-        Clusters, at least 2.
+        Number of clusters, at least 2. Default 10.
     samples
-        To train on, at least one a class; a fourth of that, but one a class, to test.
+        Training samples, at least one a class; there are a fourth as many test samples, at least one a
+        class. Default 4096.
     seed
-        Of centres and samples.
+        Seed of centres and samples. Default 0.
     """
     if classes < 2 or samples < classes or min(shape) < 1:
         raise BadOption(
@@ -35,10 +36,10 @@ def synthetic(shape: tuple[int, ...] = (32,), classes: int = 10, samples: int = 
     generator = torch_stream("synthetic", seed)
     centres = torch.randn(classes, math.prod(shape), generator=generator)
 
-    def source(count: int) -> Tensors:
+    def source(count: int) -> TensorSource:
         y = torch.arange(count) % classes
         x = torch.randn(count, math.prod(shape), generator=generator).add_(centres[y])
-        return Tensors(x.view(count, *shape), y)
+        return TensorSource(x.view(count, *shape), y)
 
     train, test = source(samples), source(max(classes, samples // 4))
     return Data(train, test, kind="classification", shape=shape, classes=classes)

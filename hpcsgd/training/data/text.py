@@ -1,4 +1,4 @@
-"""A byte language model's data: source code, or any files."""
+"""Data for a language model of bytes: source code, or any files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _HELD_OUT = 0.1
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-class Windows:
-    """Windows of a text that do not overlap, and the same shifted by one as targets.
+class WindowSource:
+    """A source of disjoint windows of a text, with the windows shifted by one as targets.
 
     Parameters
     ----------
     tokens
         The text, (length,) uint8.
     context
-        Tokens a window; the last, incomplete window is left out.
+        Tokens a window; the last, incomplete window is dropped.
     """
 
     labels = None
@@ -39,28 +39,28 @@ class Windows:
         return max(0, len(self.tokens) - 1) // self.context
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, both (n, context) int64."""
+        """Return inputs and targets, both (n, context) int64."""
         positions = indices[:, None] * self.context + torch.arange(self.context)
         return self.tokens[positions].long(), self.tokens[positions + 1].long()
 
 
 def text(files: str = "", context: int = 64, limit: float = 4.0) -> Data:
-    """Bytes of text, each to be predicted from those before it; a tenth is held out, by whole file.
+    """Bytes of text, each predicted from the preceding ones; a tenth, in whole files, is held out.
 
     Parameters
     ----------
     files
-        A file, a folder (with the folders in it) or a glob pattern. Default: the Python standard
-        library's source without its tests, 12 MB in Python 3.11.
+        A file, a folder (with its subfolders) or a glob pattern. Default: the source of Python's
+        standard library without its tests, 12 MB in Python 3.11.
     context
-        Bytes a window.
+        Bytes a window. Default 64.
     limit
-        Read at most so many megabytes, taking the files in an order fixed by a hash of their names.
+        Megabytes to read at most, of files in the order of a hash of their names. Default 4.
 
     Raises
     ------
     HpcsgdError
-        No such file, or too little text.
+        No such file, or not enough text.
     """
     if context < 1 or not limit > 0:
         got = f"context={context}, limit={limit}"
@@ -69,17 +69,17 @@ def text(files: str = "", context: int = 64, limit: float = 4.0) -> Data:
     train, test = _split(texts)
     if min(len(train), len(test)) <= context:
         raise HpcsgdError(
-            "too little text",
+            "not enough text",
             expected=f"more than {context} bytes to train on, and to test",
             got=f"{len(train)} and {len(test)} bytes",
-            do="give more text with files=, a larger limit= or a smaller context=",
+            do="set --data text:files=… to more text, a larger limit= or a smaller context=",
         )
     used = np.unique(np.frombuffer(train + test, np.uint8))
     token = np.zeros(256, np.uint8)
     token[used] = np.arange(len(used))
 
-    def source(part: bytes) -> Windows:
-        return Windows(torch.from_numpy(token[np.frombuffer(part, np.uint8)]), context)
+    def source(part: bytes) -> WindowSource:
+        return WindowSource(torch.from_numpy(token[np.frombuffer(part, np.uint8)]), context)
 
     return Data(source(train), source(test), kind="language", shape=(context,), classes=len(used))
 
@@ -95,7 +95,7 @@ def _library() -> dict[str, Path]:
 
 
 def _user_files(pattern: str) -> dict[str, Path]:
-    """Files by their names below the folder they share, hidden ones in folders left out."""
+    """Return files by their names below their common folder, without hidden files in folders."""
     root = Path(pattern).expanduser()
     if root.is_dir():
         inside = [file for file in root.rglob("*") if file.is_file()]
@@ -104,8 +104,8 @@ def _user_files(pattern: str) -> dict[str, Path]:
         found = [Path(file) for file in glob.glob(str(root), recursive=True)]
         found = [file for file in found if file.is_file()]
     if not found:
-        do = "give files= a file, a folder or a glob pattern"
-        raise HpcsgdError("no text files", got=f"looked for {root.absolute()}", do=do)
+        do = "set --data text:files=… to a file, a folder or a glob pattern"
+        raise HpcsgdError("no text files", got=f"nothing at {root.absolute()}", do=do)
     shared = os.path.commonpath([file.parent for file in found])
     return {str(file.relative_to(shared or ".")): file for file in found}
 
@@ -115,19 +115,19 @@ def _hidden(name: Path) -> bool:
 
 
 def _read(files: dict[str, Path], limit: float) -> list[bytes]:
-    """Contents in the order of a hash of the names, without empty or repeated ones, up to a limit.
+    """Return contents in the order of a hash of the names, up to a limit, without empty or repeated ones.
 
-    Repeated ones: a copy of a training file must not be held out.
+    Without repeated ones, because a copy of a training file must not be held out.
     """
     texts: dict[bytes, None] = {}
-    room = int(limit)
+    remaining = int(limit)
     for name in sorted(files, key=_hash):
         with files[name].open("rb") as file:
-            content = file.read(room)
+            content = file.read(remaining)
         if content:
             texts[content] = None
-            room -= len(content)
-        if room <= 0:
+            remaining -= len(content)
+        if remaining <= 0:
             break
     return list(texts)
 
@@ -137,7 +137,7 @@ def _hash(name: str) -> str:
 
 
 def _split(texts: list[bytes]) -> tuple[bytes, bytes]:
-    """Training and test text: whole files, or the beginning and the end of an only one."""
+    """Return training and test text: whole files, or the beginning and the end of a single file."""
     if len(texts) < 2:
         content = b"".join(texts)
         cut = int(len(content) * (1 - _HELD_OUT))
@@ -148,11 +148,11 @@ def _split(texts: list[bytes]) -> tuple[bytes, bytes]:
 
 
 def _held_out(sizes: list[int]) -> set[int]:
-    """Files for the test: the first that fit into a tenth of all bytes, or else the smallest."""
-    room = _HELD_OUT * sum(sizes)
+    """Return the files for the test: the first that fit into a tenth of all bytes, or else the smallest."""
+    remaining = _HELD_OUT * sum(sizes)
     chosen = set()
     for index, size in enumerate(sizes):
-        if size <= room:
+        if size <= remaining:
             chosen.add(index)
-            room -= size
+            remaining -= size
     return chosen or {min(range(len(sizes)), key=sizes.__getitem__)}

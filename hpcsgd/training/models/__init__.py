@@ -1,4 +1,4 @@
-"""Models, by name or from the user's own module."""
+"""Models, by name or from a module of the user."""
 
 from __future__ import annotations
 
@@ -35,48 +35,48 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
 LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": gpt}
 MODELS = CLASSIFIERS | LANGUAGE_MODELS
 
-_OWN = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)(?P<options>:.*)?")
+_USER_MODEL = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)(?P<options>:.*)?")
 
 
 def build(spec: str, data: Data) -> nn.Module:
-    """Build the model that a spec such as ``gpt:layers=6,width=192`` names, for some data.
+    """Build a model for a data set, from a spec such as ``gpt:layers=6,width=192``.
 
     Parameters
     ----------
     spec
         ``NAME:key=value,key=value``, with a name of `MODELS`; or ``module:callable`` with the same
-        kind of options after one more colon. A callable of the user's own gets ``shape`` and
-        ``classes`` if it has parameters of these names.
+        kind of options after one more colon. Such a callable gets ``shape`` and ``classes`` if it has
+        parameters of these names.
     data
-        Gives the shape of an input and the number of classes.
+        The data set, which gives the shape of an input and the number of classes.
 
     Raises
     ------
     BadOption
-        Unknown name or option, a model for another kind of data, or inputs that it cannot take.
+        Unknown name or option, a model for another kind of data, or inputs of an unsupported shape.
 
     Notes
     -----
-    Weights are drawn from torch's global generator: seed it first.
+    Weights are initialised from torch's global generator: seed it first.
     """
     context = {"shape": data.shape, "classes": data.classes}
-    own = _OWN.fullmatch(spec.strip())
-    if own and own["module"] not in MODELS:
-        name = f"{own['module']}.{own['attribute']}"
-        own_row = {name: _resolve(own["module"], own["attribute"])}
-        model: object = registry.build(own_row, name + (own["options"] or ""), "model", **context)
+    match = _USER_MODEL.fullmatch(spec.strip())
+    if match and match["module"] not in MODELS:
+        name = f"{match['module']}.{match['attribute']}"
+        rows = {name: _import(match["module"], match["attribute"])}
+        model: object = registry.build(rows, name + (match["options"] or ""), "model", **context)
     else:
         rows = LANGUAGE_MODELS if data.kind == "language" else CLASSIFIERS
         model = registry.build(rows, spec, f"{data.kind} model", **context)
     if not isinstance(model, nn.Module):
-        raise BadOption(f"{spec} made no model", expected="a torch.nn.Module", got=type(model))
+        raise BadOption(f"{spec} returned no model", expected="a torch.nn.Module", got=type(model))
     return model
 
 
-def _resolve(module: str, attribute: str) -> Callable[..., Any]:
+def _import(module: str, attribute: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where the user's module is, when a console script runs
-    do = f"give module:callable, or one of: {', '.join(sorted(MODELS))}"
+        sys.path.append(os.getcwd())  # a console script has not the user's folder on its path
+    do = f"set --model to module:callable, or to one of: {', '.join(sorted(MODELS))}"
     try:
         found: object = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
@@ -84,7 +84,7 @@ def _resolve(module: str, attribute: str) -> Callable[..., Any]:
             raise
         raise BadOption(f"unknown model: there is no module {module!r}", do=do) from error
     if not callable(found):
-        got = "nothing of this name" if found is None else type(found)
+        got = "no such attribute" if found is None else type(found)
         what = f"module {module!r} has no callable {attribute!r}"
         raise BadOption(what, expected="a callable that returns a model", got=got, do=do)
     return found

@@ -1,4 +1,4 @@
-"""A small decoder-only transformer."""
+"""GPT: a small decoder-only transformer."""
 
 from __future__ import annotations
 
@@ -12,34 +12,37 @@ from hpcsgd.errors import BadOption
 
 
 def gpt(shape: tuple[int, ...], classes: int, layers: int = 4, heads: int = 4, width: int = 128) -> nn.Module:
-    """A decoder-only transformer: pre-norm, GELU, learned positions, tied embedding and head.
+    """Decoder-only transformer: pre-norm, GELU, learned positions, tied embedding and head.
 
     Parameters
     ----------
     shape
-        (context,), the longest input: the data's option ``context``, 64 by default.
+        (context,), the longest input: option ``context`` of the data set, 64 by default.
     classes
         Size of the vocabulary.
     layers, heads, width
-        Blocks, attention heads in each, and size of an embedding, a multiple of ``heads``.
+        Number of blocks, attention heads a block, and size of an embedding, a multiple of ``heads``.
+        Default 4, 4 and 128.
 
     Notes
     -----
     Radford et al., Language models are unsupervised multitask learners, 2019.
     """
     if len(shape) != 1:
-        raise BadOption("gpt takes tokens", expected="inputs of shape (context,)", got=shape)
+        raise BadOption(
+            "gpt needs tokens", expected="inputs of shape (context,), as from --data text", got=shape
+        )
     if min(layers, heads, width) < 1 or width % heads:
         raise BadOption(
-            "gpt's width is divided among its heads",
-            expected="layers, heads and width of at least 1, and a width that is a multiple",
+            "the options of gpt do not fit together",
+            expected="layers, heads and width of at least 1, and a width that is a multiple of heads",
             got=f"layers={layers}, heads={heads}, width={width}",
         )
     return GPT(classes, shape[0], layers, heads, width)
 
 
 class GPT(nn.Module):
-    """Tokens to logits of the next token: (n, t) int64 to (n, t, vocabulary), t up to context."""
+    """Maps tokens to logits of the next token: (n, t) int64 to (n, t, vocabulary), t up to context."""
 
     def __init__(self, vocabulary: int, context: int, layers: int, heads: int, width: int) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         for table in (self.token, self.position):
-            # the head shares the token table: logits of a normal(0, 1) table start far too large
+            # The head shares the token table: initial logits of a normal(0, 1) table are far too large.
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal self-attention, then a perceptron, each added to its input."""
+    """Causal self-attention, then a perceptron, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class Block(nn.Module):
         return x + cast(Tensor, self.perceptron(self.norm(x)))
 
     def attend(self, x: Tensor) -> Tensor:
-        """Each position's mixture of itself and those before it."""
+        """Return causal self-attention: each position attends to itself and the preceding ones."""
         split = self.project_in(x).unflatten(-1, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)

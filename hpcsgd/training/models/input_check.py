@@ -1,32 +1,32 @@
-"""The check that an input is an image, and large enough."""
+"""The check that inputs are images, and large enough for a model."""
 
 from __future__ import annotations
 
 from hpcsgd.errors import BadOption
 
 
-def image(shape: tuple[int, ...], model: str, least: int = 1) -> tuple[int, int, int]:
-    """Channels, height and width of an input.
+def check_image(shape: tuple[int, ...], model: str, smallest: int = 1) -> tuple[int, int, int]:
+    """Return channels, height and width of an input, after a check.
 
     Parameters
     ----------
     shape
-        Of one input.
+        Shape of one input.
     model
-        Named in the error.
-    least
-        Pixels that height and width need.
+        Name of the model, for the error.
+    smallest
+        Smallest height and width, in pixels. Default 1.
 
     Raises
     ------
     BadOption
         Another number of dimensions, or a smaller image.
     """
-    if len(shape) != 3 or min(shape[1:]) < least:
+    if len(shape) != 3 or min(shape[1:]) < smallest:
         raise BadOption(
             f"{model} cannot take inputs of shape {shape}",
-            expected=f"(channels, height, width) of at least {least} by {least} pixels",
-            do="take larger images, or the model 2nn, which takes inputs of any shape",
+            expected=f"(channels, height, width) of at least {smallest} by {smallest} pixels",
+            do="use larger images, or --model 2nn, which accepts inputs of any shape",
         )
     channels, height, width = shape
     return channels, height, width

@@ -13,7 +13,7 @@ def logistic(shape: tuple[int, ...], classes: int) -> nn.Module:
     Parameters
     ----------
     shape
-        Of one input.
+        Shape of one input.
     classes
         Number of labels.
     """
@@ -21,16 +21,16 @@ def logistic(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def two_nn(shape: tuple[int, ...], classes: int, width: int = 200) -> nn.Module:
-    """A perceptron with two hidden layers: the 2NN.
+    """Perceptron with two hidden layers: the 2NN.
 
     Parameters
     ----------
     shape
-        Of one input.
+        Shape of one input.
     classes
         Number of labels.
     width
-        Units in each hidden layer.
+        Units in each hidden layer. Default 200.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""VGG with batch normalisation and one linear layer as its head, as usual for CIFAR."""
+"""VGG with batch normalisation and one linear layer as head, as usual for CIFAR."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hpcsgd.training.models.input_check import image
+from hpcsgd.training.models.input_check import check_image
 
 _WIDTHS = (64, 128, 256, 512, 512)
 
@@ -17,8 +17,8 @@ def vgg11(shape: tuple[int, ...], classes: int) -> nn.Module:
     Parameters
     ----------
     shape
-        (channels, height, width), at least 2 by 2: an image below 32 pixels is halved until one
-        pixel is left, and the stages after that keep it.
+        (channels, height, width), at least 2 by 2. Pooling stops once an image below 32 pixels is one
+        pixel in size.
     classes
         Number of labels.
 
@@ -26,7 +26,7 @@ def vgg11(shape: tuple[int, ...], classes: int) -> nn.Module:
     -----
     Simonyan, Zisserman, Very deep convolutional networks for large-scale image recognition, 2015.
     """
-    return _vgg(image(shape, "vgg11", least=2), classes, (1, 1, 2, 2, 2))
+    return _vgg(check_image(shape, "vgg11", smallest=2), classes, (1, 1, 2, 2, 2))
 
 
 def vgg16(shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -35,8 +35,8 @@ def vgg16(shape: tuple[int, ...], classes: int) -> nn.Module:
     Parameters
     ----------
     shape
-        (channels, height, width), at least 2 by 2: an image below 32 pixels is halved until one
-        pixel is left, and the stages after that keep it.
+        (channels, height, width), at least 2 by 2. Pooling stops once an image below 32 pixels is one
+        pixel in size.
     classes
         Number of labels.
 
@@ -44,7 +44,7 @@ def vgg16(shape: tuple[int, ...], classes: int) -> nn.Module:
     -----
     Simonyan, Zisserman, Very deep convolutional networks for large-scale image recognition, 2015.
     """
-    return _vgg(image(shape, "vgg16", least=2), classes, (2, 2, 3, 3, 3))
+    return _vgg(check_image(shape, "vgg16", smallest=2), classes, (2, 2, 3, 3, 3))
 
 
 def _vgg(shape: tuple[int, int, int], classes: int, depths: Sequence[int]) -> nn.Module:

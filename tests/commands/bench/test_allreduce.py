@@ -1,4 +1,4 @@
-"""The all-reduce benchmark: every method once, right results, one line each."""
+"""The all-reduce benchmark: every method runs once, with a correct result and a line in the CSV file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = (4096, 300_000)
 
 
 def shared_path(tmp_path: Path) -> Path:
-    """One path for all ranks, that of rank 0."""
+    """The path of rank 0, on all ranks."""
     return Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "results", "allreduce.csv")
 
 
@@ -42,7 +42,7 @@ def test_a_line_per_size_and_method(tmp_path: Path, capfd: pytest.CaptureFixture
     assert ("4 KiB" in printed) == (MPI.COMM_WORLD.rank == 0)
 
 
-def test_a_wrong_mean_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_mean_raises_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     right = baselines.mpi_mean
 
     def wrong(comm: Any, flat: Tensor) -> None:
@@ -54,7 +54,7 @@ def test_a_wrong_mean_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) 
         command.main([4096], repeats=1)
 
 
-def test_the_algorithm_is_ours_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_algorithm_option_selects_the_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     ring = collectives.ALGORITHMS["ring"]
 
@@ -68,7 +68,7 @@ def test_the_algorithm_is_ours_to_choose(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(used) == ({8192, 64 * 8192} if MPI.COMM_WORLD.size > 1 else set())
 
 
-def test_a_file_that_cannot_be_written_stops_all_ranks_at_once(tmp_path: Path) -> None:
+def test_unwritable_csv_raises_on_all_ranks_before_measuring(tmp_path: Path) -> None:
     folder = MPI.COMM_WORLD.bcast(str(tmp_path))
     with pytest.raises(HpcsgdError, match="cannot write"):
         command.main([4096], repeats=1, csv=folder)
@@ -80,7 +80,7 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
         command.main(**options)
 
 
-def test_gloo_leaves_nothing_behind() -> None:
+def test_gloo_context_restores_torch_distributed() -> None:
     for _ in range(2):
         with World() as world, baselines.gloo(world):
             flat = torch.full((3,), float(world.rank))

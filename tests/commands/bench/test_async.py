@@ -1,4 +1,4 @@
-"""The study of asynchrony: real runs of several launches in one folder, and what it makes of records."""
+"""The study of asynchronous methods: real runs of several launches in one folder, and its results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from hpcsgd.commands.bench.studies import asynchronous, runner
-from hpcsgd.commands.bench.studies.asynchronous_results import Study
-from hpcsgd.commands.bench.studies.launches import complete
-from hpcsgd.commands.bench.studies.runner import Finished
-from hpcsgd.commands.bench.studies.time_to_loss import Trial
-from hpcsgd.commands.bench.studies.workloads import WORKLOADS, Setting, planned
+from hpcsgd.commands.bench.studies.asynchronous_results import AsyncStudy
+from hpcsgd.commands.bench.studies.launches import finished_trials
+from hpcsgd.commands.bench.studies.runner import FinishedRun
+from hpcsgd.commands.bench.studies.time_to_loss import TimeToLossTrial
+from hpcsgd.commands.bench.studies.workloads import WORKLOADS, StudyCondition, plan_run
 from hpcsgd.commands.cli import cli
 from hpcsgd.commands.train.settings import Settings, to_toml
 from hpcsgd.errors import BadOption
@@ -27,10 +27,10 @@ from tests.support.launch import CLI, launch
 
 AR, LASGD = "allreduce", "lasgd:period=auto"
 BASE = 0.005  # seconds
-FAST, FAST_SLOW = Setting("digits", "fast", 0), Setting("digits", "fast", 1)
-LINK, LINK_SLOW = Setting("digits", "100mbit", 0), Setting("digits", "100mbit", 1)
+FAST, FAST_SLOW = StudyCondition("digits", "fast", 0), StudyCondition("digits", "fast", 1)
+LINK, LINK_SLOW = StudyCondition("digits", "100mbit", 0), StudyCondition("digits", "100mbit", 1)
 
-# Two labels in one folder; where the first of them would train anything again, it is interrupted by an error.
+# Two launches with different labels in one folder.
 LABELS = """
 import contextlib
 from hpcsgd.mpi import launcher
@@ -59,9 +59,9 @@ def test_launches_with_two_labels_go_into_one_folder(tmp_path: Path) -> None:
         for link in ("fast", "100mbit")
     }
     printed = [re.split("launch [a-z]+\n", job.stdout)[i] for i in (1, 2)]
-    told = [re.findall(r"^\d/4 (\S+): \d+ iterations", part, re.MULTILINE) for part in printed]
-    assert told == [runs["fast"], runs["100mbit"]]
-    # Two goals in each setting of which two are known, one where the link and a rank are slow.
+    listed = [re.findall(r"^\d/4 (\S+): \d+ iterations", part, re.MULTILINE) for part in printed]
+    assert listed == [runs["fast"], runs["100mbit"]]
+    # Two goals in each condition of which two are known, one where the link and a rank are slow.
     assert [part.count("Goal, digits, ") for part in printed] == [4, 7]
     assert all("simulated delays slow:factor=4,seconds=0.005" in part for part in printed)
     with (tmp_path / "async.csv").open() as file:
@@ -84,12 +84,12 @@ def test_launches_with_two_labels_go_into_one_folder(tmp_path: Path) -> None:
     assert (tmp_path / "async.png").stat().st_size > 1000
 
 
-def leave(out: Path, name: str, settings: Settings, ranks: int = 4, share: float = 1.0) -> None:
-    """What a run leaves in its folder; `share` of it, where it was stopped."""
+def write_run_folder(out: Path, name: str, settings: Settings, ranks: int = 4, share: float = 1.0) -> None:
+    """Write the folder of a run; an interrupted run has completed `share` of its epochs."""
     folder = out / name
     folder.mkdir(parents=True)
-    carried_out = replace(settings, out="elsewhere", name=name, progress="off")
-    (folder / "config.toml").write_text(to_toml(carried_out, {"ranks": ranks, "nodes": 4}))
+    stored = replace(settings, out="elsewhere", name=name, progress="off")
+    (folder / "config.toml").write_text(to_toml(stored, {"ranks": ranks, "nodes": 4}))
     keys = ("bytes_sent", "bytes_shared", "bytes_saved", "gradients")
     record = {
         "event": "test",
@@ -104,34 +104,38 @@ def leave(out: Path, name: str, settings: Settings, ranks: int = 4, share: float
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
 
-def found(out: Path, methods: list[str], **given: Any) -> list[tuple[Setting, str, int]]:
+def found_trials(out: Path, methods: list[str], **given: Any) -> list[tuple[StudyCondition, str, int]]:
     """The runs of four ranks and at most three seeds that a study of digits finds."""
     workloads = {**WORKLOADS, "digits": replace(WORKLOADS["digits"], **given)}
-    trials = complete(out, workloads, dict.fromkeys(methods, 4), 3, 1)
-    return [(trial.setting, trial.method, trial.seed) for trial in trials]
+    trials = finished_trials(out, workloads, dict.fromkeys(methods, 4), 3, 1)
+    return [(trial.condition, trial.method, trial.seed) for trial in trials]
 
 
-def test_what_is_complete_of_the_same_options_is_found(tmp_path: Path) -> None:
+def test_complete_runs_with_equal_options_are_found(tmp_path: Path) -> None:
     digits, text = WORKLOADS["digits"], WORKLOADS["text"]
-    slow_text = Setting("text", "1gbit", 1)
+    slow_text = StudyCondition("text", "1gbit", 1)
     for seed in (0, 1):
-        leave(tmp_path, *planned(digits, LINK, seed, AR))
-        leave(tmp_path, *planned(digits, FAST_SLOW, seed, AR))
-        leave(tmp_path, *planned(text, slow_text, seed, LASGD))
-        leave(tmp_path, *planned(digits, LINK, seed, "sgp"), ranks=2)
-        leave(tmp_path, *planned(digits, LINK, seed, "dsgd"), share=1 - 0.5 * seed)
-        leave(tmp_path, *planned(digits, LINK, seed, "local"))
+        write_run_folder(tmp_path, *plan_run(digits, LINK, seed, AR))
+        write_run_folder(tmp_path, *plan_run(digits, FAST_SLOW, seed, AR))
+        write_run_folder(tmp_path, *plan_run(text, slow_text, seed, LASGD))
+        write_run_folder(tmp_path, *plan_run(digits, LINK, seed, "sgp"), ranks=2)
+        write_run_folder(tmp_path, *plan_run(digits, LINK, seed, "dsgd"), share=1 - 0.5 * seed)
+        write_run_folder(tmp_path, *plan_run(digits, LINK, seed, "local"))
     (tmp_path / "digits-fast-equal-0-local").mkdir()
     methods = ["sgp", AR, "dsgd", LASGD]
     in_text = [(slow_text, LASGD, 0), (slow_text, LASGD, 1)]
-    here = [(setting, AR, seed) for setting in (FAST_SLOW, LINK) for seed in (0, 1)]
-    assert found(tmp_path, methods) == here + in_text
-    assert found(tmp_path, methods, learning_rate=0.5) == in_text, "the other data set has its defaults"
-    assert found(tmp_path, methods, target=9.0) == here + in_text
+    here = [(condition, AR, seed) for condition in (FAST_SLOW, LINK) for seed in (0, 1)]
+    assert found_trials(tmp_path, methods) == here + in_text
+    assert found_trials(tmp_path, methods, learning_rate=0.5) == in_text, (
+        "the other data set has its defaults"
+    )
+    assert found_trials(tmp_path, methods, target=9.0) == here + in_text
 
 
-def trial(setting: Setting, method: str, seed: int, losses: list[float], seconds: float = 1.0) -> Trial:
-    """A run of 10 iterations and some seconds between two evaluations; of two ranks, the second waits."""
+def trial(
+    condition: StudyCondition, method: str, seed: int, losses: list[float], seconds: float = 1.0
+) -> TimeToLossTrial:
+    """A run on two ranks, with 10 iterations and `seconds` between evaluations; the second rank waits."""
     count = np.arange(1, len(losses) + 1)
     test = SimpleNamespace(
         step=10 * count,
@@ -144,7 +148,7 @@ def trial(setting: Setting, method: str, seed: int, losses: list[float], seconds
     )
     config = {"delays": "none", "world": {"ranks": 2, "nodes": 1}}
     record: Any = SimpleNamespace(test=test, train=train, config=config)
-    return Trial(setting, seed, method, Finished(record, [10, 20]))
+    return TimeToLossTrial(condition, seed, method, FinishedRun(record, [10, 20]))
 
 
 @pytest.mark.parametrize(
@@ -170,22 +174,26 @@ def test_waiting_is_a_share_of_each_ranks_own_time() -> None:
 
 
 def small_study(
-    setting: Setting, share: float, lost: int = 0, methods: tuple[str, ...] = (AR, LASGD)
-) -> Study:
-    """LASGD takes a share of all-reduce's time, and loses points of accuracy."""
+    condition: StudyCondition, share: float, lost: int = 0, methods: tuple[str, ...] = (AR, LASGD)
+) -> AsyncStudy:
+    """LASGD takes `share` of all-reduce's time, and loses `lost` points of accuracy."""
     trials = [
         trial(
-            setting, method, seed + (lost if method == LASGD else 0), losses, share if method == LASGD else 1
+            condition,
+            method,
+            seed + (lost if method == LASGD else 0),
+            losses,
+            share if method == LASGD else 1,
         )
         for method in methods
         for seed, losses in enumerate([[4.0, 2.0], [4.0, 3.0], [4.0, 3.5]])
     ]
-    return Study(trials, {"digits": 3.0})
+    return AsyncStudy(trials, {"digits": 3.0})
 
 
 def test_medians_over_the_seeds_and_mean_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
     small = small_study(FAST, 0.5)
-    found = small.numbers(FAST, LASGD)
+    found = small.medians(FAST, LASGD)
     # Reached after 15 iterations, 20 and never.
     assert (found.seconds, found.iterations_to_target, found.seconds_to_target) == (0.05, 20, 1.0)
     small.show()
@@ -198,7 +206,7 @@ def verdicts(goals: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("setting", "share", "lost", "expected"),
+    ("condition", "share", "lost", "expected"),
     [
         (FAST, 1.05, 0, ["met", "met"]),
         (FAST, 1.06, 0, ["not met", "met"]),
@@ -210,13 +218,13 @@ def verdicts(goals: list[str]) -> list[str]:
         (LINK_SLOW, 0.1, 1, ["not met"]),
     ],
 )
-def test_goals_are_judged(setting: Setting, share: float, lost: int, expected: list[str]) -> None:
-    goals = small_study(setting, share, lost).goals()
+def test_goals_are_judged(condition: StudyCondition, share: float, lost: int, expected: list[str]) -> None:
+    goals = small_study(condition, share, lost).goals()
     assert verdicts(goals) == expected
-    assert str(setting) in goals[0] and (len(goals) == 1 or f"Measured: {share:.2f}, " in goals[0])
+    assert str(condition) in goals[0] and (len(goals) == 1 or f"Measured: {share:.2f}, " in goals[0])
 
 
-def test_goals_are_left_out_where_a_method_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_goals_need_both_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert not small_study(FAST, 1.0, methods=(AR, "sgp")).goals()
     fixed = small_study(FAST, 1.0, methods=("lasgd:period=1", "lasgd:period=2", LASGD))
     assert not fixed.goals()
@@ -227,20 +235,20 @@ def test_goals_are_left_out_where_a_method_is_missing(capsys: pytest.CaptureFixt
     )
 
 
-def test_a_target_that_nobody_reaches_is_a_goal_not_met() -> None:
-    never = Study([trial(FAST, method, 0, [4.0, 4.0]) for method in (AR, LASGD)], {"digits": 3.0})
+def test_unreached_target_is_a_goal_not_met() -> None:
+    never = AsyncStudy([trial(FAST, method, 0, [4.0, 4.0]) for method in (AR, LASGD)], {"digits": 3.0})
     assert verdicts(never.goals()) == ["not met", "met"] and "never to never" in never.goals()[0]
 
 
 def test_panels_share_an_axis_within_their_data_set() -> None:
-    text = Setting("text", "100mbit", 1)
+    text = StudyCondition("text", "100mbit", 1)
     settings = [FAST, FAST_SLOW, LINK_SLOW, replace(text, link="fast"), text]
     scale = {"digits": 1, "text": 50}
     trials = [trial(s, m, 0, [4.0 * scale[s.data], scale[s.data]]) for s in settings for m in (AR, LASGD)]
-    shown = Study(trials, {"digits": 3.0, "text": 100.0})
+    shown = AsyncStudy(trials, {"digits": 3.0, "text": 100.0})
     assert shown.columns == 3
     axes = shown.figure().axes
-    assert [a.get_title(loc="left") for a in axes] == [str(setting) for setting in settings]
+    assert [a.get_title(loc="left") for a in axes] == [str(condition) for condition in settings]
     places = [(a.get_subplotspec().rowspan.start, a.get_subplotspec().colspan.start) for a in axes]  # type: ignore[union-attr]
     assert places == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)], "a gap where nothing has run"
     assert {a.get_ylim() for a in axes[:3]} == {axes[0].get_ylim()} and axes[0].get_ylim()[1] < 10
@@ -248,7 +256,7 @@ def test_panels_share_an_axis_within_their_data_set() -> None:
     assert [bool(a.get_ylabel()) for a in axes] == [True, False, False, True, False]
 
 
-def test_the_command_has_the_workloads_and_their_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_options_are_the_attributes_of_the_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[dict[str, Any]] = []
     monkeypatch.setattr(asynchronous, "main", lambda **options: called.append(options))
     cli(["bench", "async"], standalone_mode=False)
@@ -284,9 +292,9 @@ def test_bad_options(options: dict[str, Any]) -> None:
         asynchronous.main(**options)
 
 
-def test_another_run_of_the_same_name_is_not_overwritten(tmp_path: Path) -> None:
-    name, settings = planned(WORKLOADS["digits"], FAST, 0, AR)
-    leave(tmp_path, name, replace(settings, batch=7))
+def test_run_with_other_settings_is_not_overwritten(tmp_path: Path) -> None:
+    name, settings = plan_run(WORKLOADS["digits"], FAST, 0, AR)
+    write_run_folder(tmp_path, name, replace(settings, batch=7))
     world: Any = SimpleNamespace(size=4, nodes=4)
     with pytest.raises(BadOption, match="another batch"):
         runner._is_complete(world, tmp_path / name, replace(settings, name=name, progress="off"))

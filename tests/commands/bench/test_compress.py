@@ -1,4 +1,4 @@
-"""The compression benchmark: every kernel and method once, right results, one line each."""
+"""The compression benchmark: every kernel and method runs once, with a correct result and a CSV line."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hpcsgd import World
 from hpcsgd.commands.bench import baselines
 from hpcsgd.commands.bench.compress import command, ddp_hooks, gradients
 from hpcsgd.commands.bench.compress.codec_timing import PHASES
-from hpcsgd.commands.bench.compress.error_bounds import limit
-from hpcsgd.commands.bench.compress.problem import Problem
+from hpcsgd.commands.bench.compress.error_bounds import error_bound
+from hpcsgd.commands.bench.compress.problem import AveragingProblem
 from hpcsgd.commands.cli import cli
 from hpcsgd.compress import build
 from hpcsgd.errors import BadOption, HpcsgdError
@@ -77,18 +77,18 @@ def test_recorded_gradients_differ_between_ranks_and_are_large_in_few_places(
 
 @pytest.mark.parametrize("elements", [1, 7, 24, 25])
 def test_gradients_are_repeated_or_cut(elements: int) -> None:
-    parts = gradients.fitted([torch.arange(6.0).view(2, 3), torch.arange(6.0, 12)], elements)
+    parts = gradients.resize([torch.arange(6.0).view(2, 3), torch.arange(6.0, 12)], elements)
     together = torch.cat([part.flatten() for part in parts])
     assert torch.equal(together, torch.arange(elements).remainder(12).float())
     assert parts[0].shape == ((2, 3) if elements >= 6 else (elements,))
 
 
 def test_gradients_are_cut_between_rows() -> None:
-    parts = gradients.fitted([torch.zeros(4, 3), torch.zeros(5)], 17 + 8)
+    parts = gradients.resize([torch.zeros(4, 3), torch.zeros(5)], 17 + 8)
     assert [tuple(part.shape) for part in parts] == [(4, 3), (5,), (2, 3), (2,)]
 
 
-def test_a_wrong_mean_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_mean_raises_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     right = baselines.gloo_mean
 
     def wrong(flat: Tensor) -> None:
@@ -100,7 +100,7 @@ def test_a_wrong_mean_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) 
         command.main(["fp16"], elements=4096, data=["gaussian"], repeats=1)
 
 
-def test_a_wrong_kernel_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_kernel_raises_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     right = host.decode
 
     def wrong(*arguments: Any) -> Iterator[None]:
@@ -112,8 +112,8 @@ def test_a_wrong_kernel_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch
         command.main(["maxnorm"], elements=4096, data=["gaussian"], repeats=1)
 
 
-@pytest.mark.parametrize("name", ["snapshot", "advance", "merge"])
-def test_a_wrong_pass_of_an_average_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name", ["take_snapshot", "accumulate", "apply_correction"])
+def test_wrong_model_delta_raises(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     right = getattr(model_delta, name)
 
     def wrong(*tensors: Tensor) -> None:
@@ -125,10 +125,10 @@ def test_a_wrong_pass_of_an_average_is_an_error(monkeypatch: pytest.MonkeyPatch,
         command.main(["maxnorm"], elements=4096, data=["gaussian"], repeats=1)
 
 
-def test_checks_see_what_noise_would_hide() -> None:
+def test_check_detects_bias_below_the_noise() -> None:
     with World(device="cpu") as world:
         generator = torch.Generator().manual_seed(3)
-        problem = Problem(world, MPI.COMM_WORLD, [torch.full((200, 200), 1.0 + world.rank)], 4.0)
+        problem = AveragingProblem(world, MPI.COMM_WORLD, [torch.full((200, 200), 1.0 + world.rank)], 4.0)
         noise = torch.randn(problem.flat.shape, generator=generator)
         noisy = problem.exact.float() * (1 + 2 * noise)
         assert problem.check("noise", noisy, 3.0) == pytest.approx(2, rel=0.05)
@@ -143,19 +143,21 @@ def test_checks_see_what_noise_would_hide() -> None:
                 problem.check("noise", noisy, 3.0)
 
 
-def test_limits_follow_the_scheme() -> None:
-    of = {spec: limit(build(spec), 1000) for spec in ("fp16", "maxnorm:bits=8", "maxnorm:bits=4", "bf16")}
+def test_error_bounds_follow_the_scheme() -> None:
+    of = {
+        spec: error_bound(build(spec), 1000) for spec in ("fp16", "maxnorm:bits=8", "maxnorm:bits=4", "bf16")
+    }
     assert (
         of["fp16"] < of["bf16"] < of["maxnorm:bits=4"] < 0.5 and of["maxnorm:bits=8"] < of["maxnorm:bits=4"]
     )
-    assert limit(build("hadamard+maxnorm"), 1000) == of["maxnorm:bits=4"]
-    biased = [limit(build(s), 1000) for s in ("topk", "signsgd", "powersgd", "ef+randk")]
+    assert error_bound(build("hadamard+maxnorm"), 1000) == of["maxnorm:bits=4"]
+    biased = [error_bound(build(s), 1000) for s in ("topk", "signsgd", "powersgd", "ef+randk")]
     assert biased == [float("inf")] * 4
-    assert limit(build("randk"), 1000) < limit(build("randk-maxnorm"), 1000) < 10
-    assert limit(build("randk:k=10"), 1000) > limit(build("randk:k=100"), 1000)
+    assert error_bound(build("randk"), 1000) < error_bound(build("randk-maxnorm"), 1000) < 10
+    assert error_bound(build("randk:k=10"), 1000) > error_bound(build("randk:k=100"), 1000)
 
 
-def test_buckets_by_hand_hold_every_tensor_once() -> None:
+def test_fake_buckets_hold_every_tensor_once() -> None:
     flat = torch.zeros(20 * 2**20)
     tensors = [(i * 2**20, (1024, 1000)) for i in range(20)]
     cut = ddp_hooks._buckets(flat, tensors)
@@ -186,12 +188,12 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_said_so() -> None:
+def test_cuda_without_gpu_raises() -> None:
     with pytest.raises(BadOption, match="expected: a GPU that torch can use"):
         command.main(device="cuda")
 
 
-def test_the_command_takes_specs_and_numbers_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_parses_specs_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
         command, "main", lambda *given, **options: called.append((*given, options["repeats"]))

@@ -1,4 +1,4 @@
-"""The study of parameter servers: one real launch, and what it makes of records."""
+"""The study of parameter servers: one real launch, and its results."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import numpy as np
 import pytest
 
 from hpcsgd.commands.bench.studies import servers
-from hpcsgd.commands.bench.studies.runner import Finished
-from hpcsgd.commands.bench.studies.servers_results import Study
-from hpcsgd.commands.bench.studies.subworlds import ranks_of
-from hpcsgd.commands.bench.studies.time_to_loss import Trial
-from hpcsgd.commands.bench.studies.workloads import WORKLOADS, Setting, planned
+from hpcsgd.commands.bench.studies.runner import FinishedRun
+from hpcsgd.commands.bench.studies.servers_results import ServerStudy
+from hpcsgd.commands.bench.studies.subworlds import ranks_per_method
+from hpcsgd.commands.bench.studies.time_to_loss import TimeToLossTrial
+from hpcsgd.commands.bench.studies.workloads import WORKLOADS, StudyCondition, plan_run
 from hpcsgd.commands.cli import cli
 from tests.support.launch import CLI, launch
 
 AR, SYNC, GROUPS = "allreduce", "ps:mode=sync", "ps:mode=elastic,groups=4"
-PURE = Study.baseline
+PURE = ServerStudy.baseline
 BASE = 0.005  # seconds
-FAST, FAST_SLOW = Setting("digits", "fast", 0), Setting("digits", "fast", 2)
-LINK, LINK_SLOW = Setting("digits", "100mbit", 0), Setting("digits", "100mbit", 2)
+FAST, FAST_SLOW = StudyCondition("digits", "fast", 0), StudyCondition("digits", "fast", 2)
+LINK, LINK_SLOW = StudyCondition("digits", "100mbit", 0), StudyCondition("digits", "100mbit", 2)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_methods_with_and_without_a_server_in_one_launch(tmp_path: Path) -> None:
-    """On three ranks two are workers, of which the first two, that is all, are slow."""
+    """Two of the three ranks are workers, and both are slow."""
     words = f"--methods {AR};{SYNC} --seeds 1 --base-ms {1e3 * BASE} --model logistic --epochs 0.4"
     words += f" --evaluate-every 0.2 --target 2.5 --out {tmp_path}"
     job = launch(CLI + "main()", 3, "bench", "ps", *words.split(), timeout=100)
     assert job.returncode == 0 and not job.left and not job.files, job
-    told = re.findall(r"^\d/4 (\S+): \d+ iterations", job.stdout, re.MULTILINE)
-    assert told == [
+    listed = re.findall(r"^\d/4 (\S+): \d+ iterations", job.stdout, re.MULTILINE)
+    assert listed == [
         f"digits-fast-{speeds}-0-{method}" for speeds in ("equal", "slow") for method in (AR, SYNC)
     ]
     with (tmp_path / "ps.csv").open() as file:
@@ -45,7 +45,7 @@ def test_methods_with_and_without_a_server_in_one_launch(tmp_path: Path) -> None
     for row, same in zip(rows, [rows[0]] * 4, strict=True):
         with_server = row["method"] == SYNC
         assert row["ranks"] == ("3" if with_server else "2")
-        # Two workers push and are answered in every iteration; parameters begin at round addresses.
+        # Two workers push and get a reply in every iteration; parameters are padded to aligned addresses.
         moved = with_server * int(row["iterations"]) * 2 * 2 * 4 * values
         assert int(row["server_bytes"]) == pytest.approx(moved, rel=0.02)
         assert float(row["loss"]) == pytest.approx(float(same["loss"]), rel=1e-4)
@@ -67,12 +67,12 @@ def test_methods_with_and_without_a_server_in_one_launch(tmp_path: Path) -> None
         ([AR, SYNC], 1, [1, 1]),
     ],
 )
-def test_all_methods_have_as_many_workers(methods: list[str], ranks: int, expected: list[int]) -> None:
-    assert ranks_of(methods, ranks) == dict(zip(methods, expected, strict=True))
+def test_all_methods_have_equally_many_workers(methods: list[str], ranks: int, expected: list[int]) -> None:
+    assert ranks_per_method(methods, ranks) == dict(zip(methods, expected, strict=True))
 
 
 def test_the_slow_ranks_are_those_of_the_first_group() -> None:
-    plans = [planned(WORKLOADS["digits"], setting, 0, GROUPS) for setting in (LINK, LINK_SLOW)]
+    plans = [plan_run(WORKLOADS["digits"], condition, 0, GROUPS) for condition in (LINK, LINK_SLOW)]
     assert [name for name, _ in plans] == [
         f"digits-100mbit-{speeds}-0-{GROUPS}" for speeds in ("equal", "slow")
     ]
@@ -83,17 +83,17 @@ def test_the_slow_ranks_are_those_of_the_first_group() -> None:
 
 
 @pytest.mark.parametrize("groups", [4, 8])
-def test_a_rate_for_each_step_of_an_iteration(groups: int) -> None:
-    """Eight asynchronous steps of a rate are one of eight times the rate."""
+def test_learning_rate_is_divided_by_steps_per_iteration(groups: int) -> None:
+    """Eight asynchronous steps at a rate equal one step at eight times the rate."""
     rates = [
-        planned(Study.workloads["digits"], LINK, 0, f"ps:mode={mode},groups={groups}")[1].learning_rate
+        plan_run(ServerStudy.workloads["digits"], LINK, 0, f"ps:mode={mode},groups={groups}")[1].learning_rate
         for mode in ("async", "sync", "elastic")
     ]
     assert rates[0] * groups == rates[1] == rates[2]
 
 
-def trial(setting: Setting, method: str, seconds: float = 1.0) -> Trial:
-    """Two workers, of which the second waits for three quarters of its time; a server, which only waits."""
+def trial(condition: StudyCondition, method: str, seconds: float = 1.0) -> TimeToLossTrial:
+    """A run with two workers, of which the second waits three quarters of its time, and an idle server."""
     test = SimpleNamespace(
         step=np.array([10, 20]),
         time=seconds * np.array([1, 2]),
@@ -106,7 +106,7 @@ def trial(setting: Setting, method: str, seconds: float = 1.0) -> Trial:
     )
     config = {"delays": "none", "world": {"ranks": 3, "nodes": 4}}
     record: Any = SimpleNamespace(test=test, train=train, config=config)
-    return Trial(setting, 0, method, Finished(record, [10, 20, 0]))
+    return TimeToLossTrial(condition, 0, method, FinishedRun(record, [10, 20, 0]))
 
 
 def test_a_server_is_no_worker() -> None:
@@ -117,14 +117,16 @@ def test_a_server_is_no_worker() -> None:
     assert trial(FAST, AR).workers == 3 and trial(FAST, AR).server_bytes == 0
 
 
-def study(settings: list[Setting], share: float, methods: tuple[str, ...] = (AR, PURE, GROUPS)) -> Study:
-    """Elastic groups take a share of the time of all others."""
+def study(
+    settings: list[StudyCondition], share: float, methods: tuple[str, ...] = (AR, PURE, GROUPS)
+) -> ServerStudy:
+    """Elastic groups take `share` of the time of all other methods."""
     trials = [trial(s, m, share if m == GROUPS else 1.0) for s in settings for m in methods]
-    return Study(trials, {"digits": 3.0, "text": 3.0})
+    return ServerStudy(trials, {"digits": 3.0, "text": 3.0})
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.39, "met"), (0.41, "not met")])
-def test_the_goal_is_of_slow_links(share: float, verdict: str) -> None:
+def test_goal_applies_to_slow_links_only(share: float, verdict: str) -> None:
     goals = study([FAST, FAST_SLOW, LINK, LINK_SLOW], share).goals()
     assert [goal.split(":")[0] for goal in goals] == [f"Goal, {LINK}", f"Goal, {LINK_SLOW}"]
     assert all(goal.endswith(f": {verdict}.") and f" {share:.2f}, " in goal for goal in goals)
@@ -135,7 +137,7 @@ def test_no_goal_without_both_methods() -> None:
     assert not study([LINK], 0.1, (AR, PURE, "ps:mode=elastic,groups=8")).goals()
 
 
-def test_tables_say_what_went_through_the_servers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_show_bytes_through_the_servers(capsys: pytest.CaptureFixture[str]) -> None:
     found = study([LINK], 0.5)
     found.show()
     printed = capsys.readouterr().out
@@ -152,18 +154,18 @@ def test_tables_say_what_went_through_the_servers(capsys: pytest.CaptureFixture[
     ]
 
 
-def test_a_setting_that_a_method_has_not_run_in_stays_empty() -> None:
+def test_condition_without_runs_of_a_method_stays_empty() -> None:
     trials = [trial(LINK, PURE), trial(LINK_SLOW, PURE), trial(LINK_SLOW, AR)]
-    lines = Study(trials, {"digits": 1.0}).markdown("digits").splitlines()
+    lines = ServerStudy(trials, {"digits": 1.0}).markdown("digits").splitlines()
     assert lines[2] == f"| {PURE} | never | never | 90.0, 90.0 | 38, 38 | 10, 10 |"
     assert lines[3] == f"| {AR} |  | never | 90.0 | 58 | 0 |"
 
 
-def test_the_command_measures_all_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_defaults_to_all_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[dict[str, Any]] = []
     monkeypatch.setattr(servers, "main", lambda **options: called.append(options))
     cli(["bench", "ps"], standalone_mode=False)
     cli(["bench", "ps", "--methods", f"{SYNC}; {GROUPS}", "--seeds", "1"], standalone_mode=False)
     assert called[0]["methods"] == servers.METHODS and called[0]["out"] == "ps"
     assert called[1]["methods"] == [SYNC, GROUPS] and called[1]["seeds"] == 1
-    assert set(ranks_of(servers.METHODS, 9).values()) == {8, 9}
+    assert set(ranks_per_method(servers.METHODS, 9).values()) == {8, 9}

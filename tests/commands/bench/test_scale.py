@@ -1,4 +1,4 @@
-"""The scale study: real runs on virtual nodes, of as many iterations whatever the nodes; its numbers."""
+"""The scale study: real runs with equally many iterations on any number of virtual nodes, and its results."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcsgd.commands import report
 from hpcsgd.commands.bench.studies import scale
-from hpcsgd.commands.bench.studies.runner import Finished
-from hpcsgd.commands.bench.studies.scale_results import Study, Trial
+from hpcsgd.commands.bench.studies.runner import FinishedRun
+from hpcsgd.commands.bench.studies.scale_results import ScaleStudy, ScaleTrial
+from hpcsgd.commands.report.run_reader import load
 from hpcsgd.errors import BadOption
 from tests.support.launch import CLI, launch
 
 RING, TELEPORT, STEPS = "dsgd:topology=ring", "teleport:topology=ring", 7
 
-# Stopped by an error in a run, the same command goes on from there.
+# An error in a run stops the study; the same command continues with that run.
 STOPPED = """
 import contextlib, hpcsgd.commands.bench.studies.runner as study
 from hpcsgd.mpi import launcher
 
 trained, broken = [], True
-class Noted(study.Training):
+class RecordingTraining(study.Trainer):
     def execute(self):
         trained.append(self.settings.name)
         if broken and trained[-1] == "8-0-dsgd:topology=ring":
             raise study.HpcsgdError("stopped", everywhere=True)
         return super().execute()
 
-study.Training = Noted
+study.Trainer = RecordingTraining
 with contextlib.suppress(SystemExit):
     main()
 broken = False
@@ -60,14 +60,14 @@ def test_a_study_of_real_runs(tmp_path: Path) -> None:
     assert [row["strategy"] for row in rows] == [RING, f"{TELEPORT},active=1", RING, f"{TELEPORT},active=2"]
     assert [float(row["learning_rate"]) for row in rows] == [0.1, 0.05] * 2
     for row, name in zip(rows, runs, strict=True):
-        record = report.load(tmp_path / name)
+        record = load(tmp_path / name)
         assert int(row["steps"]) == record.train.step[-1] == STEPS
         assert float(row["accuracy"]) == pytest.approx(record.test.accuracy[-1], abs=1e-6)
         assert record.config["virtual_nodes"] == int(row["virtual_nodes"])
     assert not list(tmp_path.glob("*/checkpoints")) and not (tmp_path / "warm-up").exists()
 
 
-def study(accuracies: dict[int, list[float]]) -> Study:
+def study(accuracies: dict[int, list[float]]) -> ScaleStudy:
     trials = []
     for nodes, values in accuracies.items():
         for seed, accuracy in enumerate(values):
@@ -75,8 +75,8 @@ def study(accuracies: dict[int, list[float]]) -> Study:
                 accuracy=np.array([0.0, accuracy]), consensus_distance=np.array([9.0, 2.0])
             )
             record: Any = SimpleNamespace(test=test)
-            trials.append(Trial(nodes, seed, "dsgd", Finished(record, [1])))
-    return Study(trials, "nowhere")
+            trials.append(ScaleTrial(nodes, seed, "dsgd", FinishedRun(record, [1])))
+    return ScaleStudy(trials, "nowhere")
 
 
 def test_mean_and_deviation_of_the_last_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,12 +88,12 @@ def test_mean_and_deviation_of_the_last_evaluation(capsys: pytest.CaptureFixture
     assert "±" not in capsys.readouterr().out
 
 
-def test_a_value_for_each_or_for_all() -> None:
-    assert scale._each("active", "4", ["8", "16"], int) == {"8": 4, "16": 4}
-    assert scale._each("active", "8=2,16=4,32=8", ["8", "16"], int) == {"8": 2, "16": 4}
+def test_mapping_is_one_value_or_one_per_key() -> None:
+    assert scale._parse_mapping("active", "4", ["8", "16"], int) == {"8": 4, "16": 4}
+    assert scale._parse_mapping("active", "8=2,16=4,32=8", ["8", "16"], int) == {"8": 2, "16": 4}
     for wrong in ("x", "8=2", "8=2,16=x", ""):
         with pytest.raises(BadOption, match="8=2,16=2"):
-            scale._each("active", wrong, ["8", "16"], int)
+            scale._parse_mapping("active", wrong, ["8", "16"], int)
 
 
 @pytest.mark.parametrize(

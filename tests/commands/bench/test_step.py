@@ -1,4 +1,4 @@
-"""The step benchmark: the contenders train the same model, and every one is timed."""
+"""The step benchmark: all contenders train the same model, and each is timed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_line_per_model_and_contender(tmp_path: Path, capfd: pytest.CaptureFix
     assert ("DDP-gloo" in capfd.readouterr().out) == (MPI.COMM_WORLD.rank == 0)
 
 
-def test_training_that_goes_astray_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diverging_training_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     right = AllReduce.synchronize
 
     def wrong(self: AllReduce) -> None:

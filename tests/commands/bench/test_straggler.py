@@ -1,4 +1,4 @@
-"""The straggler study: real runs in one job, which a second call only reads; its numbers."""
+"""The straggler study: real runs in one job, which a second call reads instead, and its results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from hpcsgd.commands.bench.studies import runner, straggler
-from hpcsgd.commands.bench.studies.runner import Finished, with_option
-from hpcsgd.commands.bench.studies.straggler_results import Study, Trial
+from hpcsgd.commands.bench.studies.runner import FinishedRun, with_option
+from hpcsgd.commands.bench.studies.straggler_results import StragglerStudy, StragglerTrial
 from hpcsgd.commands.train.settings import Settings, to_toml
 from hpcsgd.errors import BadOption
 from hpcsgd.strategies import STRATEGIES
@@ -28,7 +28,7 @@ SLOW, EQUAL = "slow:seconds=0.02", "constant:seconds=0.001"
 
 
 def printed_by(script: str, out: Path, *words: str) -> str:
-    """What `hpcsgd bench straggler` prints, twice in one job."""
+    """The output of `script`, which runs `hpcsgd bench straggler` in a job of two ranks."""
     options = (
         f"--methods allreduce;{FULL} --delays {SLOW};{EQUAL} --seeds 2 --epochs 2 --data synthetic:samples=64"
     )
@@ -38,12 +38,12 @@ def printed_by(script: str, out: Path, *words: str) -> str:
     return job.stdout
 
 
-# The second call is interrupted by an error where it would train anything.
+# The second call fails if it trains anything.
 TWICE = """
 import contextlib, hpcsgd.commands.bench.studies.runner as study
 with contextlib.suppress(SystemExit):
     main()
-study.Training = None
+study.Trainer = None
 main()
 """
 
@@ -72,8 +72,8 @@ def test_a_study_of_real_runs(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/checkpoints"))
 
 
-def leave(folder: Path, settings: Settings, *epochs: float) -> None:
-    """What a run of one rank leaves in its folder."""
+def write_run_folder(folder: Path, settings: Settings, *epochs: float) -> None:
+    """Write the folder of a run on one rank."""
     folder.mkdir()
     (folder / "config.toml").write_text(to_toml(settings, {"ranks": 1, "nodes": 1}))
     lines = [json.dumps({"event": "test", "epoch": epoch}) for epoch in epochs]
@@ -84,25 +84,25 @@ def test_only_a_complete_run_of_the_same_settings_counts(tmp_path: Path) -> None
     world: Any = SimpleNamespace(size=1, nodes=1)
     settings, folder = Settings(epochs=2.5, out="here", name="run"), tmp_path / "run"
     assert not runner._is_complete(world, folder, settings)
-    leave(folder, settings, 1.0, 2.5)
+    write_run_folder(folder, settings, 1.0, 2.5)
     assert runner._is_complete(world, folder, replace(settings, out="there"))
     with pytest.raises(BadOption, match="another seed"):
         runner._is_complete(world, folder, replace(settings, seed=1))
     with pytest.raises(BadOption, match="another world"):
         runner._is_complete(SimpleNamespace(size=2, nodes=1), folder, settings)  # type: ignore[arg-type]
     shutil.rmtree(folder)
-    leave(folder, settings, 1.0, 2.4)
+    write_run_folder(folder, settings, 1.0, 2.4)
     assert not runner._is_complete(world, folder, settings) and not folder.exists()
 
 
-def trial(delay: str, method: str, seed: int, times: list[float], accuracies: list[float]) -> Trial:
+def trial(delay: str, method: str, seed: int, times: list[float], accuracies: list[float]) -> StragglerTrial:
     steps = 10 * np.arange(1, len(times) + 1)
     test = SimpleNamespace(time=np.array(times), accuracy=np.array(accuracies), step=steps)
     record: Any = SimpleNamespace(test=test)
-    return Trial(delay, seed, method, Finished(record, [10 + seed, 20 + seed]))
+    return StragglerTrial(delay, seed, method, FinishedRun(record, [10 + seed, 20 + seed]))
 
 
-def small_study(dynamic_seconds: float) -> Study:
+def small_study(dynamic_seconds: float) -> StragglerStudy:
     trials = [
         trial("slow:factor=4", method, seed, [scale * t for t in times], accuracies)
         for method, scale in ((FULL, 1.0), (DYNAMIC, dynamic_seconds), ("dsgd", 0.9))
@@ -110,11 +110,11 @@ def small_study(dynamic_seconds: float) -> Study:
             [([1.0, 2.0], [0.5, 0.95]), ([2.0, 4.0], [0.95, 0.8]), ([3.0, 6.0], [0.5, 0.6])]
         )
     ]
-    return Study(trials, 0.9, "nowhere")
+    return StragglerStudy(trials, 0.9, "nowhere")
 
 
 def test_medians_over_the_seeds() -> None:
-    found = small_study(0.5).numbers("slow:factor=4", FULL)
+    found = small_study(0.5).medians("slow:factor=4", FULL)
     assert (found.seconds, found.accuracy) == (4.0 / 20, 0.8)
     # Reached after 20 iterations in 2 s, after 10 in 2 s, and never.
     assert (found.iterations_to_target, found.seconds_to_target) == (20, 2.0)
@@ -130,14 +130,17 @@ def test_goals_are_judged(scale: float, verdicts: list[str]) -> None:
     assert f"Measured: {scale:.2f}" in goals[0] and f"{2 * scale:.2f} s" in goals[1]
 
 
-def test_a_target_that_is_never_reached_comes_last() -> None:
+def test_unreached_target_is_infinite() -> None:
     trials = [trial("slow", method, 0, [1.0], [0.5]) for method in (FULL, DYNAMIC)]
-    numbers = Study(trials, 0.9, "").numbers("slow", DYNAMIC)
+    numbers = StragglerStudy(trials, 0.9, "").medians("slow", DYNAMIC)
     assert numbers.seconds_to_target == np.inf
-    assert "never" in Study(trials, 0.9, "").goals()[1] and "not met" in Study(trials, 0.9, "").goals()[1]
+    assert (
+        "never" in StragglerStudy(trials, 0.9, "").goals()[1]
+        and "not met" in StragglerStudy(trials, 0.9, "").goals()[1]
+    )
 
 
-def test_options_are_added_where_they_exist_and_are_not_given() -> None:
+def test_option_is_added_if_it_exists_and_is_unset() -> None:
     assert with_option(STRATEGIES, "dsgd", "topology", "ring") == "dsgd:topology=ring"
     assert with_option(STRATEGIES, "dsgd:overlap=yes", "topology", "ring") == "dsgd:overlap=yes,topology=ring"
     assert with_option(STRATEGIES, "dsgd:topology=star", "topology", "ring") == "dsgd:topology=star"

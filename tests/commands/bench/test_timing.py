@@ -1,4 +1,4 @@
-"""Times are those of the slowest rank, taken in turns, per operation."""
+"""Times are per operation, of the slowest rank, with alternating contenders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpcsgd.errors import BadOption
 pytestmark = pytest.mark.mpi
 
 
-def test_the_slowest_rank_counts_and_turns_are_taken() -> None:
+def test_contenders_alternate_and_the_slowest_rank_counts() -> None:
     comm = MPI.COMM_WORLD.Dup()
     order: list[str] = []
 
@@ -27,22 +27,22 @@ def test_the_slowest_rank_counts_and_turns_are_taken() -> None:
 
     last = comm.rank == comm.size - 1
     contenders = [contender("a", 0.03 if last else 0.0), contender("b", 0.04, calls=4)]
-    seconds = interleave(comm, contenders, 3, uncounted=1, takes=2)
+    seconds = interleave(comm, contenders, 3, warmups=1, timed_calls=2)
 
     assert order == (["prepare a", "a"] * 3 + ["prepare b", "b"] * 3) * 3
     assert {name: s.shape for name, s in seconds.items()} == {"a": (6,), "b": (6,)}
-    assert (seconds["a"] >= 0.03).all(), "a rank that slept for nobody hides the one that did"
+    assert (seconds["a"] >= 0.03).all(), "the time of the slowest rank is lost"
     assert (seconds["b"] >= 0.01).all() and np.median(seconds["b"]) < 0.03
     everyones = comm.allgather([s.tolist() for s in seconds.values()])
     assert all(one == everyones[0] for one in everyones)
     comm.Free()
 
 
-def test_the_first_call_of_a_turn_is_not_counted() -> None:
+def test_warmup_calls_are_not_timed() -> None:
     comm = MPI.COMM_WORLD.Dup()
     naps = iter([0.2, 0.0, 0.0] * 2)
     late = Contender("late", lambda: None, lambda: time.sleep(next(naps)))
-    assert np.median(interleave(comm, [late], 2, uncounted=1, takes=2)["late"]) < 0.1
+    assert np.median(interleave(comm, [late], 2, warmups=1, timed_calls=2)["late"]) < 0.1
     assert next(naps, None) is None, "every call was made"
     comm.Free()
 

@@ -1,4 +1,4 @@
-"""The benchmark of the trace: it runs, and its confidence bounds hold what they promise."""
+"""The benchmark of the trace: it runs, and its confidence intervals have the nominal coverage."""
 
 from __future__ import annotations
 

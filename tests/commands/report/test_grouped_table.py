@@ -1,4 +1,4 @@
-"""Runs over seeds as one row."""
+"""The grouped table: runs that differ in the seed are one row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpcsgd.commands.report import grouped, load
+from hpcsgd.commands.report.grouped_table import grouped
+from hpcsgd.commands.report.run_reader import load
 from hpcsgd.errors import BadOption
 from tests.support.sample_run_folders import test as tested
 from tests.support.sample_run_folders import train, write_run
@@ -43,7 +44,7 @@ def test_runs_that_differ_in_the_seed_alone_make_one_row(tmp_path: Path) -> None
     assert "25" in row_b and "±" not in row_b
 
 
-def test_a_setting_that_no_run_has_is_an_error_that_lists_those_there_are(tmp_path: Path) -> None:
+def test_unknown_setting_raises_and_lists_the_settings(tmp_path: Path) -> None:
     run = load(write_run(tmp_path / "run"))
     with pytest.raises(BadOption, match=r"no run has a setting 'sed'(.|\n)*seed"):
         grouped([run], "sed")

@@ -1,4 +1,4 @@
-"""The page: self-contained, well-formed, and safe whatever a run is called."""
+"""The HTML page: self-contained, well-formed, and escaped for any name of a run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hpcsgd.commands.report import load
 from hpcsgd.commands.report.html import page
 from hpcsgd.commands.report.records import RunRecord
+from hpcsgd.commands.report.run_reader import load
 from hpcsgd.commands.report.summary import cells
 from tests.support.sample_run_folders import test as tested
 from tests.support.sample_run_folders import usual, write_run
@@ -66,7 +66,7 @@ def text(runs: list[RunRecord]) -> str:
     return page(runs)
 
 
-def test_the_page_needs_nothing_from_elsewhere(text: str) -> None:
+def test_page_is_self_contained(text: str) -> None:
     reader = Reader(text)
     for name, value in reader.attributes:
         if name in ("src", "href", "xlink:href", "data", "srcset", "action"):

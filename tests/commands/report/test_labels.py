@@ -1,12 +1,12 @@
-"""Labels: short, different from each other, and made of what differs."""
+"""Labels: short, unique, and made of the settings that differ."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from hpcsgd.commands.report import load
-from hpcsgd.commands.report.labels import LONGEST, labels
+from hpcsgd.commands.report.labels import MAX_LENGTH, labels
+from hpcsgd.commands.report.run_reader import load
 from tests.support.sample_run_folders import usual, write_run
 
 
@@ -18,7 +18,7 @@ def test_one_run_has_its_folders_name(tmp_path: Path) -> None:
     assert names(tmp_path, {}) == ["r0"]
 
 
-def test_a_strategy_speaks_for_itself(tmp_path: Path) -> None:
+def test_strategy_is_shown_without_its_key(tmp_path: Path) -> None:
     both = names(tmp_path, {}, {"strategy": "local:period=8"})
     assert both == ["allreduce", "local:period=8"]
 
@@ -45,4 +45,4 @@ def test_runs_that_stay_alike_get_their_folder_beside(tmp_path: Path) -> None:
 
 
 def test_too_long_a_name_falls_back_to_folders(tmp_path: Path) -> None:
-    assert names(tmp_path, {"strategy": "x" * (LONGEST + 1)}, {}) == ["r0", "r1"]
+    assert names(tmp_path, {"strategy": "x" * (MAX_LENGTH + 1)}, {}) == ["r0", "r1"]

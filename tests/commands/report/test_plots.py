@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpcsgd.commands.report import load
 from hpcsgd.commands.report.figures import draw
 from hpcsgd.commands.report.plots import charts, figures
+from hpcsgd.commands.report.run_reader import load
 from tests.support.sample_run_folders import test as tested
 from tests.support.sample_run_folders import train, usual, write_run
 
@@ -47,7 +47,7 @@ def test_axes_name_quantity_and_unit(tmp_path: Path) -> None:
     assert loss.axes[0].get_ylabel() == "test loss"
 
 
-def test_traffic_through_shared_memory_is_said_on_the_axis(tmp_path: Path) -> None:
+def test_axis_names_traffic_through_shared_memory(tmp_path: Path) -> None:
     run = load(write_run(tmp_path / "run", usual(bytes_sent=[0] * 4)))
     panel = figures([run])[0].axes[2]
     assert "shared memory" in panel.get_xlabel()
@@ -75,7 +75,7 @@ def test_bars_are_mean_seconds_per_step(tmp_path: Path) -> None:
 
 def test_runs_drawn_alone_keep_a_common_scale(tmp_path: Path) -> None:
     runs = [load(write_run(tmp_path / str(n), usual(ranks=n))) for n in (2, 8)]
-    first, second = [draw(chart).axes[0] for chart in charts(runs)[2].alone()]
+    first, second = [draw(chart).axes[0] for chart in charts(runs)[2].split()]
     assert first.get_ylim() == second.get_ylim() and first.get_ylim()[1] > 8
 
 

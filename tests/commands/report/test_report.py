@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcsgd.commands.report import write
+from hpcsgd.commands.report.writer import write
 from hpcsgd.errors import BadOption, HpcsgdError
 from tests.support.sample_run_folders import usual, write_run
 
@@ -27,7 +27,7 @@ def test_files_are_written_and_named(tmp_path: Path) -> None:
     assert all(file.read_bytes().startswith(b"\x89PNG\r\n") for file in written[1:])
 
 
-def test_no_runs_and_no_place_are_errors(tmp_path: Path) -> None:
+def test_no_runs_and_unwritable_folder_raise(tmp_path: Path) -> None:
     with pytest.raises(BadOption, match="no run"):
         write([], tmp_path)
     folder = write_run(tmp_path / "run")
@@ -36,14 +36,13 @@ def test_no_runs_and_no_place_are_errors(tmp_path: Path) -> None:
 
 
 def test_importing_needs_neither_mpi_nor_torch_nor_matplotlib() -> None:
-    look = (
-        "import sys, hpcsgd.commands.report; print(*{'mpi4py.MPI', 'torch', 'matplotlib'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    script = "import sys, hpcsgd.commands.report.writer\n"
+    script += "print(*{'mpi4py.MPI', 'torch', 'matplotlib'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
-def test_missing_matplotlib_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_raises_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(HpcsgdError, match=r"pip install 'hpcsgd\[report\]'"):
         write([write_run(tmp_path / "run")], tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Run folders: what is written is what is read, and what is broken is named."""
+"""The run reader: records are read as written, and corrupt files are named."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpcsgd.commands.report import load
 from hpcsgd.commands.report.records import Columns
+from hpcsgd.commands.report.run_reader import load
 from hpcsgd.errors import HpcsgdError
 from tests.support.sample_run_folders import test as tested
 from tests.support.sample_run_folders import train, usual, write_run
@@ -24,7 +24,7 @@ def rows_of(columns: Columns, event: str) -> list[dict[str, object]]:
     ]
 
 
-def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+def test_records_are_read_as_written(tmp_path: Path) -> None:
     rows = usual()
     run = load(write_run(tmp_path / "run", rows))
     assert rows_of(run.train, "train") == [row for row in rows if row["event"] == "train"]

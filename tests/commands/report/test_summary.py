@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hpcsgd.commands.report import load, table
+from hpcsgd.commands.report.run_reader import load
 from hpcsgd.commands.report.summary import cells, common_target, summaries
+from hpcsgd.commands.report.writer import table
 from tests.support.sample_run_folders import test as tested
 from tests.support.sample_run_folders import train, usual, write_run
 
@@ -84,7 +85,7 @@ def test_a_run_on_one_node_counts_shared_memory(tmp_path: Path) -> None:
     assert "5.0 shared" in cells([run])[1][0]
 
 
-def test_what_is_not_recorded_is_not_invented(tmp_path: Path) -> None:
+def test_unrecorded_values_are_none(tmp_path: Path) -> None:
     only_train = load(write_run(tmp_path / "train", [train(1)]))
     only_test = load(write_run(tmp_path / "test", [tested(1, accuracy=math.nan, loss=math.nan)]))
     first, second = summaries([only_train, only_test])

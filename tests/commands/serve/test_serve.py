@@ -1,4 +1,4 @@
-"""`hpcsgd serve` and `hpcsgd train --connect`: stopped, resumed, and given what does not fit."""
+"""`hpcsgd serve` and `hpcsgd train --connect`: stop, resume, and invalid options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SERVE = ("serve", "--listen", "servers", "--progress", "plain")
 
 
 @pytest.mark.timeout(240)
-def test_a_group_and_a_server_are_stopped_and_go_on(tmp_path: Path) -> None:
+def test_stopped_group_and_server_resume(tmp_path: Path) -> None:
     strategy = ("--strategy", "ps:mode=elastic,interval=4", "--connect", "servers", "--epochs", 8)
     pause = ("--delays", "constant:seconds=0.02")
     serve = (*SERVE, "--mode", "elastic", "--alpha", 0.5)
@@ -28,7 +28,7 @@ def test_a_group_and_a_server_are_stopped_and_go_on(tmp_path: Path) -> None:
         server.send(signal.SIGTERM)
         assert server.end() == 0 and not (tmp_path / "servers").exists()
         assert "SIGTERM: state after" in server.text
-        # The group that is resumed is another one.
+        # The resumed run is another group.
         with Job(tmp_path, "second", *serve, "--groups", 2) as second:
             group.wait_for("epoch 4.00/")
             group.send(signal.SIGUSR1)
@@ -38,25 +38,25 @@ def test_a_group_and_a_server_are_stopped_and_go_on(tmp_path: Path) -> None:
                 assert (resumed.end(), second.end()) == (0, 0), (resumed.text, second.text)
     steps = [record["step"] for record in records(tmp_path / "run", "test")]
     assert steps == sorted(set(steps)) and steps[-1] == 8 * 13
-    kept = tmp_path / "servers.checkpoint" / "server-0" / "metrics.jsonl"
-    last = json.loads(kept.read_text().splitlines()[-1])
+    path = tmp_path / "servers.checkpoint" / "server-0" / "metrics.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1])
     assert [client["state"] for client in last["clients"]] == ["done", "done"]
     assert set(last["versions"].values()) == {8 * 13 // 4}
 
 
-def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+def test_invalid_options_are_errors(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     about = {"mode": "async", "alpha": None, "servers": 1, "secret": "?"}
     (tmp_path / "job" / "job.json").write_text(json.dumps(about))
     (tmp_path / "junk").write_text("{}")
     cases = [
-        ((*TRAIN, "--connect", "x"), "only a strategy with parameter servers can connect"),
+        ((*TRAIN, "--connect", "x"), "--connect needs a strategy with parameter servers"),
         (
             (*TRAIN, "--strategy", "ps", "--connect", tmp_path / "x", "--timeout", 0.3),
             "no server has written",
         ),
         ((*TRAIN, "--strategy", "ps", "--connect", tmp_path / "junk"), "is not a file of `hpcsgd serve"),
-        ((*SERVE, "--checkpoint", tmp_path / "job"), "is of servers with another mode"),
+        ((*SERVE, "--checkpoint", tmp_path / "job"), "belongs to servers with another mode"),
         ((*SERVE, "--mode", "none"), "'none' is not one of"),
         ((*SERVE, "--lease", 0), "0 is not in the range"),
     ]

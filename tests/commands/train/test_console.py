@@ -1,4 +1,4 @@
-"""Plain lines where nobody watches, a bar on a terminal, and the terminal left as it was."""
+"""Plain lines without a terminal, a bar on a terminal, and the terminal restored at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hpcsgd.commands.train import console
-from hpcsgd.commands.train.console import Display, waiting
+from hpcsgd.commands.train.console import ConsoleDisplay, waiting_share
 from tests.support.launch import _environment
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -36,17 +36,17 @@ def train_record(step: int) -> dict[str, Any]:
 TEST = {"event": "test", "step": 8, "epoch": 2.0, "time": 3.21, "loss": 0.5, "accuracy": 0.875}
 
 
-def test_waiting_is_a_share_of_all_ranks_time() -> None:
-    assert waiting(train_record(1)) == 4 / 20
-    assert waiting({"wait_seconds": [0.0], "compute_seconds": [0.0]}) == 0.0
+def test_waiting_share_is_of_the_time_of_all_ranks() -> None:
+    assert waiting_share(train_record(1)) == 4 / 20
+    assert waiting_share({"wait_seconds": [0.0], "compute_seconds": [0.0]}) == 0.0
 
 
 @pytest.mark.parametrize("mode", ["plain", "auto"])
 def test_plain_lines(capsys: pytest.CaptureFixture[str], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    shown = Display(mode, 8, 0, 2.0)
-    shown.say("[digits] begins")
+    shown = ConsoleDisplay(mode, 8, 0, 2.0)
+    shown.message("[digits] begins")
     for step in range(1, 9):
         shown.train(train_record(step))
         clock[0] += 0.4 * console._LINE_EVERY
@@ -62,8 +62,8 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], mode: str, monkeypatch:
 
 
 def test_off_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = Display("off", 8, 0, 2.0)
-    shown.say("begins")
+    shown = ConsoleDisplay("off", 8, 0, 2.0)
+    shown.message("begins")
     shown.train(train_record(1))
     shown.test(TEST)
     shown.close()
@@ -71,8 +71,8 @@ def test_off_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_bar_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = Display("bar", 8, 4, 2.0)
-    shown.say("[digits] begins")
+    shown = ConsoleDisplay("bar", 8, 4, 2.0)
+    shown.message("[digits] begins")
     shown.train(train_record(6))
     shown.close()
     out = capsys.readouterr().out
@@ -138,7 +138,7 @@ def read_all(terminal: int) -> str:
     while True:
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # Linux says so when the other end is closed
+        except OSError:  # on Linux: the other end is closed
             chunk = b""
         if not chunk:
             os.close(terminal)

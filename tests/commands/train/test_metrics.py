@@ -1,4 +1,4 @@
-"""Sums are exact, clocks go on over pauses and resumes, the file holds each step once."""
+"""Sums are exact, totals continue across pauses and resumes, the file has each step once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hpcsgd.commands.train.metrics import FILE, Counters, Meter, Recorder, Sums, spent
+from hpcsgd.commands.train.metrics import FILE, Counters, Meter, MetricsWriter, Sums, counter_fields
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_sums_of_nothing_have_no_mean() -> None:
     assert math.isnan(Sums().mean_loss) and math.isnan(Sums().accuracy)
 
 
-def test_a_meter_counts_from_what_earlier_parts_had_spent() -> None:
+def test_meter_adds_to_the_totals_of_earlier_parts() -> None:
     world = fake_world()
     meter = Meter(world, Counters(10.0, 1.0, 2.0, 30, 40, 50, 60))
     meter.gradients += 4
@@ -71,7 +71,7 @@ def test_a_meter_leaves_pauses_out() -> None:
 
 
 def test_computing_is_what_is_not_waiting() -> None:
-    found = spent([Counters(3.0, 1.0, 2.0, 5, 6, 13, 3), Counters(3.0, 0.5, 2.5, 7, 8, 26, 4)])
+    found = counter_fields([Counters(3.0, 1.0, 2.0, 5, 6, 13, 3), Counters(3.0, 0.5, 2.5, 7, 8, 26, 4)])
     assert found == {
         "compression_ratio": 2.5,  # (26 moved + 39 saved) / 26
         "bytes_sent": [5, 7],
@@ -89,45 +89,45 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_a_record_is_in_the_file_at_once(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, 0)
+    writer = MetricsWriter(tmp_path, 0)
     for step in (1, 2):
-        recorder.write({"event": "train", "step": step, "loss": math.nan})
+        writer.write({"event": "train", "step": step, "loss": math.nan})
         assert steps(tmp_path)[-1] == step
-    recorder.close()
+    writer.close()
 
 
 def test_resuming_drops_what_will_be_recorded_again(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, 0)
+    writer = MetricsWriter(tmp_path, 0)
     for step in (1, 2, 2, 3, 4):
-        recorder.write({"event": "train", "step": step})
-    recorder.close()
+        writer.write({"event": "train", "step": step})
+    writer.close()
     with (tmp_path / FILE).open("a") as file:
         file.write('{"event": "train", "st')  # a run that was killed while it wrote
-    recorder = Recorder(tmp_path, 2)
+    writer = MetricsWriter(tmp_path, 2)
     assert steps(tmp_path) == [1, 2, 2]
-    recorder.write({"event": "test", "step": 3})
-    recorder.close()
+    writer.write({"event": "test", "step": 3})
+    writer.close()
     assert steps(tmp_path) == [1, 2, 2, 3]
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_tensorboard_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
+    calls: list[Any] = []
 
     class Writer:
         def __init__(self, folder: str, purge_step: int) -> None:
-            told.append((folder, purge_step))
+            calls.append((folder, purge_step))
 
         def add_scalar(self, *row: Any) -> None:
-            told.append(row)
+            calls.append(row)
 
         def close(self) -> None:
-            told.append("closed")
+            calls.append("closed")
 
     module: Any = ModuleType("tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    recorder = Recorder(tmp_path, 0)
-    recorder.write({"event": "test", "step": 4, "loss": 0.5, "accuracy": 1, "bytes_sent": [1, 2]})
-    recorder.close()
-    assert told == [(str(tmp_path), 1), ("test/loss", 0.5, 4), ("test/accuracy", 1, 4), "closed"]
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write({"event": "test", "step": 4, "loss": 0.5, "accuracy": 1, "bytes_sent": [1, 2]})
+    writer.close()
+    assert calls == [(str(tmp_path), 1), ("test/loss", 0.5, 4), ("test/accuracy", 1, 4), "closed"]

@@ -1,4 +1,4 @@
-"""The learning rate's course, and optimizers by name."""
+"""Learning-rate schedules, and optimizers by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpcsgd import registry
-from hpcsgd.commands.train.optimizers import OPTIMIZERS, course
+from hpcsgd.commands.train.optimizers import OPTIMIZERS, learning_rate_schedule
 from hpcsgd.commands.train.settings import FIELDS, Settings
 
 SCHEDULES = FIELDS["schedule"].metadata["choices"]
@@ -16,7 +16,7 @@ SCHEDULES = FIELDS["schedule"].metadata["choices"]
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_warm_up_is_a_straight_line_to_1(schedule: str) -> None:
-    factor = course(schedule, 5, 100)
+    factor = learning_rate_schedule(schedule, 5, 100)
     assert [factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factor(5) == 1.0
 
@@ -24,25 +24,25 @@ def test_the_warm_up_is_a_straight_line_to_1(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("warmup", "total"), [(0, 0), (0, 1), (3, 3), (9, 3), (2, 40)])
 def test_factors_are_between_0_and_1_and_never_rise_again(schedule: str, warmup: int, total: int) -> None:
-    factors = [course(schedule, warmup, total)(step) for step in range(total + 10)]
+    factors = [learning_rate_schedule(schedule, warmup, total)(step) for step in range(total + 10)]
     assert all(0 <= factor <= 1 for factor in factors)
     after = factors[warmup:]
     assert after == sorted(after, reverse=True)
 
 
 def test_cosine_ends_at_0() -> None:
-    factor = course("cosine", 10, 110)
+    factor = learning_rate_schedule("cosine", 10, 110)
     assert factor(60) == pytest.approx(0.5) and factor(35) == pytest.approx((1 + math.sqrt(0.5)) / 2)
     assert factor(110) == factor(200) == 0.0
 
 
 def test_step_is_a_tenth_after_half_and_again_after_three_quarters() -> None:
-    factors = [course("step", 0, 8)(step) for step in range(10)]
+    factors = [learning_rate_schedule("step", 0, 8)(step) for step in range(10)]
     assert factors == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 4)
 
 
 def test_constant_stays() -> None:
-    assert {course("constant", 0, 5)(step) for step in range(9)} == {1.0}
+    assert {learning_rate_schedule("constant", 0, 5)(step) for step in range(9)} == {1.0}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run writes down is true, and is enough to run it again."""
+"""The records of a run are correct, and its config.toml is enough to repeat it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from hpcsgd.commands import report
 from hpcsgd.commands.cli import cli
+from hpcsgd.commands.report import run_reader
 from hpcsgd.commands.train.settings import FIELDS
 from hpcsgd.training import data, models
 from tests.support.train_jobs import TIMES, newest_state, records, trained, without_times
@@ -119,5 +119,5 @@ def assert_reported(runs: list[Path], out: Path) -> None:
     assert {"report.html", "accuracy.png", "loss.png"} <= {file.name for file in files}
     assert all(file.stat().st_size > 1000 and str(file) in result.output for file in files)
     assert "allreduce" in result.output and "local:period=4" in result.output
-    best = max(report.load(runs[0]).test.accuracy)
+    best = max(run_reader.load(runs[0]).test.accuracy)
     assert f"{100 * best:.2f}" in result.output or f"{100 * best:.1f}" in result.output

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not stopped, bit for bit."""
+"""A stopped and resumed run equals the run without a stop, bit for bit."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
     for strategy, number in STRATEGIES.items():
         name = f"step-{strategy}"  # looks like a checkpoint and is a run
         words = f"{common} --strategy {strategy} --name"
-        # As a job that is requeued does it: each part by the same words.
+        # As in a requeued job: the same command line for each part.
         auto = number == signal.SIGUSR1
         begin, go_on = f"{words} {name}", f"--resume {tmp_path / name}"
         if auto:
@@ -76,12 +76,12 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
             f"{begin} --model own:noisy:stop={STOP_AT_PASS},rank=1,number={int(number)}",
             f"{go_on} --model own:noisy",
         ]
-    said = trained(tmp_path, 2, *commands)
+    outputs = trained(tmp_path, 2, *commands)
     for strategy, number in STRATEGIES.items():
         straight, stopped = tmp_path / f"straight-{strategy}", tmp_path / f"step-{strategy}"
-        assert f"{number.name}: checkpoint of step 4 written; --resume {stopped}\n" in said[1]
-        assert "from step 4;" in said[2] and said[2].endswith(f"done; hpcsgd report {stopped}\n")
-        said = said[3:]
+        assert f"{number.name}: checkpoint of step 4 written; --resume {stopped}\n" in outputs[1]
+        assert "from step 4;" in outputs[2] and outputs[2].endswith(f"done; hpcsgd report {stopped}\n")
+        outputs = outputs[3:]
         assert_same_run(straight, stopped, 2)
         assert (straight / "done").exists() and (stopped / "done").exists()
         times = [record["time"] for record in records(stopped)]
@@ -92,12 +92,12 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
 
 
 def check_fewer_ranks(tmp_path: Path, run: Path) -> None:
-    """One goes on with what two have done: at the same place in the data, with the mean of the models."""
+    """One rank resumes the run of two: at the same position in the data, with the mean of the models."""
     before, old = records(run), [newest_state(run, rank) for rank in range(2)]
     words = f"--resume {run} --model own:noisy --log-every 1 --on-failure restart --epochs"
-    said = trained(tmp_path, 1, f"{words} 3 --learning-rate 0")
+    (output,) = trained(tmp_path, 1, f"{words} 3 --learning-rate 0")
     found = records(run)[len(before) :]
-    assert "over 1 ranks" in said[0] and {len(record["bytes_sent"]) for record in found} == {1}
+    assert "over 1 ranks" in output and {len(record["bytes_sent"]) for record in found} == {1}
     steps = [record["step"] for record in found]
     assert steps == sorted(steps) and found[-1]["epoch"] == 3
     assert all(record["epoch"] >= before[-1]["epoch"] for record in found)
@@ -109,7 +109,7 @@ def check_fewer_ranks(tmp_path: Path, run: Path) -> None:
             torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6)
 
 
-def tell_one_rank(number: int, metrics: Path) -> Any:
+def signal_rank_1(number: int, metrics: Path) -> Any:
     """For `launch`: send a rank a signal once there are metrics."""
 
     def send(job: dict[int, str]) -> None:
@@ -130,20 +130,20 @@ def rank_of(pid: int) -> int | None:
 
 @pytest.mark.timeout(170)
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
-    """With a method whose ranks wait for nobody, and meet now and then to hear of signals."""
+    """With an asynchronous method, whose ranks exchange signals periodically."""
     run = tmp_path / "run"
     words = f"train --out {tmp_path} --name run --data synthetic:samples=64 --epochs 100000"
     words += " --evaluate-every 0 --checkpoint-every 0 --log-every 1 --strategy lasgd"
-    told = tell_one_rank(signal.SIGTERM, run / "metrics.jsonl")
+    send = signal_rank_1(signal.SIGTERM, run / "metrics.jsonl")
     script = (
-        CLI + "import hpcsgd.commands.train.trainer; hpcsgd.commands.train.trainer._MEET_EVERY = 0.1; main()"
+        CLI + "from hpcsgd.commands.train import trainer; trainer.ASYNCHRONOUS_EXCHANGE_PERIOD = 0.1; main()"
     )
-    job = launch(script, 2, *words.split(), timeout=120, meanwhile=told)
+    job = launch(script, 2, *words.split(), timeout=120, meanwhile=send)
     assert job.returncode == 0 and not job.left and not job.files and not job.timed_out, job
-    said = re.search(r"^SIGTERM: checkpoint of step (\d+) written; --resume (.*)$", job.stdout, re.M)
-    assert said and job.stdout.count("SIGTERM") == 1 and said[2] == str(run), job
+    found = re.search(r"^SIGTERM: checkpoint of step (\d+) written; --resume (.*)$", job.stdout, re.M)
+    assert found and job.stdout.count("SIGTERM") == 1 and found[2] == str(run), job
     assert not (run / "done").exists()
-    step = int(said[1])
+    step = int(found[1])
     steps = [record["step"] for record in records(run)]
     assert steps[-1] == step and steps == sorted(set(steps)), steps
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:08d}"]

@@ -1,4 +1,4 @@
-"""Where a run goes, and what its folder says."""
+"""The folder of a run: its path, its creation, and the file `done`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def test_a_run_that_goes_on_by_itself_goes_to_the_folder_of_its_name(tmp_path: P
 
 def test_it_may_begin_again_where_it_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
     settings = Settings(out=str(tmp_path), name="run", epochs=3.0)
-    run_folder.make(tmp_path / "run", settings, {})
+    run_folder.create(tmp_path / "run", settings, {})
     with pytest.raises(BadOption, match="exists"):
-        run_folder.make(tmp_path / "run", settings, {})
-    run_folder.make(tmp_path / "run", replace(settings, resume="auto"), {})
+        run_folder.create(tmp_path / "run", settings, {})
+    run_folder.create(tmp_path / "run", replace(settings, resume="auto"), {})
     # Run again by its config.toml it is a new run, not this one.
     assert merge(from_toml(tmp_path / "run" / "config.toml"), {}) == settings
 

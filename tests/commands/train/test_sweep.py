@@ -1,4 +1,4 @@
-"""Sweeps: a table of its own for each run, on top of what they share."""
+"""Sweeps: a table for each run, on top of the common settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_run_has_its_own_settings_over_the_common_ones(path: Path) -> None:
 
 
 @pytest.mark.parametrize("element", [None, -1, 2])
-def test_which_run_must_be_said(path: Path, element: int | None) -> None:
+def test_element_is_required_and_must_exist(path: Path, element: int | None) -> None:
     with pytest.raises(BadOption, match="--element 0 to 1"):
         from_toml(path, element)
 

@@ -1,4 +1,4 @@
-"""`hpcsgd train --trace`: what is in the file, of several methods, and after a rank was killed."""
+"""`hpcsgd train --trace`: the events of several methods, and the file after a rank was killed."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from hpcsgd.mpi.world import World
 
 RIGHT, RANK = time.perf_counter, launcher.rank()
 time.perf_counter = lambda: 5000.0 * RANK + RIGHT() * (1 + 1e-4 * RANK)
-traced, untraced = World.trace_into, World._end_trace
+traced, untraced = World.start_trace, World._end_trace
 
-def trace_into(world, folder):
+def start_trace(world, folder):
     traced(world, folder)
     world.before = world.traffic.sent, world.traffic.shared
 
 def end_trace(world):
-    if world.trace.on:
+    if world.tracer.on:
         moved = world.traffic.sent - world.before[0], world.traffic.shared - world.before[1]
         (world.trace_folder / f"moved-{RANK}.json").write_text(json.dumps(moved))
     untraced(world)
 
-World.trace_into, World._end_trace = trace_into, end_trace
+World.start_trace, World._end_trace = start_trace, end_trace
 """
 
 
@@ -70,7 +70,7 @@ def read(folder: Path) -> Trace:
 
 
 def spans(trace: Trace, **wanted: object) -> list[Event]:
-    """The complete events, in the order of their beginnings."""
+    """The complete events, by start."""
     found = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     found = [e for e in found if all(e[key] == value for key, value in wanted.items())]
     return sorted(found, key=lambda e: (e["ts"], -e["dur"]))
@@ -139,7 +139,7 @@ def test_a_step_holds_its_passes_and_its_communication(runs: Path) -> None:
 
 
 def test_nothing_is_reduced_before_all_have_come(runs: Path) -> None:
-    """On the clock of rank 0: what one rank's all-reduce ends with has begun on all others."""
+    """On the clock of rank 0 an all-reduce ends on no rank before it has begun on all."""
     trace = read(runs / "allreduce")
     error = max(about["clock_error_us"] for about in trace["otherData"]["ranks"])
     assert 0 < error < 5e3

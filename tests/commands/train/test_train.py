@@ -55,8 +55,8 @@ def test_files_and_models_of_the_users_own(tmp_path: Path) -> None:
         "digits": "--model logistic --schedule step --uneven stop --strategy local --threads 1",
     }
     commands = [f"--name {i} --data {d} {rows[d]} --batch 4 --epochs 0.01" for i, d in enumerate(rows)]
-    said = trained(tmp_path, 2, *commands, prelude=SMALL_CIFAR)
-    for name, (data, text) in enumerate(zip(rows, said, strict=True)):
+    outputs = trained(tmp_path, 2, *commands, prelude=SMALL_CIFAR)
+    for name, (data, text) in enumerate(zip(rows, outputs, strict=True)):
         assert text.startswith(data) and "over 2 ranks on 1 node" in text
         found = records(tmp_path / str(name))
         assert {record["event"] for record in found} == {"train", "test"}

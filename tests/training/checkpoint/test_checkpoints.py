@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, whatever fails and whenever it crashes, and all ranks agree."""
+"""Checkpoints: complete or absent after any failure or crash, with the same result on all ranks."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_newest_are_kept_and_each_can_be_loaded(tmp_path: Path) -> None:
     assert_loads(folder, 20, ask=20)
 
 
-def test_the_manifest_tells_what_is_there(tmp_path: Path) -> None:
+def test_the_manifest_lists_the_files(tmp_path: Path) -> None:
     save(tmp_path, 10)
     folder = tmp_path / "step-00000010"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -136,7 +136,7 @@ def test_damage_is_the_same_error_everywhere_and_offers_a_whole_one(
     damage(tmp_path / "step-00000030" / "rank-0002.pt", how)
     message = the_error(on_ranks(tmp_path, lambda c, r: c.load()))
     assert f"step-00000040/{name} is {'missing' if how == 'missing' else 'damaged'}" in message
-    assert "step 20 is whole: resume from" in message and "step-00000020" in message
+    assert "step 20 is complete: resume from" in message and "step-00000020" in message
     assert message.startswith("rank 1: " if name == "rank-0001.pt" else "ranks 0, 1, 2: ")
     assert_loads(tmp_path, 20, ask=20)
 
@@ -152,7 +152,7 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
 def test_other_ranks_may_share_the_states(tmp_path: Path, ranks: int) -> None:
     """Each state is some rank's, and each rank has one."""
     save(tmp_path, 10, 20)
-    loaded = on_ranks(tmp_path, lambda c, r: c.load(of_others=True), ranks=ranks)
+    loaded = on_ranks(tmp_path, lambda c, r: c.load(any_ranks=True), ranks=ranks)
     found = [[state["rank"] for state in states] for states, meta in loaded if meta == {"epoch": 2.0}]
     assert len(found) == ranks and all(found)
     assert sorted(chain.from_iterable(found[:RANKS])) == list(range(RANKS))
@@ -283,15 +283,15 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import torch
-from hpcsgd.training.checkpoint import checkpoint
+from hpcsgd.training.checkpoint import checkpoints
 
 def hang(*_):
     print("writing", flush=True)
     time.sleep(60)
 
-points = checkpoint.Checkpoints(Path(sys.argv[1]), 0, 1, lambda item: [item])
+points = checkpoints.Checkpoints(Path(sys.argv[1]), 0, 1, lambda item: [item])
 points.save(10, {"weights": torch.ones(5)}, {})
-checkpoint.write_manifest = hang
+checkpoints.write_manifest = hang
 points.save(20, {"weights": torch.zeros(5)}, {})
 """
 

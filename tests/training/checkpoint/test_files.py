@@ -1,4 +1,4 @@
-"""Checkpoint files: all that is saved comes back, and nothing else is ever taken for it."""
+"""Checkpoint files: the loaded state is the saved one, and any other file is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hpcsgd.training.checkpoint.files import Fault, read_manifest, read_state, w
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two states are alike to the bit: types, order of keys, strides, not-a-numbers."""
+    """Compare two states bit for bit: types, order of keys, strides, NaN."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
@@ -141,7 +141,7 @@ def test_a_malicious_file_is_refused_and_not_run(
     dump({"weights": Evil(marker)}, file)
     content = file.read_bytes()
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    with pytest.raises(Fault, match="is refused: it holds more than tensors and plain values") as e:
+    with pytest.raises(Fault, match="is refused: it contains more than tensors and plain values") as e:
         read_state(file, entry)
     assert "weights_only" not in str(e.value)
     assert not marker.exists()
@@ -162,7 +162,7 @@ class Tagged(torch.Tensor):
         (test_no_file_is_overwritten, "builtins.function"),
         (lambda: None, "builtins.function"),
         (np.random.default_rng(0), "numpy.random._generator.Generator"),
-        (torch.zeros(2).as_subclass(Tagged), "test_snapshot.Tagged"),
+        (torch.zeros(2).as_subclass(Tagged), "test_files.Tagged"),
     ],
 )
 def test_what_cannot_be_loaded_is_an_error_when_saving(tmp_path: Path, value: object, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""What is kept in memory, and how other ranks take it up: the mean of the newest models, the same place."""
+"""Checkpoints in memory, and their conversion for other ranks: mean of the newest models, same position."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcsgd.training.checkpoint.in_memory import Kept, moved, reform
+from hpcsgd.training.checkpoint.in_memory import InMemoryCheckpoints, redistribute, rescale_progress
 
 
 def state(rank: int, step: int, model_step: int) -> dict[str, Any]:
@@ -21,55 +21,55 @@ def state(rank: int, step: int, model_step: int) -> dict[str, Any]:
 
 @pytest.mark.mpi
 def test_all_go_on_from_the_newest_state_that_all_have(world: Any) -> None:
-    """Some ranks have made one copy more, none more than one; what changes afterwards changes no copy."""
-    kept, live = Kept(), torch.zeros(2)
-    assert kept.common(world) is None
+    """Some ranks have made one copy more, none more than one; a later change of the state changes no copy."""
+    checkpoints, live = InMemoryCheckpoints(), torch.zeros(2)
+    assert checkpoints.newest_common(world) is None
     for number in range(3 + world.rank % 2):
         live.fill_(number)
-        kept.add({"live": live, "nested": [{"live": live}]})
+        checkpoints.add({"live": live, "nested": [{"live": live}]})
     live.fill_(9)
-    found = kept.common(world)
+    found = checkpoints.newest_common(world)
     expected = 2 if world.size > 1 else 2 + world.rank % 2
     assert found is not None
     for value in (found["live"], found["nested"][0]["live"]):
         assert torch.equal(value, torch.full((2,), float(expected)))
-    kept.add({"live": live})
-    again = kept.common(world)
+    checkpoints.add({"live": live})
+    again = checkpoints.newest_common(world)
     assert again is not None and torch.equal(again["live"], live)
 
 
 @pytest.mark.mpi
 def test_all_get_the_mean_of_the_newest_models(world: Any) -> None:
-    """Each rank brings two, of which every third one is old; its own number and optimizer stay."""
+    """Each rank has two states, of which every third is old; its own number and optimizer stay."""
     everyone = [state(rank, 8, 5 if rank % 3 == 2 else 8) for rank in range(2 * world.size)]
-    mine = everyone[world.rank :: world.size]
-    before = copy.deepcopy(mine)
-    found = reform(mine, world, 2)
+    own = everyone[world.rank :: world.size]
+    before = copy.deepcopy(own)
+    found = redistribute(own, world, 2)
     newest = [s["run"]["model"]["weight"].double() for s in everyone if s["run"]["model_step"] == 8]
     mean = (sum(newest) / len(newest)).float()  # type: ignore[union-attr, arg-type]
     torch.testing.assert_close(found["run"]["model"]["weight"], mean)
     assert found["run"]["optimizer"] == {"own": world.rank}
     assert int(found["run"]["model"]["count"]) == world.rank
-    assert torch.equal(mine[0]["run"]["model"]["weight"], before[0]["run"]["model"]["weight"])
+    assert torch.equal(own[0]["run"]["model"]["weight"], before[0]["run"]["model"]["weight"])
 
 
 @pytest.mark.mpi
-def test_equal_models_keep_their_bits_and_who_gives_none_gets_one(world: Any) -> None:
+def test_equal_models_keep_their_bits_and_a_rank_that_contributes_none_gets_one(world: Any) -> None:
     same = state(3, 4, 4)
-    giving = 1 if world.rank == 0 else world.rank % 2
-    found = reform([copy.deepcopy(same)], world, giving)
+    contributing = 1 if world.rank == 0 else world.rank % 2
+    found = redistribute([copy.deepcopy(same)], world, contributing)
     assert torch.equal(found["run"]["model"]["weight"], same["run"]["model"]["weight"])
 
 
 @given(st.data())
-def test_the_place_in_the_epochs_stays(data: st.DataObject) -> None:
+def test_the_position_in_the_epochs_stays(data: st.DataObject) -> None:
     """Nothing is repeated; at most a step of the new ranks is skipped, and never an epoch's end."""
     accumulate = data.draw(st.integers(1, 4))
     batches, before = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
     steps_per_epoch, steps_before = -(-batches // accumulate), -(-before // accumulate)
     step = data.draw(st.integers(0, 5 * steps_before))
-    told = {"step": step, "steps_per_epoch": steps_before, "batches": before, "loaders": []}
-    found = moved(told, steps_per_epoch, batches, accumulate)
+    saved = {"step": step, "steps_per_epoch": steps_before, "batches": before, "loaders": []}
+    found = rescale_progress(saved, steps_per_epoch, batches, accumulate)
     assert found["step"] == found["base"] and found["epoch"] == step // steps_before
     assert 0 <= found["batch"] < batches and found["batch"] % accumulate == 0
     assert found["step"] == found["epoch"] * steps_per_epoch + found["batch"] // accumulate
@@ -87,7 +87,7 @@ def test_the_place_in_the_epochs_stays(data: st.DataObject) -> None:
 def test_loaders_stay_where_each_of_them_is(epoch: int, before: int, batches: int, data: Any) -> None:
     batch = data.draw(st.integers(0, before - 1))
     place = [{"epoch": epoch, "batch": batch}]
-    told = {"step": 7, "steps_per_epoch": 10, "batches": before, "loaders": place}
-    (found,) = moved(told, 10, batches, None)["loaders"]
+    saved = {"step": 7, "steps_per_epoch": 10, "batches": before, "loaders": place}
+    (found,) = rescale_progress(saved, 10, batches, None)["loaders"]
     assert found["epoch"] == epoch and 0 <= found["batch"] < batches
     assert abs(found["batch"] / batches - batch / before) <= 1 / batches

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.training.data import DATASETS, Source, Tensors, load
+from hpcsgd.training.data import DATASETS, Source, TensorSource, load
 
 
 def everything(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +22,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 def test_uint8_stays_uint8_until_the_batch() -> None:
     pixels = torch.randint(0, 256, (9, 3, 4, 4), generator=torch.Generator().manual_seed(0))
-    source = Tensors(pixels.byte(), torch.arange(9), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    source = TensorSource(pixels.byte(), torch.arange(9), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     assert source.x.dtype == torch.uint8
     x, y = source.batch(torch.tensor([4, 1, 4]))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
@@ -32,17 +32,17 @@ def test_uint8_stays_uint8_until_the_batch() -> None:
 
 def test_tensors_refuse_what_they_would_get_wrong() -> None:
     with pytest.raises(BadOption, match="differ in length"):
-        Tensors(torch.zeros(3), torch.zeros(2))
+        TensorSource(torch.zeros(3), torch.zeros(2))
     with pytest.raises(BadOption, match="uint8 inputs only"):
-        Tensors(torch.zeros(3, 1, 2, 2), torch.zeros(3), (0.5,), (1.0,))
+        TensorSource(torch.zeros(3, 1, 2, 2), torch.zeros(3), (0.5,), (1.0,))
 
 
 def test_labels_are_classes_or_none() -> None:
     x = torch.zeros(4, 2)
-    labels = Tensors(x, torch.tensor([1, 0, 2, 1], dtype=torch.int32)).labels
+    labels = TensorSource(x, torch.tensor([1, 0, 2, 1], dtype=torch.int32)).labels
     assert labels is not None and labels.dtype == torch.int64 and labels.tolist() == [1, 0, 2, 1]
-    assert Tensors(x, x).labels is None
-    assert Tensors(x, torch.zeros(4)).labels is None
+    assert TensorSource(x, x).labels is None
+    assert TensorSource(x, torch.zeros(4)).labels is None
 
 
 def test_digits_are_split_by_class() -> None:
@@ -133,10 +133,10 @@ def test_text_that_is_missing_or_too_short_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(HpcsgdError, match="no text files"):
         load(f"text:files={tmp_path}")
     write(tmp_path, {"empty": b""})
-    with pytest.raises(HpcsgdError, match="too little text"):
+    with pytest.raises(HpcsgdError, match="not enough text"):
         load(f"text:files={tmp_path}")
     write(tmp_path, {"short": b"to be or not to be"})
-    with pytest.raises(HpcsgdError, match="too little text"):
+    with pytest.raises(HpcsgdError, match="not enough text"):
         load(f"text:files={tmp_path}")
     for option in ("context=0", "limit=0", "limit=-1"):
         with pytest.raises(BadOption, match="positive"):

@@ -14,8 +14,8 @@ import torch
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.training.data import Data, Loader, load
-from hpcsgd.training.data.cifar import CIFAR10, CIFAR100, Layout, read
-from hpcsgd.training.data.imagenet import Images, crop_box
+from hpcsgd.training.data.cifar import CIFAR10, CIFAR100, BinaryVersion, read
+from hpcsgd.training.data.imagenet import ImageSource, crop_box
 
 RANDOM = np.random.default_rng(0)
 
@@ -91,62 +91,62 @@ def test_labels_that_do_not_fit_are_an_error(tmp_path: Path, labels: Any) -> Non
         load(f"mnist:path={tmp_path}")
 
 
-def small(layout: Layout) -> Layout:
-    return replace(layout, records=dict.fromkeys(layout.records, 6))
+def small(version: BinaryVersion) -> BinaryVersion:
+    return replace(version, records=dict.fromkeys(version.records, 6))
 
 
-def write_cifar(folder: Path, layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
+def write_cifar(folder: Path, version: BinaryVersion) -> dict[str, np.ndarray[Any, Any]]:
     folder.mkdir(exist_ok=True)
     contents = {}
-    for name, count in layout.records.items():
-        records = RANDOM.integers(0, 256, (count, layout.labels + 3072)).astype(np.uint8)
-        records[:, : layout.labels] = RANDOM.integers(0, layout.classes, (count, layout.labels))
+    for name, count in version.records.items():
+        records = RANDOM.integers(0, 256, (count, version.labels + 3072)).astype(np.uint8)
+        records[:, : version.labels] = RANDOM.integers(0, version.classes, (count, version.labels))
         records.tofile(folder / name)
         contents[name] = records
     return contents
 
 
 @pytest.mark.parametrize("below", [False, True])
-@pytest.mark.parametrize("layout", [CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
-def test_cifar_is_read(tmp_path: Path, layout: Layout, below: bool) -> None:
-    layout = small(layout)
-    contents = write_cifar(tmp_path / layout.folder if below else tmp_path, layout)
-    data = read(tmp_path, layout)
+@pytest.mark.parametrize("version", [CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
+def test_cifar_is_read(tmp_path: Path, version: BinaryVersion, below: bool) -> None:
+    version = small(version)
+    contents = write_cifar(tmp_path / version.folder if below else tmp_path, version)
+    data = read(tmp_path, version)
     assert data.shape == (3, 32, 32) and data.augment is not None
-    for source, names in ((data.train, layout.train), (data.test, layout.test)):
+    for source, names in ((data.train, version.train), (data.test, version.test)):
         records = np.concatenate([contents[name] for name in names])
         x, y = source.batch(torch.arange(len(source)))
-        assert y.tolist() == records[:, layout.labels - 1].tolist()
-        pixels = torch.from_numpy(records[:, layout.labels :].reshape(-1, 3, 32, 32) / 255)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (layout.mean, layout.std))
+        assert y.tolist() == records[:, version.labels - 1].tolist()
+        pixels = torch.from_numpy(records[:, version.labels :].reshape(-1, 3, 32, 32) / 255)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (version.mean, version.std))
         torch.testing.assert_close(x, ((pixels - mean) / std).float())
 
 
 def test_the_published_sizes() -> None:
-    for layout in (CIFAR10, CIFAR100):
-        counts = [sum(layout.records[n] for n in names) for names in (layout.train, layout.test)]
+    for version in (CIFAR10, CIFAR100):
+        counts = [sum(version.records[n] for n in names) for names in (version.train, version.test)]
         assert counts == [50_000, 10_000]
-        assert set(layout.records) == {*layout.train, *layout.test}
+        assert set(version.records) == {*version.train, *version.test}
 
 
 @pytest.mark.parametrize("change", [-1, 1, -3073, 3073])
 def test_a_cifar_file_of_another_size_is_an_error(tmp_path: Path, change: int) -> None:
-    layout = small(CIFAR10)
-    write_cifar(tmp_path, layout)
+    version = small(CIFAR10)
+    write_cifar(tmp_path, version)
     file = tmp_path / "data_batch_3.bin"
     content = file.read_bytes()
     file.write_bytes(content[:change] if change < 0 else content + bytes(change))
     with pytest.raises(HpcsgdError, match=r"data_batch_3\.bin is truncated, corrupt"):
-        read(tmp_path, layout)
+        read(tmp_path, version)
 
 
 def test_a_cifar_label_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
-    layout = small(CIFAR10)
-    records = write_cifar(tmp_path, layout)["test_batch.bin"]
+    version = small(CIFAR10)
+    records = write_cifar(tmp_path, version)["test_batch.bin"]
     records[4, 0] = 10
     records.tofile(tmp_path / "test_batch.bin")
     with pytest.raises(HpcsgdError, match="labels below 10"):
-        read(tmp_path, layout)
+        read(tmp_path, version)
 
 
 @pytest.mark.parametrize("size", [(500, 375), (300, 400), (1, 1), (3, 900), (900, 3), (224, 224)])
@@ -161,7 +161,7 @@ def test_random_crops_lie_inside_the_image(size: tuple[int, int]) -> None:
 
 
 def pictures(sizes: list[tuple[int, int]]) -> SimpleNamespace:
-    """What an ImageFolder has, over pictures in memory: red grows to the right, green downwards."""
+    """A stand-in for ImageFolder with pictures in memory: red grows to the right, green downwards."""
     image = pytest.importorskip("PIL.Image")
 
     def draw(name: str) -> Any:
@@ -180,7 +180,7 @@ def pictures(sizes: list[tuple[int, int]]) -> SimpleNamespace:
 def test_images_are_decoded_to_one_size() -> None:
     sizes = [(300, 400), (640, 256), (224, 224), (90, 50)]
     with ThreadPoolExecutor(3) as pool:
-        source = Images(pictures(sizes), pool)
+        source = ImageSource(pictures(sizes), pool)
         x, y = source.batch(torch.tensor([0, 1, 2, 3]))
         assert x.shape == (4, 3, 224, 224) and y.tolist() == [0, 1, 0, 1]
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -195,8 +195,8 @@ def test_crops_are_a_function_of_the_loaders_position() -> None:
     folder = pictures([(300, 400)] * 12)
     folder.samples.pop(), folder.targets.pop()
     with ThreadPoolExecutor(3) as pool:
-        batches = list(Loader(Images(folder, pool), 4, seed=1))
-        resumed = Loader(Images(folder, pool), 4, seed=1)
+        batches = list(Loader(ImageSource(folder, pool), 4, seed=1))
+        resumed = Loader(ImageSource(folder, pool), 4, seed=1)
         resumed.load_state_dict({"epoch": 0, "batch": 1})
         for (x, _), (again, _) in zip(batches[1:], resumed, strict=True):
             assert torch.equal(x, again)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.training.data import Loader, Tensors, load
+from hpcsgd.training.data import Loader, TensorSource, load
 from hpcsgd.training.data.augment import crop_and_flip
 
-IMAGES = Tensors(torch.arange(50 * 3 * 6 * 6, dtype=torch.float32).view(50, 3, 6, 6), torch.arange(50) % 5)
+IMAGES = TensorSource(
+    torch.arange(50 * 3 * 6 * 6, dtype=torch.float32).view(50, 3, 6, 6), torch.arange(50) % 5
+)
 
 
 def loader(**options: Any) -> Loader:
@@ -31,7 +33,7 @@ def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("alpha", [None, 0.3])
 def test_an_epoch_has_every_sample_once_in_len_batches(alpha: float | None, drop_last: bool) -> None:
-    source = Tensors(torch.arange(50), torch.arange(50) % 5)
+    source = TensorSource(torch.arange(50), torch.arange(50) % 5)
     seen: list[int] = []
     for rank in range(3):
         own = Loader(source, 4, rank, 3, alpha, drop_last=drop_last)
@@ -107,7 +109,7 @@ def test_len_after_leaving_a_resumed_epoch_is_that_of_the_next() -> None:
 
 def test_augmentation_differs_by_seed_rank_epoch_and_batch() -> None:
     x = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(0)).expand(32, 3, 6, 6)
-    source = Tensors(x, torch.zeros(32, dtype=torch.long))
+    source = TensorSource(x, torch.zeros(32, dtype=torch.long))
     batches: list[Tensor] = []
     for seed, rank in itertools.product((0, 1), (0, 1)):
         own = Loader(source, 8, rank, 2, seed=seed, augment=crop_and_flip)
@@ -147,7 +149,7 @@ def test_bad_options_are_refused() -> None:
     ]:
         with pytest.raises(BadOption, match=message):
             loader(**options)
-    language = Tensors(torch.zeros(8, 4), torch.zeros(8, 4))
+    language = TensorSource(torch.zeros(8, 4), torch.zeros(8, 4))
     with pytest.raises(BadOption, match="no classes"):
         Loader(language, 2, alpha=0.1)
 

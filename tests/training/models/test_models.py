@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from hpcsgd.errors import BadOption
-from hpcsgd.training.data import Data, Tensors
+from hpcsgd.training.data import Data, TensorSource
 from hpcsgd.training.models import MODELS, build
 
-NOTHING = Tensors(torch.zeros(0), torch.zeros(0))
+NOTHING = TensorSource(torch.zeros(0), torch.zeros(0))
 IMAGE_MODELS = ["lenet", "vgg11", "vgg16", "resnet18", "resnet20", "resnet50"]
 
 
@@ -145,7 +145,7 @@ def test_bad_specs_list_what_is_valid() -> None:
         ("gpt", images(3, 32, 32), "unknown classification model 'gpt'"),
         ("lenet", tokens(), "use one of: gpt"),
         ("2nn:depth=3", images(4), "width=int"),
-        ("2nn:shape=3", images(4), "set elsewhere"),
+        ("2nn:shape=3", images(4), "set by hpcsgd"),
         ("2nn:width=many", images(4), "wrong type"),
         ("resnet18:width", images(3, 32, 32), "key=value"),
         ("gpt:width=30,heads=4", tokens(), "a multiple"),
@@ -192,7 +192,7 @@ def test_a_callable_that_is_none(own: str) -> None:
     for spec, message in [
         (f"{own}.nets:absent", "no callable 'absent'"),
         (f"{own}.nets:VALUE", "no callable 'VALUE'"),
-        (f"{own}.nets:number", "made no model"),
+        (f"{own}.nets:number", "returned no model"),
         (f"{own}.nets:make:depth=5", "width=int"),
         (f"{own}.none:make", "there is no module"),
         ("resnet:make", "resnet18, resnet20"),

@@ -1,4 +1,4 @@
-"""The ways to average some float32 buffers that are compared."""
+"""The methods that `hpcsgd bench allreduce` compares."""
 
 from __future__ import annotations
 
@@ -18,30 +18,36 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import TensorGroup
 
-OURS, COPIED, MPI, GLOO, COPY = "hpcsgd", "hpcsgd with copy", "MPI", "gloo", "memory copy"
+HPCSGD, COPIED, MPI, GLOO, COPY = "hpcsgd", "hpcsgd with copy", "MPI", "gloo", "memory copy"
 
 
 @dataclass
-class Buffers:
-    """What one method averages.
+class AllReduceMethod:
+    """One method of averaging float32 buffers.
 
     Attributes
     ----------
-    written
-        Where each rank writes its values.
+    name
+        Name in tables and CSV files.
+    inputs
+        The buffers into which each rank writes its values.
     run
-        Averages them all.
+        Averages all buffers.
     results
-        Returns their means.
+        Returns the means.
     """
 
     name: str
-    written: list[Tensor]
+    inputs: list[Tensor]
     run: Callable[[], None]
     results: Callable[[], list[Tensor]]
 
 
-def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> Iterator[Buffers]:
+def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> Iterator[AllReduceMethod]:
+    """All methods, for `calls` buffers of `numel` elements; collective.
+
+    hpcsgd in place and with gradients that are copied into buckets, MPI, gloo, and on one node a memory copy.
+    """
     named = [(f"buffer {i}", torch.empty(numel)) for i in range(calls)]
     group = TensorGroup(world, named, 4 * numel / 2**20)
     in_place = list(group.views.values())
@@ -52,11 +58,11 @@ def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> 
     }
     step = TensorGroup(world, gradients.items())
 
-    def ours() -> None:
+    def allreduce_in_place() -> None:
         for bucket in group:
             collectives.allreduce(bucket, algorithm=algorithm)
 
-    def ours_with_copy() -> None:
+    def allreduce_with_copy() -> None:
         works = []
         for bucket in step:
             for name, view in zip(bucket.names, bucket.views, strict=True):
@@ -68,7 +74,7 @@ def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> 
     def copied_means() -> list[Tensor]:
         return list(torch.split(torch.cat(list(step.views.values())), numel))
 
-    def by(average: Callable[[Tensor], None]) -> Callable[[], None]:
+    def each_with(average: Callable[[Tensor], None]) -> Callable[[], None]:
         def run() -> None:
             for flat in private:
                 average(flat)
@@ -78,21 +84,25 @@ def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> 
     def copy() -> None:
         for source, target in zip(private, copies, strict=True):
             np.copyto(target.numpy(), source.numpy())
-        # As after an average: where ranks share cores, all of them have to be over.
+        # As after an average: where ranks share cores, all of them have to finish.
         barrier(comm)
 
-    yield Buffers(OURS, in_place, ours, lambda: in_place)
-    yield Buffers(COPIED, private, ours_with_copy, copied_means)
-    yield Buffers(MPI, private, by(partial(baselines.mpi_mean, comm)), lambda: private)
-    yield Buffers(GLOO, private, by(baselines.gloo_mean), lambda: private)
+    yield AllReduceMethod(HPCSGD, in_place, allreduce_in_place, lambda: in_place)
+    yield AllReduceMethod(COPIED, private, allreduce_with_copy, copied_means)
+    yield AllReduceMethod(MPI, private, each_with(partial(baselines.mpi_mean, comm)), lambda: private)
+    yield AllReduceMethod(GLOO, private, each_with(baselines.gloo_mean), lambda: private)
     if world.nodes == 1:
-        yield Buffers(COPY, private, copy, lambda: copies)
+        yield AllReduceMethod(COPY, private, copy, lambda: copies)
 
 
-def check(world: World, method: Buffers, values: Tensor) -> None:
+def check(world: World, method: AllReduceMethod, values: Tensor) -> None:
+    """Raise `HpcsgdError` on all ranks if the results are not the mean of `values` plus the rank."""
     expected = values + (world.size - 1) / 2
-    right = all(torch.allclose(result, expected, rtol=1e-6) for result in method.results())
-    wrong = [r for r, good in enumerate(world.gather(right, "the check of a mean")) if not good]
+    correct = all(torch.allclose(result, expected, rtol=1e-6) for result in method.results())
+    wrong = [r for r, ok in enumerate(world.gather(correct, "the check of a mean")) if not ok]
     if wrong:
-        what = f"the result of {method.name} for {4 * values.numel()} bytes is not the mean"
-        raise HpcsgdError(what, rank=wrong, everywhere=True)
+        raise HpcsgdError(
+            f"the result of {method.name} for {4 * values.numel()} bytes is not the mean",
+            rank=wrong,
+            everywhere=True,
+        )

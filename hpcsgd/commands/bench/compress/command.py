@@ -1,4 +1,4 @@
-"""`hpcsgd bench compress`: what schemes cost, send and lose, beside float32, gloo and torch's hooks."""
+"""`hpcsgd bench compress`: time, bytes and error of schemes, beside float32, gloo and torch's DDP hooks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ import torch
 
 from hpcsgd.commands.bench import baselines, output
 from hpcsgd.commands.bench.compress import kernels
-from hpcsgd.commands.bench.compress.codec_timing import PHASES, Rehearsal, called
-from hpcsgd.commands.bench.compress.contenders import COPY, Method, copy_of, peers_of, reductions
-from hpcsgd.commands.bench.compress.error_bounds import limit
-from hpcsgd.commands.bench.compress.gradients import DATA, fitted
-from hpcsgd.commands.bench.compress.problem import Problem
-from hpcsgd.commands.bench.compress.results import ALLREDUCE, Result, report, rows
-from hpcsgd.commands.bench.timing import Contender, check_positive, interleave, together
+from hpcsgd.commands.bench.compress.codec_timing import PHASES, CodecTimer, phase_name
+from hpcsgd.commands.bench.compress.contenders import (
+    COPY,
+    ReductionMethod,
+    baseline_methods,
+    memory_copy,
+    scheme_methods,
+)
+from hpcsgd.commands.bench.compress.error_bounds import error_bound
+from hpcsgd.commands.bench.compress.gradients import DATA, resize
+from hpcsgd.commands.bench.compress.problem import AveragingProblem
+from hpcsgd.commands.bench.compress.results import ALLREDUCE, SchemeResult, report, rows
+from hpcsgd.commands.bench.timing import Contender, check_positive, interleave, with_barrier
 from hpcsgd.compress import Compressor, build
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.mpi.world import World
@@ -52,39 +58,39 @@ def main(
     bucket_mib: float = DEFAULT_BUCKET_MIB,
     algorithm: str = "auto",
 ) -> None:
-    """Compare compression schemes on the ranks of this job; rank 0 prints the tables.
+    """Time compression schemes on the ranks of this job; rank 0 prints the tables.
 
-    First the kernels alone. Then for each kind of gradients: encode and decode of every scheme on each
-    rank, without communication, in turns with a memory copy; and the mean of the gradients over the
-    ranks, in turns with float32, gloo, and DDP's hooks. Every result is checked before it is timed. A time
-    is that of the slowest rank, the median over the rounds.
+    First the kernels alone. Then, for each kind of gradients: encode and decode of every scheme on each rank,
+    without communication, alternating with a memory copy; and the mean of the gradients over the ranks,
+    alternating with float32, gloo and DDP's hooks. Every result is checked before it is timed. A time is that
+    of the slowest rank, the median over the repeats.
 
     Parameters
     ----------
     schemes
-        Specs as of `hpcsgd.compress.build`.
+        Specs for `hpcsgd.compress.build`.
     elements
-        Of the gradients, which are repeated or cut to so many. Default: those of a ResNet-18, 11.2 M; for
-        the kernels 16 M.
+        Number of gradient elements; the gradients are repeated or cut to it. Default: those of a ResNet-18,
+        11.2 M; for the kernels 16.8 M.
     data
-        "gaussian" and "resnet18", see `hpcsgd.commands.bench.compress.gradients`. Default both.
+        "gaussian" and "resnet18", see `hpcsgd.commands.bench.compress.gradients`. Default: both.
     repeats
-        Rounds, at least 1. Default 5.
+        Repetitions, at least 1. Default 5.
     csv
-        A file to write, one line per kernel, and per data, method and phase. Default: none.
+        A CSV file with a line per kernel, and per data, method and phase. Default: none.
     device
         "cpu" (default), or "cuda": the kernels alone, on the GPU.
     bucket_mib
-        Size of a bucket in MiB. Default 4.
+        Bucket size in MiB. Default 4.
     algorithm
-        Ours, see `hpcsgd.collectives.iallreduce`. Default "auto".
+        Algorithm of hpcsgd, see `hpcsgd.collectives.iallreduce`. Default "auto".
 
     Raises
     ------
     BadOption
-        An option out of its range, or a scheme that does not exist or does not fit the ranks.
+        An option is out of its range, or a scheme does not exist or does not fit the ranks.
     HpcsgdError
-        On all ranks, where a result is wrong, or `csv` cannot be written.
+        On all ranks, if a result is wrong, or `csv` cannot be written.
     """
     check_positive(
         "repeats, elements and bucket_mib", [repeats, 1 if elements is None else elements, bucket_mib]
@@ -97,11 +103,11 @@ def main(
 
         output.check_writable(world, path)
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(world.threads)
+            torch.set_num_threads(world.local.threads)
         comm = MPI.COMM_WORLD.Dup()
         lines = kernels.measure(world, comm, elements or kernels.ELEMENTS, repeats)
         for name in data if device == "cpu" else ():
-            problem = Problem(world, comm, fitted(DATA[name](world), elements), bucket_mib)
+            problem = AveragingProblem(world, comm, resize(DATA[name](world), elements), bucket_mib)
             results = _measure(problem, comm, compressors, algorithm, repeats)
             if world.rank == 0:
                 report(problem, f"{name}, {algorithm}", results)
@@ -116,20 +122,21 @@ def _check_names(compressors: dict[str, Compressor | None], data: Sequence[str],
         if name not in DATA:
             raise unknown("data", name, DATA)
     if not compressors or None in compressors.values():
-        raise BadOption("schemes", expected="schemes that compress", got=list(compressors))
+        expected = "at least one scheme, none of them 'none': float32 is always measured"
+        raise BadOption("schemes", expected=expected, got=list(compressors))
     if device not in ("cpu", "cuda"):
         raise unknown("device", device, ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
-        raise BadOption("device", expected="a GPU that torch can use", got="cuda, but there is none")
+        raise BadOption("device", expected="a GPU that torch can use", got="cuda, but torch finds no GPU")
 
 
 def _measure(
-    problem: Problem,
+    problem: AveragingProblem,
     comm: Any,
     compressors: dict[str, Compressor | None],
     algorithm: str,
     repeats: int,
-) -> dict[str, Result]:
+) -> dict[str, SchemeResult]:
     results = _time_reductions(problem, comm, compressors, algorithm, repeats)
     for name, seconds in _time_codecs(problem, comm, compressors, repeats).items():
         results[name].seconds |= seconds
@@ -137,45 +144,45 @@ def _measure(
 
 
 def _time_reductions(
-    problem: Problem,
+    problem: AveragingProblem,
     comm: Any,
     compressors: dict[str, Compressor | None],
     algorithm: str,
     repeats: int,
-) -> dict[str, Result]:
-    world, results = problem.world, {COPY: Result({})}
-    contenders = [Contender(COPY, problem.write_flat, together(comm, copy_of(problem)))]
+) -> dict[str, SchemeResult]:
+    world, results = problem.world, {COPY: SchemeResult({})}
+    contenders = [Contender(COPY, problem.write_flat, with_barrier(comm, memory_copy(problem)))]
     with baselines.gloo(world):
-        for method in (*reductions(problem, algorithm, compressors), *peers_of(problem)):
-            error, sent = _first(problem, method)
-            results[method.name] = Result({}, error, sent)
+        for method in (*scheme_methods(problem, algorithm, compressors), *baseline_methods(problem)):
+            error, sent = _run_once(problem, method)
+            results[method.name] = SchemeResult({}, error, sent)
             contenders.append(Contender(method.name, method.write, method.run))
-        for name, seconds in interleave(comm, contenders, repeats, takes=1).items():
+        for name, seconds in interleave(comm, contenders, repeats, timed_calls=1).items():
             results[name].seconds[ALLREDUCE] = seconds
     return results
 
 
-def _first(problem: Problem, method: Method) -> tuple[float, float]:
-    """Error and bytes of the first run of a method."""
+def _run_once(problem: AveragingProblem, method: ReductionMethod) -> tuple[float, float]:
+    """Run a method for the first time; returns its error, and the mean of the bytes moved per rank."""
     world = problem.world
     before = world.traffic.sent + world.traffic.shared
     method.write()
     method.run()
     sent = world.traffic.sent + world.traffic.shared - before
-    error = problem.check(method.name, method.result(), method.limit)
+    error = problem.check(method.name, method.result(), method.error_bound)
     mean = float(np.mean(world.gather(sent, "the bytes of an all-reduce")))
-    return error, mean or np.nan  # torch's are not counted
+    return error, mean or np.nan  # bytes of torch are not counted
 
 
 def _time_codecs(
-    problem: Problem, comm: Any, compressors: dict[str, Compressor | None], repeats: int
+    problem: AveragingProblem, comm: Any, compressors: dict[str, Compressor | None], repeats: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    contenders = [Contender(COPY, problem.write_flat, together(comm, copy_of(problem)))]
+    contenders = [Contender(COPY, problem.write_flat, with_barrier(comm, memory_copy(problem)))]
     for name, compressor in compressors.items():
         assert compressor is not None
-        rehearsal = Rehearsal(problem, compressor)
-        rehearsal.check(name, limit(compressor, problem.numel))
-        contenders += rehearsal.contenders(name, comm)
-    seconds = interleave(comm, contenders, repeats, takes=1)
-    phases = {name: {phase: seconds[called(name, phase)] for phase in PHASES} for name in compressors}
+        timer = CodecTimer(problem, compressor)
+        timer.check(name, error_bound(compressor, problem.numel))
+        contenders += timer.contenders(name, comm)
+    seconds = interleave(comm, contenders, repeats, timed_calls=1)
+    phases = {name: {phase: seconds[phase_name(name, phase)] for phase in PHASES} for name in compressors}
     return {COPY: dict.fromkeys(PHASES, seconds[COPY]), **phases}

@@ -1,4 +1,4 @@
-"""The ways to average gradients that are compared: by each scheme, uncompressed, and by torch."""
+"""The methods that `hpcsgd bench compress` compares: each scheme, float32, gloo and torch's DDP hooks."""
 
 from __future__ import annotations
 
@@ -11,49 +11,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.collectives.reducer import reduction
+from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.commands.bench import baselines
 from hpcsgd.commands.bench.compress import ddp_hooks
-from hpcsgd.commands.bench.compress.error_bounds import limit
-from hpcsgd.commands.bench.compress.problem import Problem
+from hpcsgd.commands.bench.compress.error_bounds import error_bound
+from hpcsgd.commands.bench.compress.problem import AveragingProblem
 from hpcsgd.compress import FP16, Compressor
 
 FLOAT32, GLOO, COPY = "float32", "gloo float32", "memory copy"
 
 
 @dataclass
-class Method:
-    """One way to average.
+class ReductionMethod:
+    """One method of averaging the gradients.
 
     Attributes
     ----------
+    name
+        Name in tables and CSV files.
     write
-        Puts the gradients where `run` averages them.
+        Writes the gradients into the buffers that `run` averages.
+    run
+        Averages them.
     result
         Returns the means.
-    limit
-        Of their relative error.
+    error_bound
+        Largest relative error allowed.
     """
 
     name: str
     write: Callable[[], None]
     run: Callable[[], None]
     result: Callable[[], Tensor]
-    limit: float
+    error_bound: float
 
 
-def reductions(
-    problem: Problem, algorithm: str, compressors: Mapping[str, Compressor | None]
-) -> Iterator[Method]:
-    """Ours, uncompressed and by each scheme; collective."""
+def scheme_methods(
+    problem: AveragingProblem, algorithm: str, compressors: Mapping[str, Compressor | None]
+) -> Iterator[ReductionMethod]:
+    """float32 and each scheme, reduced by hpcsgd; collective."""
     world = problem.world
 
     def write() -> None:
         problem.write()
-        world.status.step += 1
+        world.activity.step += 1
 
-    def by(compressor: Compressor | None) -> Callable[[], None]:
-        reduce = reduction(problem.group, algorithm, compressor)
+    def reduce_with(compressor: Compressor | None) -> Callable[[], None]:
+        reduce = make_reducer(problem.group, algorithm, compressor)
 
         def run() -> None:
             for bucket in problem.group:
@@ -63,18 +67,23 @@ def reductions(
         return run
 
     for name, compressor in {FLOAT32: None, **compressors}.items():
-        yield Method(name, write, by(compressor), problem.result, limit(compressor, problem.numel))
+        bound = error_bound(compressor, problem.numel)
+        yield ReductionMethod(name, write, reduce_with(compressor), problem.result, bound)
 
 
-def peers_of(problem: Problem) -> Iterator[Method]:
-    """DDP's hooks over gloo, and gloo alone, on a flat buffer; inside `peers.gloo`."""
+def baseline_methods(problem: AveragingProblem) -> Iterator[ReductionMethod]:
+    """DDP's hooks over gloo, and gloo alone, on a flat buffer. Call it inside `baselines.gloo`."""
     flat = problem.flat
     runs = {**ddp_hooks.hooks(flat, problem.tensors), GLOO: lambda: baselines.gloo_mean(flat)}
-    limits = {GLOO: limit(None, 0), ddp_hooks.FP16: limit(FP16(), 0), ddp_hooks.POWERSGD: math.inf}
+    limits = {
+        GLOO: error_bound(None, 0),
+        ddp_hooks.FP16: error_bound(FP16(), 0),
+        ddp_hooks.POWERSGD: math.inf,
+    }
     for name, run in runs.items():
-        yield Method(name, problem.write_flat, run, lambda: flat, limits[name])
+        yield ReductionMethod(name, problem.write_flat, run, lambda: flat, limits[name])
 
 
-def copy_of(problem: Problem) -> Callable[[], None]:
-    """A copy of `problem.flat`."""
+def memory_copy(problem: AveragingProblem) -> Callable[[], None]:
+    """Return a function that copies `problem.flat`."""
     return partial(np.copyto, torch.empty_like(problem.flat).numpy(), problem.flat.numpy())

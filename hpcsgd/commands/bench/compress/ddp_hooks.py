@@ -1,4 +1,4 @@
-"""DDP's communication hooks on buckets made by hand: what a hook does, without backward around it."""
+"""DDP's communication hooks on buckets of our own, which times a hook without a backward pass."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 FP16, POWERSGD = "torch fp16 hook", "torch PowerSGD hook"
-_RANK = 2  # as of our PowerSGD
+_RANK = 2  # that of hpcsgd's PowerSGD
 _DDP_BUCKET = 25 * 2**20  # bytes: the default of DDP
 
 
-class HandmadeBucket:
-    """What hooks ask of a `GradBucket`, which torch itself makes in C++ only.
+class FakeGradBucket:
+    """The methods of torch's `GradBucket` that hooks call; torch creates that class in C++ only.
 
     Parameters
     ----------
     index, last
-        Its number, and whether it is the last one of a step.
+        Number of the bucket, and whether it is the last one of a step.
     flat
-        Its elements.
+        The elements, (numel,).
     gradients
-        The tensors in it, views of `flat`.
+        The tensors of the bucket, views of `flat`.
     """
 
     def __init__(self, index: int, last: bool, flat: Tensor, gradients: list[Tensor]) -> None:
@@ -45,17 +45,17 @@ class HandmadeBucket:
 
 
 def hooks(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> dict[str, Callable[[], None]]:
-    """What replaces `flat` by the mean over the ranks, by name; inside `peers.gloo`.
+    """Functions by name that replace `flat` by its mean over the ranks. Call it inside `baselines.gloo`.
 
     Parameters
     ----------
     flat
         (numel,) float32.
     tensors
-        (start, shape) of each tensor in it, ascending.
+        (start, shape) of each tensor in `flat`, ascending.
     """
     buckets, group = _buckets(flat, tensors), dist.group.WORLD
-    # Before two steps without compression torch refuses to use its memory; the count says they are over.
+    # torch rejects error feedback before two steps without compression; the counter marks them as done.
     state = PowerSGDState(None, matrix_approximation_rank=_RANK, start_powerSGD_iter=2)
     state.iter = state.start_powerSGD_iter
 
@@ -64,18 +64,18 @@ def hooks(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> dict[
             future.wait()
 
     def powersgd() -> None:
-        # One after the other: it goes on from threads of gloo, so with two buckets under way ranks start
-        # their all-reduces in different orders, and gloo aborts.
+        # One bucket at a time: the hook continues in threads of gloo, so with two buckets in flight the ranks
+        # start their all-reduces in different orders, and gloo aborts.
         for bucket in buckets:
             powerSGD_hook(state, bucket).wait()
 
-    # Its callbacks refer to the group: a thread of gloo that is the last to let go of it aborts. So what
-    # is returned holds it too, and another one follows.
+    # The hook's callbacks hold a reference to the group, and a thread of gloo that drops the last reference
+    # aborts. So the returned functions hold one as well, and another function follows this one.
     return {POWERSGD: powersgd, FP16: fp16}
 
 
-def _buckets(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> list[HandmadeBucket]:
-    """Cut as DDP does: a new bucket where the last one is full."""
+def _buckets(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> list[FakeGradBucket]:
+    """Split the tensors into buckets as DDP does: a new bucket begins where the last one is full."""
     limit = _DDP_BUCKET // flat.element_size()
     firsts = [0]
     for i, (start, shape) in enumerate(tensors):
@@ -86,5 +86,5 @@ def _buckets(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> li
         begin = tensors[first][0]
         end = tensors[last][0] if last < len(tensors) else flat.numel()
         views = [flat[s : s + torch.Size(shape).numel()].view(shape) for s, shape in tensors[first:last]]
-        buckets.append(HandmadeBucket(index, last == len(tensors), flat[begin:end], views))
+        buckets.append(FakeGradBucket(index, last == len(tensors), flat[begin:end], views))
     return buckets

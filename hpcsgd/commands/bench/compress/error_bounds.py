@@ -1,4 +1,4 @@
-"""How far off the mean by a scheme may be."""
+"""Bounds on the error of a scheme's mean."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hpcsgd.compress import (
 _FLOAT32 = 1e-5
 
 
-def limit(compressor: Compressor | None, numel: int) -> float:
-    """A relative error of the mean that only a mistake can exceed; infinite where the scheme is biased."""
+def error_bound(compressor: Compressor | None, numel: int) -> float:
+    """A bound on the relative error of the mean that only a bug can exceed; infinite for a biased scheme."""
     feedback = False
     while isinstance(compressor, ErrorFeedback | Hadamard):
         feedback = feedback or isinstance(compressor, ErrorFeedback)
@@ -32,17 +32,17 @@ def limit(compressor: Compressor | None, numel: int) -> float:
         case FP16():
             return 4 * torch.finfo(compressor.dtype).eps
         case QSGDMaxNorm():
-            return _of_levels(compressor.levels, compressor.scaling.scale, compressor.scaling.norm)
+            return _bound_for_levels(compressor.levels, compressor.scaling.scale, compressor.scaling.norm)
         case QSGDMaxNormMultiScale():
-            return _of_levels(compressor.levels[0], compressor.scaling.scale, compressor.scaling.norm)
+            return _bound_for_levels(compressor.levels[0], compressor.scaling.scale, compressor.scaling.norm)
         case GlobalRandK() if not feedback:
-            inner = limit(compressor.inner, numel)
+            inner = error_bound(compressor.inner, numel)
             share = compressor.ratio if compressor.k is None else min(1.0, compressor.k / numel)
             return 2 * (1 + inner) / math.sqrt(share)
         case _:
             return math.inf
 
 
-def _of_levels(levels: int, scale: str, norm: str) -> float:
-    """Half a level an element at most, and a level is as large as the norm is above the usual element."""
+def _bound_for_levels(levels: int, scale: str, norm: str) -> float:
+    """At most half a level per element; the size of a level is the ratio of the norm to a typical element."""
     return (2 if (scale, norm) == ("block", "max") else 40) / levels

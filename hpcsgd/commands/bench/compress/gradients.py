@@ -1,4 +1,4 @@
-"""Gradients to compress: normal numbers, and those that a ResNet-18 has after a few steps of training."""
+"""Gradients to compress: standard normal samples, and gradients of a ResNet-18 after a few training steps."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ _SHAPE, _CLASSES, _SEED = (3, 32, 32), 10, 0
 
 
 def gaussian(world: World) -> list[Tensor]:
-    """Independent standard normal numbers on each rank, in the shapes of a ResNet-18."""
+    """Independent standard normal samples on each rank, in the shapes of a ResNet-18."""
     generator = torch.Generator().manual_seed(world.rank)
     with torch.device("meta"):
-        shapes = [p.shape for p in _backwards(_model())]
+        shapes = [p.shape for p in _reversed_parameters(_model())]
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def resnet18(world: World) -> list[Tensor]:
-    """This rank's gradients in the last of `STEPS` steps, with `BATCH` digits a rank, all-reduced by us.
+    """This rank's gradients in the last of `STEPS` training steps, before the all-reduce of that step.
 
-    The digits are enlarged to 3x32x32; each rank draws its own. SGD with momentum 0.9, learning rate 0.05.
+    `BATCH` digits per rank and step, enlarged to 3x32x32, different on each rank; all-reduce by hpcsgd; SGD
+    with momentum 0.9 and learning rate 0.05.
     """
     torch.manual_seed(_SEED)
     model = _model()
-    parameters = list(_backwards(model))
+    parameters = list(_reversed_parameters(model))
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
     group = TensorGroup(world, ((str(i), p) for i, p in enumerate(parameters)))
     own: list[Tensor] = []
@@ -55,20 +56,20 @@ def resnet18(world: World) -> list[Tensor]:
 DATA: dict[str, Callable[[World], list[Tensor]]] = {"gaussian": gaussian, "resnet18": resnet18}
 
 
-def fitted(tensors: list[Tensor], elements: int | None) -> list[Tensor]:
-    """The tensors, repeated or cut to so many elements."""
-    parts: list[Tensor] = []
-    left = sum(tensor.numel() for tensor in tensors) if elements is None else elements
+def resize(tensors: list[Tensor], elements: int | None) -> list[Tensor]:
+    """The tensors, repeated or cut to `elements` elements in total; None leaves them."""
+    resized: list[Tensor] = []
+    remaining = sum(tensor.numel() for tensor in tensors) if elements is None else elements
     for tensor in cycle(tensors):
-        if left <= 0:
-            return parts
-        parts.append(_first(tensor, left))
-        left -= parts[-1].numel()
-    return parts
+        if remaining <= 0:
+            return resized
+        resized.append(_cut(tensor, remaining))
+        remaining -= resized[-1].numel()
+    return resized
 
 
-def _first(tensor: Tensor, elements: int) -> Tensor:
-    """So many elements of a tensor at most, in whole rows where it can be: matrices stay matrices."""
+def _cut(tensor: Tensor, elements: int) -> Tensor:
+    """At most `elements` elements of a tensor; whole rows where possible, so that matrices stay matrices."""
     rows = elements // math.prod(tensor.shape[1:])
     return tensor[:rows] if rows else tensor.flatten()[:elements]
 
@@ -86,6 +87,6 @@ def _model() -> nn.Module:
     return MODELS["resnet18"](shape=_SHAPE, classes=_CLASSES)
 
 
-def _backwards(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters from the last to the first, as backward finds them."""
+def _reversed_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters from last to first: the order in which backward computes their gradients."""
     return reversed(list(model.parameters()))

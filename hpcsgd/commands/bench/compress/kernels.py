@@ -1,4 +1,4 @@
-"""The kernels of compression and of averaging alone, beside a memory copy, on the host or on the GPU."""
+"""Timing of the compression and averaging kernels beside a memory copy, on the host or on the GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.compress.contenders import COPY
-from hpcsgd.commands.bench.timing import Contender, interleave, together
-from hpcsgd.compress.base import levels_of, ops
+from hpcsgd.commands.bench.timing import Contender, interleave, with_barrier
+from hpcsgd.compress.base import kernels_for, levels_of
 from hpcsgd.compress.packed_quantizer import BLOCK
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
@@ -33,10 +33,12 @@ class Kernel:
 
     Attributes
     ----------
+    name
+        Name in tables and CSV files.
     run
-        Starts it, or computes it; may be called again and again.
+        Runs the kernel on the host, or launches it on the GPU; may be called repeatedly.
     width
-        Bytes that it must read and write for each element.
+        Bytes that the kernel must read and write per element.
     """
 
     name: str
@@ -45,12 +47,12 @@ class Kernel:
 
 
 def measure(world: World, comm: Any, elements: int, repeats: int) -> list[output.Row]:
-    """Time the kernels on `world.device`; rank 0 prints a table. Returns lines of a CSV file.
+    """Time the kernels on `world.device`; rank 0 prints a table. Returns the rows of the CSV file.
 
     Raises
     ------
     HpcsgdError
-        On all ranks, where what is decoded, rotated back or merged is not what there was.
+        On all ranks, if decoding, rotating back or merging does not restore the input.
     """
     compared = _kernels(world, elements)
 
@@ -58,15 +60,15 @@ def measure(world: World, comm: Any, elements: int, repeats: int) -> list[output
         for kernel in compared:
             kernel.run()
 
-    world.compile(once)  # by one rank, and not by all at once
+    world.local.compile_kernels(once)  # on one rank first, not on all at once
     if world.device.type == "cuda":
         seconds = _time_on_gpu(compared, repeats)
     else:
-        contenders = [Contender(k.name, lambda: None, together(comm, k.run)) for k in compared]
+        contenders = [Contender(k.name, lambda: None, with_barrier(comm, k.run)) for k in compared]
         seconds = interleave(comm, contenders, repeats)
     if world.rank == 0:
         _report(world, elements, compared, seconds)
-    facts = {"times_fewer_bytes": "", "relative_error": "", **output.facts(world)}
+    environment = {"times_fewer_bytes": "", "relative_error": "", **output.environment(world)}
     return [
         {
             "data": f"kernel on {world.device.type}",
@@ -76,86 +78,86 @@ def measure(world: World, comm: Any, elements: int, repeats: int) -> list[output
             **output.milliseconds(seconds[kernel.name]),
             "bytes": round(kernel.width * elements),
             "bits_per_element": "",
-            **facts,
+            **environment,
         }
         for kernel in compared
     ]
 
 
-class _Memory:
-    """What the kernels work on; the words are those of one rank, or of `terms` equal ones."""
+class _KernelBuffers:
+    """The buffers of the kernels. The packed words are those of one rank, or a sum of `terms` equal ones."""
 
     def __init__(self, world: World, elements: int) -> None:
-        from hpcsgd.kernels.codec.spec import Layout, lanes
+        from hpcsgd.kernels.codec.spec import Tiling, lanes_for
 
         def zeros(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(numel, dtype=dtype, device=world.device)
 
         levels = levels_of(_BITS)
         self.terms = world.size
-        self.lanes = lanes(levels, self.terms)
-        self.layout = Layout.of(elements, self.lanes.count, BLOCK)
+        self.lanes = lanes_for(levels, self.terms)
+        self.tiling = Tiling.of(elements, self.lanes.count, BLOCK)
         self.x = torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(world.device)
         self.residual, self.out = zeros(elements), zeros(elements)
-        self.norms = zeros(self.layout.rows, torch.uint16)
-        self.words = zeros(self.layout.words, torch.int32 if self.lanes.word == 32 else torch.int64)
+        self.norms = zeros(self.tiling.rows, torch.uint16)
+        self.words = zeros(self.tiling.words, torch.int32 if self.lanes.word == 32 else torch.int64)
         masks = torch.zeros((0, 0), dtype=torch.int32, device=world.device)
         levels_of_scales = torch.tensor([float(levels)], device=world.device)
-        self.coding = (self.norms, self.layout, self.lanes, levels_of_scales, masks)
-        self.model, self.gain, self.shot = self.x.clone(), zeros(elements), zeros(elements)
+        self.coding = (self.norms, self.tiling, self.lanes, levels_of_scales, masks)
+        self.model, self.correction, self.snapshot = self.x.clone(), zeros(elements), zeros(elements)
 
 
 def _kernels(world: World, elements: int) -> list[Kernel]:
     from hpcsgd.kernels.codec.spec import key
     from hpcsgd.kernels.sums import model_delta
 
-    m = _Memory(world, elements)
-    on, drawn, word = ops(m.x), key(0), m.lanes.bits_per_element / 8
+    b = _KernelBuffers(world, elements)
+    kernels, random_key, word = kernels_for(b.x), key(0), b.lanes.bits_per_element / 8
 
-    def all_of(pieces: Callable[..., Iterator[None]], *arguments: object) -> Callable[[], None]:
+    def run_all(steps: Callable[..., Iterator[None]], *arguments: object) -> Callable[[], None]:
         def run() -> None:
-            for _ in pieces(*arguments):
+            for _ in steps(*arguments):
                 pass
 
         return run
 
     def copy() -> None:
-        if m.x.is_cuda:
-            m.out.copy_(m.x)
+        if b.x.is_cuda:
+            b.out.copy_(b.x)
         else:
-            np.copyto(m.out.numpy(), m.x.numpy())
+            np.copyto(b.out.numpy(), b.x.numpy())
 
-    norms = all_of(on.norms, m.x, None, m.layout, False, m.norms)
-    encode = all_of(on.encode, m.x, None, *m.coding, drawn, 0, m.words)
-    decode = all_of(on.decode, m.words, *m.coding, m.terms, 1 / m.terms, m.out)
-    rotate = all_of(on.rotate, m.x, drawn, 0, m.out)
-    unrotate = all_of(on.unrotate, m.out, drawn, 0, m.out)
+    norms = run_all(kernels.norms, b.x, None, b.tiling, False, b.norms)
+    encode = run_all(kernels.encode, b.x, None, *b.coding, random_key, 0, b.words)
+    decode = run_all(kernels.decode, b.words, *b.coding, b.terms, 1 / b.terms, b.out)
+    rotate = run_all(kernels.rotate, b.x, random_key, 0, b.out)
+    unrotate = run_all(kernels.unrotate, b.out, random_key, 0, b.out)
 
     def snapshot() -> None:
-        model_delta.snapshot(m.model, m.gain, m.out, m.shot)
+        model_delta.take_snapshot(b.model, b.correction, b.out, b.snapshot)
 
     def advance() -> None:
-        model_delta.advance(m.out, m.shot, m.gain)
+        model_delta.accumulate(b.out, b.snapshot, b.correction)
 
     def merge() -> None:
-        model_delta.merge(m.model, m.gain)
+        model_delta.apply_correction(b.model, b.correction)
 
     norms(), encode()
-    m.words.mul_(m.terms)
+    b.words.mul_(b.terms)
     decode()
-    _check(world, "decode", m, 2 / levels_of(_BITS))
+    _check(world, "decode", b, 2 / levels_of(_BITS))
     rotate(), unrotate()
-    _check(world, "unrotate", m, 1e-5)
-    # The model is doubled, as if the average were, and a second merge must leave it so.
+    _check(world, "unrotate", b, 1e-5)
+    # An average of twice the model doubles the model; a second merge must not change it.
     snapshot()
-    m.out.mul_(2)
+    b.out.mul_(2)
     advance()
     merge()
     merge()
     snapshot()
-    m.out.mul_(0.5)
-    _check(world, "merge", m, 1e-6)
-    with_residual = all_of(on.encode, m.x, m.residual, *m.coding, drawn, 0, m.words)
+    b.out.mul_(0.5)
+    _check(world, "merge", b, 1e-6)
+    with_residual = run_all(kernels.encode, b.x, b.residual, *b.coding, random_key, 0, b.words)
     return [
         Kernel(COPY, copy, 8),
         Kernel("norms", norms, 4),
@@ -163,15 +165,15 @@ def _kernels(world: World, elements: int) -> list[Kernel]:
         Kernel("encode with residual", with_residual, 12 + word),
         Kernel("decode", decode, word + 4),
         Kernel("rotate", rotate, 8),
-        Kernel("unrotate", all_of(on.unrotate, m.x, drawn, 0, m.out), 8),
+        Kernel("unrotate", run_all(kernels.unrotate, b.x, random_key, 0, b.out), 8),
         Kernel("snapshot", snapshot, 16),
         Kernel("advance", advance, 16),
         Kernel("merge", merge, 16),
     ]
 
 
-def _check(world: World, name: str, m: _Memory, limit: float) -> None:
-    error = float((m.out.double() - m.x.double()).norm() / m.x.double().norm())
+def _check(world: World, name: str, b: _KernelBuffers, limit: float) -> None:
+    error = float((b.out.double() - b.x.double()).norm() / b.x.double().norm())
     errors = world.gather(error, "the check of a kernel")
     wrong = [rank for rank, got in enumerate(errors) if not got < limit]
     if wrong:
@@ -184,10 +186,10 @@ def _check(world: World, name: str, m: _Memory, limit: float) -> None:
         )
 
 
-def _time_on_gpu(kernels: Sequence[Kernel], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each by the GPU's own clock, in turns; several calls at a time hide their launch."""
+def _time_on_gpu(kernels: Sequence[Kernel], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds per kernel by the GPU's clock, alternating; several calls at a time hide the launch time."""
     times: dict[str, list[float]] = {kernel.name: [] for kernel in kernels}
-    for _ in range(rounds):
+    for _ in range(repeats):
         for kernel in kernels:
             kernel.run()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -205,11 +207,13 @@ def _report(world: World, elements: int, kernels: Sequence[Kernel], seconds: dic
     copy = float(np.median(seconds[COPY]))
     lines = []
     for kernel in kernels:
-        taken, rate = float(np.median(seconds[kernel.name])), rates[kernel.name]
-        cells = [f"{1e3 * taken:.3f}", f"{taken / copy:.2f}", f"{kernel.width:.2f}"]
+        median, rate = float(np.median(seconds[kernel.name])), rates[kernel.name]
+        cells = [f"{1e3 * median:.3f}", f"{median / copy:.2f}", f"{kernel.width:.2f}"]
         lines.append([kernel.name, *cells, f"{rate:.1f}", f"{rate / rates[COPY]:.0%}"])
-    header = ["kernel", "ms", "times\nmemory copy", "bytes an element\nthat it must move"]
+    header = ["kernel", "ms", "times\nmemory copy", "bytes moved\nper element"]
     header += ["GB/s", "share of the\ncopy's bandwidth"]
     device = world.device.type
-    title = f"kernels on {device}, {elements / 1e6:.1f} M float32, {_BITS} bits, {output.layout(world)}"
-    output.show(title, header, lines, f"All ranks at once. {_GOALS[device]}")
+    title = (
+        f"kernels on {device}, {elements / 1e6:.1f} M float32, {_BITS} bits, {output.describe_ranks(world)}"
+    )
+    output.print_table(title, header, lines, f"All ranks at once. {_GOALS[device]}")

@@ -1,4 +1,4 @@
-"""What is to be averaged, and whether a result is its mean."""
+"""The gradients to be averaged, their exact mean, and the check of a result against it."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import Bucket, TensorGroup
 
 
-class Problem:
-    """Gradients of every rank in a tensor group, to be averaged again and again.
+class AveragingProblem:
+    """Gradients of every rank in a tensor group, to be averaged repeatedly; collective.
 
     Parameters
     ----------
     world
         The ranks.
     comm
-        An mpi4py communicator of these.
+        An mpi4py communicator of these ranks.
     tensors
         This rank's gradients, float32; the same shapes on all ranks.
     bucket_mib
-        Size of a bucket.
+        Bucket size in MiB.
 
     Attributes
     ----------
     group
-        Where the gradients are averaged.
+        The group in which the gradients are averaged.
     flat
-        A private copy of all of them, with the gaps between tensors, (numel,).
+        A private copy of all gradients, including the padding between tensors, (elements,).
     tensors
         (start, shape) of each tensor in `flat`.
+    exact
+        The mean over the ranks in the layout of `flat`, float64.
     """
 
     def __init__(self, world: World, comm: Any, tensors: Sequence[Tensor], bucket_mib: float) -> None:
@@ -48,74 +50,74 @@ class Problem:
         self._own = self.result()
         self.flat = self._own.clone()
         self.tensors: list[tuple[int, tuple[int, ...]]] = []
-        for bucket, first in zip(self.group, self._firsts(), strict=True):
-            self.tensors += [(first + start, shape) for start, shape in places(bucket)]
+        for bucket, offset in zip(self.group, self._bucket_offsets(), strict=True):
+            self.tensors += [(offset + start, shape) for start, shape in tensor_extents(bucket)]
         self.exact = _mean(comm, self._own)
 
     @property
     def numel(self) -> int:
-        """Elements, without the gaps."""
+        """Number of elements, without padding."""
         return sum(math.prod(shape) for _, shape in self.tensors)
 
     def write(self) -> None:
-        """Put the gradients into the group again."""
-        for bucket, first in zip(self.group, self._firsts(), strict=True):
-            bucket.flat.copy_(self._own[first : first + bucket.numel])
+        """Write the gradients into the group again."""
+        for bucket, offset in zip(self.group, self._bucket_offsets(), strict=True):
+            bucket.flat.copy_(self._own[offset : offset + bucket.numel])
 
     def write_flat(self) -> None:
-        """Put the gradients into `flat` again."""
+        """Write the gradients into `flat` again."""
         self.flat.copy_(self._own)
 
     def result(self) -> Tensor:
-        """What the group holds now, as `flat` is laid out."""
+        """The current content of the group, in the layout of `flat`."""
         return torch.cat([bucket.flat for bucket in self.group])
 
     def check(self, name: str, result: Tensor, limit: float, own: bool = False) -> float:
-        """The relative L2 error of a result against the exact mean, in float64.
+        """Return the relative L2 error of a result against the exact mean, in float64; collective.
 
         Parameters
         ----------
         name
-            Of the method, for the error.
+            Name of the method, for the error text.
         result
-            As `flat` is laid out.
+            The result, in the layout of `flat`.
         limit
-            Of the error; infinite for a biased scheme, whose result must only be finite.
+            Bound on the error; infinite for a biased scheme, whose result must only be finite.
         own
-            Whether it is this rank's own gradients that are expected, and not their mean.
+            True to expect this rank's own gradients instead of their mean. Default False.
 
         Raises
         ------
         HpcsgdError
-            On all ranks, where a rank's error is not below the limit, or means differ between the ranks.
+            On all ranks, if the error of a rank is not below the limit, or means differ between ranks.
         """
         exact = self._own.double() if own else self.exact
         length = float(exact.norm()) or 1.0
         error = float((result.double() - exact).norm()) / length
-        # Noise without bias is at right angles to what it is added to, but for chance.
-        slope = float((result.double() - exact) @ exact) / length**2
-        straight = abs(slope) < 0.1 + 5 * error / math.sqrt(len(exact))
-        good = error < limit and (straight or math.isinf(limit))
-        seen = self.world.gather((good, error, zlib.crc32(result.numpy().data)), f"the check of {name}")
-        wrong = [rank for rank, (fine, _, _) in enumerate(seen) if not fine]
+        # Unbiased noise is orthogonal to the mean, but for chance.
+        bias = float((result.double() - exact) @ exact) / length**2
+        unbiased = abs(bias) < 0.1 + 5 * error / math.sqrt(len(exact))
+        correct = error < limit and (unbiased or math.isinf(limit))
+        checks = self.world.gather((correct, error, zlib.crc32(result.numpy().data)), f"the check of {name}")
+        wrong = [rank for rank, (ok, _, _) in enumerate(checks) if not ok]
         if wrong:
             raise HpcsgdError(
                 f"the result of {name} is wrong",
                 rank=wrong,
-                expected=f"a relative error below {limit:.2g}, of which at most a tenth in its direction",
-                got=", ".join(f"{error:.3g}" for _, error, _ in seen),
+                expected=f"a relative error below {limit:.2g}, and at most 0.1 of it along the exact result",
+                got=", ".join(f"{error:.3g}" for _, error, _ in checks),
                 everywhere=True,
             )
-        if not own and len({digest for _, _, digest in seen}) > 1:
+        if not own and len({checksum for _, _, checksum in checks}) > 1:
             raise HpcsgdError(f"the results of {name} differ between ranks", everywhere=True)
         return error
 
-    def _firsts(self) -> list[int]:
+    def _bucket_offsets(self) -> list[int]:
         sizes = [bucket.numel for bucket in self.group]
         return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-def places(bucket: Bucket) -> tuple[tuple[int, tuple[int, ...]], ...]:
+def tensor_extents(bucket: Bucket) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """(start, shape) of each tensor of a bucket."""
     return tuple((bucket.extent(view)[0], tuple(view.shape)) for view in bucket.views)
 

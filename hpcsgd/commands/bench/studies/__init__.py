@@ -1,1 +1,1 @@
-"""Studies: many training runs compared, `hpcsgd bench async`, `ps`, `straggler` and `scale`."""
+"""Studies compare many training runs: `hpcsgd bench async`, `ps`, `straggler` and `scale`."""

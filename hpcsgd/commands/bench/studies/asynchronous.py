@@ -1,4 +1,4 @@
-"""`hpcsgd bench async`: methods that wait and that do not, with a slow rank, simulated, or a slow link."""
+"""`hpcsgd bench async`: synchronous and asynchronous methods with a simulated slow rank or a slow link."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcsgd.commands.bench.studies.asynchronous_results import Study
-from hpcsgd.commands.bench.studies.launches import measure
+from hpcsgd.commands.bench.studies.asynchronous_results import AsyncStudy
+from hpcsgd.commands.bench.studies.launches import run_study
 
 METHODS = ("allreduce", "local:period=8", "sgp", "adpsgd", "lasgd:period=auto")
 
 
 def main(methods: Sequence[str] = METHODS, out: str | Path = "async", **options: Any) -> None:
-    """Measure, with options as of `launches.measure`."""
-    measure(Study, methods, out, **options)
+    """Run the study on the ranks of this job; options as for `launches.run_study`."""
+    run_study(AsyncStudy, methods, out, **options)

@@ -1,4 +1,4 @@
-"""What `hpcsgd bench async` was to show."""
+"""Goals of `hpcsgd bench async`."""
 
 from __future__ import annotations
 
@@ -6,39 +6,40 @@ import numpy as np
 
 from hpcsgd import registry
 from hpcsgd.commands.bench.studies import time_to_loss
-from hpcsgd.commands.bench.studies.trials import goal
-from hpcsgd.commands.bench.studies.workloads import FAST, Setting
+from hpcsgd.commands.bench.studies.trials import goal_line
+from hpcsgd.commands.bench.studies.workloads import FAST, StudyCondition
 
-_POINTS = 0.5  # of accuracy that asynchrony may cost
-#: LASGD's time to the target over all-reduce's, at most: on a fast link or not, with a slow rank or not.
-_LIMITS = {(True, 0): 1.05, (True, 1): 0.4, (False, 0): 0.35}
+_MAX_LOSS = 0.5  # percentage points of accuracy that asynchrony may cost
+#: Largest ratio of LASGD's time to the target to all-reduce's, by (fast link?, number of slow ranks).
+_MAX_RATIO = {(True, 0): 1.05, (True, 1): 0.4, (False, 0): 0.35}
 
 
-class Study(time_to_loss.Study):
-    """All-reduce, local SGD, gossip and LASGD; see `losses.Study`."""
+class AsyncStudy(time_to_loss.TimeToLossStudy):
+    """All-reduce, local SGD, gossip and LASGD."""
 
     name = "async"
-    slow = 1
+    slow_ranks = 1
     baseline = "allreduce"
 
     def goals(self) -> list[str]:
-        """The goals of LASGD beside what was measured, where it and all-reduce have run."""
-        told = []
-        for setting in self.settings:
-            method = next((m for m in self.methods if _is_adaptive(m) and self.of(setting, m)), None)
-            if method and self.of(setting, self.baseline):
-                limit = _LIMITS.get((setting.link == FAST, setting.slow))
-                told += [] if limit is None else [self.sooner(setting, method, limit)]
-                told.append(self._accuracy(setting, method))
-        return told
+        """The goals of LASGD with the measured values, under conditions where it and all-reduce have run."""
+        lines = []
+        for condition in self.conditions:
+            method = next((m for m in self.methods if _is_adaptive(m) and self.trials_of(condition, m)), None)
+            if method and self.trials_of(condition, self.baseline):
+                limit = _MAX_RATIO.get((condition.link == FAST, condition.slow_ranks))
+                lines += [] if limit is None else [self.time_goal(condition, method, limit)]
+                lines.append(self._accuracy_goal(condition, method))
+        return lines
 
-    def _accuracy(self, setting: Setting, method: str) -> str:
-        mine, base = (float(np.mean(self.percent(setting, m))) for m in (method, self.baseline))
-        what = f"final accuracy of {method} at most {_POINTS} points below {self.baseline}'s"
-        return goal(setting, what, f"{mine:.2f} to {base:.2f} %", base - mine <= _POINTS)
+    def _accuracy_goal(self, condition: StudyCondition, method: str) -> str:
+        accuracy, baseline = (float(np.mean(self.accuracies(condition, m))) for m in (method, self.baseline))
+        goal = f"final accuracy of {method} at most {_MAX_LOSS} points below {self.baseline}"
+        measured = f"{accuracy:.2f} against {baseline:.2f} %"
+        return goal_line(condition, goal, measured, baseline - accuracy <= _MAX_LOSS)
 
 
 def _is_adaptive(method: str) -> bool:
-    """Whether it is LASGD that finds its period by itself, of which the goals speak."""
+    """Whether the method is LASGD with an adaptive period, to which the goals apply."""
     name, options = registry.parse(method)
     return name == "lasgd" and options.get("period", "auto") == "auto"

@@ -1,4 +1,4 @@
-"""Many training runs in one job, one after the other; what is complete is not run again."""
+"""Runs the training runs of a study one after the other in one job; complete runs are not repeated."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hpcsgd import registry
-from hpcsgd.commands.bench.studies.subworlds import parts_of, ranks_of
-from hpcsgd.commands.report import RunRecord, load
+from hpcsgd.commands.bench.studies.subworlds import ranks_per_method, split_worlds
+from hpcsgd.commands.report.records import RunRecord
+from hpcsgd.commands.report.run_reader import load
 from hpcsgd.commands.train.metrics import FILE
 from hpcsgd.commands.train.settings import Settings, to_toml
-from hpcsgd.commands.train.trainer import Training
+from hpcsgd.commands.train.trainer import Trainer
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.mpi.world import World
 
@@ -25,71 +26,72 @@ _ONE_STEP = 1e-9  # of an epoch
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A run that is over.
+class FinishedRun:
+    """A complete run.
 
     Attributes
     ----------
     record
-        What is in its folder.
+        Settings and records from its folder.
     gradients
-        How many each rank has computed, (ranks,).
+        Number of gradients that each rank computed, (ranks,).
     """
 
     record: RunRecord
     gradients: list[int]
 
 
-def carry_out(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> list[Finished]:
-    """Train each of the plan's runs in turn; collective.
+def run_plan(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> list[FinishedRun]:
+    """Train the runs of a plan one after the other; collective.
 
-    A run that is complete in `out` is read instead, so that a study which was stopped goes on with the
-    same command. A method first takes one step that is thrown away: what is compiled then is not timed.
-    Where some methods have servers, the last ranks have no part in the runs of the others.
+    A run that is complete in `out` is read instead, so that an interrupted study continues with the same
+    command. Each method first takes one step in a run that is discarded, so that compilation is not timed.
+    Where some methods have servers, the last ranks take no part in the runs of the other methods.
 
     Parameters
     ----------
     world
         The ranks.
     out
-        Where the runs' folders are made.
+        The folder in which the run folders are created.
     plan
-        A name, which becomes the folder's, and the settings of each run.
+        The name, which is also that of the folder, and the settings of each run.
 
     Returns
     -------
-    list of Finished
-        In the plan's order, on rank 0; nothing on the other ranks.
+    list of FinishedRun
+        In the order of the plan on rank 0; empty on the other ranks.
 
     Raises
     ------
     BadOption
-        Where `out` holds a run of the same name with other settings.
+        `out` holds a run of the same name with other settings.
     HpcsgdError
-        On all ranks, where a run fails or the job is told to stop.
+        On all ranks, if a run fails or the job is interrupted by a signal.
     """
-    done: list[Finished] = []
+    finished: list[FinishedRun] = []
     warm: set[str] = set()
-    ranks = ranks_of([settings.strategy for _, settings in plan], world.size)
-    with parts_of(world, [*ranks.values()]) as parts:
+    ranks = ranks_per_method([settings.strategy for _, settings in plan], world.size)
+    with split_worlds(world, [*ranks.values()]) as subworlds:
         for number, (name, settings) in enumerate(plan, 1):
-            settings = _carried_out(settings, out, name)
-            part = parts[ranks[settings.strategy]]
-            told = world.together(lambda: world.rank == 0 and _is_complete(part, out / name, settings))  # noqa: B023
-            if not world.gather(told)[0] and world.rank < ranks[settings.strategy]:
+            settings = _in_folder(settings, out, name)
+            subworld = subworlds[ranks[settings.strategy]]
+            complete = world.collectively(
+                lambda: world.rank == 0 and _is_complete(subworld, out / name, settings)  # noqa: B023
+            )
+            if not world.gather(complete)[0] and world.rank < ranks[settings.strategy]:
                 if settings.strategy not in warm:
-                    _train(
-                        part, replace(settings, name="warm-up", epochs=_ONE_STEP, delays="none"), keep=False
-                    )
+                    one_step = replace(settings, name="warm-up", epochs=_ONE_STEP, delays="none")
+                    _train(subworld, one_step, discard=True)
                     warm.add(settings.strategy)
-                _train(part, settings)
+                _train(subworld, settings)
             if world.rank == 0:
-                done.append(_read(out / name))
-                _tell(f"{number}/{len(plan)} {name}", done[-1])
-    return done
+                finished.append(_read_run(out / name))
+                _print_progress(f"{number}/{len(plan)} {name}", finished[-1])
+    return finished
 
 
-def _tell(name: str, finished: Finished) -> None:
+def _print_progress(name: str, finished: FinishedRun) -> None:
     test = finished.record.test
     print(
         f"{name}: {test.step[-1]} iterations in {test.time[-1]:.1f} s, accuracy {test.accuracy[-1]:.1%}",
@@ -97,69 +99,72 @@ def _tell(name: str, finished: Finished) -> None:
     )
 
 
-def find(out: Path, name: str, settings: Settings, ranks: int) -> Finished | None:
-    """A run that is complete, of these settings and of so many ranks, on whatever nodes; if there is one."""
+def find_finished(out: Path, name: str, settings: Settings, ranks: int) -> FinishedRun | None:
+    """The complete run with this name, these settings and `ranks` ranks on any nodes, if there is one."""
     folder = out / name
-    before = _config(folder)
-    about = {"ranks": ranks, "nodes": before.get("world", {}).get("nodes", 1)}
-    settings = _carried_out(settings, out, name)
-    same = bool(before) and not _differences(before, settings, about)
-    return _read(folder) if same and _has_ended(folder, settings) else None
+    config = _read_config(folder)
+    job = {"ranks": ranks, "nodes": config.get("world", {}).get("nodes", 1)}
+    settings = _in_folder(settings, out, name)
+    same = bool(config) and not _differences(config, settings, job)
+    return _read_run(folder) if same and _is_finished(folder, settings) else None
 
 
-def check_each_once(what: str, *options: Sequence[object]) -> None:
-    """Raise where the first of some lists is empty, or one names something twice."""
-    if not options[0] or any(len({*listed}) < len(listed) for listed in options):
-        got = [value for listed in options for value in listed]
-        raise BadOption(what, expected="one or more, each once", got=got)
+def check_unique(names: str, *options: Sequence[object]) -> None:
+    """Raise `BadOption` if the first of some lists is empty, or a list holds a value twice."""
+    if not options[0] or any(len({*values}) < len(values) for values in options):
+        got = [value for values in options for value in values]
+        raise BadOption(names, expected="one or more values, each once", got=got)
 
 
 def with_option(rows: Mapping[str, Callable[..., object]], spec: str, key: str, value: object) -> str:
-    """The spec with an option more, where its row has that option and the spec does not set it."""
+    """Add an option to a spec, if its registry row has the option and the spec does not set it."""
     name, options = registry.parse(spec)
     if name not in rows or key in options or key not in inspect.signature(rows[name]).parameters:
         return spec
     return f"{spec}{',' if options else ':'}{key}={value}"
 
 
-def _train(world: World, settings: Settings, *, keep: bool = True) -> None:
+def _train(world: World, settings: Settings, *, discard: bool = False) -> None:
     folder = Path(settings.out) / settings.name
-    training = world.together(lambda: Training(settings, world))
-    if world.rank == 0 and not keep:
+    trainer = world.collectively(lambda: Trainer(settings, world))
+    if world.rank == 0 and discard:
         shutil.rmtree(folder, ignore_errors=True)
-    training.execute()
-    if training.step < training.total:
+    trainer.execute()
+    if not trainer.completed:
         raise HpcsgdError(
-            f"told to stop in run {settings.name}", do="the same command goes on from there", everywhere=True
+            f"interrupted by a signal in run {settings.name}",
+            do="run the same command again: it keeps the complete runs and repeats this one",
+            everywhere=True,
         )
     if world.rank == 0:
-        # Of dozens of runs they would fill the disk.
-        shutil.rmtree(folder / "checkpoints" if keep else folder)
+        # The checkpoints of dozens of runs would fill the disk.
+        shutil.rmtree(folder if discard else folder / "checkpoints")
 
 
-def _carried_out(settings: Settings, out: Path, name: str) -> Settings:
+def _in_folder(settings: Settings, out: Path, name: str) -> Settings:
     return replace(settings, out=str(out), name=name, progress="off")
 
 
 def _is_complete(world: World, folder: Path, settings: Settings) -> bool:
-    """Whether it is; what is left of a run that is not gets removed."""
-    before = _config(folder)
-    odd = _differences(before, settings, {"ranks": world.size, "nodes": world.nodes}) if before else {}
-    for key, (expected, got) in odd.items():
+    """Whether the run is complete; an incomplete run is removed."""
+    config = _read_config(folder)
+    job = {"ranks": world.size, "nodes": world.nodes}
+    differences = _differences(config, settings, job) if config else {}
+    for key, (expected, got) in differences.items():
         raise BadOption(
-            f"{folder} is a run with another {key}",
+            f"{folder} holds a run with another {key}",
             expected=expected,
             got=got,
-            do="name another folder, or remove this one",
+            do="give --out another folder, or remove this run",
         )
-    if _has_ended(folder, settings):
+    if _is_finished(folder, settings):
         return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """The settings of a run; empty where there is none."""
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run; empty if there is no run."""
     try:
         return tomllib.loads((folder / "config.toml").read_text())
     except FileNotFoundError:
@@ -167,27 +172,27 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _differences(
-    before: Mapping[str, Any], settings: Settings, about: Mapping[str, object]
+    config: Mapping[str, Any], settings: Settings, job: Mapping[str, object]
 ) -> dict[str, tuple[object, object]]:
-    """What the settings say, and what the run's folder does, where these differ."""
-    wanted = tomllib.loads(to_toml(settings, about))
-    odd = [key for key in wanted if key != "out" and before.get(key) != wanted[key]]
-    return {key: (wanted[key], before.get(key)) for key in odd}
+    """The value in `settings` and that in the run's `config`, for each key in which these differ."""
+    expected = tomllib.loads(to_toml(settings, job))
+    differing = [key for key in expected if key != "out" and config.get(key) != expected[key]]
+    return {key: (expected[key], config.get(key)) for key in differing}
 
 
-def _has_ended(folder: Path, settings: Settings) -> bool:
-    last = _last(folder)
+def _is_finished(folder: Path, settings: Settings) -> bool:
+    last = _last_evaluation(folder)
     return last is not None and last["epoch"] >= settings.epochs - _ROUNDING
 
 
-def _read(folder: Path) -> Finished:
-    last = _last(folder)
-    assert last is not None, "only complete runs are read"
-    return Finished(load(folder), last["gradients"])
+def _read_run(folder: Path) -> FinishedRun:
+    last = _last_evaluation(folder)
+    assert last is not None, "the run is complete"
+    return FinishedRun(load(folder), last["gradients"])
 
 
-def _last(folder: Path) -> dict[str, Any] | None:
-    """The last evaluation in a run's metrics."""
+def _last_evaluation(folder: Path) -> dict[str, Any] | None:
+    """The last evaluation record in a run's metrics."""
     if not (folder / FILE).exists():
         return None
     lines = [line for line in (folder / FILE).read_text().splitlines() if line.endswith("}")]

@@ -1,4 +1,4 @@
-"""What `hpcsgd bench ps` shows, and was to show."""
+"""Results and goals of `hpcsgd bench ps`."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ import numpy as np
 from hpcsgd import registry
 from hpcsgd.commands.bench.studies import time_to_loss
 from hpcsgd.commands.bench.studies.comparison import Cells
-from hpcsgd.commands.bench.studies.workloads import FAST, WIDER, Setting
+from hpcsgd.commands.bench.studies.workloads import EIGHT_WORKER_WORKLOADS, FAST, StudyCondition
 
-_LIMIT = 0.4  # of the baseline's time, on a slow link
+_MAX_RATIO = 0.4  # of the time to the target to the baseline's, on a slow link
 
 
-class Study(time_to_loss.Study):
-    """Parameter servers of each mode, pure and with groups, and AR-SGD; see `losses.Study`."""
+class ServerStudy(time_to_loss.TimeToLossStudy):
+    """Parameter servers in each mode, with groups of one rank and of two, and all-reduce SGD."""
 
     name = "ps"
-    slow = 2
+    slow_ranks = 2
     baseline = "ps:mode=sync,groups=8"
-    workloads = WIDER
+    workloads = EIGHT_WORKER_WORKLOADS
     notes = (
-        f"{time_to_loss.Study.notes} Bytes through the servers are pushes and their answers, of a whole run."
+        f"{time_to_loss.TimeToLossStudy.notes} Bytes through the servers: pushes and replies of a whole run."
     )
 
-    def besides(self, setting: Setting, method: str) -> Cells:
-        moved = np.median([trial.server_bytes for trial in self.of(setting, method)])
-        return {**super().besides(setting, method), "MB through\nthe servers": f"{moved / 1e6:.0f}"}
+    def final_cells(self, condition: StudyCondition, method: str) -> Cells:
+        moved = np.median([trial.server_bytes for trial in self.trials_of(condition, method)])
+        return {**super().final_cells(condition, method), "MB through\nthe servers": f"{moved / 1e6:.0f}"}
 
     def goals(self) -> list[str]:
-        """That of elastic groups beside what was measured, where they and the baseline have run."""
+        """The goal of elastic groups with the measured value, where they and the baseline ran; slow links."""
         grouped = [method for method in self.methods if _is_elastic_in_groups(method)]
         return [
-            self.sooner(setting, method, _LIMIT)
-            for setting in self.settings
+            self.time_goal(condition, method, _MAX_RATIO)
+            for condition in self.conditions
             for method in grouped
-            if setting.link != FAST and self.of(setting, method) and self.of(setting, self.baseline)
+            if condition.link != FAST
+            and self.trials_of(condition, method)
+            and self.trials_of(condition, self.baseline)
         ]
 
 

@@ -1,4 +1,4 @@
-"""`hpcsgd bench straggler`: what slow ranks cost each method, with delays that are simulated."""
+"""`hpcsgd bench straggler`: the cost of slow ranks to each method, with simulated delays."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hpcsgd import registry
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.runner import carry_out, check_each_once, with_option
-from hpcsgd.commands.bench.studies.straggler_results import Study, Trial
+from hpcsgd.commands.bench.studies.runner import check_unique, run_plan, with_option
+from hpcsgd.commands.bench.studies.straggler_results import StragglerStudy, StragglerTrial
 from hpcsgd.commands.bench.timing import check_positive
 from hpcsgd.commands.train.settings import Settings, validate
 from hpcsgd.mpi.world import World
@@ -20,7 +20,7 @@ METHODS = ("allreduce", "backup:backups=0", "backup:backups=1", "backup", "dsgd"
 
 
 def default_delays(base_ms: float) -> list[str]:
-    """One of each kind, in which a gradient takes `base_ms` on average; of the slow rank four times that."""
+    """One delay of each kind, with a mean gradient time of `base_ms`; four times as long on the slow rank."""
     base = base_ms / 1000
     return [
         f"constant:seconds={base:g}",
@@ -47,36 +47,36 @@ def main(
 ) -> None:
     """Train with each method under each delay on the ranks of this job; rank 0 prints the tables.
 
-    Methods take turns within a seed, so that what disturbs the machine disturbs them all. In `out` are
-    the runs, `straggler.csv`, and `straggler.png`, accuracy against time. A study that was stopped goes
-    on with the same command.
+    The methods alternate within a seed, so that a disturbance of the machine affects all of them. `out` gets
+    the runs, `straggler.csv`, and `straggler.png`, accuracy against time. A study that was interrupted
+    continues with the same command.
 
     Parameters
     ----------
     methods
-        Strategies, as of `hpcsgd train --strategy`.
+        Strategies, as for `hpcsgd train --strategy`.
     delays
-        As of `hpcsgd train --delays`. Default: constant, one rank four times slower, exponential, Pareto.
+        As for `hpcsgd train --delays`. Default: constant, one rank four times slower, exponential, Pareto.
     topology
-        Of the methods that have one and do not name it. Default "ring".
+        Topology of the methods that have one and do not name it. Default "ring".
     base_ms
-        Of the default delays: what a gradient takes, in milliseconds. Default 20.
+        Simulated gradient time of the default delays in milliseconds. Default 20.
     seeds
-        Runs of each, at least 1. Default 3.
+        Runs per method and delay, at least 1. Default 3.
     target
-        Test accuracy, from 0 to 1. Default 0.9.
+        Target test accuracy, from 0 to 1. Default 0.9.
     epochs, evaluate_every, optimizer, learning_rate, data, alpha
-        As of `hpcsgd train`; the learning rate is constant. All ranks meet before an evaluation, also those
-        of methods that else wait for nobody, which counts as time: evaluate seldom.
+        As for `hpcsgd train`; the learning rate is constant. All ranks synchronise before an evaluation, with
+        asynchronous methods too, and the wait counts as training time: evaluate seldom.
     out
-        A folder. Default "straggler".
+        The folder of the study. Default "straggler".
 
     Raises
     ------
     BadOption
-        An option out of its range, or a method or a delay that does not exist.
+        An option is out of its range, or a method or a delay does not exist.
     HpcsgdError
-        On all ranks, where a run fails.
+        On all ranks, if a run fails.
     """
     check_positive("seeds, base_ms and target", [seeds, base_ms, target])
     delays = [delay.replace("+", ",") for delay in delays] or default_delays(base_ms)
@@ -93,21 +93,23 @@ def main(
             schedule="constant",
         )
     )
-    asked = [(delay, seed, method) for delay in delays for seed in range(seeds) for method in methods]
-    plan = [("-".join(map(str, one)), _settings(common, topology, *one)) for one in asked]
+    grid = [(delay, seed, method) for delay in delays for seed in range(seeds) for method in methods]
+    plan = [("-".join(map(str, point)), _settings(common, topology, *point)) for point in grid]
     with World(device="cpu") as world:
         out = Path(out)
         output.check_writable(world, out / "straggler.csv")
-        done = carry_out(world, out, plan)
+        finished = run_plan(world, out, plan)
         if world.rank == 0:
-            trials = [Trial(*one, finished) for one, finished in zip(asked, done, strict=True)]
+            trials = [StragglerTrial(*point, run) for point, run in zip(grid, finished, strict=True)]
             skew = f", Dirichlet({alpha:g})" if alpha is not None else ""
-            study = Study(trials, target, f"{data}{skew}, {output.layout(world)}, topology {topology}")
-            study.publish(out, output.facts(world))
+            study = StragglerStudy(
+                trials, target, f"{data}{skew}, {output.describe_ranks(world)}, topology {topology}"
+            )
+            study.publish(out, output.environment(world))
 
 
 def _check(methods: Sequence[str], delays: Sequence[str]) -> None:
-    check_each_once("methods and delays", methods, delays)
+    check_unique("methods and delays", methods, delays)
     for delay in delays:
         delay_specs.build(delay)
     for method in methods:

@@ -1,4 +1,4 @@
-"""What `hpcsgd bench straggler` shows, writes and draws."""
+"""Tables, CSV rows, plot and goals of `hpcsgd bench straggler`."""
 
 from __future__ import annotations
 
@@ -9,92 +9,94 @@ import numpy as np
 from hpcsgd import registry
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.studies import trials
-from hpcsgd.commands.bench.studies.comparison import Cells, Comparison, Measure
-from hpcsgd.commands.bench.studies.trials import Numbers, goal, or_never
+from hpcsgd.commands.bench.studies.comparison import Cells, Comparison, Metric
+from hpcsgd.commands.bench.studies.trials import Medians, goal_line, or_never
 
 _NOTES = (
-    "Delays are simulated: each rank sleeps for each gradient. cb-Full is backup:backups=0, cb-DyBW backup; "
-    "an iteration of theirs is a round of those that are done, one of adpsgd as many gradients as there are "
-    "ranks. Times are without evaluation; medians over the seeds."
+    "Delays are simulated: each rank sleeps for each gradient. cb-Full: backup:backups=0; cb-DyBW: backup; "
+    "their iterations average the gradients that are ready, an iteration of adpsgd is one gradient per rank "
+    "on average. Times exclude evaluation; medians over the seeds."
 )
 
 
-class Trial(trials.Trial[str]):
-    """One run under a delay; its target is a test accuracy."""
+class StragglerTrial(trials.Trial[str]):
+    """One run under a simulated delay, with a target test accuracy."""
 
     def reached(self, target: float) -> tuple[float, float]:
-        """At the first evaluation that is there."""
-        found = np.flatnonzero(self.test.accuracy >= target)
-        if not len(found):
+        """Iterations and seconds to the first evaluation at the target; infinite if there is none."""
+        above = np.flatnonzero(self.test.accuracy >= target)
+        if not len(above):
             return np.inf, np.inf
-        return float(self.test.step[found[0]]), float(self.test.time[found[0]])
+        return float(self.test.step[above[0]]), float(self.test.time[above[0]])
 
 
-class Study(Comparison[str, Trial]):
-    """All runs of a study.
+class StragglerStudy(Comparison[str, StragglerTrial]):
+    """All runs of the study.
 
     Parameters
     ----------
     trials
-        Its runs: for each delay and method one a seed.
+        The runs: one per delay, method and seed.
     target
-        Test accuracy, from 0 to 1.
-    on
-        What they ran on, in words.
+        Target test accuracy, from 0 to 1.
+    description
+        Data set and ranks of the runs, for the tables.
     """
 
     name = "straggler"
-    measure = Measure("accuracy", "test accuracy (%)", ".1f", scale=100)
+    metric = Metric("accuracy", "test accuracy (%)", ".1f", scale=100)
     columns = 2
     notes = _NOTES
 
-    def __init__(self, trials: Sequence[Trial], target: float, on: str) -> None:
+    def __init__(self, trials: Sequence[StragglerTrial], target: float, description: str) -> None:
         super().__init__(trials)
-        self._target, self._on = target, on
+        self._target, self._description = target, description
         self.full = next((m for m in self.methods if _backups(m) == "0"), None)
         self.dynamic = next((m for m in self.methods if _backups(m) == "dynamic"), None)
 
-    def target(self, setting: str) -> float:
+    def target(self, condition: str) -> float:
         return self._target
 
-    def title(self, setting: str) -> str:
-        return f"simulated delays {setting}; {self._on}; target {self._target:.1%}"
+    def title(self, condition: str) -> str:
+        return f"simulated delays {condition}; {self._description}; target {self._target:.1%}"
 
-    def relative(self, setting: str, found: Numbers) -> Cells:
-        relative = found.seconds / self.numbers(setting, self.full).seconds if self.full else None
+    def relative_cells(self, condition: str, found: Medians) -> Cells:
+        relative = found.seconds / self.medians(condition, self.full).seconds if self.full else None
         return {"relative to\ncb-Full": "" if relative is None else f"{relative:.2f}"}
 
-    def quality(self, setting: str, method: str) -> Cells:
-        return {"final\naccuracy": f"{self.numbers(setting, method).accuracy:.1%}"}
+    def quality_cells(self, condition: str, method: str) -> Cells:
+        return {"final\naccuracy": f"{self.medians(condition, method).accuracy:.1%}"}
 
     def goals(self) -> list[str]:
-        """The goals of dynamic backup workers beside what was measured."""
+        """The goals of dynamic backup workers with the measured values."""
         if self.full is None or self.dynamic is None:
             return []
-        told = []
-        for delay in self.settings:
+        lines = []
+        for delay in self.conditions:
             kind = registry.parse(delay)[0]
-            numbers = {method: self.numbers(delay, method) for method in self.methods}
-            ratio = numbers[self.dynamic].seconds / numbers[self.full].seconds
+            medians = {method: self.medians(delay, method) for method in self.methods}
+            ratio = medians[self.dynamic].seconds / medians[self.full].seconds
             if limit := {"slow": 0.5, "constant": 1.05}.get(kind):
-                what = f"cb-DyBW at most {limit:.2f} of cb-Full's time per iteration"
-                told.append(goal(delay, what, f"{ratio:.2f}", ratio <= limit))
+                goal = f"time per iteration of cb-DyBW at most {limit:.2f} times that of cb-Full"
+                lines.append(goal_line(delay, goal, f"{ratio:.2f}", ratio <= limit))
             if kind == "slow":
-                told.append(self._first(delay, numbers))
-        return told
+                lines.append(self._first_goal(delay, medians))
+        return lines
 
-    def _first(self, delay: str, numbers: dict[str, Numbers]) -> str:
-        """Whether the dynamic method is the first of all at the target."""
-        times = {method: found.seconds_to_target for method, found in numbers.items()}
-        mine = times.pop(self.dynamic or "")
+    def _first_goal(self, delay: str, medians: dict[str, Medians]) -> str:
+        """The goal that the dynamic method is the first to reach the target."""
+        times = {method: found.seconds_to_target for method, found in medians.items()}
+        dynamic = times.pop(self.dynamic or "")
         others = ", ".join(f"{method} {or_never(time, '.2f s')}" for method, time in times.items())
-        said = f"{or_never(mine, '.2f s')}; {others}"
-        return goal(delay, f"cb-DyBW first at {self._target:.1%}", said, mine < min(times.values()))
+        measured = f"{or_never(dynamic, '.2f s')}; {others}"
+        goal = f"cb-DyBW is the first to reach {self._target:.1%}"
+        return goal_line(delay, goal, measured, dynamic < min(times.values()))
 
-    def rows(self, facts: output.Row) -> list[output.Row]:
-        """Lines of a CSV file, one a run."""
+    def rows(self, environment: output.Row) -> list[output.Row]:
+        """Rows of the CSV file, one per run."""
         return [
-            {"simulated_delays": trial.setting, **trial.row(self._target), **facts} for trial in self.trials
+            {"simulated_delays": trial.condition, **trial.row(self._target), **environment}
+            for trial in self.trials
         ]
 
 

@@ -1,4 +1,4 @@
-"""Methods with servers and without, in one job: all have as many workers."""
+"""Methods with and without servers in one job, all with the same number of workers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from hpcsgd.mpi.world import World
 from hpcsgd.strategies import STRATEGIES
 
 
-def ranks_of(methods: Sequence[str], ranks: int) -> dict[str, int]:
-    """How many ranks each strategy takes to have as many workers as the one with the most servers."""
+def ranks_per_method(methods: Sequence[str], ranks: int) -> dict[str, int]:
+    """The number of ranks of each strategy with which all have equally many workers, as many as possible.
+
+    Parameters
+    ----------
+    methods
+        Strategy specs.
+    ranks
+        The ranks of the job.
+    """
     strategies = {method: registry.build(STRATEGIES, method, "strategy") for method in methods}
     workers = min(strategy.workers(ranks) for strategy in strategies.values())
     return {
@@ -21,16 +29,16 @@ def ranks_of(methods: Sequence[str], ranks: int) -> dict[str, int]:
 
 
 @contextmanager
-def parts_of(world: World, counts: Sequence[int]) -> Iterator[Mapping[int, World]]:
-    """Worlds of the first so many ranks, by their number; collective.
+def split_worlds(world: World, counts: Sequence[int]) -> Iterator[Mapping[int, World]]:
+    """Context with a world of the first `count` ranks for each of `counts`; collective.
 
-    The ranks beyond get a world too, of themselves, which nobody needs.
+    The remaining ranks get a world of their own, which is unused.
     """
-    parts = {
+    subworlds = {
         count: world if count == world.size else world.split(int(world.rank >= count))
         for count in dict.fromkeys(counts)
     }
-    yield parts
-    for part in parts.values():
-        if part is not world:
-            part.close()
+    yield subworlds
+    for subworld in subworlds.values():
+        if subworld is not world:
+            subworld.close()

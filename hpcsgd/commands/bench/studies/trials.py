@@ -1,4 +1,4 @@
-"""The runs of a study, what is asked of each, and how numbers of several are written."""
+"""The runs of a study: measurements of one run, and statistics over seeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from hpcsgd import registry
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.runner import Finished
-from hpcsgd.commands.report.records import Evaluation, Floats
+from hpcsgd.commands.bench.studies.runner import FinishedRun
+from hpcsgd.commands.report.records import EvaluationRecords, Floats
 from hpcsgd.strategies import STRATEGIES
 
 S = TypeVar("S")
@@ -19,31 +19,31 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Trial(Generic[S]):
-    """One run: its setting, seed and method, and what came of it; a subclass says when it is at a target."""
+    """One run of a study: its condition, seed, method and records; a subclass defines the target."""
 
-    setting: S
+    condition: S
     seed: int
     method: str
-    finished: Finished
+    finished: FinishedRun
 
     @property
-    def test(self) -> Evaluation:
+    def test(self) -> EvaluationRecords:
         return self.finished.record.test
 
     @property
     def workers(self) -> int:
-        """How many ranks compute gradients: the first ones."""
+        """Number of ranks that compute gradients: the first ones."""
         ranks = len(self.finished.gradients)
         return registry.build(STRATEGIES, self.method, "strategy").workers(ranks)
 
     @property
     def gradients(self) -> list[int]:
-        """How many each worker has computed."""
+        """Number of gradients that each worker has computed."""
         return self.finished.gradients[: self.workers]
 
     @property
     def seconds(self) -> float:
-        """Of an iteration."""
+        """Mean seconds per iteration, without evaluation."""
         return float(self.test.time[-1] / self.test.step[-1])
 
     @property
@@ -51,11 +51,11 @@ class Trial(Generic[S]):
         return float(self.test.accuracy[-1])
 
     def reached(self, target: float) -> tuple[float, float]:
-        """Iterations and seconds until the target; infinite where it was not reached."""
+        """Iterations and seconds to the target; infinite if it was not reached."""
         raise NotImplementedError
 
     def row(self, target: float) -> output.Row:
-        """Columns of a CSV file."""
+        """The columns of a CSV file that all studies have."""
         iterations, seconds = self.reached(target)
         return {
             "method": self.method,
@@ -72,8 +72,8 @@ class Trial(Generic[S]):
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Of a method in a setting, medians over the seeds."""
+class Medians:
+    """Medians over the seeds; `gradients`: of the workers with the fewest and the most."""
 
     seconds: float
     accuracy: float
@@ -82,28 +82,28 @@ class Numbers:
     gradients: tuple[float, float]
 
 
-def goal(where: object, what: str, measured: str, met: bool) -> str:
-    """A goal beside what was measured."""
-    return f"Goal, {where}: {what}. Measured: {measured}: {'met' if met else 'not met'}."
+def goal_line(condition: object, goal: str, measured: str, met: bool) -> str:
+    """A line with a goal, the measured value, and whether the goal is met."""
+    return f"Goal, {condition}: {goal}. Measured: {measured}: {'met' if met else 'not met'}."
 
 
 def or_never(value: float, form: str) -> str:
-    """A number, with the unit after the blank of its form; what is infinite never came."""
+    """Format a number as `form`, a format and optionally a unit after a space; "never" for infinity."""
     number, _, unit = form.partition(" ")
     return "never" if np.isinf(value) else f"{value:{number}} {unit}".strip()
 
 
-def spread(values: Sequence[float] | Floats, form: str) -> str:
-    """Mean ± standard deviation; those of one value without."""
+def mean_and_deviation(values: Sequence[float] | Floats, form: str) -> str:
+    """Mean ± standard deviation as text; the mean alone for a single value."""
     mean = format(np.mean(values), form)
     return mean if len(values) == 1 else f"{mean} ± {deviation(values):{form}}"
 
 
 def deviation(values: Sequence[float] | Floats) -> float:
-    """The standard deviation; 0 of one value."""
+    """The sample standard deviation; 0 for a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def median(values: Sequence[float]) -> float:
-    """An even number of values may have one that is none of them."""
+    """The median as a Python float."""
     return float(np.median(values))

@@ -1,4 +1,4 @@
-"""What studies over several links train, and in which settings they do."""
+"""Workloads and conditions of the studies with a launch per link."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import asdict, dataclass, replace
 from hpcsgd import registry
 from hpcsgd.commands.train.settings import FIELDS, Settings, validate
 
-#: The label of a link that nobody waits for.
+#: The label of a link that costs no time.
 FAST = "fast"
-_FACTOR = 4  # how many times as long gradients of a slow rank take
+_FACTOR = 4  # gradient time of a slow rank over that of the others
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, and how, by all methods alike.
+    """Model, data and hyperparameters of a study, equal for all methods.
 
     Attributes
     ----------
     data, model, optimizer, learning_rate, warmup, clip, batch, epochs, evaluate_every
-        As of `hpcsgd train`; after the warm-up the learning rate is constant. Where servers take a step with
+        As for `hpcsgd train`; after the warm-up the learning rate is constant. Where servers take a step with
         each group's gradient, it is divided by the number of groups.
     target
-        Test loss.
+        Target test loss.
     base_ms
-        What a gradient takes, simulated, in milliseconds; of a slow rank four times that.
+        Simulated time of a gradient in milliseconds; four times as long on a slow rank.
     """
 
     data: str
@@ -70,61 +70,62 @@ WORKLOADS = {
 }
 
 
-#: For twice as many workers: an epoch has half as many steps.
-WIDER = {
+#: Workloads for eight workers instead of four: an epoch has half as many steps.
+EIGHT_WORKER_WORKLOADS = {
     "digits": replace(WORKLOADS["digits"], epochs=22.5, evaluate_every=2.5),
     "text": replace(WORKLOADS["text"], epochs=4 / 3, evaluate_every=1 / 6),
 }
 
 
 @dataclass(frozen=True)
-class Setting:
-    """In what methods are compared: a data set, the label of the link, and how many ranks are slow."""
+class StudyCondition:
+    """A condition under which methods are compared: data set, label of the link, number of slow ranks."""
 
     data: str
     link: str
-    slow: int
+    slow_ranks: int
 
     def __str__(self) -> str:
-        return f"{self.data}, {self.where}"
+        return f"{self.data}, {self.cluster}"
 
     @property
-    def where(self) -> str:
-        """All but the data set, in words."""
-        slow = {0: "equal ranks", 1: "one slow rank"}.get(self.slow, f"{self.slow} slow ranks")
-        return f"{self.link}, {slow}"
+    def cluster(self) -> str:
+        """Link and slow ranks as text."""
+        count = self.slow_ranks
+        ranks = {0: "equal ranks", 1: "one slow rank"}.get(count, f"{count} slow ranks")
+        return f"{self.link}, {ranks}"
 
     @property
     def column(self) -> tuple[bool, str, int]:
-        """Its place in a row of panels; sorts."""
-        return self.link != FAST, self.link, self.slow
+        """Sort key of the panels in a row: the fast link first."""
+        return self.link != FAST, self.link, self.slow_ranks
 
 
-def planned(workload: Workload, setting: Setting, seed: int, method: str) -> tuple[str, Settings]:
-    """The name and the settings of a run."""
+def plan_run(workload: Workload, condition: StudyCondition, seed: int, method: str) -> tuple[str, Settings]:
+    """The name and the settings of the run of `method` under `condition` with `seed`."""
     delays = f"seconds={workload.base_ms / 1000:g}"
     settings = Settings(
         **{k: v for k, v in asdict(workload).items() if k in FIELDS and k != "learning_rate"},
         strategy=method,
-        learning_rate=workload.learning_rate / _steps_an_iteration(method),
-        delays=f"{_slowness(setting.slow)}{delays}",
+        learning_rate=workload.learning_rate / _steps_per_iteration(method),
+        delays=f"{_delay_model(condition.slow_ranks)}{delays}",
         seed=seed,
         schedule="constant",
         checkpoint_every=0.0,
         threads=1,
     )
-    speeds = "slow" if setting.slow else "equal"
-    return f"{setting.data}-{setting.link}-{speeds}-{seed}-{method}", validate(settings)
+    speeds = "slow" if condition.slow_ranks else "equal"
+    return f"{condition.data}-{condition.link}-{speeds}-{seed}-{method}", validate(settings)
 
 
-def _steps_an_iteration(method: str) -> int:
-    """How many steps an optimizer takes while each group computes one gradient."""
+def _steps_per_iteration(method: str) -> int:
+    """Number of optimizer steps while each group computes one gradient."""
     name, options = registry.parse(method)
     return int(options.get("groups", 1)) if name == "ps" and options.get("mode") == "async" else 1
 
 
-def _slowness(ranks: int) -> str:
-    if not ranks:
+def _delay_model(slow_ranks: int) -> str:
+    if not slow_ranks:
         return "constant:"
-    count = f"count={ranks}," if ranks > 1 else ""
+    count = f"count={slow_ranks}," if slow_ranks > 1 else ""
     return f"slow:factor={_FACTOR},{count}"

@@ -1,4 +1,4 @@
-"""`hpcsgd tune teleportation`: several numbers of active peers at once, and on with the best."""
+"""`hpcsgd tune teleportation`: several numbers of active peers at once, and training with the best."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hpcsgd.commands.tune import Point, choose, powers
+from hpcsgd.commands.tune.teleportation import Point, best_number, powers_of_two
 from hpcsgd.strategies.teleportation.tokens import Tokens
 from tests.support.train_jobs import records, run_commands
 
 
 class FakePeers:
     size, local = 9, range(9)
-    world = SimpleNamespace(together=lambda action: action())
+    world = SimpleNamespace(collectively=lambda action: action())
 
 
 def test_groups_of_tokens_share_no_peer_and_average_apart() -> None:
@@ -39,16 +39,16 @@ def test_groups_of_tokens_share_no_peer_and_average_apart() -> None:
     ("size", "expected"), [(1, [1]), (2, [1]), (3, [1, 2]), (7, [1, 2, 4]), (8, [1, 2, 4])]
 )
 def test_powers_that_fit(size: int, expected: list[int]) -> None:
-    assert powers(size) == expected
+    assert powers_of_two(size) == expected
 
 
 def test_the_smallest_last_loss_is_chosen_and_no_loss_is_none() -> None:
     def at(active: int, step: int, loss: float) -> Point:
         return Point(active, step, loss, 0.0, 0.0)
 
-    assert choose([at(1, 5, 0.1), at(2, 5, 0.2), at(1, 9, 0.3), at(2, 9, 0.2)]) == 2
-    assert choose([at(1, 9, 0.2), at(2, 9, 0.2)]) == 1
-    assert choose([at(1, 9, float("nan")), at(4, 9, 7.0)]) == 4
+    assert best_number([at(1, 5, 0.1), at(2, 5, 0.2), at(1, 9, 0.3), at(2, 9, 0.2)]) == 2
+    assert best_number([at(1, 9, 0.2), at(2, 9, 0.2)]) == 1
+    assert best_number([at(1, 9, float("nan")), at(4, 9, 7.0)]) == 4
 
 
 @pytest.mark.long

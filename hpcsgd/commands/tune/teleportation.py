@@ -1,4 +1,4 @@
-"""`hpcsgd tune teleportation`: how many peers should be active, found by trying several numbers at once."""
+"""`hpcsgd tune teleportation`: finds the best number of active peers by one training with several."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rich.table import Table
 from hpcsgd import registry
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.commands.train.settings import Settings
-from hpcsgd.commands.train.trainer import Training, train
+from hpcsgd.commands.train.trainer import Trainer, train
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import Teleportation
 from hpcsgd.training.data import evaluation_shard
 
 _STRATEGY = "teleport"
-_TRAINING_SAMPLES = 4096  # on which the numbers are compared
+_TRAINING_SAMPLES = 4096  # at most, for the comparison of the numbers
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of one number of active peers; the loss is that of training samples."""
+    """One evaluation with one number of active peers; `loss` is the loss on training samples."""
 
     active: int
     step: int
@@ -35,20 +35,20 @@ class Point:
     test_accuracy: float
 
 
-def tune(settings: Settings, search_epochs: float | None = None, go_on: bool = False) -> int:
-    """Try k = 1, 2, 4, ... active peers at once on disjoint groups of peers; collective.
+def search(settings: Settings, search_epochs: float | None = None, go_on: bool = False) -> int:
+    """Train with 1, 2, 4, ... active peers at once, on disjoint groups of peers; collective.
 
-    All of them wander over all peers, so after as many iterations as one training takes each has been
-    tried in full. The best is the one whose consensus model has the smallest loss on training samples.
+    Each group moves over all peers, so each number gets a complete training in the iterations of one. The
+    best number is the one whose consensus model has the smallest loss on training samples.
 
     Parameters
     ----------
     settings
-        Of the training. Its strategy may be "teleport" with options; `active=1x2x4` gives the numbers.
+        Settings of the training. The strategy may be "teleport" with options; `active=1x2x4`: the numbers.
     search_epochs
-        Length of the search; default: that of the training.
+        Length of the search, in epochs; default: that of the training.
     go_on
-        Train with the best number afterwards.
+        Train with the best number afterwards. Default False.
 
     Returns
     -------
@@ -58,41 +58,47 @@ def tune(settings: Settings, search_epochs: float | None = None, go_on: bool = F
     Raises
     ------
     BadOption
-        For another strategy, or more active peers than there are.
+        Another strategy, or more active peers than there are peers.
     """
     options = _options(settings)
     length = settings.epochs if search_epochs is None else search_epochs
     with World(device=settings.device, timeout=settings.timeout) as world:
         size = Peers(world, settings.virtual_nodes).size
-        numbers = options.pop("active", None) or "x".join(map(str, powers(size)))
+        numbers = options.pop("active", None) or "x".join(map(str, powers_of_two(size)))
         named = replace(settings, strategy=_spec(options, numbers), epochs=length)
-        search = world.together(lambda: Search(named, world))
-        folder = search.execute()
-        best = choose(search.curve)
+        trainer = world.collectively(lambda: SearchTrainer(named, world))
+        folder = trainer.execute()
+        best = best_number(trainer.curve)
         if world.rank == 0:
-            _show(search.curve, best, folder)
+            _print_table(trainer.curve, best, folder)
     if go_on:
-        train(replace(settings, strategy=_spec(options, str(best)), name=_named(settings.name, best)))
+        train(replace(settings, strategy=_spec(options, str(best)), name=_run_name(settings.name, best)))
     return best
 
 
-def powers(size: int) -> list[int]:
-    """1, 2, 4, ... as long as their sum is at most `size`."""
+def powers_of_two(size: int) -> list[int]:
+    """Return 1, 2, 4, ... as long as their sum is at most `size`."""
     found = [1]
     while sum(found) + 2 * found[-1] <= size:
         found.append(2 * found[-1])
     return found
 
 
-def choose(curve: Sequence[Point]) -> int:
-    """The number whose last loss is the smallest; of equal ones the smaller, which sends less."""
+def best_number(curve: Sequence[Point]) -> int:
+    """Return the number with the smallest last loss; of equal ones the smaller, which sends less."""
     last = max(point.step for point in curve)
     ending = [point for point in curve if point.step == last]
     return min(ending, key=lambda point: (point.loss != point.loss, point.loss, point.active)).active
 
 
-class Search(Training):
-    """A training whose tokens form groups of different sizes, each evaluated on its own."""
+class SearchTrainer(Trainer):
+    """A run whose tokens form groups of different sizes, each of which is evaluated separately.
+
+    Attributes
+    ----------
+    curve
+        All evaluations.
+    """
 
     def __init__(self, settings: Settings, world: World) -> None:
         super().__init__(settings, world)
@@ -102,28 +108,28 @@ class Search(Training):
         self._samples = spread[evaluation_shard(count, world.rank, world.size)]
 
     @torch.no_grad()
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
         strategy = cast(Teleportation, self.strategy)
         counters = self.world.gather(self.meter.read())
         for number, active in enumerate(strategy.tokens.sizes):
-            strategy.shown = number
-            own = self._measure(self.data.train, self._samples).mean_loss
-            test = self._measure(self.data.test, self.shard)
-            point = Point(active, self.step, own, test.mean_loss, test.accuracy)
+            strategy.evaluated_group = number
+            train_loss = self.measure(self.data.train, self._samples).mean_loss
+            test = self.measure(self.data.test, self.shard)
+            point = Point(active, self.step, train_loss, test.mean_loss, test.accuracy)
             self.curve.append(point)
-            self.journal.write("tune", self.step, counters, point.__dict__)
+            self.log.write("tune", self.step, counters, point.__dict__)
 
 
 def _options(settings: Settings) -> dict[str, str]:
     name, options = registry.parse(settings.strategy)
     if name not in (_STRATEGY, Settings().strategy):
         raise BadOption(
-            f"strategy {name!r} has no number of active peers",
+            f"strategy {name!r} has no number of active peers to search for",
             do=f"leave --strategy out, or use {_STRATEGY} with options",
             everywhere=True,
         )
     if settings.resume:
-        raise BadOption("a search cannot be resumed", do="start it again", everywhere=True)
+        raise BadOption("a search cannot be resumed", do="start it again, without --resume", everywhere=True)
     return options
 
 
@@ -132,11 +138,11 @@ def _spec(options: dict[str, str], active: str) -> str:
     return f"{_STRATEGY}:" + ",".join(f"{key}={value}" for key, value in pairs.items())
 
 
-def _named(name: str, active: int) -> str:
+def _run_name(name: str, active: int) -> str:
     return f"{name}-active-{active}" if name else ""
 
 
-def _show(curve: Sequence[Point], best: int, folder: Path) -> None:
+def _print_table(curve: Sequence[Point], best: int, folder: Path) -> None:
     numbers = sorted({point.active for point in curve})
     table = Table(title="active peers: loss on training samples (test accuracy)", title_justify="left")
     table.add_column("step", justify="right")

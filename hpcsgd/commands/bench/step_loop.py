@@ -1,4 +1,4 @@
-"""What a training step is, with any way to communicate."""
+"""The training loop of the step benchmarks, for any method of communication."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Batch = tuple[Tensor, Tensor]
 _TOLERANCE = 1e-4
 
 
-class Trainer:
-    """One contender: a model, an optimizer, and what follows each backward."""
+class StepLoop:
+    """The training loop of one contender; `update` is called after each backward pass."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Trainer:
         self._batches, self._update = batches, update
 
     def train(self, steps: int) -> None:
-        """Take some steps."""
+        """Take `steps` steps."""
         for _ in range(steps):
             inputs, targets = next(self._batches)
             self.optimizer.zero_grad()
@@ -41,40 +41,40 @@ class Trainer:
             self._update()
 
 
-def trainer(model: nn.Module, batches: Sequence[Batch]) -> Trainer:
-    """Who communicates inside `model`, or not at all."""
+def plain_loop(model: nn.Module, batches: Sequence[Batch]) -> StepLoop:
+    """A loop without communication of its own: for a model that communicates in backward, or not at all."""
     optimizer = sgd(model)
 
     def update() -> None:
         optimizer.step()
 
-    return Trainer(model, optimizer, iter(batches), update)
+    return StepLoop(model, optimizer, iter(batches), update)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of every contender."""
+    """The optimizer of all contenders: SGD with momentum 0.9 and learning rate 0.01."""
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def draw(world: World, data: Data, batch: int, steps: int) -> list[Batch]:
-    """As many batches as steps: a few, over and over, so that no time goes into loading."""
+def make_batches(world: World, data: Data, batch: int, steps: int) -> list[Batch]:
+    """Return a batch per step: four batches, repeated, so that loading takes no time."""
     generator = torch.Generator().manual_seed(world.rank)
-    few = [torch.randint(len(data.train), (batch,), generator=generator) for _ in range(4)]
-    loaded = [data.train.batch(indices) for indices in few]
+    samples = [torch.randint(len(data.train), (batch,), generator=generator) for _ in range(4)]
+    loaded = [data.train.batch(indices) for indices in samples]
     return [loaded[step % len(loaded)] for step in range(steps)]
 
 
 @torch.no_grad()
-def difference(world: World, ours: nn.Module, ddp: nn.Module) -> float:
-    """The largest difference between two models' parameters, over all ranks."""
-    pairs = zip(ours.parameters(), ddp.parameters(), strict=True)
+def max_difference(world: World, first: nn.Module, second: nn.Module) -> float:
+    """The largest difference between the parameters of two models, over all ranks; collective."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
     distance = max(float((a - b).abs().max()) for a, b in pairs)
     distances: list[float] = world.gather(distance, "the comparison of two models")
     return max(distances)
 
 
-def check_same(spec: str, distance: float) -> None:
-    """Raise `HpcsgdError` where two models differ by more than rounding."""
+def check_equal(spec: str, distance: float) -> None:
+    """Raise `HpcsgdError` if two models differ by more than rounding."""
     if not distance <= _TOLERANCE:
         raise HpcsgdError(
             f"{spec} after one step differs between hpcsgd and DDP",

@@ -1,4 +1,4 @@
-"""Each mistake is found in facts that have it, and nothing in facts that have none."""
+"""Each mistake in facts yields its finding, and facts of a healthy job yield none."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from hpcsgd.commands import doctor
 from hpcsgd.commands.doctor import cores, layout, network, shared_memory, storage
-from hpcsgd.commands.doctor.check import Facts, Finding, name_of
+from hpcsgd.commands.doctor.check import Facts, Finding, name_ranks
+from hpcsgd.commands.doctor.checks import CHECKS
 
 GB = 10**9
 
 
 def healthy(rank: int, nodes: int = 2, per_node: int = 2) -> Facts:
-    """What a rank of a good job finds."""
+    """The facts of a rank of a healthy job."""
     node, local = divmod(rank, per_node)
     first = [n * per_node for n in range(nodes)]
     found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {"inside": {}, "between": {}}
     for kind, rounds in (
-        ("inside", network.inside([[f, f + 1] for f in first])),
-        ("between", network.between([[f] for f in first])),
+        ("inside", network.pairs_inside_nodes([[f, f + 1] for f in first])),
+        ("between", network.pairs_between_nodes([[f] for f in first])),
     ):
         found[kind] = {pair: (1e-6, 1e10) for pairs in rounds for pair in pairs if pair[0] == rank}
     return {
@@ -55,7 +55,7 @@ def healthy(rank: int, nodes: int = 2, per_node: int = 2) -> Facts:
         "torch cuda": "13.0",
         "visible": None,
         "cupy": "CuPy 14",
-        "mine": f"GPU {node} {local}",
+        "gpu": f"GPU {node} {local}",
         "kernel": "",
         "compiled": True,
         "cache": "/cache",
@@ -70,7 +70,7 @@ def healthy(rank: int, nodes: int = 2, per_node: int = 2) -> Facts:
 
 
 def found(ranks: list[Facts]) -> list[Finding]:
-    return [finding for check in doctor.CHECKS for finding in check.judge(ranks)]
+    return [finding for check in CHECKS for finding in check.diagnose(ranks)]
 
 
 def job(nodes: int = 2, **changed: Any) -> list[Facts]:
@@ -89,10 +89,10 @@ ALONE = [healthy(0, 1, 1) | {"links": {"inside": {}, "between": {}}}]
 @pytest.mark.parametrize(
     "ranks", [job(), job(4), job(1), ALONE], ids=["2 nodes", "4 nodes", "1 node", "alone"]
 )
-def test_a_good_job_has_no_mistakes_and_all_checks_have_lines(ranks: list[Facts]) -> None:
+def test_healthy_job_has_no_findings_and_all_checks_have_lines(ranks: list[Facts]) -> None:
     assert not found(ranks)
-    for check in doctor.CHECKS:
-        assert all(check.show(ranks)) or check.name == "memory", check.name
+    for check in CHECKS:
+        assert all(check.describe(ranks)) or check.name == "memory", check.name
 
 
 def alone(**changed: Any) -> list[Facts]:
@@ -101,7 +101,7 @@ def alone(**changed: Any) -> list[Facts]:
 
 VERSIONS = healthy(0)["versions"]
 SLOW = {"inside": {}, "between": {(2, 4): (1e-6, 1e9)}}
-#: The level, words of what is found and of its fix, and the facts.
+#: The level, part of the problem's text and of its fix, and the facts.
 MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
     "size 1 under MPICH's mpiexec": (
         "error",
@@ -127,26 +127,26 @@ MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
     ),
     "no MPI": (
         "error",
-        "there is no MPI: cannot load",
+        "no MPI library: cannot load",
         "'.[mpich]'",
         alone(launched={}, mpi="", **{"mpi problem": "cannot load libmpi"}),
     ),
     "versions": (
         "error",
-        "torch is not the same everywhere (2.13.0: ranks 0-2; 2.12.0: rank 3 on h1)",
+        "ranks use different versions of torch (2.13.0: ranks 0-2; 2.12.0: rank 3 on h1)",
         "one environment",
         one(3, versions=VERSIONS | {"torch": "2.12.0"}),
     ),
-    "two MPIs": ("error", "different MPI libraries", "load one MPI", one(1, mpi="MPICH 4.3")),
+    "two MPIs": ("error", "different MPI libraries", "load the same MPI", one(1, mpi="MPICH 4.3")),
     "thread level": (
         "warning",
-        "MPI_THREAD_FUNNELED to every rank",
+        "only MPI_THREAD_FUNNELED on every rank",
         "MPI_THREAD_MULTIPLE",
         job(**{"thread level": "FUNNELED"}),
     ),
     "not CUDA-aware": (
         "error",
-        "HPCSGD_CUDA_AWARE=1 on every rank, but this MPI says",
+        "HPCSGD_CUDA_AWARE=1 on every rank, but this MPI is not CUDA-aware",
         "unset HPCSGD_CUDA_AWARE",
         job(**{"cuda aware": True}),
     ),
@@ -164,7 +164,7 @@ MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
     ),
     "one core each": (
         "warning",
-        "one of the 8 cores of h0 for the two threads of a rank: ranks 0-1",
+        "bound to one of the 8 cores of h0, with two threads per rank: ranks 0-1",
         "-bind-to none",
         [facts | {"cores": frozenset([r]), "threads": 1} for r, facts in enumerate(job())],
     ),
@@ -194,7 +194,7 @@ MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
     ),
     "one machine as two nodes": (
         "warning",
-        "every rank: one machine, which MPI takes for 2 nodes",
+        "every rank: one machine that MPI treats as 2 nodes",
         "--ipc=host",
         job(machine="one"),
     ),
@@ -206,7 +206,7 @@ MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
     ),
     "two machines with one name": (
         "warning",
-        "several machines are called node",
+        "several machines have the host name node",
         "its own",
         job(host="node"),
     ),
@@ -219,7 +219,7 @@ MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
     "no windows": ("warning", "no shared memory on h0 (not allowed)", "/dev/shm", job(window="not allowed")),
     "a slow link": (
         "warning",
-        "the link h1 (rank 2) to h2 (rank 4) gives 1.00 GB/s, others 10.00 GB/s",
+        "the link h1 (rank 2) to h2 (rank 4) has a bandwidth of 1.00 GB/s, the median is 10.00 GB/s",
         "srun --exclude",
         [facts | ({"links": SLOW} if r == 2 else {}) for r, facts in enumerate(job(4))],
     ),
@@ -233,53 +233,53 @@ MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
         "error",
         "no GPU on rank 3 on h1",
         "--device cpu",
-        one(3, gpus=[], mine="", driver=False),
+        one(3, gpus=[], gpu="", driver=False),
     ),
     "GPUs unseen": (
         "warning",
         "torch sees no GPU on every rank; this torch is built without CUDA",
         "pytorch.org",
-        job(gpus=[], mine="", **{"torch cuda": ""}),
+        job(gpus=[], gpu="", **{"torch cuda": ""}),
     ),
-    "GPUs shared": ("warning", "2 ranks share 1 GPU on h0", "as many ranks", job(mine="GPU 0")),
+    "GPUs shared": ("warning", "2 ranks share 1 GPU on h0", "as many ranks", job(gpu="GPU 0")),
     "no CuPy": ("warning", "no CuPy (No module", "'.[gpu]'", job(cupy="no CuPy (No module named 'cupy')")),
     "a GPU kernel": ("error", "NVRTC_ERROR", "cupy-cuda13x", one(0, kernel="CompileException: NVRTC_ERROR")),
     "no cache": ("warning", "no folder for compiled kernels", "NUMBA_CACHE_DIR", job(cache="")),
-    "a wrong kernel": ("error", "gives wrong numbers on rank 1", "numba", one(1, compiled=False)),
+    "a wrong kernel": ("error", "gives wrong results on rank 1", "numba", one(1, compiled=False)),
     "a folder of one node": (
         "error",
-        "/scratch/runs is not one folder for all nodes: what rank 0 writes is not seen by ranks 2-3",
+        "/scratch/runs is not shared by all nodes: files of rank 0 are not visible on ranks 2-3",
         "--out",
         [facts | ({"seen": -1.0} if r > 1 else {}) for r, facts in enumerate(job())],
     ),
     "a folder seen late": (
         "warning",
-        "seen more than 1 s later by rank 3 on h1",
+        "visible more than 1 s later on rank 3 on h1",
         "actimeo",
         one(3, seen=2.0),
     ),
     "a folder that cannot be written": (
         "error",
-        "runs cannot be written: denied",
+        "rank 0 cannot write runs: denied",
         "--out",
         one(0, **{"write problem": "denied"}),
     ),
-    "a file replaced in two steps": ("warning", "half written", "--out", one(2, torn=1)),
+    "a file replaced in two steps": ("warning", "missing or incomplete", "--out", one(2, torn=1)),
     "a full disk": ("warning", "12 MB free", "--out", one(0, free=12_000_000)),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found_and_nothing_else(name: str) -> None:
-    level, what, fix, ranks = MISTAKES[name]
+    level, problem, fix, ranks = MISTAKES[name]
     findings = found(ranks)
     once = {(finding.level, finding.fix) for finding in findings}
     assert len(once) == 1, findings
     assert findings[0].level == level
-    assert any(what in finding.what for finding in findings), findings
+    assert any(problem in finding.problem for finding in findings), findings
     assert fix in findings[0].fix, findings
-    for check in doctor.CHECKS:
-        list(check.show(ranks))
+    for check in CHECKS:
+        list(check.describe(ranks))
 
 
 def test_ranks_that_share_free_cores_are_no_mistake() -> None:
@@ -289,9 +289,9 @@ def test_ranks_that_share_free_cores_are_no_mistake() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
-def test_every_node_talks_to_its_neighbours_and_to_one_at_a_time(count: int) -> None:
+def test_every_node_is_paired_with_its_neighbours_one_at_a_time(count: int) -> None:
     nodes = [[2 * n, 2 * n + 1] for n in range(count)]
-    rounds = network.between(nodes)
+    rounds = network.pairs_between_nodes(nodes)
     for pairs in rounds:
         ends = [rank for pair in pairs for rank in pair]
         assert len(ends) == len(set(ends))
@@ -300,7 +300,7 @@ def test_every_node_talks_to_its_neighbours_and_to_one_at_a_time(count: int) -> 
         {frozenset({nodes[n][0], nodes[(n + 1) % count][0]}) for n in range(count)} if count > 1 else set()
     )
     assert set(met) == expected and len(met) == len(expected)
-    assert network.inside([*nodes, [99]]) == [[(2 * n, 2 * n + 1) for n in range(count)]]
+    assert network.pairs_inside_nodes([*nodes, [99]]) == [[(2 * n, 2 * n + 1) for n in range(count)]]
 
 
 def test_a_quota_of_a_container_is_read(tmp_path: Path) -> None:
@@ -313,34 +313,34 @@ def test_a_quota_of_a_container_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "threads"), [("", 0), ("8", 8), (" 4,2 ", 4), ("many", 0)])
-def test_threads_that_are_asked_for_are_read(text: str, threads: int) -> None:
-    assert cores._asked(text) == threads
+def test_requested_threads_are_parsed(text: str, threads: int) -> None:
+    assert cores._requested_threads(text) == threads
 
 
-def test_a_window_of_several_nodes_needs_what_the_widest_takes() -> None:
-    assert shared_memory.needed(4) == 2 * shared_memory.needed(2)
+def test_required_shared_memory_grows_with_the_ranks_of_a_node() -> None:
+    assert shared_memory.required_bytes(4) == 2 * shared_memory.required_bytes(2)
 
 
 def test_names_of_ranks_are_short() -> None:
     ranks = job(4)
-    assert name_of([3], ranks) == "rank 3 on h1"
-    assert name_of([0, 1, 2, 5, 7], ranks) == "ranks 0-2, 5, 7"
-    assert name_of(list(range(8)), ranks) == "every rank"
-    assert name_of([0], ALONE) == "rank 0 on h0"
+    assert name_ranks([3], ranks) == "rank 3 on h1"
+    assert name_ranks([0, 1, 2, 5, 7], ranks) == "ranks 0-2, 5, 7"
+    assert name_ranks(list(range(8)), ranks) == "every rank"
+    assert name_ranks([0], ALONE) == "rank 0 on h0"
 
 
 def test_the_page_is_narrow_short_and_has_errors_first() -> None:
     findings = [Finding("warning", "tardy " * 40, "faster"), Finding("error", "broken", "mend it")]
-    checked = {check.name: list(check.show(job(4))) for check in doctor.CHECKS}
+    checked = {check.name: list(check.describe(job(4))) for check in CHECKS}
     lines = list(layout.lines("doctor", checked, findings))
     assert len(lines) < 45 and all(len(line) <= layout.WIDTH + 10 for line in lines)
     text = "\n".join(lines)
     assert text.index("broken") < text.index("mend it") < text.index("tardy")
-    assert "nothing wrong" in list(layout.lines("doctor", {}, []))[-1]
+    assert "no mistakes" in list(layout.lines("doctor", {}, []))[-1]
 
 
-def test_a_file_that_is_there_at_once_is_seen_after_no_time(tmp_path: Path) -> None:
-    """Not a moment before that: this would be the word for a folder that is not shared."""
+def test_file_visible_at_once_has_no_delay(tmp_path: Path) -> None:
+    """The time is never negative: a negative time marks a folder that is not shared."""
     path = tmp_path / "file"
     path.write_bytes(bytes([storage._VERSIONS - 1]) * storage._BYTES)
-    assert storage._look(path) == {"seen": 0.0, "torn": 0}
+    assert storage._watch(path) == {"seen": 0.0, "torn": 0}

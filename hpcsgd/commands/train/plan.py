@@ -1,0 +1,69 @@
+"""The length of a run, and the periods of its evaluations and checkpoints, in steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hpcsgd.commands.train.settings import Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lengths and periods of a run, equal on all ranks.
+
+    Attributes
+    ----------
+    batches
+        Batches a peer in an epoch.
+    steps_per_epoch, total, warmup
+        Steps in an epoch, in the whole run, and with a rising learning rate.
+    evaluate_every, checkpoint_every, snapshot_every
+        Periods, in steps, of evaluations, of checkpoints in files, and of checkpoints in memory; longer than
+        the run if there are none.
+    """
+
+    batches: int
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    evaluate_every: int
+    checkpoint_every: int
+    snapshot_every: int
+
+    @classmethod
+    def make(cls, settings: Settings, batches_of_peers: Sequence[int], synchronous: bool) -> Plan:
+        """Plan a run.
+
+        Parameters
+        ----------
+        settings
+            The settings of the run.
+        batches_of_peers
+            Batches in an epoch of each peer, of all ranks.
+        synchronous
+            Whether all peers take every step together.
+        """
+        join = settings.uneven == "join" or not synchronous
+        batches = max(batches_of_peers) if join else min(batches_of_peers)
+        steps_per_epoch = math.ceil(batches / settings.accumulate)
+        total = math.ceil(settings.epochs * steps_per_epoch)
+
+        def in_steps(epochs: float) -> int:
+            return max(1, round(epochs * steps_per_epoch)) if epochs else total + 1
+
+        return cls(
+            batches,
+            steps_per_epoch,
+            total,
+            warmup=round(settings.warmup * steps_per_epoch),
+            evaluate_every=in_steps(settings.evaluate_every),
+            checkpoint_every=in_steps(settings.checkpoint_every),
+            snapshot_every=in_steps(settings.keep_every if settings.on_failure == "shrink" else 0.0),
+        )
+
+    def steps_to_next_stop(self, step: int) -> int:
+        """Return the steps from `step` to the next evaluation, checkpoint or end of the run."""
+        periods = (self.evaluate_every, self.checkpoint_every, self.snapshot_every, self.total)
+        return min(every - step % every for every in periods)

@@ -1,0 +1,1 @@
+"""`hpcsgd tune`: searches for the best value of an option."""

@@ -1,0 +1,112 @@
+"""The environment of a rank: launcher, cores, device, and the variables `HPCSGD_*` that a World reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.mpi import launcher
+
+_SPINS_ON_OWN_CORES = 20_000
+_SPINS_ON_SHARED_CORES = 200
+
+
+def check_launcher(MPI: Any) -> None:
+    """Raise where the launcher has started more ranks than MPI sees."""
+    variable, count = launcher.size()
+    if MPI.COMM_WORLD.size == 1 < count:
+        raise HpcsgdError(
+            "MPI sees one rank, but more were started",
+            expected=f"{count} ranks ({variable}={count})",
+            got=f"size 1, from {MPI.Get_library_version().splitlines()[0].strip()}",
+            do="start with the mpiexec of the MPI that mpi4py was built for; under Slurm with "
+            "`srun --mpi=pmi2` (MPICH) or `srun --mpi=pmix` (Open MPI)",
+        )
+
+
+def ranks_per_node() -> int:
+    """Return `HPCSGD_RANKS_PER_NODE`; 0 for all ranks of a machine."""
+    text = os.environ.get("HPCSGD_RANKS_PER_NODE", "0")
+    if not text.isdigit():
+        raise BadOption(
+            "HPCSGD_RANKS_PER_NODE is not a number of ranks",
+            expected="a whole number; 0: all ranks of a machine",
+            got=repr(text),
+            do="unset it for one node a machine",
+        )
+    return int(text)
+
+
+def shared_memory_enabled() -> bool:
+    """Return whether `HPCSGD_SHARED_MEMORY` is not 0."""
+    return os.environ.get("HPCSGD_SHARED_MEMORY", "1") != "0"
+
+
+def cuda_aware() -> bool:
+    """Return whether `HPCSGD_CUDA_AWARE` is 1: MPI accepts device memory.
+
+    It is never guessed, for an MPI without support reads a device pointer as host memory and crashes.
+    """
+    return os.environ.get("HPCSGD_CUDA_AWARE", "0") == "1"
+
+
+def trace_folder() -> Path | None:
+    """Return the folder `HPCSGD_TRACE`, or None."""
+    folder = os.environ.get("HPCSGD_TRACE")
+    return Path(folder) if folder else None
+
+
+def device(name: str, local_rank: int) -> torch.device:
+    """Return the device of a rank; `name` is "cpu", "cuda", "cuda:1" or "auto"."""
+    if name != "auto":
+        index = local_rank % max(1, torch.cuda.device_count())
+        return torch.device("cuda", index) if name == "cuda" else torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def share_of_cores(own: set[int], bindings: list[set[int]]) -> tuple[int, int]:
+    """Return the number of compute threads of a rank, and the spins of its waits in native code.
+
+    Parameters
+    ----------
+    own
+        The cores that this rank may run on.
+    bindings
+        Those of each rank of the node.
+    """
+    sharing = sum(bool(own & other) for other in bindings)
+    spins = _SPINS_ON_SHARED_CORES if sharing > len(own) else _SPINS_ON_OWN_CORES
+    return max(1, len(own) // sharing), spins
+
+
+def warn_of_narrow_binding(own: set[int], bindings: list[set[int]]) -> None:
+    """Warn where the launcher has bound a rank to one core of several."""
+    if len(own) == 1 < len(set().union(*bindings)):
+        warnings.warn(
+            "each rank is bound to one core, which its two threads share; start with "
+            "`mpiexec -bind-to none` (MPICH: default), `mpiexec --bind-to none` (Open MPI) or "
+            "`srun --cpu-bind=none`, or give each rank more cores",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def unlink_mpich_segments() -> None:
+    """Unlink the start-up segments of MPICH, after all ranks of the node have mapped them.
+
+    MPICH unlinks them in MPI_Finalize only, so an aborted job would leave them in memory; their names are not
+    needed any more.
+    """
+    with contextlib.suppress(OSError):
+        maps = Path("/proc/self/maps").read_text()
+        for segment in set(re.findall(r"/dev/shm/mpich_shm_\w+", maps)):
+            os.unlink(segment)

@@ -1,0 +1,154 @@
+"""The ranks of one node: their communicator, shared memory, barriers and compute threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hpcsgd.mpi import environment
+from hpcsgd.mpi.communicator import Communicator
+from hpcsgd.mpi.shared_memory import SharedAllocator, SharedMemory
+from hpcsgd.mpi.waiting import DeadlineWaiter
+
+NATIVE_WAIT_SLICE = 50_000  # microseconds that a wait in native code may last before it returns to Python
+_SLOT_BYTES = 16 * 1024  # above, reading the messages of all ranks costs more than a second barrier
+
+
+class Node:
+    """The ranks of one node.
+
+    Parameters
+    ----------
+    comm
+        The communicator of the node.
+    members
+        For each of its ranks the rank in the world.
+    waiter
+        Waits with a deadline.
+    shared_memory
+        False behaves as if the node had no shared memory.
+
+    Attributes
+    ----------
+    flags
+        The barrier's words in shared memory; None where there is none, or for a single rank.
+    threads
+        The number of threads with which this rank may compute, given the other ranks on its cores.
+    spins
+        Polls of a wait in native code before it yields.
+    """
+
+    def __init__(
+        self, comm: Communicator, members: Sequence[int], waiter: DeadlineWaiter, *, shared_memory: bool
+    ) -> None:
+        self.comm, self.members = comm, list(members)
+        self.rank, self.size = comm.rank, comm.size
+        self._waiter, self._shared_memory = waiter, shared_memory
+        own = os.sched_getaffinity(0)
+        bindings = comm.gather_objects(own, "the comparison of core bindings")
+        self.threads, self.spins = environment.share_of_cores(own, bindings)
+        if self.members[0] == 0 == self.rank:
+            environment.warn_of_narrow_binding(own, bindings)
+        self._allocator = SharedAllocator(comm)
+        if self.rank == 0:
+            environment.unlink_mpich_segments()
+        self.flags: np.ndarray | None = None
+        self._slots: dict[tuple[int, np.dtype[Any]], np.ndarray] = {}
+        self._parity = 0
+        if self.size > 1:
+            self._allocate_barrier()
+
+    def _allocate_barrier(self) -> None:
+        from hpcsgd.kernels.sums import node_reduce
+        from hpcsgd.kernels.sync import barrier
+
+        memory = self.allocate(barrier.flags_size(self.size))
+        if memory is not None:
+            self.flags = memory.rows[0].view(np.int32)
+            for parity, slots in enumerate((self.allocate(_SLOT_BYTES), self.allocate(_SLOT_BYTES))):
+                for dtype in map(np.dtype, (np.float32, np.float64)):
+                    if slots is not None:
+                        self._slots[parity, dtype] = slots.rows.view(dtype)
+            self.compile_kernels(node_reduce.warm_up)
+
+    def allocate(self, nbytes: int) -> SharedMemory | None:
+        """Return zeroed shared memory of `nbytes` a rank, or None; collective over the node.
+
+        `HPCSGD_SHARED_MEMORY=0` behaves as if there were none.
+        """
+        return self._allocator.allocate(nbytes) if self._shared_memory else None
+
+    def next_slots(self, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray | None:
+        """Return one shared row a rank, for messages of `nbytes` that all ranks read; None for larger ones.
+
+        Two sets alternate, in the same calls on every rank: before a rank writes into a set again, it has
+        passed the barrier after which all ranks had read it.
+        """
+        if nbytes > _SLOT_BYTES or (1, dtype) not in self._slots or (0, dtype) not in self._slots:
+            return None
+        self._parity = 1 - self._parity
+        return self._slots[self._parity, dtype]
+
+    def barrier(self, operation: str) -> None:
+        """Wait for all ranks of the node, by flags in shared memory."""
+        from hpcsgd.kernels.sync import barrier
+
+        flags = self.flags
+        assert flags is not None, "only where the node has shared memory"
+        target = barrier.arrive(flags, self.size, self.rank)
+        self._waiter.until(
+            lambda: bool(barrier.wait(flags, target, self.spins, NATIVE_WAIT_SLICE)),
+            operation,
+            lambda: self.missing(int(target)),
+        )
+
+    def missing(self, target: int) -> list[int]:
+        """Return the global ranks that have not arrived at a generation of the barrier."""
+        from hpcsgd.kernels.sync import barrier
+
+        assert self.flags is not None
+        return [self.comm.ranks[r] for r in barrier.missing_ranks(self.flags, self.size, target)]
+
+    def make_barrier(self) -> NodeBarrier:
+        """Return a separate barrier that is passed without waiting; collective over the node."""
+        return NodeBarrier(self.comm, self.allocate)
+
+    def compile_kernels(self, warm_up: Callable[[], None]) -> None:
+        """Compile kernels on one rank of the node and load them from the cache on the others; collective."""
+        for selected in (self.rank == 0, self.rank != 0):
+            if selected:
+                warm_up()
+            self.comm.barrier("the compilation of kernels")
+
+    def release(self) -> None:
+        """Release the shared memory of the barrier."""
+        self.flags = None
+        self._slots.clear()
+
+
+class NodeBarrier:
+    """A barrier of a node's ranks that is passed without waiting; only where they share memory.
+
+    Parameters
+    ----------
+    comm
+        The communicator of the node.
+    allocate
+        Returns shared memory of so many bytes a rank.
+    """
+
+    def __init__(self, comm: Communicator, allocate: Callable[[int], SharedMemory | None]) -> None:
+        from hpcsgd.kernels.sync import barrier
+
+        self._kernel, self._size, self._rank = barrier, comm.size, comm.rank
+        memory = allocate(barrier.flags_size(self._size))
+        assert memory is not None, "only where the node has shared memory"
+        self._flags = memory.rows[0].view(np.int32)
+
+    def arrive(self) -> Callable[[], bool]:
+        """Arrive, once the previous generation is complete; returns a test whether all ranks have arrived."""
+        target = int(self._kernel.arrive(self._flags, self._size, self._rank))
+        return lambda: self._kernel.is_complete(self._flags, target)

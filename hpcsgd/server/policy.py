@@ -1,0 +1,35 @@
+"""Settings of parameter servers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Policy(NamedTuple):
+    """Settings that are equal on all servers of a model.
+
+    Attributes
+    ----------
+    mode
+        "sync" (default): one optimizer step with the mean gradient of all awaited clients. "async": one with
+        each push. "elastic": elastic averaging of the pushed models and the centre.
+    alpha
+        Coefficient of elastic averaging, see `update_rules.ElasticRule`.
+    max_staleness
+        See `aggregation.PushAggregator`; with 0 every mode waits for all pushes and applies them at once.
+    lease
+        Seconds without a message after which a client is no longer awaited, until its next one. Default 10.
+    secret
+        Key by which clients and servers authenticate; "" (default): they need none.
+    """
+
+    mode: str = "sync"
+    alpha: float | None = None
+    max_staleness: int | None = None
+    lease: float = 10.0
+    secret: str = ""
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether the pushes of all awaited clients are applied at once."""
+        return self.mode == "sync" or self.max_staleness == 0
