@@ -94,7 +94,8 @@ def test_bash_and_shellcheck_have_no_objection(job: SlurmJob, tmp_path: Path) ->
     beside = Path(sys.executable).with_name("shellcheck")
     tool = str(beside) if beside.exists() else shutil.which("shellcheck")
     if tool:
-        subprocess.run([tool, path], check=True)
+        # SC2016 is about a quoted $: arguments are quoted so that no shell expands them.
+        subprocess.run([tool, "--exclude=SC2016", path], check=True)
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_a_wrong_scheme_fails() -> None:
     wrong = Sample(*SCHEME, ("self._terms * top", "top"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
         wrong.add(patch)
-        suite("contracts/test_compressors").test_small_whole_numbers_are_exact(wrong.rows["ROWS"][0])
+        suite("contracts/test_compressors").test_small_integers_are_exact(wrong.rows["ROWS"][0])
 
 
 def test_a_wrong_family_fails() -> None:
