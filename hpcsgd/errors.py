@@ -10,7 +10,7 @@ class HpcsgdError(RuntimeError):
 
     Parameters
     ----------
-    failure
+    what
         The failure, in one clause.
     rank
         The rank, or ranks, concerned.
@@ -26,7 +26,7 @@ class HpcsgdError(RuntimeError):
 
     def __init__(
         self,
-        failure: str,
+        what: str,
         *,
         rank: int | Iterable[int] | None = None,
         expected: object = None,
@@ -35,7 +35,7 @@ class HpcsgdError(RuntimeError):
         everywhere: bool = False,
         elsewhere: bool = False,
     ) -> None:
-        lines = [failure if rank is None else f"{format_ranks(rank)}: {failure}"]
+        lines = [what if rank is None else f"{format_ranks(rank)}: {what}"]
         if expected is not None:
             lines.append(f"  expected: {expected}")
         if got is not None:

@@ -155,9 +155,9 @@ class Exchange:
         slots: list[tuple[int, int, int]] = []
         for source, weight in terms:
             if source == peer:
-                own = [bucket.host for bucket in group]
-                to_host(group, own)
-                models.append((own, weight))
+                host_buffers = [bucket.host for bucket in group]
+                to_host(group, host_buffers)
+                models.append((host_buffers, weight))
             elif source in receives:
                 models.append((self._wait_for_receives(source, version, *receives[source]), weight))
             else:

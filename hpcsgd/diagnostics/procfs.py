@@ -83,11 +83,11 @@ def list_of_children(pids: list[int]) -> list[str]:
 def memory(pid: int) -> str:
     """Return one line: the memory of a process, its machine and its control group, and if it is short."""
     status, machine = _status(pid), _fields("/proc/meminfo")
-    own, swapped = _kib(status, "VmRSS"), _kib(status, "VmSwap")
+    resident, swapped = _kib(status, "VmRSS"), _kib(status, "VmSwap")
     free, total = _kib(machine, "MemAvailable"), _kib(machine, "MemTotal")
     limit, used = _control_group(pid)
-    short = free < _SHORT * total or used > (1 - _SHORT) * limit or swapped > _SHORT * (own + swapped)
-    text = "short of memory: " * short + f"it has {own / _GIB:.2f} GiB"
+    short = free < _SHORT * total or used > (1 - _SHORT) * limit or swapped > _SHORT * (resident + swapped)
+    text = "short of memory: " * short + f"it has {resident / _GIB:.2f} GiB"
     text += f" and {swapped / _GIB:.2f} GiB swapped" * (swapped > 0)
     text += f"; {free / _GIB:.1f} of {total / _GIB:.1f} GiB are free there"
     if used > (1 - _SHORT) * limit:

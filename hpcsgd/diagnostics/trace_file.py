@@ -52,7 +52,7 @@ def merge(folder: Path) -> Path:
         If there are neither parts nor a merged trace.
     """
     target = folder / FILE
-    parts = [Part(path) for path in _parts(folder)]
+    parts = [RankTrace(path) for path in _parts(folder)]
     if not parts:
         if target.exists():
             return target
@@ -83,8 +83,8 @@ def _parts(folder: Path) -> list[Path]:
     return sorted((folder / _PARTS).glob("rank-*.jsonl"))
 
 
-class Part:
-    """The part of one rank.
+class RankTrace:
+    """The events of one rank, read from its file.
 
     Parameters
     ----------

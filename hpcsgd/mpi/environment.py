@@ -73,24 +73,24 @@ def device(name: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def share_of_cores(own: set[int], bindings: list[set[int]]) -> tuple[int, int]:
+def share_of_cores(cores: set[int], bindings: list[set[int]]) -> tuple[int, int]:
     """Return the number of compute threads of a rank, and the spins of its waits in native code.
 
     Parameters
     ----------
-    own
+    cores
         The cores that this rank may run on.
     bindings
         Those of each rank of the node.
     """
-    sharing = sum(bool(own & other) for other in bindings)
-    spins = _SPINS_ON_SHARED_CORES if sharing > len(own) else _SPINS_ON_OWN_CORES
-    return max(1, len(own) // sharing), spins
+    sharing = sum(bool(cores & other) for other in bindings)
+    spins = _SPINS_ON_SHARED_CORES if sharing > len(cores) else _SPINS_ON_OWN_CORES
+    return max(1, len(cores) // sharing), spins
 
 
-def warn_of_narrow_binding(own: set[int], bindings: list[set[int]]) -> None:
+def warn_of_narrow_binding(cores: set[int], bindings: list[set[int]]) -> None:
     """Warn where the launcher has bound a rank to one core of several."""
-    if len(own) == 1 < len(set().union(*bindings)):
+    if len(cores) == 1 < len(set().union(*bindings)):
         warnings.warn(
             "each rank is bound to one core, which its two threads share; start with "
             "`mpiexec -bind-to none` (MPICH: default), `mpiexec --bind-to none` (Open MPI) or "

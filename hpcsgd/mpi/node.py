@@ -47,11 +47,11 @@ class Node:
         self.comm, self.members = comm, list(members)
         self.rank, self.size = comm.rank, comm.size
         self._waiter, self._shared_memory = waiter, shared_memory
-        own = os.sched_getaffinity(0)
-        bindings = comm.gather_objects(own, "the comparison of core bindings")
-        self.threads, self.spins = environment.share_of_cores(own, bindings)
+        binding = os.sched_getaffinity(0)
+        bindings = comm.gather_objects(binding, "the comparison of core bindings")
+        self.threads, self.spins = environment.share_of_cores(binding, bindings)
         if self.members[0] == 0 == self.rank:
-            environment.warn_of_narrow_binding(own, bindings)
+            environment.warn_of_narrow_binding(binding, bindings)
         self._allocator = SharedAllocator(comm)
         if self.rank == 0:
             environment.unlink_mpich_segments()

@@ -88,22 +88,22 @@ class World:
         self.control_traffic = runtime.control_traffic
         self.waiter, self.progress = runtime.waiter, runtime.progress
         self.all = Communicator(comm, ranks, self.waiter, self.traffic)
-        self.control = Communicator(self._own(comm.Dup()), ranks, self.waiter, self.control_traffic)
+        self.control = Communicator(self._free_at_close(comm.Dup()), ranks, self.waiter, self.control_traffic)
         node, members = self._split_by_node(comm)
         self._connect_nodes(comm)
         #: The ranks of this rank's node, and the memory that they share.
         self.local = Node(node, members, self.waiter, shared_memory=runtime.shared_memory)
 
-    def _own(self, comm: Any) -> Any:
+    def _free_at_close(self, comm: Any) -> Any:
         self._communicators.append(comm)
         return comm
 
     def _split_by_node(self, comm: Any) -> tuple[Communicator, list[int]]:
         from mpi4py import MPI
 
-        part = self._own(comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank))
+        part = self._free_at_close(comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank))
         if (limit := self._runtime.ranks_per_node) > 0:
-            part = self._own(part.Split(part.rank // limit, self.rank))
+            part = self._free_at_close(part.Split(part.rank // limit, self.rank))
         members: list[int] = part.allgather(self.rank)
         leaders = sorted(set(comm.allgather(members[0])))
         self.nodes = len(leaders)
@@ -121,12 +121,12 @@ class World:
         self.rings: int = min(sizes)
         self.max_local_size: int = max(sizes)
         ring = self.local_rank if self.local_rank < self.rings else MPI.UNDEFINED
-        across = comm.Split(ring, self.rank)
+        internode = comm.Split(ring, self.rank)
         #: The ranks with this local rank, one a node; None on ranks that take no part.
         self.internode: Communicator | None = None
-        if across != MPI.COMM_NULL:
-            ranks = self._own(across).allgather(self.global_rank)
-            self.internode = Communicator(across, ranks, self.waiter, self.traffic)
+        if internode != MPI.COMM_NULL:
+            ranks = self._free_at_close(internode).allgather(self.global_rank)
+            self.internode = Communicator(internode, ranks, self.waiter, self.traffic)
 
     @property
     def global_rank(self) -> int:
@@ -205,7 +205,7 @@ class World:
         with self.progress.waiting("the split of a world"):
             comm = self.control.comm.Split(color, self.rank)
         colors = self.gather(color, "the split of a world")
-        return _Part(self, comm, [self.all.ranks[r] for r, other in enumerate(colors) if other == color])
+        return _Subworld(self, comm, [self.all.ranks[r] for r, other in enumerate(colors) if other == color])
 
     def gather(self, value: object, operation: str = "a gather of small objects") -> list[Any]:
         """Return the picklable `value` of every rank, on every rank; only from the compute thread."""
@@ -273,7 +273,7 @@ class _Survivors(World):
         self._start(runtime)
 
 
-class _Part(World):
+class _Subworld(World):
     """Some ranks of a world, which shares its runtime."""
 
     def __init__(self, whole: World, comm: Any, ranks: Sequence[int]) -> None:

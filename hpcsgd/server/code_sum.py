@@ -137,20 +137,20 @@ class CodeSumServer:
     def combine(self, parts: Sequence[np.ndarray]) -> np.ndarray | None:
         """Combination of the members' parts, in the order of the members; None if this was the last part."""
         message, missing = self._message, self.terms - len(parts)
-        own = message.data
-        others = [torch.from_numpy(part).view(own.dtype) for part in parts]
+        result = message.data
+        others = [torch.from_numpy(part).view(result.dtype) for part in parts]
         if message.gathered is not None:
-            message.gathered.copy_(torch.stack([*others, *[own] * missing]))
-        elif message.op == "sum" and own.is_floating_point():
+            message.gathered.copy_(torch.stack([*others, *[result] * missing]))
+        elif message.op == "sum" and result.is_floating_point():
             for other in others:
-                own += other
+                result += other
         elif message.op == "sum":
-            words = _unsigned(own)
+            words = _unsigned(result)
             words *= words.dtype.type(missing)
             for other in others:
                 words += _unsigned(other)
         else:
-            words = _unsigned(own)
+            words = _unsigned(result)
             for other in others:
                 _OPERATIONS[message.op](words, _unsigned(other), out=words)
         combination = bytes_of(_combined(message)).copy()

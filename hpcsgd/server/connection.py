@@ -183,7 +183,7 @@ class Connection:
             self._link.send(header, body)
 
     def buffer_for(self, link: Link, header: Header) -> np.ndarray:
-        """See `protocol.Handler`."""
+        """Return the memory for a reply's body: the target of its request."""
         if header.type is MessageType.REPLY:
             request = self._pending.get(_request_key(header))
             if request is None or request.target is None:
@@ -195,7 +195,7 @@ class Connection:
         return np.empty(header.nbytes, np.uint8)
 
     def on_message(self, link: Link, header: Header, body: np.ndarray) -> None:
-        """See `protocol.Handler`."""
+        """Handle a reply, a grant, or another message of the server."""
         if header.type in (MessageType.REPLY, MessageType.GRANT):
             request = self._pending.pop(_request_key(header), None)
             if request is None:

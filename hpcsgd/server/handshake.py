@@ -49,9 +49,9 @@ class ClientIdentity(NamedTuple):
 def parse_identity(fields: Mapping[str, Any]) -> ClientIdentity:
     """Identity in the fields of a hello; raises `ProtocolError` if they are invalid."""
     try:
-        place, seed = (index(fields["talker"]), index(fields["talkers"])), fields.get("seed")
-        data_seed = seed if isinstance(seed, int) and place[0] == 0 else None
-        found = ClientIdentity(fields["client"], *place, fields["options"], data_seed)
+        position, seed = (index(fields["talker"]), index(fields["talkers"])), fields.get("seed")
+        data_seed = seed if isinstance(seed, int) and position[0] == 0 else None
+        found = ClientIdentity(fields["client"], *position, fields["options"], data_seed)
         has_name = found.name.isprintable() and 0 < len(found.name) <= _MAX_NAME
         if not has_name or not 0 <= found.gateway < found.gateways or not isinstance(found.options, list):
             raise ValueError
@@ -64,8 +64,8 @@ def first_mismatch(expected: Contract, contract: Contract) -> str:
     """First entry in which a contract differs from the expected one, with both values; "" if none does."""
     for name, value in expected.items():
         if contract.get(name) != value:
-            got, wanted = first_difference([value, contract.get(name)])
-            return f"{name} differs: expected {str(wanted)[:_MAX_TEXT]}, got {str(got)[:_MAX_TEXT]}"
+            got, reference = first_difference([value, contract.get(name)])
+            return f"{name} differs: expected {str(reference)[:_MAX_TEXT]}, got {str(got)[:_MAX_TEXT]}"
     return ""
 
 

@@ -180,7 +180,7 @@ class Server:
     # Messages.
 
     def buffer_for(self, link: Link, header: Header) -> np.ndarray:
-        """See `protocol.Handler`."""
+        """Return the memory for a request's body: a buffer of its session, or a new one."""
         if header.type in (MessageType.HELLO, MessageType.OPTIONS):
             if header.nbytes > MAX_JSON_BYTES:
                 raise ProtocolError(f"it sent JSON of {header.nbytes} bytes, of at most {MAX_JSON_BYTES}")
@@ -198,7 +198,7 @@ class Server:
         return session.buffer(shard)
 
     def on_message(self, link: Link, header: Header, body: np.ndarray) -> None:
-        """See `protocol.Handler`."""
+        """Handle a request, or a hello."""
         if header.type is MessageType.HELLO:
             self._handle_hello(link, decode_json(body))
             return
@@ -250,8 +250,8 @@ class Server:
         identity, contract = handshake.parse_identity(fields), fields.get("contract")
         if not isinstance(contract, dict):
             raise ProtocolError("its hello has no contract")
-        own = {"mode": self.policy.mode, "servers": self.count}
-        mismatch = handshake.first_mismatch({**own, **(self.contract if self.sessions else {})}, contract)
+        server = {"mode": self.policy.mode, "servers": self.count}
+        mismatch = handshake.first_mismatch({**server, **(self.contract if self.sessions else {})}, contract)
         if mismatch:
             raise ProtocolError(mismatch)
         if not self.sessions:
@@ -274,8 +274,8 @@ class Server:
 
     def _validate_options(self, options: Options, shards: Iterable[int]) -> None:
         # One shard for each type and set of parameter groups is enough: the others have equal rules.
-        own = [self.shards[i] for i in shards]
-        distinct = {(shard.dtype, shard.rule.parameter_groups): shard for shard in own}
+        owned_shards = [self.shards[i] for i in shards]
+        distinct = {(shard.dtype, shard.rule.parameter_groups): shard for shard in owned_shards}
         for shard in distinct.values():
             try:
                 shard.rule.validate(options, shard.dtype)

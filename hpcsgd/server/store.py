@@ -88,8 +88,8 @@ class Store:
             for bucket in buckets
         ]
         self._hello_fields = dict(hello_fields or {})
-        own = {"servers": len(connectors), "keys": list(keys), "shards": shards, "compress": None}
-        self._contract = {**contract, **own}
+        shard_fields = {"servers": len(connectors), "keys": list(keys), "shards": shards, "compress": None}
+        self._contract = {**contract, **shard_fields}
         self._codecs: dict[int, ClientDeltaCodec] = {}
         if coding is not None:
             self._compress(coding, buckets)

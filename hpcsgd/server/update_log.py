@@ -162,7 +162,7 @@ class UpdateLog:
             self._recorded = record
 
     def record_update(self, shard: Shard, pushes: list[Push], context: UpdateContext) -> None:
-        """Write an update that is about to be made, see `aggregation.RecordUpdate`."""
+        """Write an update that is about to be made (an `aggregation.RecordUpdate`)."""
         assert self._log is not None and self._server is not None
         if self._server.contract is not self._recorded["contract"]:
             self.record_sessions()

@@ -24,9 +24,9 @@ class PushSumWeights:
 
     def __init__(self, graph: Topology) -> None:
         self.local, self.in_flight = np.ones(graph.size), np.zeros(graph.size)
-        own = np.eye(graph.size, dtype=bool)
-        self._links = [(graph.matrix(step) > 0) | own for step in range(graph.period)]
-        self._receivers = [links.sum(axis=0) for links in self._links]
+        self_loops = np.eye(graph.size, dtype=bool)
+        self._edges = [(graph.matrix(step) > 0) | self_loops for step in range(graph.period)]
+        self._receivers = [edges.sum(axis=0) for edges in self._edges]
 
     def share(self, peer: int, step: int) -> float:
         """Return the share of a peer that each of its readers gets, and that it retains, at a step."""
@@ -43,9 +43,9 @@ class PushSumWeights:
 
     def _arriving(self, step: int, weights: np.ndarray) -> np.ndarray:
         # Each sum is divided once: if all have as many readers as sources, 1 remains exactly 1.
-        number = step % len(self._links)
-        links, receivers = self._links[number], self._receivers[number]
+        number = step % len(self._edges)
+        edges, receivers = self._edges[number], self._receivers[number]
         arriving = np.zeros(len(weights))
         for count in np.unique(receivers):
-            arriving += links[:, receivers == count] @ weights[receivers == count] / count
+            arriving += edges[:, receivers == count] @ weights[receivers == count] / count
         return arriving

@@ -49,7 +49,7 @@ class ReplicaStrategy(Strategy):
     def _averaged(self) -> Iterator[None]:
         parameters = self.parameters
         self.context.world.progress.drain()  # communication in flight reads and writes the models
-        own = parameters.copy()
+        saved = parameters.copy()
         weights = [self.consensus_weight(peer) for peer in self.context.peers.local]
         for bucket in parameters.group:
             models = [group.buckets[bucket.index].flat for group in parameters.groups]
@@ -58,18 +58,18 @@ class ReplicaStrategy(Strategy):
         try:
             yield
         finally:
-            parameters.restore(own)
+            parameters.restore(saved)
 
     def consensus_distance(self) -> float:
         """Return the root of the squared distances from the consensus, weighted as in it; collective."""
         context, squared = self.context, 0.0
         current, groups = context.current_peer_index, self.parameters.groups
-        own = self.parameters.copy()
+        current_values = self.parameters.copy()
         with self.averaged():
             mean = self.parameters.copy()
             for index, peer in enumerate(context.peers.local):
                 # The group of the current peer holds the consensus meanwhile.
-                values = own if index == current else [bucket.flat for bucket in groups[index]]
+                values = current_values if index == current else [bucket.flat for bucket in groups[index]]
                 pairs = zip(mean, values, strict=True)
                 distance = sum(float((a - b).double().square().sum()) for a, b in pairs)
                 squared += self.consensus_weight(peer) * distance

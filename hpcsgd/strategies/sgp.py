@@ -1,4 +1,4 @@
-"""SGP: stochastic gradient push, where each peer sends shares of its model over directed links."""
+"""SGP: stochastic gradient push, where each peer sends shares of its model over directed edges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpcsgd.tensors.weighted_sum import weighted_sum
 
 
 class SGP(Gossip):
-    """Stochastic gradient push: push-sum averaging over directed links (Assran et al., arXiv 1811.10792).
+    """Stochastic gradient push: push-sum averaging over directed edges (Assran et al., arXiv 1811.10792).
 
     Peer j has a numerator x_j and a weight w_j, initially 1; its model is z_j = x_j / w_j. At step t it
     takes its step on z_j, adds the change to x_j, and splits x_j and w_j evenly over itself and its
@@ -29,7 +29,7 @@ class SGP(Gossip):
     Parameters
     ----------
     topology
-        NAME or NAME:key=value+key=value of `hpcsgd.topology`; the links of step t are those of its matrix
+        NAME or NAME:key=value+key=value of `hpcsgd.topology`; the edges of step t are those of its matrix
         t mod period. Default "one-peer-exponential".
     overlap
         Shares that are sent after step t are merged at the end of step t + 1, while forward and backward

@@ -11,7 +11,7 @@ import numpy as np
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.topology.graphs import spanning
-from hpcsgd.topology.mixing import TOLERANCE, Link, Matrix, check_mixing_matrix, metropolis, unreachable
+from hpcsgd.topology.mixing import TOLERANCE, Edge, Matrix, check_mixing_matrix, metropolis, unreachable
 
 Point: TypeAlias = tuple[float, float]
 
@@ -19,8 +19,8 @@ Point: TypeAlias = tuple[float, float]
 class Topology(ABC):
     """A sequence of mixing matrices over the peers of a gossip method.
 
-    A subclass implements `build`, or `Graph.links`, and sets `period` if its matrices vary. The matrices are
-    checked on first use: they must be doubly stochastic, and connected over a period.
+    A subclass implements `build`, or `Graph.edges_at`, and sets `period` if its matrices vary. The matrices
+    are checked on first use: they must be doubly stochastic, and connected over a period.
 
     Parameters
     ----------
@@ -87,12 +87,12 @@ class Topology(ABC):
         """Return the other peers that read a peer's model, ascending."""
         return list(self._neighbourhood(peer, step)[2])
 
-    def edges(self) -> list[Link]:
+    def edges(self) -> list[Edge]:
         """Return all pairs (a, b), a < b, that mix in a step of a period, in either direction; sorted."""
         used = reduce(np.logical_or, (matrix > 0 for matrix in self._matrices))
         return [(int(a), int(b)) for a, b in np.argwhere(np.triu(used | used.T, 1))]
 
-    def spanning(self) -> list[Link]:
+    def spanning(self) -> list[Edge]:
         """Return edges that connect all peers: a Hamiltonian path if a short search finds one, else a tree.
 
         The path 0, 1, 2, ... is used where it exists; the tree is that of a breadth-first search from peer 0.
@@ -149,7 +149,7 @@ class Topology(ABC):
                 f"{self!r} is not connected",
                 expected="a path from peer 0 to every peer",
                 got=f"no path to peer {apart[0]}",
-                do="add links: models of peers that are not connected never converge to their mean",
+                do="add edges: models of peers that are not connected never converge to their mean",
             )
         return matrices
 
@@ -176,9 +176,9 @@ class Graph(Topology):
     """
 
     @abstractmethod
-    def links(self, step: int) -> Iterable[Link]:
+    def edges_at(self, step: int) -> Iterable[Edge]:
         """Return the pairs of peers that mix at a step from 0 to `period` - 1."""
 
     def build(self, step: int) -> Matrix:
-        """Return the Metropolis-Hastings weights of the step's links."""
-        return metropolis(self.size, self.links(step))
+        """Return the Metropolis-Hastings weights of the step's edges."""
+        return metropolis(self.size, self.edges_at(step))

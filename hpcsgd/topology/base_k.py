@@ -1,4 +1,4 @@
-"""The Base-(k+1) graph: the exact mean in few steps with few links a peer, for any number of peers."""
+"""The Base-(k+1) graph: the exact mean in few steps with few edges a peer, for any number of peers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from hpcsgd.errors import BadOption
 from hpcsgd.topology.base import Topology
-from hpcsgd.topology.hyper_hypercube import WeightedLinks, clique, factorise, hyper_hypercube, union
+from hpcsgd.topology.hyper_hypercube import WeightedEdges, clique, factorise, hyper_hypercube, union
 from hpcsgd.topology.mixing import Matrix
 
 Blocks = list[Sequence[int]]
 
 
 class BaseGraph(Topology):
-    """At most k links a peer and step, and the exact mean after one period, for any number of peers.
+    """At most k edges a peer and step, and the exact mean after one period, for any number of peers.
 
     The Base-(k+1) graph of Takezawa et al., "Beyond Exponential Graph: Communication-Efficient Topologies
     for Decentralized Learning via Finite-time Convergence", arXiv 2305.11420. Its period is at most
@@ -27,7 +27,7 @@ class BaseGraph(Topology):
     size
         Number of peers.
     k
-        Maximum number of links of a peer in a step, at least 1. Default 1.
+        Maximum number of edges of a peer in a step, at least 1. Default 1.
 
     Raises
     ------
@@ -38,12 +38,12 @@ class BaseGraph(Topology):
     def __init__(self, size: int, k: int = 1) -> None:
         super().__init__(size)
         if k < 1:
-            raise BadOption("option k of topology base", expected="at least 1 link", got=k)
+            raise BadOption("option k of topology base", expected="at least 1", got=k)
         self._steps = base_graph(range(size), k) or [{}]
         self.period = len(self._steps)
 
     def build(self, step: int) -> Matrix:
-        """Return the weights of the step's links; the rest of a peer's weight is its own."""
+        """Return the weights of the step's edges; the rest of a peer's weight is its own."""
         matrix = np.zeros((self.size, self.size))
         for (a, b), weight in self._steps[step].items():
             matrix[a, b] = matrix[b, a] = weight
@@ -51,7 +51,7 @@ class BaseGraph(Topology):
         return matrix
 
 
-def base_graph(peers: Sequence[int], degree: int) -> list[WeightedLinks]:
+def base_graph(peers: Sequence[int], degree: int) -> list[WeightedEdges]:
     """Return the steps of the Base-(k+1) graph: the shorter of two constructions.
 
     One is `simple_base_graph`. The other divides the peers into as many equal blocks as `hyper_hypercube` can
@@ -65,7 +65,7 @@ def base_graph(peers: Sequence[int], degree: int) -> list[WeightedLinks]:
     return min(_in_parallel(within) + _in_parallel(across), simple_base_graph(peers, degree), key=len)
 
 
-def simple_base_graph(peers: Sequence[int], degree: int) -> list[WeightedLinks]:
+def simple_base_graph(peers: Sequence[int], degree: int) -> list[WeightedEdges]:
     """Return the steps of the Simple Base-(k+1) graph.
 
     The peers are divided into groups by the digits of their number in base k + 1, the largest first. Each
@@ -82,25 +82,25 @@ def simple_base_graph(peers: Sequence[int], degree: int) -> list[WeightedLinks]:
         _in_parallel([hyper_hypercube(block, degree) for block in blocks]) or hyper_hypercube(group, degree)
         for blocks, group in zip(groups, members, strict=True)
     ]
-    cross, last = [_cross_links(groups[i:], degree) for i in range(len(groups) - 1)], len(groups) - 1
-    steps = [union(_cyclic(links, step) for links in first) for step in range(len(first[0]))]
+    cross, last = [_cross_edges(groups[i:], degree) for i in range(len(groups) - 1)], len(groups) - 1
+    steps = [union(_cyclic(edges, step) for edges in first) for step in range(len(first[0]))]
     for step in range(1 + len(final[0])):
-        linked = [links for i, links in enumerate(final) if step >= min(i + 1, last)]
-        parts = [_cyclic(links, step - min(i + 1, last)) for i, links in enumerate(linked)]
+        linked = [edges for i, edges in enumerate(final) if step >= min(i + 1, last)]
+        parts = [_cyclic(edges, step - min(i + 1, last)) for i, edges in enumerate(linked)]
         steps.append(union(cross[step : step + 1] + parts))
     return steps
 
 
-def _cross_links(groups: Sequence[Blocks], degree: int) -> WeightedLinks:
-    """Link each peer of the smaller groups to one of each block of the first; other peers form cliques."""
+def _cross_edges(groups: Sequence[Blocks], degree: int) -> WeightedEdges:
+    """Connect each peer of the smaller groups to one of each block of the first; other peers form cliques."""
     blocks, smaller = groups[0], [peer for group in groups[1:] for block in group for peer in block]
     size = sum(map(len, blocks))
     weight = size / (size + len(smaller)) / len(blocks)
     others = [peer for block in blocks for peer in block[: len(block) - len(smaller)]]
     linked = (block[len(block) - len(smaller) :] for block in blocks)
-    links = {(a, b): weight for ends in linked for a, b in zip(ends, smaller, strict=True)}
+    edges = {(a, b): weight for ends in linked for a, b in zip(ends, smaller, strict=True)}
     cliques = (clique(others[i : i + degree + 1]) for i in range(0, len(others), degree + 1))
-    return union([links, *cliques])
+    return union([edges, *cliques])
 
 
 def _groups(peers: Sequence[int], radix: int) -> list[Blocks]:
@@ -116,12 +116,12 @@ def _groups(peers: Sequence[int], radix: int) -> list[Blocks]:
     return groups
 
 
-def _in_parallel(sequences: Sequence[list[WeightedLinks]]) -> list[WeightedLinks]:
+def _in_parallel(sequences: Sequence[list[WeightedEdges]]) -> list[WeightedEdges]:
     """Combine sequences of equal length over disjoint peers, step by step."""
     return [union(parts) for parts in zip(*sequences, strict=True)]
 
 
-def _cyclic(steps: Sequence[WeightedLinks], step: int) -> WeightedLinks:
+def _cyclic(steps: Sequence[WeightedEdges], step: int) -> WeightedEdges:
     """Return a step of a periodic sequence: peers that hold their mean continue mixing."""
     return steps[step % len(steps)] if steps else {}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from hpcsgd.topology.base import Graph
-from hpcsgd.topology.mixing import Link
+from hpcsgd.topology.mixing import Edge
 
 
 class Complete(Graph):
@@ -18,6 +18,6 @@ class Complete(Graph):
         Number of peers.
     """
 
-    def links(self, step: int) -> Iterator[Link]:
+    def edges_at(self, step: int) -> Iterator[Edge]:
         """Return all pairs."""
         return combinations(range(self.size), 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hpcsgd.errors import BadOption
 from hpcsgd.topology.base import Graph
-from hpcsgd.topology.mixing import Link
+from hpcsgd.topology.mixing import Edge
 
 
 class EdgeList(Graph):
@@ -34,23 +34,23 @@ class EdgeList(Graph):
         except (OSError, UnicodeDecodeError) as error:
             expected = "a text file with two peers on each line, such as: 0 1"
             raise BadOption(f"cannot read edge list {path}", expected=expected, got=error) from error
-        self._links = []
+        self._edges = []
         for number, line in enumerate(lines, 1):
             if text := line.partition("#")[0].strip():
-                self._links.append(_link(text, size, f"{path}, line {number}"))
+                self._edges.append(_parse_edge(text, size, f"{path}, line {number}"))
 
-    def links(self, step: int) -> list[Link]:
+    def edges_at(self, step: int) -> list[Edge]:
         """Return the edges of the file."""
-        return self._links
+        return self._edges
 
 
-def _link(text: str, size: int, where: str) -> Link:
+def _parse_edge(text: str, size: int, where: str) -> Edge:
     expected = f"two different peers of 0 to {size - 1}, separated by a space"
     try:
         a, b = map(int, text.split())
     except ValueError:
-        raise BadOption(f"{where}: not a link", expected=expected, got=repr(text)) from None
+        raise BadOption(f"{where}: not an edge", expected=expected, got=repr(text)) from None
     if a == b or not (0 <= a < size and 0 <= b < size):
         do = f"use {max(a, b) + 1} peers" if min(a, b) >= 0 and a != b else None
-        raise BadOption(f"{where}: no such link", expected=expected, got=repr(text), do=do)
+        raise BadOption(f"{where}: no such edge", expected=expected, got=repr(text), do=do)
     return a, b

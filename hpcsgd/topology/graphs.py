@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
-Link = tuple[int, int]
+Edge = tuple[int, int]
 Adjacency = list[list[int]]
 
 #: Vertices visited by the searches for a Hamiltonian path, one from each vertex, before they give up.
 _VISIT_LIMIT = 20_000
 
 
-def adjacency(size: int, links: Iterable[Link]) -> Adjacency:
+def adjacency(size: int, edges: Iterable[Edge]) -> Adjacency:
     """Return the neighbours of each vertex, ascending."""
     sets: list[set[int]] = [set() for _ in range(size)]
-    for a, b in links:
+    for a, b in edges:
         sets[a].add(b)
         sets[b].add(a)
     return [sorted(near) for near in sets]
 
 
-def breadth_first_tree(near: Adjacency) -> list[Link]:
+def breadth_first_tree(near: Adjacency) -> list[Edge]:
     """Return the edges of a breadth-first search from vertex 0, each in the direction of the search."""
     seen, queue, found = {0}, [0], []
     for a in queue:
@@ -33,16 +33,16 @@ def breadth_first_tree(near: Adjacency) -> list[Link]:
     return found
 
 
-def is_connected(size: int, links: Iterable[Link]) -> bool:
+def is_connected(size: int, edges: Iterable[Edge]) -> bool:
     """Return whether the graph is connected."""
-    return len(breadth_first_tree(adjacency(size, links))) == size - 1
+    return len(breadth_first_tree(adjacency(size, edges))) == size - 1
 
 
-def spanning(size: int, links: Sequence[Link]) -> list[Link]:
+def spanning(size: int, edges: Sequence[Edge]) -> list[Edge]:
     """Return the edges (a, b), a < b, of a Hamiltonian path if a bounded search finds one, else of a tree."""
-    near = adjacency(size, links)
+    near = adjacency(size, edges)
     path = hamiltonian_path(near)
-    return [(min(link), max(link)) for link in (breadth_first_tree(near) if path is None else pairwise(path))]
+    return [(min(edge), max(edge)) for edge in (breadth_first_tree(near) if path is None else pairwise(path))]
 
 
 def hamiltonian_path(near: Adjacency) -> list[int] | None:

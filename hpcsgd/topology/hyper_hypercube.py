@@ -1,4 +1,4 @@
-"""Weighted links of a step, and the k-peer hyper-hypercube of Takezawa et al. (arXiv 2305.11420)."""
+"""Weighted edges of a step, and the k-peer hyper-hypercube of Takezawa et al. (arXiv 2305.11420)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import TypeAlias
 
-from hpcsgd.topology.mixing import Link
+from hpcsgd.topology.mixing import Edge
 
-#: The weight of each link of one step; the rest of a peer's weight is its own.
-WeightedLinks: TypeAlias = dict[Link, float]
+#: The weight of each edge of one step; the rest of a peer's weight is its own.
+WeightedEdges: TypeAlias = dict[Edge, float]
 
 
 def factorise(count: int, largest: int) -> list[int] | None:
@@ -22,25 +22,25 @@ def factorise(count: int, largest: int) -> list[int] | None:
     return found[::-1] if count == 1 else None
 
 
-def clique(peers: Sequence[int]) -> WeightedLinks:
-    """Return the links by which peers take their mean in one step."""
+def clique(peers: Sequence[int]) -> WeightedEdges:
+    """Return the edges by which peers take their mean in one step."""
     return dict.fromkeys(combinations(peers, 2), 1 / max(1, len(peers)))
 
 
-def union(parts: Iterable[WeightedLinks]) -> WeightedLinks:
-    """Return the union of links over disjoint peers."""
-    return {link: weight for part in parts for link, weight in part.items()}
+def union(parts: Iterable[WeightedEdges]) -> WeightedEdges:
+    """Return the union of edges over disjoint peers."""
+    return {edge: weight for part in parts for edge, weight in part.items()}
 
 
-def hyper_hypercube(peers: Sequence[int], degree: int) -> list[WeightedLinks]:
-    """Return the links of steps after which the peers hold their exact mean.
+def hyper_hypercube(peers: Sequence[int], degree: int) -> list[WeightedEdges]:
+    """Return the edges of steps after which the peers hold their exact mean.
 
     Parameters
     ----------
     peers
         The peers; their number is a product of factors of at most `degree` + 1.
     degree
-        Maximum number of links of a peer in a step.
+        Maximum number of edges of a peer in a step.
 
     Returns
     -------

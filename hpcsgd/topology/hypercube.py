@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hpcsgd.errors import BadOption
 from hpcsgd.topology.base import Graph
-from hpcsgd.topology.mixing import Link
+from hpcsgd.topology.mixing import Edge
 
 
 class Hypercube(Graph):
@@ -32,7 +32,7 @@ class Hypercube(Graph):
                 "topology hypercube needs a power of two of peers", expected="1, 2, 4, ...", got=size, do=do
             )
 
-    def links(self, step: int) -> Iterator[Link]:
+    def edges_at(self, step: int) -> Iterator[Edge]:
         """Return (i, i with one more bit)."""
         bits = [1 << bit for bit in range(self.size.bit_length() - 1)]
         return ((peer, peer | bit) for peer in range(self.size) for bit in bits if not peer & bit)

@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from hpcsgd.errors import HpcsgdError
 
 Matrix = NDArray[np.float64]
-Link = tuple[int, int]
+Edge = tuple[int, int]
 
 #: Tolerance of comparisons of sums of weights and products of mixing matrices.
 TOLERANCE = 1e-12
 
 
-def metropolis(size: int, links: Iterable[Link]) -> Matrix:
-    """Return Metropolis-Hastings weights: W_ij = 1 / (1 + max(deg_i, deg_j)) on links, the rest in W_ii.
+def metropolis(size: int, edges: Iterable[Edge]) -> Matrix:
+    """Return Metropolis-Hastings weights: W_ij = 1 / (1 + max(deg_i, deg_j)) on edges, the rest in W_ii.
 
     Parameters
     ----------
     size
         Number of peers.
-    links
+    edges
         Pairs of peers that exchange their models, in any order; duplicates are ignored.
 
     Returns
@@ -35,13 +35,13 @@ def metropolis(size: int, links: Iterable[Link]) -> Matrix:
     Raises
     ------
     HpcsgdError
-        A link joins a peer to itself, or to one that does not exist.
+        An edge joins a peer to itself, or to one that does not exist.
     """
-    pairs = sorted({(min(link), max(link)) for link in links})
+    pairs = sorted({(min(edge), max(edge)) for edge in edges})
     for a, b in pairs:
         if a == b or a < 0 or b >= size:
             raise HpcsgdError(
-                f"link ({a}, {b}) is invalid", expected=f"two different peers of 0 to {size - 1}"
+                f"edge ({a}, {b}) is invalid", expected=f"two different peers of 0 to {size - 1}"
             )
     matrix = np.zeros((size, size))
     if pairs:
@@ -55,7 +55,7 @@ def metropolis(size: int, links: Iterable[Link]) -> Matrix:
 def metropolis_among(
     near: Sequence[Sequence[int]], members: Sequence[int]
 ) -> dict[int, list[tuple[int, float]]]:
-    """Return the rows of `metropolis` for the links between some peers.
+    """Return the rows of `metropolis` for the edges between some peers.
 
     Parameters
     ----------

@@ -9,7 +9,7 @@ import numpy as np
 from hpcsgd.errors import BadOption
 from hpcsgd.topology.base import Graph
 from hpcsgd.topology.graphs import is_connected
-from hpcsgd.topology.mixing import Link
+from hpcsgd.topology.mixing import Edge
 
 
 class RandomRegular(Graph):
@@ -42,41 +42,41 @@ class RandomRegular(Graph):
             do = f"use {use}" + f"; or {max(size, degree) + 1} peers" * (degree > 1)
             got = f"{size} peers, degree={degree}"
             raise BadOption("no regular graph of this degree exists", expected=expected, got=got, do=do)
-        self._links = _sample_graph(size, degree, np.random.default_rng(seed)) if size > 1 else set()
+        self._edges = _sample_graph(size, degree, np.random.default_rng(seed)) if size > 1 else set()
 
-    def links(self, step: int) -> list[Link]:
+    def edges_at(self, step: int) -> list[Edge]:
         """Return the random edges."""
-        return sorted(self._links)
+        return sorted(self._edges)
 
 
-def _sample_graph(size: int, degree: int, generator: np.random.Generator) -> set[Link]:
+def _sample_graph(size: int, degree: int, generator: np.random.Generator) -> set[Edge]:
     """Sample a connected graph; a dense one is the complement of a sparse one, which is fast to sample."""
     sparse = min(degree, size - 1 - degree)
     while True:
-        links = _pair_stubs(size, sparse, generator)
-        if links is not None and sparse < degree:
-            links = set(combinations(range(size), 2)) - links
-        if links is not None and is_connected(size, links):
-            return links
+        edges = _pair_stubs(size, sparse, generator)
+        if edges is not None and sparse < degree:
+            edges = set(combinations(range(size), 2)) - edges
+        if edges is not None and is_connected(size, edges):
+            return edges
 
 
-def _pair_stubs(size: int, degree: int, generator: np.random.Generator) -> set[Link] | None:
-    """Pair stubs at random, and again those that formed no link; None if the rest cannot form any.
+def _pair_stubs(size: int, degree: int, generator: np.random.Generator) -> set[Edge] | None:
+    """Pair stubs at random, and again those that formed no edge; None if the rest cannot form any.
 
     Steger and Wormald, "Generating random regular graphs quickly", 1999.
     """
-    links: set[Link] = set()
+    edges: set[Edge] = set()
     stubs = [peer for peer in range(size) for _ in range(degree)]
     while stubs:
         unpaired = []
         shuffled = generator.permutation(stubs).tolist()
         for a, b in zip(shuffled[::2], shuffled[1::2], strict=True):
-            link = min(a, b), max(a, b)
-            if a == b or link in links:
+            edge = min(a, b), max(a, b)
+            if a == b or edge in edges:
                 unpaired += [a, b]
             else:
-                links.add(link)
-        if unpaired and all(link in links for link in combinations(sorted(set(unpaired)), 2)):
+                edges.add(edge)
+        if unpaired and all(edge in edges for edge in combinations(sorted(set(unpaired)), 2)):
             return None
         stubs = unpaired
-    return links
+    return edges

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpcsgd.topology.base import Graph
-from hpcsgd.topology.mixing import Link
+from hpcsgd.topology.mixing import Edge
 
 
 class Ring(Graph):
@@ -17,6 +17,6 @@ class Ring(Graph):
         Number of peers.
     """
 
-    def links(self, step: int) -> Iterator[Link]:
+    def edges_at(self, step: int) -> Iterator[Edge]:
         """Return (i, i + 1), and (size - 1, 0)."""
         return ((i, (i + 1) % self.size) for i in range(self.size) if self.size > 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpcsgd.topology.base import Graph
-from hpcsgd.topology.mixing import Link
+from hpcsgd.topology.mixing import Edge
 
 
 class Star(Graph):
@@ -17,6 +17,6 @@ class Star(Graph):
         Number of peers.
     """
 
-    def links(self, step: int) -> Iterator[Link]:
+    def edges_at(self, step: int) -> Iterator[Edge]:
         """Return (0, i)."""
         return ((0, i) for i in range(1, self.size))

@@ -7,7 +7,7 @@ from math import isqrt
 
 from hpcsgd.errors import BadOption
 from hpcsgd.topology.base import Graph, Point
-from hpcsgd.topology.mixing import Link
+from hpcsgd.topology.mixing import Edge
 
 
 class Torus(Graph):
@@ -36,8 +36,8 @@ class Torus(Graph):
         self.rows = rows or max(side for side in sides if side <= isqrt(size))
         self.columns = size // self.rows
 
-    def links(self, step: int) -> Iterator[Link]:
-        """Return the links to the right and down, if they lead to another peer."""
+    def edges_at(self, step: int) -> Iterator[Edge]:
+        """Return the edges to the right and down, if they lead to another peer."""
         for peer in range(self.size):
             row, column = divmod(peer, self.columns)
             right = row * self.columns + (column + 1) % self.columns

@@ -46,8 +46,8 @@ def synchronous_batches(
     for loader in loaders:
         _warn_of_forks(loader)
     join = uneven == "join"
-    own = [(_length(loader), hasattr(loader, "filler")) for loader in loaders]
-    entries = [entry for rank in context.world.gather(own, "an epoch's start") for entry in rank]
+    entries_of_rank = [(_length(loader), hasattr(loader, "filler")) for loader in loaders]
+    entries = [entry for rank in context.world.gather(entries_of_rank, "an epoch's start") for entry in rank]
     if any(length is None for length, _ in entries):
         if len(loaders) > 1:
             raise _unsized(context)
@@ -172,17 +172,17 @@ def _from_lengths(
     loaders: Sequence[Iterable[object]], lengths: list[int], context: StrategyContext
 ) -> Iterator[tuple[object, list[bool]]]:
     batches = [iter(loader) for loader in loaders]
-    own = [lengths[peer] for peer in context.peers.local]
-    taken = [0] * len(loaders)
-    while taken[context.current_peer_index] < max(lengths):
+    local_lengths = [lengths[peer] for peer in context.peers.local]
+    step_counts = [0] * len(loaders)
+    while step_counts[context.current_peer_index] < max(lengths):
         index = context.current_peer_index
-        step, length = taken[index], own[index]
+        step, length = step_counts[index], local_lengths[index]
         batch = next(batches[index], _END) if step < length else _END
         if step < length and batch is _END:
             raise _wrong_length(context, length, str(step))
-        taken[index] += 1
+        step_counts[index] += 1
         yield batch, [step < length for length in lengths]
-    for remaining, length in zip(batches, own, strict=True):
+    for remaining, length in zip(batches, local_lengths, strict=True):
         if next(remaining, _END) is not _END:
             raise _wrong_length(context, length, f"more than {length}")
 

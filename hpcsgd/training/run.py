@@ -306,11 +306,11 @@ class Run:
         """
         self.world.check_consistent({"number of steps in the state": state["steps"]})
         self.world.progress.drain()
-        for own, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
-            self.model.load_state_dict(own["model"])
-            self.optimizer.load_state_dict(own["optimizer"])
-            if "generators" in own:
-                rng_state.restore(own["generators"])
+        for saved, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if "generators" in saved:
+                rng_state.restore(saved["generators"])
         self._set_steps(int(state["steps"]))
         self.strategy.load_state_dict(state["strategy"])
 

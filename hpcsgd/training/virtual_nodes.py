@@ -73,11 +73,11 @@ class VirtualNodes:
 
     def broadcast_buffers(self) -> None:
         """Copy the buffers of the first local peer to all others."""
-        for own in self._buffers[1:]:
-            for target, source in zip(own, self._buffers[0], strict=True):
+        for buffers in self._buffers[1:]:
+            for target, source in zip(buffers, self._buffers[0], strict=True):
                 target.copy_(source)
 
     def _put_in_place(self, index: int) -> None:
         self._optimizer.state = self._states[index]
-        for buffer, own in zip(self._model.buffers(), self._buffers[index], strict=True):
-            buffer.data = own
+        for buffer, value in zip(self._model.buffers(), self._buffers[index], strict=True):
+            buffer.data = value

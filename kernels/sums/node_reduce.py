@@ -103,24 +103,24 @@ def allreduce_small(  # type: ignore[no-untyped-def]
     As `allreduce`, but with one barrier: each rank sums all slots itself, in rank order.
     """
     ranks, size = rows.shape[0], stop - start
-    own = rows[me, start:stop]
+    row = rows[me, start:stop]
     if phase == ENTER:
         slot = slots[me]
         for i in range(size):
-            slot[i] = own[i]
+            slot[i] = row[i]
         target = barrier.arrive(flags, ranks, me)
         phase = WAIT_ALL_READY
     if not barrier.wait(flags, target, spins, microseconds):
         return phase, target
     first, second = slots[0], slots[1]
     for i in range(size):
-        own[i] = first[i] + second[i]
+        row[i] = first[i] + second[i]
     for rank in range(2, ranks):
         slot = slots[rank]
         for i in range(size):
-            own[i] += slot[i]
+            row[i] += slot[i]
     for i in range(size):
-        own[i] *= scale
+        row[i] *= scale
     return DONE, target
 
 

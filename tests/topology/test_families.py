@@ -82,13 +82,13 @@ def test_a_hypercube_names_the_powers_beside() -> None:
 def test_random_regular_graphs_are_regular_connected_and_set_by_the_seed(
     size: int, degree: int, seed: int
 ) -> None:
-    links = RandomRegular(size, degree, seed).links(0)
-    assert set(np.bincount(np.ravel(links))) == {degree} and len(links) == size * degree // 2
-    assert is_connected(size, links) and links == RandomRegular(size, degree, seed).links(0)
+    edges = RandomRegular(size, degree, seed).edges_at(0)
+    assert set(np.bincount(np.ravel(edges))) == {degree} and len(edges) == size * degree // 2
+    assert is_connected(size, edges) and edges == RandomRegular(size, degree, seed).edges_at(0)
 
 
 def test_other_seeds_draw_other_graphs() -> None:
-    assert len({tuple(RandomRegular(16, 3, seed).links(0)) for seed in range(5)}) > 1
+    assert len({tuple(RandomRegular(16, 3, seed).edges_at(0)) for seed in range(5)}) > 1
     with pytest.raises(BadOption, match=r"seed of topology random-regular(.|\n)*at least 0"):
         build("random-regular:seed=-1", 16)
 

@@ -26,9 +26,9 @@ class Given(Topology):
         return np.array(self.given[step], float)
 
 
-def joined(size: int, links: list[tuple[int, int]]) -> bool:
+def joined(size: int, edges: list[tuple[int, int]]) -> bool:
     name = list(range(size))
-    for a, b in links:
+    for a, b in edges:
         name = [name[a] if other == name[b] else other for other in name]
     return len(set(name)) == 1
 
@@ -61,7 +61,7 @@ def test_rows_sources_and_readers_agree_with_the_matrix(spec: str) -> None:
                 by |= {(reader, peer) for reader in readers}
             assert (rebuilt == matrix).all()
             assert by == {(i, j) for i, j in np.argwhere(matrix).tolist() if i != j}
-            used |= {(min(link), max(link)) for link in by}
+            used |= {(min(edge), max(edge)) for edge in by}
         assert topology.edges() == sorted(used)
 
 
@@ -123,21 +123,21 @@ def test_no_peers_are_refused(spec: str, size: int) -> None:
 @settings(max_examples=50, deadline=None)
 def test_metropolis_weights_of_any_graph(graph: tuple[int, set[tuple[int, int]]]) -> None:
     size, pairs = graph
-    links = {(min(link), max(link)) for link in pairs if link[0] != link[1]}
-    matrix = metropolis(size, [link for link in pairs if link[0] != link[1]])
-    degrees = [sum(peer in link for link in links) for peer in range(size)]
+    edges = {(min(edge), max(edge)) for edge in pairs if edge[0] != edge[1]}
+    matrix = metropolis(size, [edge for edge in pairs if edge[0] != edge[1]])
+    degrees = [sum(peer in edge for edge in edges) for peer in range(size)]
     expected = np.zeros((size, size))
-    for a, b in links:
+    for a, b in edges:
         expected[a, b] = expected[b, a] = 1 / (1 + max(degrees[a], degrees[b]))
     np.fill_diagonal(expected, [1 - expected[i].sum() for i in range(size)])
     np.testing.assert_allclose(matrix, expected, atol=1e-15)
     assert (np.diag(matrix) > 0).all()
 
 
-@pytest.mark.parametrize("link", [(0, 0), (0, 3), (-1, 2)])
-def test_metropolis_refuses_links_that_cannot_be(link: tuple[int, int]) -> None:
+@pytest.mark.parametrize("edge", [(0, 0), (0, 3), (-1, 2)])
+def test_metropolis_refuses_invalid_edges(edge: tuple[int, int]) -> None:
     with pytest.raises(HpcsgdError, match="0 to 2"):
-        metropolis(3, [link])
+        metropolis(3, [edge])
 
 
 @pytest.mark.parametrize(

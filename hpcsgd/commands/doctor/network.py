@@ -35,11 +35,11 @@ def pairs_between_nodes(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
 
 def collect(job: ExaminedJob) -> Facts:
     found: dict[str, dict[Pair, tuple[float, float]]] = {"inside": {}, "between": {}}
-    for kind, rounds in (
+    for kind, pair_sets in (
         ("inside", pairs_inside_nodes(job.nodes)),
         ("between", pairs_between_nodes(job.nodes)),
     ):
-        for pairs in rounds:
+        for pairs in pair_sets:
             job.barrier()
             for first, second in pairs:
                 if job.rank == first:

@@ -32,8 +32,8 @@ def serve(options: ServeOptions) -> None:
     folder = options.checkpoint or options.listen.with_name(f"{options.listen.name}.checkpoint")
     with World(device="cpu") as world:
         torch.set_num_threads(world.local.threads)
-        own = world.collectively(lambda: _secret(folder, options, world.size) if world.rank == 0 else "")
-        secret = world.gather(own, "the secret of the job")[0]
+        created = world.collectively(lambda: _secret(folder, options, world.size) if world.rank == 0 else "")
+        secret = world.gather(created, "the secret of the job")[0]
         with _dashboard(options.progress, world.rank) as dashboard:
             subfolder = folder / f"server-{world.rank}"
             service = world.collectively(lambda: Service(options, world, subfolder, secret, dashboard))

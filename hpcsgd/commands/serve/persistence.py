@@ -67,7 +67,7 @@ class ServerPersistence:
             self._start_log()
 
     def record_update(self, shard: Shard, pushes: list[Push], context: UpdateContext) -> None:
-        """See `aggregation.RecordUpdate`."""
+        """Write an update that is about to be made to the log."""
         self._update_log.record_update(shard, pushes, context)
 
     def maintain(self) -> None:

@@ -262,7 +262,7 @@ class EndVote:
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
-        self._own = np.empty(2, np.int32)
+        self._flags = np.empty(2, np.int32)
         self._all = np.empty((communicator.size, 2), np.int32)
         self._request: Any = None
         self.stopped = False
@@ -270,8 +270,8 @@ class EndVote:
     def poll(self, stopped: bool, abandoned: bool) -> bool:
         """Vote; returns whether a vote is complete in which one server was stopped, or all are abandoned."""
         if self._request is None:
-            self._own[:] = stopped, abandoned
-            self._request = self._communicator.iallgather(self._own, self._all)
+            self._flags[:] = stopped, abandoned
+            self._request = self._communicator.iallgather(self._flags, self._all)
         if not self._request.Test():
             return False
         self._request = None

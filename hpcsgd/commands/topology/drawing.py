@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpcsgd.topology.base import Topology
-from hpcsgd.topology.mixing import Link
+from hpcsgd.topology.mixing import Edge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ _THINNEST, _THICKEST = 0.4, 1.8
 
 
 def draw(topology: Topology, title: str) -> Figure:
-    """Draw the peers and their links; the width of a link grows with its weight.
+    """Draw the peers and their edges; the width of an edge grows with its weight.
 
     An arrow points from a peer to the reader of its model. Needs matplotlib.
 
@@ -55,14 +55,14 @@ def draw(topology: Topology, title: str) -> Figure:
 def _panel(axes: Axes, topology: Topology, step: int, scale: float) -> None:
     from matplotlib.patches import FancyArrowPatch
 
-    places = np.array(topology.layout())
+    positions = np.array(topology.layout())
     weights = _off_diagonal(topology, step)
     dot = 10 if topology.size <= 20 else 7 if topology.size <= 40 else 5
     for reader, source in np.argwhere(weights if topology.directed else np.triu(weights)):
-        bent = 0.12 if topology.directed else 0.25 * _passes_another(places, (source, reader))
-        link = FancyArrowPatch(
-            places[source],
-            places[reader],
+        bent = 0.12 if topology.directed else 0.25 * _passes_another(positions, (source, reader))
+        edge = FancyArrowPatch(
+            positions[source],
+            positions[reader],
             arrowstyle="-|>" if topology.directed else "-",
             connectionstyle=f"arc3,rad={bent}",
             mutation_scale=7,
@@ -71,11 +71,13 @@ def _panel(axes: Axes, topology: Topology, step: int, scale: float) -> None:
             color=_LINK,
             linewidth=_THINNEST + scale * weights[reader, source],
         )
-        axes.add_patch(link)
-    axes.plot(*places.T, "o", color="white", markeredgecolor=_LINK, markersize=dot, zorder=3)
+        axes.add_patch(edge)
+    axes.plot(*positions.T, "o", color="white", markeredgecolor=_LINK, markersize=dot, zorder=3)
     if topology.size <= _MOST_NUMBERS:
-        for peer, place in enumerate(places):
-            axes.annotate(str(peer), place, ha="center", va="center_baseline", fontsize=0.55 * dot, zorder=4)
+        for peer, position in enumerate(positions):
+            axes.annotate(
+                str(peer), position, ha="center", va="center_baseline", fontsize=0.55 * dot, zorder=4
+            )
     axes.margins(0.15)
     axes.set_aspect("equal", adjustable="box")
 
@@ -85,10 +87,10 @@ def _off_diagonal(topology: Topology, step: int) -> np.ndarray[tuple[int, ...], 
     return matrix - np.diag(np.diag(matrix))
 
 
-def _passes_another(places: np.ndarray[tuple[int, ...], np.dtype[np.float64]], link: Link) -> bool:
+def _passes_another(positions: np.ndarray[tuple[int, ...], np.dtype[np.float64]], edge: Edge) -> bool:
     """Return whether a straight line would run through a third peer."""
-    start, way = places[link[0]], places[link[1]] - places[link[0]]
-    offsets = places - start
+    start, way = positions[edge[0]], positions[edge[1]] - positions[edge[0]]
+    offsets = positions - start
     along = offsets @ way / (way @ way)
     beside = np.abs(offsets[:, 0] * way[1] - offsets[:, 1] * way[0])
     return bool(((beside < 1e-9) & (along > 1e-9) & (along < 1 - 1e-9)).any())

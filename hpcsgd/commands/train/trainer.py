@@ -360,8 +360,8 @@ class Trainer:
         """Exchange signals, and the fields of the next record."""
         counters, state = self.meter.read(), self._state
         metrics = self.strategy.metrics() if logging else {}
-        own = (self._signals.received, counters, state.sums, metrics)
-        received, spent, sums, method = zip(*self.world.gather(own, "the exchange of metrics"), strict=True)
+        local = (self._signals.received, counters, state.sums, metrics)
+        received, spent, sums, method = zip(*self.world.gather(local, "the exchange of metrics"), strict=True)
         self._stop_signal = next((number for number in received if number is not None), None)
         step_seconds = max(each.seconds for each in spent) / state.step
         period = EXCHANGE_PERIOD if self.strategy.synchronous else ASYNCHRONOUS_EXCHANGE_PERIOD

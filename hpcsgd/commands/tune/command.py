@@ -17,8 +17,8 @@ def tune() -> None:
 @click.option(
     "--search-epochs", type=float, metavar="FLOAT", help="Length of the search, in epochs; default: --epochs."
 )
-@click.option("--go-on", is_flag=True, help="Train with the best number afterwards.")
-def teleportation(settings: Settings, search_epochs: float | None, go_on: bool) -> None:
+@click.option("--go-on", "train_best", is_flag=True, help="Train with the best number afterwards.")
+def teleportation(settings: Settings, search_epochs: float | None, train_best: bool) -> None:
     """Search for the best number of active peers of `teleport`.
 
     Trains with 1, 2, 4, ... active peers at once, on disjoint groups of all peers, in the time of one
@@ -27,4 +27,4 @@ def teleportation(settings: Settings, search_epochs: float | None, go_on: bool) 
     """
     from hpcsgd.commands.tune.teleportation import search
 
-    search(settings, search_epochs, go_on)
+    search(settings, search_epochs, train_best)

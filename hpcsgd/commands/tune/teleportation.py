@@ -35,7 +35,7 @@ class Point:
     test_accuracy: float
 
 
-def search(settings: Settings, search_epochs: float | None = None, go_on: bool = False) -> int:
+def search(settings: Settings, search_epochs: float | None = None, train_best: bool = False) -> int:
     """Train with 1, 2, 4, ... active peers at once, on disjoint groups of peers; collective.
 
     Each group moves over all peers, so each number gets a complete training in the iterations of one. The
@@ -47,7 +47,7 @@ def search(settings: Settings, search_epochs: float | None = None, go_on: bool =
         Settings of the training. The strategy may be "teleport" with options; `active=1x2x4`: the numbers.
     search_epochs
         Length of the search, in epochs; default: that of the training.
-    go_on
+    train_best
         Train with the best number afterwards. Default False.
 
     Returns
@@ -71,7 +71,7 @@ def search(settings: Settings, search_epochs: float | None = None, go_on: bool =
         best = best_number(trainer.curve)
         if world.rank == 0:
             _print_table(trainer.curve, best, folder)
-    if go_on:
+    if train_best:
         train(replace(settings, strategy=_spec(options, str(best)), name=_run_name(settings.name, best)))
     return best
 

@@ -119,8 +119,8 @@ class PairwiseAverager:
     def quiesce(self) -> None:
         """Wait until no average is in flight, and merge all corrections; collective."""
         self._until_idle()
-        own = int(self.counts[self._world.rank])
-        exact = self._world.gather(own, "the end of averages in pairs")
+        count = int(self.counts[self._world.rank])
+        exact = self._world.gather(count, "the end of averages in pairs")
         self._until_idle()  # the last replies are sent
         with self._lock:
             np.maximum(self.counts, exact, out=self.counts)

@@ -46,12 +46,12 @@ class IterationCloser:
     ) -> None:
         self.size, self.backups = size, backups
         self._endpoints = np.array(edges, np.int64).reshape(-1, 2).T
-        own = memory is None
+        is_private = memory is None
         memory = np.zeros(words_needed(size, edges), np.int32) if memory is None else memory
         bounds = np.cumsum([1, size, len(edges), size * size])
         self._iteration, self._done, self._unused, participants = np.split(memory[: bounds[-1]], bounds[:-1])
         self._participants = participants.reshape(size, size)
-        if own:
+        if is_private:
             self.open()
 
     def open(self, iteration: int = 0, unused: Sequence[int] = ()) -> None:

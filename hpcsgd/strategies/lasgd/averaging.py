@@ -100,8 +100,8 @@ class Averaging:
     def total_steps(self, *, begun: bool = False) -> int:
         """Return the steps of all ranks, as of the last records; `begun`: with those being taken."""
         known = self._records.steps_begun if begun else self._records.steps
-        own = self._steps_begun if begun else self.steps
-        return int(known.sum()) - int(known[self._world.rank]) + own
+        local_steps = self._steps_begun if begun else self.steps
+        return int(known.sum()) - int(known[self._world.rank]) + local_steps
 
     @property
     def steps(self) -> int:

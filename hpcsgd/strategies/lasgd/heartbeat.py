@@ -88,11 +88,11 @@ class ControlAllgather:
                 self._requested, self._due = True, time.monotonic() + pause_or_none
             yield 0.0
 
-    def _gather(self, own: np.ndarray) -> Generator[float, None, np.ndarray]:
+    def _gather(self, record: np.ndarray) -> Generator[float, None, np.ndarray]:
         """All-gather by Bruck's algorithm: rows are forwarded over distances 1, 2, 4, ..."""
         rank, size, net = self._world.rank, self._world.size, self._net
-        rows, have = np.empty(size, own.dtype), 1
-        rows[:1] = own
+        rows, have = np.empty(size, record.dtype), 1
+        rows[:1] = record
         while have < size:
             count = min(have, size - have)
             self._source = (rank + have) % size

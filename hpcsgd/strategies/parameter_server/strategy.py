@@ -201,12 +201,12 @@ class ParameterServer(Strategy):
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         trained = self._trainable()
-        own = [p.detach().clone() for _, p in trained]
+        values = [p.detach().clone() for _, p in trained]
         self._load_server_model()
         try:
             yield
         finally:
-            for (_, p), value in zip(trained, own, strict=True):
+            for (_, p), value in zip(trained, values, strict=True):
                 p.data.copy_(value)
 
     @torch.no_grad()
@@ -229,9 +229,9 @@ class ParameterServer(Strategy):
         """Root mean square over workers of the distance of their models from the servers' model."""
         if self.synchronous:
             return 0.0
-        own = [p.detach().clone() for _, p in self._trainable()]
+        local_values = [p.detach().clone() for _, p in self._trainable()]
         with self.averaged():
-            pairs = zip(own, self._trainable(), strict=True)
+            pairs = zip(local_values, self._trainable(), strict=True)
             squared = sum(float((a - p.detach()).double().square().sum()) for a, (_, p) in pairs)
         squares = self.context.world.gather(squared)[: self.workers(self.context.world.size)]
         return math.sqrt(sum(squares) / len(squares))

@@ -190,13 +190,13 @@ class Worker(AllReduce):
     @contextmanager
     def server_model(self) -> Iterator[None]:
         """Context with the servers' model in place of the group's."""
-        state, own = self._store.state_dict(), self.parameters.copy()
+        state, saved = self._store.state_dict(), self.parameters.copy()
         self._store.pull(self.KEY, self.parameters.group).wait()
         try:
             yield
         finally:
             self._store.load_state_dict(state)
-            self.parameters.restore(own)
+            self.parameters.restore(saved)
 
     def detach(self) -> None:
         self._store.close()
@@ -209,12 +209,12 @@ class Worker(AllReduce):
         return server_metrics(Counter(), self._store.late, {"queue": 0.0, "load": 0.0})
 
     def state_dict(self) -> dict[str, Any]:
-        own = {
+        counters = {
             "store": self._store.state_dict(),
             "since": self._steps_since_exchange,
             "ever": self._total_steps,
         }
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), **counters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -140,9 +140,9 @@ def _find_template(optimizer: torch.optim.Optimizer) -> StateTemplate:
     except Exception as error:
         raise _unsupported(optimizer, f"{type(error).__name__} in a trial step: {error}") from error
     found = [
-        (own, dict(trial.state[its]))
-        for own, its in zip(_parameters(optimizer), _parameters(trial), strict=True)
-        if trial.state.get(its)
+        (parameter, dict(trial.state[trial_parameter]))
+        for parameter, trial_parameter in zip(_parameters(optimizer), _parameters(trial), strict=True)
+        if trial.state.get(trial_parameter)
     ]
     for parameter, entries in found:
         for key, value in entries.items():

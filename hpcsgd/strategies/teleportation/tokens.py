@@ -67,9 +67,9 @@ class Tokens:
     def rows(self, step: int) -> list[list[tuple[int, float]]]:
         """Return for each token the (token, weight) pairs of its average in an iteration."""
         return [
-            [(first + token, weight) for token, weight in graph.row(own, step)]
+            [(first + token, weight) for token, weight in graph.row(row, step)]
             for graph, first in zip(self._graphs, self._firsts, strict=True)
-            for own in range(graph.size)
+            for row in range(graph.size)
         ]
 
     def holders(self, step: int) -> tuple[int, ...]:

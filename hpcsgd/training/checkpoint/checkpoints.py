@@ -145,12 +145,12 @@ class Checkpoints:
                 do="resume from one of these steps" if steps else "start a new run",
                 everywhere=True,
             )
-        wanted = steps[-1] if step is None else step
-        loaded, faults = self._read(wanted, any_ranks)
+        chosen = steps[-1] if step is None else step
+        loaded, faults = self._read(chosen, any_ranks)
         if faults or isinstance(loaded, Fault):
-            others = [other for other in reversed(steps) if other != wanted]
+            others = [other for other in reversed(steps) if other != chosen]
             remedy = faults[min(faults)].do or self._suggest(others, any_ranks)
-            raise _error(f"cannot load the checkpoint of step {wanted}", faults, remedy)
+            raise _error(f"cannot load the checkpoint of step {chosen}", faults, remedy)
         return loaded
 
     def _path(self, step: int) -> Path:

@@ -76,15 +76,15 @@ def redistribute(states: Sequence[State], world: World, contributing: int) -> di
         Number of this rank's states, from the first, whose models enter the mean; other ranks contribute the
         rest. May be 0.
     """
-    own = dict(states[0]["run"])
+    run = dict(states[0]["run"])
     newest = max(world.gather(max((s["run"]["model_step"] for s in states[:contributing]), default=-1)))
     models = [s["run"]["model"] for s in states[:contributing] if s["run"]["model_step"] == newest]
     count = sum(world.gather(len(models), "the number of models"))
-    own["model"] = {
+    run["model"] = {
         name: _mean([model[name] for model in models], value, count, world)
-        for name, value in own["model"].items()
+        for name, value in run["model"].items()
     }
-    return {**states[0], "run": own}
+    return {**states[0], "run": run}
 
 
 def _mean(values: Sequence[Tensor], like: Tensor, count: int, world: World) -> Tensor:

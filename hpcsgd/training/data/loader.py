@@ -73,9 +73,9 @@ class Loader:
                 everywhere=True,
             )
         # Once: a process with many loaders would otherwise partition the samples in each epoch.
-        self._own: Tensor | None = None
+        self._skewed_shard: Tensor | None = None
         if alpha is not None and source.labels is not None:
-            self._own = dirichlet_shards(source.labels, ranks, alpha, seed)[rank]
+            self._skewed_shard = dirichlet_shards(source.labels, ranks, alpha, seed)[rank]
         self._batches = counts[rank]
         self._longest = max(counts)
         self.epoch = self._next = self._first = 0
@@ -144,9 +144,9 @@ class Loader:
         return partition(labels, len(self.source), self.ranks, self.alpha, self.seed, epoch)
 
     def _shard(self, epoch: int) -> Tensor:
-        if self._own is None:
+        if self._skewed_shard is None:
             return self._shards(epoch)[self.rank]
-        return shuffled(self._own, self.rank, self.seed, epoch)
+        return shuffled(self._skewed_shard, self.rank, self.seed, epoch)
 
     def _load(self, shard: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         generator = torch_stream("augment", self.seed, epoch, self.rank, index)

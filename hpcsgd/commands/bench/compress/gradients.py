@@ -39,18 +39,18 @@ def resnet18(world: World) -> list[Tensor]:
     parameters = list(_reversed_parameters(model))
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
     group = TensorGroup(world, ((str(i), p) for i, p in enumerate(parameters)))
-    own: list[Tensor] = []
+    gradients: list[Tensor] = []
     for x, y in _batches(world):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-        own = [p.grad.clone() for p in parameters if p.grad is not None]
-        for view, gradient in zip(group.views.values(), own, strict=True):
+        gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+        for view, gradient in zip(group.views.values(), gradients, strict=True):
             view.copy_(gradient)
         collectives.allreduce(group)
         for p, view in zip(parameters, group.views.values(), strict=True):
             p.grad = view.clone()
         optimizer.step()
-    return own
+    return gradients
 
 
 DATA: dict[str, Callable[[World], list[Tensor]]] = {"gaussian": gaussian, "resnet18": resnet18}

@@ -47,12 +47,12 @@ class AveragingProblem:
         self.group = TensorGroup(world, ((str(i), t) for i, t in enumerate(tensors)), bucket_mib)
         for view, tensor in zip(self.group.views.values(), tensors, strict=True):
             view.copy_(tensor)
-        self._own = self.result()
-        self.flat = self._own.clone()
+        self._contribution = self.result()
+        self.flat = self._contribution.clone()
         self.tensors: list[tuple[int, tuple[int, ...]]] = []
         for bucket, offset in zip(self.group, self._bucket_offsets(), strict=True):
             self.tensors += [(offset + start, shape) for start, shape in tensor_extents(bucket)]
-        self.exact = _mean(comm, self._own)
+        self.exact = _mean(comm, self._contribution)
 
     @property
     def numel(self) -> int:
@@ -62,11 +62,11 @@ class AveragingProblem:
     def write(self) -> None:
         """Write the gradients into the group again."""
         for bucket, offset in zip(self.group, self._bucket_offsets(), strict=True):
-            bucket.flat.copy_(self._own[offset : offset + bucket.numel])
+            bucket.flat.copy_(self._contribution[offset : offset + bucket.numel])
 
     def write_flat(self) -> None:
         """Write the gradients into `flat` again."""
-        self.flat.copy_(self._own)
+        self.flat.copy_(self._contribution)
 
     def result(self) -> Tensor:
         """The current content of the group, in the layout of `flat`."""
@@ -91,7 +91,7 @@ class AveragingProblem:
         HpcsgdError
             On all ranks, if the error of a rank is not below the limit, or means differ between ranks.
         """
-        exact = self._own.double() if own else self.exact
+        exact = self._contribution.double() if own else self.exact
         length = float(exact.norm()) or 1.0
         error = float((result.double() - exact).norm()) / length
         # Unbiased noise is orthogonal to the mean, but for chance.
