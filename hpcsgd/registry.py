@@ -71,7 +71,7 @@ def build(registry: Mapping[str, Callable[..., T]], spec: str, kind: str, **cont
     arguments = {key: value for key, value in context.items() if key in parameters}
     for key, text in _options(spec, valid).items():
         if key in context:
-            raise BadOption(f"{entry_name}: option {key!r} is set by hpcsgd, not in a spec", do=valid)
+            raise BadOption(f"{entry_name}: option {key!r} is set by hpcsgd, and cannot be given", do=valid)
         if key not in settable:
             raise BadOption(f"{entry_name} has no option {key!r}", do=valid)
         kind_of_value = settable[key].annotation
@@ -126,7 +126,9 @@ def describe(
 def _name(spec: str) -> str:
     name = spec.partition(":")[0].strip()
     if not name:
-        raise BadOption("a spec has no name", expected="NAME:key=value,key=value", got=repr(spec))
+        raise BadOption(
+            "the name before the options is missing", expected="NAME:key=value,key=value", got=repr(spec)
+        )
     return name
 
 

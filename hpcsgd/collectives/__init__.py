@@ -167,7 +167,7 @@ def _checked(target: Target, scale: float | None, name: str) -> tuple[float, str
                 f"tensor {bucket.names[0]} has a dtype that cannot be averaged",
                 expected=", ".join(map(str, SUMMABLE)),
                 got=bucket.flat.dtype,
-                do="leave it out of the group, or convert it",
+                do="convert the tensor to one of these dtypes, or leave it out of the TensorGroup",
                 everywhere=True,
             )
     if name != "auto":
@@ -188,7 +188,7 @@ def check_algorithm(target: Target, name: str) -> None:
             f"all-reduce algorithm {name!r} does not fit the layout of the ranks",
             expected="shared memory" + (" and all ranks on one node" if name == "node" else ""),
             got=f"{world.nodes} nodes, shared memory: {'yes' if shared else 'no'}",
-            do="use 'auto'",
+            do="use algorithm 'auto' (--algorithm auto)",
             everywhere=True,
         )
 
@@ -196,7 +196,9 @@ def check_algorithm(target: Target, name: str) -> None:
 def _checked_root(target: Target, root: int) -> int:
     size = target.world.size
     if not 0 <= root < size:
-        raise BadOption("root of a broadcast", expected=f"0 to {size - 1}", got=root)
+        raise BadOption(
+            "the root of a broadcast is not one of the ranks", expected=f"0 to {size - 1}", got=root
+        )
     return root
 
 

@@ -84,7 +84,7 @@ def make_shards(
         raise BadOption(
             f"all-reduce algorithm 'library' does not fit {compressor}",
             got="half precision, which MPI cannot sum",
-            do="use 'auto' or 'ring'",
+            do="for algorithm (--algorithm) use 'auto' or 'ring'",
             everywhere=True,
         )
     buffers = TensorGroup(group.world, sums, _ONE_TENSOR_MIB, staged=False if by_node else None)

@@ -149,7 +149,7 @@ class CompressedReducer:
                 rank=self._world.global_rank,
                 expected=f"{len(self._shards)} buckets",
                 got=f"{len(state.get('residuals', ()))}",
-                do="resume with the compression (--compress) and bucket size (bucket_mib) of the run that "
+                do="resume with the compression (--compress) and bucket size (--bucket-mib) of the run that "
                 "wrote the checkpoint",
             )
         for shard, residual, codec in zip(self._shards, state["residuals"], state["codecs"], strict=True):
@@ -306,7 +306,7 @@ class CompressedReducer:
                 rank=rank,
                 expected="finite values, also with the error-feedback residual added and after a rotation",
                 got=f"finite {self._kind}s that overflow (inf or NaN) with the residual or by the rotation",
-                do="lower the learning rate (--lr), or clip the gradient (--clip)",
+                do="lower the learning rate (--learning-rate), or clip the gradient (--clip)",
             )
         return non_finite_error(self._kind, name, rank, step)
 

@@ -177,7 +177,8 @@ class Exchange:
                 raise HpcsgdError(
                     f"the slot of a model was overwritten while it was read, version {version}",
                     rank=self.world.rank,
-                    do="create one Exchange a run; if this run has one, report this as a bug of hpcsgd",
+                    do="use one Run at a time on these ranks; if there is only one, report this "
+                    "as a bug of hpcsgd",
                 )
             self._kernel.release(self._flags[row], index, slot)
             if self._members[row] != self.world.rank:

@@ -37,8 +37,8 @@ class Peers:
                 "virtual nodes cannot be divided evenly among the ranks",
                 expected=f"a multiple of the number of ranks, {world.size}",
                 got=size,
-                do=f"use virtual_nodes={max(1, round(self.size / world.size)) * world.size}, or another "
-                "number of ranks",
+                do=f"use virtual_nodes={max(1, round(self.size / world.size)) * world.size} "
+                "(--virtual-nodes), or another number of ranks",
                 everywhere=True,
             )
         self.per_rank = self.size // world.size

@@ -242,7 +242,7 @@ def levels_of(bits: int) -> int:
         `bits` is not within 2 to 16.
     """
     if not 2 <= bits <= 16:
-        raise BadOption("bits of a code", expected="2 to 16", got=bits)
+        raise BadOption("option bits, the bits of a code, is out of range", expected="2 to 16", got=bits)
     return int(2 ** (bits - 1) - 1)
 
 
@@ -255,10 +255,14 @@ def sample_size(k: int | None, ratio: float, segment: Segment) -> int:
 def check_sample_size(k: int | None, ratio: float) -> None:
     """Raise `BadOption` if `k` is below 1 or `ratio` outside (0, 1]."""
     if k is not None and k < 1:
-        raise BadOption("option k, the number of elements to send", expected="at least 1, or none", got=k)
+        raise BadOption(
+            "option k, the number of elements to send, is out of range", expected="at least 1, or none", got=k
+        )
     if not 0 < ratio <= 1:
         raise BadOption(
-            "option ratio, the fraction of elements to send", expected="above 0, at most 1", got=ratio
+            "option ratio, the fraction of elements to send, is out of range",
+            expected="above 0, at most 1",
+            got=ratio,
         )
 
 

@@ -32,9 +32,7 @@ class Hadamard(Compressor):
 
     def __init__(self, inner: Compressor) -> None:
         if inner.needs_whole_tensors:
-            raise BadOption(
-                f"{inner} cannot be rotated: it needs whole matrices", do="use it without 'hadamard+'"
-            )
+            raise BadOption(f"{inner} cannot be rotated: it needs whole matrices", do="leave out 'hadamard+'")
         self.inner = inner
         self.feedback = inner.feedback
 

@@ -37,7 +37,11 @@ class QSGDMaxNormMultiScale(Compressor):
         norm: Norm = "max",
     ) -> None:
         if len(bits) < 2 or list(bits) != sorted(set(bits)):
-            raise BadOption("bits of the scales", expected="two or more, ascending, such as (4, 8)", got=bits)
+            raise BadOption(
+                "option bits, the bits of each scale, is invalid",
+                expected="two or more, ascending, such as (4, 8)",
+                got=bits,
+            )
         self.bits, self.scaling = tuple(bits), Scaling(scale, block, norm)
         self.scaling.check()
         self.levels = tuple(levels_of(b) for b in bits)

@@ -53,9 +53,15 @@ class Scaling:
             ("norm", self.norm, ("max", "euclidean")),
         ):
             if value not in valid:
-                raise BadOption(f"option {name} of a quantiser", expected=" or ".join(valid), got=repr(value))
+                raise BadOption(
+                    f"option {name} of a quantiser is invalid", expected=" or ".join(valid), got=repr(value)
+                )
         if not 16 <= self.block <= 2**20:
-            raise BadOption("option block of a quantiser", expected="16 to 1048576 elements", got=self.block)
+            raise BadOption(
+                "option block of a quantiser is out of range",
+                expected="16 to 1048576 elements",
+                got=self.block,
+            )
 
 
 class PackedQuantizer(Codec):
@@ -84,7 +90,8 @@ class PackedQuantizer(Codec):
         except ValueError as error:
             raise BadOption(
                 f"codes cannot be summed over {segment.terms} terms: {error}",
-                do="use fewer bits, or algorithm 'two-level', which adds float32 inside each node first",
+                do="use fewer bits (option bits), or algorithm 'two-level' (--algorithm "
+                "two-level), which adds float32 inside each node first",
                 everywhere=True,
             ) from None
         self._offset, self._terms, self._scaling = segment.offset, segment.terms, scaling

@@ -197,7 +197,7 @@ def check_stateless(compressor: Compressor) -> None:
             f"{compressor} cannot compress messages to and from a parameter server",
             got="a scheme whose codec depends on its previous result",
             do="use one of: fp16, bf16, maxnorm, multiscale, randk, randk-maxnorm, randk-multiscale, topk, "
-            "signsgd; or no server (servers=0)",
+            "signsgd; or no server (--strategy ps:servers=0)",
             everywhere=True,
         )
 

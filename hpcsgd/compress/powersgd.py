@@ -36,7 +36,7 @@ class PowerSGD(Compressor):
 
     def __init__(self, rank: int = 2) -> None:
         if rank < 1:
-            raise BadOption("option rank of powersgd", expected="at least 1", got=rank)
+            raise BadOption("option rank of powersgd is out of range", expected="at least 1", got=rank)
         self.rank = rank
 
     def options(self) -> dict[str, object]:

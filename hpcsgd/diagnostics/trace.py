@@ -189,7 +189,10 @@ class Tracer(NullTracer):
             # A failed trace must not fail the run.
             self.count = max(self.count, EVENT_LIMIT)
             warnings.warn(
-                f"the trace ends here: {error}; training continues without it", RuntimeWarning, stacklevel=2
+                f"the trace ends here: {error}; training continues without it; free space on the "
+                "file system of the run (--trace) or of HPCSGD_TRACE, then start again for a complete trace",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
 

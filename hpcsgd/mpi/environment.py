@@ -23,7 +23,7 @@ def check_launcher(MPI: Any) -> None:
     variable, count = launcher.size()
     if MPI.COMM_WORLD.size == 1 < count:
         raise HpcsgdError(
-            "MPI sees one rank, but more were started",
+            "each process is rank 0 of 1 to MPI, but more ranks were started",
             expected=f"{count} ranks ({variable}={count})",
             got=f"size 1, from {MPI.Get_library_version().splitlines()[0].strip()}",
             do="start with the mpiexec of the MPI that mpi4py was built for; under Slurm with "
@@ -39,7 +39,7 @@ def ranks_per_node() -> int:
             "HPCSGD_RANKS_PER_NODE is not a number of ranks",
             expected="a whole number; 0: all ranks of a machine",
             got=repr(text),
-            do="unset it for one node a machine",
+            do="unset HPCSGD_RANKS_PER_NODE: then each machine is one node",
         )
     return int(text)
 

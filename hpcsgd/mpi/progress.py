@@ -120,8 +120,9 @@ class Progress:
             raise HpcsgdError(
                 problem,
                 expected="MPI_THREAD_MULTIPLE",
-                got="an MPI that gives less",
-                do="use an MPI that gives it, or a synchronous method, as --strategy local",
+                got="an MPI library that provides less",
+                do="use an MPI library that provides MPI_THREAD_MULTIPLE, or a synchronous "
+                "method: --strategy local",
                 everywhere=True,
             )
 

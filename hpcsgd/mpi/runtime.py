@@ -60,8 +60,8 @@ class Runtime:
         )
         if not threaded and comm.rank == 0:
             warnings.warn(
-                "MPI gives no MPI_THREAD_MULTIPLE: communication runs in the main thread and overlaps "
-                "with nothing",
+                "MPI provides no MPI_THREAD_MULTIPLE: communication runs in the main thread and "
+                "does not overlap with computation; start with an MPI library that provides it",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -103,7 +103,7 @@ class StallDetector:
         for rank in blocking[:_MOST_DETAILED]:
             lines += [self._line(rank, states), *self._details(rank, True, states)]
         if blocking[_MOST_DETAILED:]:
-            lines.append(f"nor did {format_ranks(blocking[_MOST_DETAILED:])} wait")
+            lines.append(f"{format_ranks(blocking[_MOST_DETAILED:])} did not wait either")
         return ("\n" + _INDENT).join([*wait_lines(states, blocking), *lines])
 
     def warn(self, seconds: float) -> bool:
@@ -115,7 +115,10 @@ class StallDetector:
         if not is_stalled(blocking, states, seconds / 2):
             return False
         limit = self._waiter.timeout
-        lines = [f"hpcsgd: {seconds:.0f} s without progress; {limit:g} s end the job:"]
+        lines = [
+            f"hpcsgd: {seconds:.0f} s without progress; after {limit:g} s (--timeout, "
+            "HPCSGD_TIMEOUT) the job ends:"
+        ]
         lines += wait_lines(states, blocking)
         for rank in blocking[:1]:
             lines += [self._line(rank, states), *self._details(rank, False, states)]
@@ -203,7 +206,7 @@ class StallDetector:
         if not procfs.is_alive(pid) or view.info.record_of(pid) is None:
             killed = procfs.killed_for_memory() - self._killed
             why = f"; the kernel has killed {killed} processes there for lack of memory" * (killed > 0)
-            return [f"it is gone: it has ended or was killed{why}"]
+            return [f"its process has ended or was killed{why}"]
         children = procfs.children(pid)
         held = ", in native code that holds Python's lock" * (silent and procfs.can_run(pid))
         lines = [f"it {procfs.condition(pid)}{held}", procfs.memory(pid)]

@@ -40,7 +40,7 @@ def timeout_from_environment() -> float:
             "HPCSGD_TIMEOUT is not a time",
             expected="seconds, above 0",
             got=repr(text),
-            do="unset it for 300 seconds",
+            do="unset HPCSGD_TIMEOUT for 300 seconds",
         )
     return seconds
 
@@ -209,7 +209,8 @@ class DeadlineWaiter:
             f"waited {limit:g} s" + (f" for {format_ranks(ranks)}" if ranks else "") + f" in {operation}",
             rank=self.rank,
             got="another rank prints the state of each rank" if report is None else report or None,
-            do="find out why the missing rank stopped; for long pauses raise HPCSGD_TIMEOUT (seconds)",
+            do="find out why the missing rank stopped; to wait longer raise --timeout or "
+            "HPCSGD_TIMEOUT (seconds)",
             elsewhere=report is None,
         )
 

@@ -187,11 +187,11 @@ class Connection:
         if header.type is MessageType.REPLY:
             request = self._pending.get(_request_key(header))
             if request is None or request.target is None:
-                raise ProtocolError("it sent a reply without a request")
+                raise ProtocolError("the server sent a reply without a request")
             coded = request.coded_target
             return coded if coded is not None and coded.nbytes == header.nbytes else request.target
         if header.nbytes > MAX_JSON_BYTES:
-            raise ProtocolError(f"it sent JSON of {header.nbytes} bytes")
+            raise ProtocolError(f"the server sent JSON of {header.nbytes} bytes")
         return np.empty(header.nbytes, np.uint8)
 
     def on_message(self, link: Link, header: Header, body: np.ndarray) -> None:
@@ -199,7 +199,7 @@ class Connection:
         if header.type in (MessageType.REPLY, MessageType.GRANT):
             request = self._pending.pop(_request_key(header), None)
             if request is None:
-                raise ProtocolError("it sent a reply without a request")
+                raise ProtocolError("the server sent a reply without a request")
             request.reply = header
         elif header.type is MessageType.CHALLENGE:
             self._nonce = tcp_link.new_secret()
@@ -211,16 +211,16 @@ class Connection:
         elif header.type is MessageType.REFUSAL:
             self._raise_refused(str(decode_json(body).get("reason")))
         elif header.type is MessageType.GOODBYE:
-            raise Disconnected("it closed the session")
+            raise Disconnected("the server closed the session")
         else:
-            raise ProtocolError(f"it sent a {header.type.name}")
+            raise ProtocolError(f"the server sent a {header.type.name}")
 
     def _on_welcome(self, fields: dict[str, Any]) -> None:
         if not tcp_link.verify(self._secret, self._nonce, fields.get("proof")):
-            self._raise_refused("the server does not know the secret of this job")
+            self._raise_refused("the server does not have the secret of this job")
         lease = fields.get("lease")
         if not isinstance(lease, int | float) or not lease > 0:
-            raise ProtocolError("its welcome has no valid lease")
+            raise ProtocolError("the server's welcome message has no valid lease")
         self._admitted, self._heartbeat_interval = True, lease / _HEARTBEATS_PER_LEASE
         for header, body in self._notifications.values():
             self._send(header, body)

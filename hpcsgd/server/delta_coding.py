@@ -161,7 +161,7 @@ class ClientDeltaCodec(_DeltaCodec):
             raise HpcsgdError(
                 f"{self._coding.compressor} cannot represent the gradients of shard {self._shard}",
                 got="inf or NaN: gradient + error-feedback residual, or its rotation, overflows",
-                do="lower the learning rate (--lr) or clip the gradient",
+                do="lower the learning rate (--learning-rate), or clip the gradient (--clip)",
             )
         return self._make_request(request, part)
 

@@ -56,7 +56,9 @@ def parse_identity(fields: Mapping[str, Any]) -> ClientIdentity:
         if not has_name or not 0 <= found.gateway < found.gateways or not isinstance(found.options, list):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ProtocolError("its hello has no valid client name, talker, talkers or options") from None
+        raise ProtocolError(
+            "the client's hello message has no valid client name, talker, talkers or options"
+        ) from None
     return found
 
 
@@ -82,7 +84,7 @@ def make_shards(
                 shard.make_codec = _codec_factory(compressor, contract, shard, mode)
         return shards
     except (KeyError, IndexError, TypeError, ValueError):
-        raise ProtocolError("its hello has no valid description of the model") from None
+        raise ProtocolError("the client's hello message has no valid description of the model") from None
 
 
 def _parse_compressor(contract: Contract) -> Compressor | None:
@@ -96,7 +98,7 @@ def _parse_compressor(contract: Contract) -> Compressor | None:
                 compressor, Segment(1, 1), torch.float32
             )  # raises for schemes that it cannot run
     except Exception as error:
-        raise ProtocolError(f"its compression cannot be used: {str(error)[:_MAX_TEXT]}") from None
+        raise ProtocolError(f"the client's compression cannot be used: {str(error)[:_MAX_TEXT]}") from None
     return compressor
 
 

@@ -121,7 +121,7 @@ class Header:
             kinds = (MessageType(message_type), shard, ReplyStatus(status))
             return Header(*kinds, number, version, weight, steps, steps_begun, nbytes, part, terms)
         except ValueError:
-            raise ProtocolError("it sent bytes that are no message of hpcsgd") from None
+            raise ProtocolError("received bytes that are no message of hpcsgd") from None
 
 
 class Disconnected(Exception):
@@ -219,7 +219,7 @@ class Link:
         header = Header.unpack(data)
         body = self.handler.buffer_for(self, header) if header.nbytes else np.empty(0, np.uint8)
         if body.nbytes != header.nbytes:
-            raise ProtocolError(f"it sent {header.nbytes} bytes where {body.nbytes} were expected")
+            raise ProtocolError(f"received {header.nbytes} bytes where {body.nbytes} were expected")
         return header, body
 
     def _deliver(self, header: Header, body: np.ndarray) -> None:
@@ -253,7 +253,7 @@ def decode_json(body: np.ndarray) -> dict[str, Any]:
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict) or not _is_shallow(fields, _MAX_DEPTH):
-        raise ProtocolError("it sent JSON that cannot be read")
+        raise ProtocolError("received JSON that cannot be read")
     return fields
 
 

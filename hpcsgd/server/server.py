@@ -148,12 +148,12 @@ class Server:
         self._leases_checked_at = time.monotonic()
         for session in self.sessions.values():
             if session.alive and not session.done and session.silent_for > lease:
-                text = "%s has been silent for %g s: it is no longer awaited"
+                text = "%s has sent nothing for %g s (lease): it is no longer awaited"
                 _log.warning(text, session.name, lease)
                 self._stop_awaiting(session)
         silent = [link for link in self._unauthenticated if time.monotonic() - link.last_received > lease]
         for link in [link for link in silent if not link.permanent]:
-            self.disconnect(link, f"it has sent nothing for {lease:g} s")
+            self.disconnect(link, f"the client has sent nothing for {lease:g} s")
 
     def _extend_leases(self, gap: float) -> None:
         """Extend all leases by the time in which the server itself was stalled and received nothing."""
@@ -183,10 +183,12 @@ class Server:
         """Return the memory for a request's body: a buffer of its session, or a new one."""
         if header.type in (MessageType.HELLO, MessageType.OPTIONS):
             if header.nbytes > MAX_JSON_BYTES:
-                raise ProtocolError(f"it sent JSON of {header.nbytes} bytes, of at most {MAX_JSON_BYTES}")
+                raise ProtocolError(
+                    f"the client sent JSON of {header.nbytes} bytes, of at most {MAX_JSON_BYTES}"
+                )
             return np.empty(header.nbytes, np.uint8)
         if header.type not in _TYPES_WITH_BODY:
-            raise ProtocolError(f"it sent {header.nbytes} bytes with a {header.type.name}")
+            raise ProtocolError(f"the client sent {header.nbytes} bytes with a {header.type.name}")
         session = self._session_of(link, header)
         shard = self._requested_shard(session, header)
         codec = None if header.type is MessageType.INIT else shard.codec
@@ -204,36 +206,36 @@ class Server:
             return
         session = self._session_of(link, header)
         if header.type not in self._handlers:
-            raise ProtocolError(f"it sent a {header.type.name}, which only servers send")
+            raise ProtocolError(f"the client sent a {header.type.name}, which only servers send")
         if not session.alive:
             session.alive = True
-            _log.warning("%s is back", session.name)
+            _log.warning("%s has sent a message again: it is awaited again", session.name)
         self.messages_received += header.type is not MessageType.HEARTBEAT
         self._handlers[header.type](session, header, body)
 
     def _session_of(self, link: Link, header: Header) -> Session:
         session = self._sessions_by_link.get(link)
         if session is None:
-            raise ProtocolError(f"it sent a {header.type.name} before it was admitted")
+            raise ProtocolError(f"the client sent a {header.type.name} before it was admitted")
         return session
 
     def _requested_shard(self, session: Session, header: Header) -> Shard:
         if header.shard not in session.shards:
             raise ProtocolError(
-                f"it sent a {header.type.name} for shard {header.shard}, which is not its own"
+                f"the client sent a {header.type.name} for shard {header.shard}, which is not its own"
             )
         if header.shard in session.pending_replies:
             raise ProtocolError(
-                f"it sent a {header.type.name} for shard {header.shard} before the last reply"
+                f"the client sent a {header.type.name} for shard {header.shard} before the last reply"
             )
         return self.shards[header.shard]
 
     def _handle_hello(self, link: Link, fields: dict[str, Any]) -> None:
         nonce = self._unauthenticated.get(link)
         if nonce is None:
-            raise ProtocolError("it sent a second HELLO")
+            raise ProtocolError("the client sent a second HELLO")
         if not tcp_link.verify(self.policy.secret, nonce, fields.get("proof")):
-            raise ProtocolError("it does not know the secret of this job")
+            raise ProtocolError("the client does not have the secret of this job")
         session = self._admit(link, fields)
         del self._unauthenticated[link]
         self._sessions_by_link[link] = session
@@ -249,7 +251,9 @@ class Server:
     def _admit(self, link: Link, fields: dict[str, Any]) -> Session:
         identity, contract = handshake.parse_identity(fields), fields.get("contract")
         if not isinstance(contract, dict):
-            raise ProtocolError("its hello has no contract")
+            raise ProtocolError(
+                "the client's hello message has no contract (description of model and options)"
+            )
         server = {"mode": self.policy.mode, "servers": self.count}
         mismatch = handshake.first_mismatch({**server, **(self.contract if self.sessions else {})}, contract)
         if mismatch:
@@ -264,7 +268,7 @@ class Server:
             session = self.sessions[name] = Session(name, link, shards, options)
             _log.info("%s has connected, from %s", name, link.name)
         elif session.link is not None:
-            self.disconnect(session.link, "it has opened another connection")
+            self.disconnect(session.link, "the client has opened another connection")
         else:
             _log.info("%s has reconnected, from %s", name, link.name)
         session.link, session.shards, session.options, session.done = link, shards, options, False
@@ -280,7 +284,7 @@ class Server:
             try:
                 shard.rule.validate(options, shard.dtype)
             except Exception as error:
-                raise ProtocolError(f"its optimizer rejects these options: {error!r}") from None
+                raise ProtocolError(f"the client's optimizer rejects these options: {error!r}") from None
 
     def _handle_pull(self, session: Session, header: Header, body: np.ndarray) -> None:
         if header.steps:
@@ -300,7 +304,7 @@ class Server:
         session.paused = False
         shard = self._requested_shard(session, header)
         if shard.centre is None or header.push_number < 1:
-            raise ProtocolError(f"it pushed shard {shard.index} before its values were initialized")
+            raise ProtocolError(f"the client pushed shard {shard.index} before its values were initialized")
         values = self._decode(session, shard, header, body)
         if values is not None:
             self.aggregator.push(session, shard, header, values)
@@ -313,7 +317,7 @@ class Server:
         codec = shard.codec
         if codec is None or not codec.accepts(header, len(self.sessions)):
             if codec is not None and codec.code_sum is not None:
-                raise ProtocolError(f"it sent {body.nbytes} bytes as part {header.part} of a push")
+                raise ProtocolError(f"the client sent {body.nbytes} bytes as part {header.part} of a push")
             _check_size(body.nbytes, shard)
         if codec is None or codec.code_sum is not None or _was_handled(session, shard, header):
             return body  # the values of a push that was handled before are not used
@@ -322,12 +326,12 @@ class Server:
             decoded = codec.decode_push(session.name, header.push_number, body, shard.view(values))
             return values if decoded else None
         except Exception as error:
-            raise ProtocolError(f"it sent an invalid code: {error!r}") from None
+            raise ProtocolError(f"the client sent an invalid code: {error!r}") from None
 
     def _handle_options(self, session: Session, header: Header, body: np.ndarray) -> None:
         options = decode_json(body).get("options")
         if not isinstance(options, list) or len(options) != len(session.options):
-            raise ProtocolError("its options do not match the groups of its optimizer")
+            raise ProtocolError("the client's options do not match the parameter groups of its optimizer")
         self._validate_options(options, session.shards)
         session.options = options
 
@@ -361,7 +365,7 @@ class Server:
         assert link is not None
         link.send(Header(MessageType.GOODBYE))
         link.flush()
-        raise Disconnected("it is done")
+        raise Disconnected("the client is done")
 
 
 def _was_handled(session: Session, shard: Shard, header: Header) -> bool:
@@ -371,4 +375,6 @@ def _was_handled(session: Session, shard: Shard, header: Header) -> bool:
 
 def _check_size(nbytes: int, shard: Shard) -> None:
     if nbytes != shard.nbytes:
-        raise ProtocolError(f"it sent {nbytes} bytes for shard {shard.index}, which has {shard.nbytes}")
+        raise ProtocolError(
+            f"the client sent {nbytes} bytes for shard {shard.index}, which has {shard.nbytes}"
+        )

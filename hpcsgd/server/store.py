@@ -364,11 +364,12 @@ class Store:
         """
         if state["codes"].keys() != self._codecs.keys():
             raise HpcsgdError(
-                "the state belongs to another compression",
+                "the checkpoint was written with another compression",
                 rank=self._world.global_rank,
                 expected=f"compressed shards {sorted(self._codecs)}",
                 got=f"compressed shards {sorted(state['codes'])}",
-                do="resume with the compress and bucket_mib that the checkpoint was written with",
+                do="resume with the compression (--compress) and bucket size (--bucket-mib) of "
+                "the run that wrote the checkpoint",
             )
         if with_servers:
             self._push_numbers, self._versions = list(state["rounds"]), list(state["versions"])

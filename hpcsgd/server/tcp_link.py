@@ -186,7 +186,7 @@ class TCPLink(Link):
             except OSError as error:
                 raise _connection_error(error) from None
             if count == 0:
-                raise Disconnected("it closed the connection")
+                raise Disconnected("the other side closed the connection")
             self.last_received = time.monotonic()
             moved += count
             self._unfilled = self._unfilled[count:]

@@ -60,9 +60,9 @@ class LogFile:
             self._write([mark, sizes, text, *values, mark])
         except OSError as error:
             raise HpcsgdError(
-                "the log of updates cannot be written",
+                "the update log cannot be written",
                 got=error,
-                do="fix the cause and restart the server; acknowledged updates are kept",
+                do="fix the cause and restart `hpcsgd serve`; acknowledged updates are kept",
             ) from error
 
     def _write(self, parts: Sequence[Any]) -> None:
@@ -187,7 +187,7 @@ def _replay(server: Server, record: Record, values: np.ndarray) -> int:
     shard = server.shards[record["shard"]]
     if shard.version != record["version"]:
         raise HpcsgdError(
-            "the log of updates does not continue the state",
+            "the update log does not continue the checkpoint",
             expected=f"update {shard.version} of shard {shard.index}",
             got=f"update {record['version']}",
             do="the folder is damaged: start the servers with another --checkpoint folder",

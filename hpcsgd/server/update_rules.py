@@ -205,7 +205,8 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> tuple[str, list[dict
         raise BadOption(
             f"a parameter server cannot take steps of {type(optimizer).__name__}",
             expected="an optimizer of torch.optim with elementwise updates",
-            do=f"use one of: {', '.join(OPTIMIZERS)}; or mode=elastic, which works with any optimizer",
+            do=f"use one of: {', '.join(OPTIMIZERS)}; or --strategy ps:mode=elastic, which works "
+            "with any optimizer",
             everywhere=True,
         )
     known = inspect.signature(type(optimizer)).parameters

@@ -135,7 +135,11 @@ class TensorGroup:
         staged: bool | None = None,
     ) -> None:
         if not bucket_mib > 0:
-            raise BadOption("bucket size (bucket_mib)", expected="MiB, above 0", got=bucket_mib)
+            raise BadOption(
+                "the bucket size (bucket_mib, --bucket-mib) is out of range",
+                expected="MiB, above 0",
+                got=bucket_mib,
+            )
         self.world = world
         templates = list(tensors)
         plans = _plan(templates, bucket_mib * 2**20)

@@ -38,7 +38,7 @@ class BaseGraph(Topology):
     def __init__(self, size: int, k: int = 1) -> None:
         super().__init__(size)
         if k < 1:
-            raise BadOption("option k of topology base", expected="at least 1", got=k)
+            raise BadOption("option k of topology base is out of range", expected="at least 1", got=k)
         self._steps = base_graph(range(size), k) or [{}]
         self.period = len(self._steps)
 

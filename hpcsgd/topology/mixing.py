@@ -100,17 +100,28 @@ def check_mixing_matrix(matrix: Matrix, size: int, directed: bool, name: str) ->
         from W_ji.
     """
     if matrix.shape != (size, size):
-        raise HpcsgdError(f"{name}: wrong shape of W", expected=(size, size), got=matrix.shape)
+        raise HpcsgdError(
+            f"{name}: the mixing matrix W has a wrong shape", expected=(size, size), got=matrix.shape
+        )
     for i, j in np.argwhere(~(matrix >= 0))[:1]:
-        raise HpcsgdError(f"{name}: weight W[{i}, {j}]", expected="at least 0", got=matrix[i, j])
+        raise HpcsgdError(
+            f"{name}: weight W[{i}, {j}] is negative or NaN", expected="at least 0", got=matrix[i, j]
+        )
     for axis, line in ((1, "row"), (0, "column")):
         sums = matrix.sum(axis=axis)
         for index in np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))[:1]:
             do = "return a doubly stochastic W: otherwise mixing changes the mean of the models"
-            raise HpcsgdError(f"{name}: sum of {line} {index}", expected=1, got=sums[index], do=do)
+            raise HpcsgdError(
+                f"{name}: sum of {line} {index} of the mixing matrix W", expected=1, got=sums[index], do=do
+            )
     for i, j in np.argwhere(np.abs(matrix - matrix.T) > TOLERANCE)[: 0 if directed else 1]:
         do = "return a symmetric W, or set directed = True"
-        raise HpcsgdError(f"{name}: W[{i}, {j}]", expected=f"{matrix[j, i]}", got=matrix[i, j], do=do)
+        raise HpcsgdError(
+            f"{name}: W[{i}, {j}] differs from W[{j}, {i}]",
+            expected=f"{matrix[j, i]}",
+            got=matrix[i, j],
+            do=do,
+        )
 
 
 def unreachable(matrices: Sequence[Matrix]) -> list[int]:

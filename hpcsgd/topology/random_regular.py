@@ -34,7 +34,9 @@ class RandomRegular(Graph):
     def __init__(self, size: int, degree: int = 3, seed: int = 0) -> None:
         super().__init__(size)
         if seed < 0:
-            raise BadOption("option seed of topology random-regular", expected="at least 0", got=seed)
+            raise BadOption(
+                "option seed of topology random-regular is out of range", expected="at least 0", got=seed
+            )
         least = min(2, size - 1)
         if size > 1 and (not least <= degree < size or size * degree % 2):
             expected = "a degree below the number of peers, their product even, and above 1 to be connected"

@@ -220,5 +220,6 @@ def _wrong_length(context: StrategyContext, length: int, found: str) -> HpcsgdEr
         rank=context.world.rank,
         expected=f"{length} batches, its len()",
         got=found,
-        do="correct its __len__, or pass iter(loader): the ranks then check before each step who has a batch",
+        do="correct its __len__, or pass iter(loader): the ranks then check before each step "
+        "which of them have a batch",
     )

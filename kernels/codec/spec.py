@@ -80,7 +80,7 @@ def lanes_for(levels: int, terms: int) -> Lanes:
     width = (2 * levels * terms).bit_length()
     if width > 32:
         raise ValueError(
-            f"{levels} levels of {terms} ranks need lanes of {width} bits, which is more than a float32"
+            f"{levels} levels of {terms} ranks need {width} bits a code, which is more than a float32 has"
         )
     # The word with fewer unused bits; if equal the shorter, of which a vector register holds more.
     word = min((32, 64), key=lambda bits: bits / (bits // width))

@@ -48,5 +48,5 @@ def test_a_launcher_of_another_mpi_is_an_error() -> None:
     done = run_alone(code)
     assert done.returncode != 0
     for output, number in ((done.stdout, 4), (done.stderr, 1)):
-        assert output.count("MPI sees one rank, but more were started") == number
+        assert output.count("each process is rank 0 of 1 to MPI, but more ranks were started") == number
     assert all(done.stdout.count(f"4 ranks ({variable}=4)") == 1 for variable in variables)

@@ -39,7 +39,9 @@ def test_stopped_then_in_native_code_then_in_a_data_loader() -> None:
     )
     job = launch(script, 3, timeout=SECONDS + 20, env={"HPCSGD_TIMEOUT": "11"})
     check_end(job)
-    _, stopped, native, rest = re.split("hpcsgd: . s without progress; 11 s end the job", job.stderr)
+    _, stopped, native, rest = re.split(
+        r"hpcsgd: . s without progress; after 11 s \(--timeout, HPCSGD_TIMEOUT\) the job ends", job.stderr
+    )
     for text, step in ((stopped, 2), (native, 4)):
         assert f"ranks 0, 2 wait for rank 1 in all-reduce of bucket 0 at step {step}" in text, job
         last = f"after all-reduce of bucket 0 at step {step - 1}; its step is {step}; it does not answer"

@@ -105,10 +105,10 @@ def test_groups_that_stall_die_join_late_or_are_rejected(tmp_path: Path) -> None
         dies.wait_for("epoch 1.00/")
         stalls.wait_for_more("test loss", 1)
         stalls.send(signal.SIGSTOP)
-        server.wait_for("has been silent for 1 s: it is no longer awaited")
+        server.wait_for("has sent nothing for 1 s (lease): it is no longer awaited")
         dies.wait_for_more("test loss", 2)
         stalls.send(signal.SIGCONT)
-        server.wait_for("is back")
+        server.wait_for("has sent a message again: it is awaited again")
         dies.send(signal.SIGKILL)
         server.wait_for("is disconnected: ")
         stalls.wait_for_more("test loss", 1)
@@ -124,11 +124,14 @@ def test_groups_that_stall_die_join_late_or_are_rejected(tmp_path: Path) -> None
         "not know the secret",
     ):
         assert reason in server.text and reason in rejected.text, (server.text, rejected.text)
-    assert "it sent bytes that are no message of hpcsgd" in server.text
-    assert "it has sent nothing for 1 s" in server.text and "a GOODBYE before it was admitted" in server.text
+    assert "received bytes that are no message of hpcsgd" in server.text
+    assert (
+        "the client has sent nothing for 1 s" in server.text
+        and "a GOODBYE before it was admitted" in server.text
+    )
     # Each of the servers prints it.
     assert server.text.count("have the same seed, 1, and use the same batches") == 2, server.text
-    assert "no group is connected: waits up to 3 s for" in server.text
+    assert "no group is connected: the servers wait up to 3 s (--linger) for" in server.text
     for number in range(2):
         clients = metrics(tmp_path, number)["clients"]
         assert sorted(client["state"] for client in clients) == ["done", "done", "gone"], clients
@@ -151,7 +154,7 @@ def test_a_killed_server_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert [job.end() for job in (*groups, *servers)] == [0] * 4, [
             job.text for job in (*groups, *servers)
         ]
-    assert "resumes after" in servers[1].text
+    assert "resumed after" in servers[1].text
     assert [set(metrics(folder)["versions"].values()) for folder in (undisturbed, killed)] == [{130}] * 2
     a, b = checkpoint(undisturbed)["shards"], checkpoint(killed)["shards"]
     assert len(a) == len(b) > 1

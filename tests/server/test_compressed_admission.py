@@ -29,14 +29,14 @@ from tests.support.protocol_clients import ScriptedClient, make_contract
             {"scheme": "ef+powersgd", "tensors": [[]]},
             "cannot compress messages to and from a parameter server",
         ),
-        ({"scheme": 7, "tensors": [[]]}, "its compression cannot be used"),
+        ({"scheme": 7, "tensors": [[]]}, "the client's compression cannot be used"),
         ({"scheme": "bf16"}, "no valid description of the model"),
         ({"scheme": "bf16", "tensors": []}, "no valid description of the model"),
         ({"scheme": "bf16", "tensors": [[[0, 9], [5, SIZE]]]}, "no valid description of the model"),
         ({"scheme": "bf16", "tensors": [[[0, SIZE + 1]]]}, "no valid description of the model"),
         ({"scheme": "bf16", "tensors": [["a"]]}, "no valid description of the model"),
-        ("bf16", "its compression cannot be used"),
-        (5, "its compression cannot be used"),
+        ("bf16", "the client's compression cannot be used"),
+        (5, "the client's compression cannot be used"),
     ],
 )
 def test_invalid_compression_is_refused(compress: Any, text: str) -> None:

@@ -152,7 +152,7 @@ def test_heartbeats_are_sent_within_the_lease() -> None:
 def test_refused_client_raises_the_reason() -> None:
     server = Server(Policy("async", secret="right"))
     connection = connect(FlakyConnector(server, [], secret="wrong"))
-    with pytest.raises(HpcsgdError, match=r"does not admit this group\n.*does not know the secret"):
+    with pytest.raises(HpcsgdError, match=r"does not admit this group\n.*does not have the secret"):
         pump_until(server, connection, until=lambda: False)
     good = connect(FlakyConnector(server, [], secret="right"), "a")
     pump_until(server, good, until=lambda: server.sessions)
@@ -204,7 +204,7 @@ def test_server_without_the_secret_is_rejected() -> None:
             (MessageType.CHALLENGE, {"nonce": nonce}), (MessageType.WELCOME, {"proof": "x", "lease": 1.0})
         )
         connection = connect(FlakyConnector(fake, [], secret="s"))  # type: ignore[arg-type]
-        with pytest.raises(HpcsgdError, match="the server does not know the secret"):
+        with pytest.raises(HpcsgdError, match="the server does not have the secret"):
             pump_until(fake, connection, until=lambda: False)  # type: ignore[arg-type]
 
 

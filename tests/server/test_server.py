@@ -212,7 +212,9 @@ def test_client_silent_beyond_its_lease_is_not_awaited(caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING, "hpcsgd.server"):
         server.check_leases()
         server.check_leases()
-    assert [r.getMessage() for r in caplog.records] == ["g1 has been silent for 5 s: it is no longer awaited"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "g1 has sent nothing for 5 s (lease): it is no longer awaited"
+    ]
     one.receive()
     assert one.pop_reply()[0].status is ReplyStatus.OK
     assert_still_serves(server, one)

@@ -148,7 +148,7 @@ def test_truncated_message_is_a_disconnect(sent: int) -> None:
     link = TCPLink(other, handler, "a")
     one.sendall((Header(MessageType.PUSH, nbytes=200).pack() + bytes(200))[:sent])
     one.close()
-    assert pump_until_lost(link) == "it closed the connection"
+    assert pump_until_lost(link) == "the other side closed the connection"
     assert not handler.received
     link.close()
 

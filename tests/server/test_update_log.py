@@ -188,5 +188,5 @@ def test_damaged_log_ends_there_and_missing_log_is_an_error(tmp_path: Path) -> N
     job.update_log.start(job.server, 2)
     job.work(1)
     (tmp_path / "log-00000001").unlink()
-    with pytest.raises(HpcsgdError, match="does not continue the state"):
+    with pytest.raises(HpcsgdError, match="does not continue the checkpoint"):
         job.again(1, saved)

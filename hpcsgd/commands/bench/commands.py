@@ -11,7 +11,7 @@ import click
 
 @click.group()
 def bench() -> None:
-    """Benchmarks of hpcsgd beside its alternatives and the hardware limit.
+    """Benchmark hpcsgd, its alternatives and the hardware limit.
 
     Start them with mpiexec, like a training: mpiexec -n 4 hpcsgd bench allreduce. Rank 0 prints the tables.
     """
@@ -35,7 +35,7 @@ _CSV = click.option("--csv", metavar="FILE", help="Also write the results to thi
 )
 @_CSV
 def allreduce(sizes: str, repeats: int, algorithm: str, link_mbit: float | None, csv: str | None) -> None:
-    """All-reduce (mean) of float32 buffers: hpcsgd, MPI, gloo, and the limit.
+    """All-reduce (mean) by hpcsgd, MPI and gloo, and the limit.
 
     The limit is a memory copy on one node, and --link-mbit between nodes.
     """
@@ -44,7 +44,9 @@ def allreduce(sizes: str, repeats: int, algorithm: str, link_mbit: float | None,
     try:
         kib = [float(size) for size in sizes.split(",")]
     except ValueError:
-        raise click.BadParameter("expected comma-separated numbers of KiB", param_hint="--sizes") from None
+        raise click.BadParameter(
+            "expected comma-separated numbers of KiB, such as 4,256", param_hint="--sizes"
+        ) from None
     measure([int(1024 * size) for size in kib], repeats, csv, algorithm, link_mbit)
 
 
@@ -98,7 +100,10 @@ def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
 @click.option("--algorithm", default="auto", show_default=True, help="As --algorithm of hpcsgd train.")
 @_CSV
 def compress(schemes: str | None, elements: str | None, data: str, **options: Any) -> None:
-    """Compression schemes: time, bytes and error, beside float32, gloo and DDP hooks."""
+    """Compression schemes: time, bytes and error.
+
+    They are measured beside float32, gloo and the hooks of DDP.
+    """
     from hpcsgd.commands.bench.compress.command import SCHEMES
     from hpcsgd.commands.bench.compress.command import main as measure
 
@@ -140,9 +145,9 @@ def compress(schemes: str | None, elements: str | None, data: str, **options: An
     "--out", default="straggler", show_default=True, help="Folder of the runs, the CSV file and the plot."
 )
 def straggler(methods: str | None, delays: str, **options: Any) -> None:
-    """Simulated stragglers: time per iteration, and time to a target accuracy.
+    """Simulated stragglers: time per iteration and to an accuracy.
 
-    A study that was interrupted continues with the same command.
+    The accuracy is --target. A study that was interrupted continues with the same command.
     """
     from hpcsgd.commands.bench.studies.straggler import METHODS
     from hpcsgd.commands.bench.studies.straggler import main as measure
@@ -193,9 +198,9 @@ def straggler(methods: str | None, delays: str, **options: Any) -> None:
     "--out", default="scale", show_default=True, help="Folder of the runs, the CSV file and the plot."
 )
 def scale(methods: str | None, nodes: str, **options: Any) -> None:
-    """Accuracy of gossip methods against the number of virtual nodes, on skewed data.
+    """Accuracy of gossip methods by the number of virtual nodes.
 
-    A study that was interrupted continues with the same command.
+    The data are skewed (--alpha). A study that was interrupted continues with the same command.
     """
     from hpcsgd.commands.bench.studies.scale import METHODS
     from hpcsgd.commands.bench.studies.scale import main as measure
@@ -203,7 +208,9 @@ def scale(methods: str | None, nodes: str, **options: Any) -> None:
     try:
         counts = [int(count) for count in nodes.split(",")]
     except ValueError:
-        raise click.BadParameter("expected comma-separated integers", param_hint="--nodes") from None
+        raise click.BadParameter(
+            "expected comma-separated integers, such as 8,16", param_hint="--nodes"
+        ) from None
     measure(METHODS if methods is None else _split_specs(methods), counts, **options)
 
 
@@ -260,10 +267,10 @@ def _study_options(command: Callable[..., None]) -> Callable[..., None]:
     "--out", default="async", show_default=True, help="Folder of the runs, CSV and Markdown tables and plot."
 )
 def asynchronous(methods: str | None, **options: Any) -> None:
-    """All-reduce, local SGD, gossip and LASGD: time to a target test loss.
+    """Synchronous and asynchronous SGD: time to a target test loss.
 
-    Each method runs with equal ranks and with one simulated slow rank. A study that was interrupted
-    continues with the same command.
+    The methods are all-reduce, local SGD, gossip and LASGD. Each runs with equal ranks and with one
+    simulated slow rank. A study that was interrupted continues with the same command.
     """
     from hpcsgd.commands.bench.studies.asynchronous import METHODS
     from hpcsgd.commands.bench.studies.asynchronous import main as measure
@@ -301,9 +308,10 @@ def servers(methods: str | None, **options: Any) -> None:
 @click.option("--link-mbit", type=float, help="Link rate of each host in Mbit/s, to compare the rates to.")
 @_CSV
 def push(**options: Any) -> None:
-    """Push and pull of a model: over MPI, and over TCP with the server's update log.
+    """Push and pull of a model over MPI, and over TCP.
 
-    Start it with mpiexec -n 2: the second rank is the parameter server.
+    Over TCP the server writes its update log. Start it with mpiexec -n 2: the second rank is the parameter
+    server.
     """
     from hpcsgd.commands.bench.push import main as measure
 

@@ -80,5 +80,6 @@ def check_equal(spec: str, distance: float) -> None:
             f"{spec} after one step differs between hpcsgd and DDP",
             expected=f"parameters within {_TOLERANCE}",
             got=distance,
+            do="report this as a bug of hpcsgd, with the output of `hpcsgd doctor`",
             everywhere=True,
         )

@@ -100,4 +100,4 @@ def with_barrier(comm: Any, run: Callable[[], None]) -> Callable[[], None]:
 def check_positive(option: str, values: Sequence[float]) -> None:
     """Raise `BadOption` if a value is not above 0, or `values` is empty."""
     if not values or not all(value > 0 for value in values):
-        raise BadOption(option, expected="values above 0", got=values, everywhere=True)
+        raise BadOption(f"out of range: {option}", expected="values above 0", got=values, everywhere=True)

@@ -95,7 +95,7 @@ def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
         )
         yield Finding(
             "warning",
-            f"a GPU driver is installed, but torch sees no GPU on {name_ranks(unseen, ranks)}; {why}",
+            f"a GPU driver is installed, but torch finds no GPU on {name_ranks(unseen, ranks)}; {why}",
             fix if built else "install a torch with CUDA from pytorch.org",
         )
     if len(with_gpu) > 1:
@@ -119,8 +119,8 @@ def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
     if without:
         yield Finding(
             "warning",
-            f"GPUs, but {ranks[without[0]]['cupy']} on {name_ranks(without, ranks)}: compression and LASGD "
-            "do not run on a GPU",
+            f"GPUs are present, but {ranks[without[0]]['cupy']} on {name_ranks(without, ranks)}: "
+            "compression and LASGD do not run on a GPU",
             "pip install '.[gpu]' (CUDA 13), or cupy-cuda12x",
         )
     broken = [rank for rank, facts in enumerate(ranks) if facts["kernel"]]

@@ -63,7 +63,9 @@ def _config(file: Path) -> tuple[str, dict[str, Any]]:
         text = file.read_text(encoding="utf-8")
         return text, tomllib.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HpcsgdError(f"{file} is not valid TOML", got=error, do="correct the file") from error
+        raise HpcsgdError(
+            f"{file} is not valid TOML", got=error, do="correct the file, or leave the run out of the report"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,12 @@ def _window(events: Iterable[Event], first: int | None, last: int | None) -> tup
     if not selected:
         numbers = [e["args"]["step"] for e in steps]
         known = f"steps {min(numbers)} to {max(numbers)}" if numbers else "no steps"
-        raise BadOption("--steps: the trace has no such steps", got=f"{first} to {last}", expected=known)
+        raise BadOption(
+            "--steps: the trace has no such steps",
+            expected=known,
+            got=f"{first} to {last}",
+            do="give --steps FIRST:LAST within these steps, or trace a run that takes steps",
+        )
     return min(e["ts"] for e in selected), max(e["ts"] + e["dur"] for e in selected)
 
 

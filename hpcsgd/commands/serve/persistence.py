@@ -62,7 +62,9 @@ class ServerPersistence:
             self._number = max([*steps, *logs])
             self._start_checkpoint().result()
             updates = sum(shard.version for shard in server.shards.values())
-            _log.info("resumes after %s updates, %s of them from the log", f"{updates:,}", f"{replayed:,}")
+            _log.info(
+                "resumed after %s updates, %s of them from the update log", f"{updates:,}", f"{replayed:,}"
+            )
         else:
             self._start_log()
 
@@ -82,7 +84,9 @@ class ServerPersistence:
         elif self._pending_checkpoint.done():
             error, self._pending_checkpoint = self._pending_checkpoint.exception(), None
             if error is not None:
-                _log.warning("no checkpoint: %s; the updates are still logged", error)
+                _log.warning(
+                    "the checkpoint was not written: %s; updates are still written to the update log", error
+                )
 
     def close(self) -> None:
         """Write the last checkpoint."""
@@ -116,7 +120,7 @@ def _acquire_lock(path: Path) -> Any:
     except BlockingIOError:
         raise HpcsgdError(
             f"another server uses {path.parent}",
-            do="stop it, or use another --listen FILE and --checkpoint FOLDER",
+            do="stop that server, or give another --listen FILE and --checkpoint FOLDER",
         ) from None
     except OSError:
         pass  # a file system without locks

@@ -200,7 +200,9 @@ class Service:
         # Groups that reconnect to a restarted server at once must have the time to do so.
         linger = max(self._options.linger, self._options.lease)
         if all_away and not self._lingering:
-            _log.warning("no group is connected: waits up to %g s for %s", linger, names)
+            _log.warning(
+                "no group is connected: the servers wait up to %g s (--linger) for %s", linger, names
+            )
         self._lingering = all_away
         if not all_away or min(session.silent_for for session in unfinished) <= linger:
             return False
@@ -214,7 +216,7 @@ class Service:
             if session.seed is not None and session.link is not None:
                 other = names.setdefault(session.seed, session.name)
                 if other != session.name:
-                    text = "%s and %s have the same seed, %d, and use the same batches: set another --seed"
+                    text = "%s and %s have the same seed, %d, and use the same batches: change one --seed"
                     _log.warning(text, other, session.name, session.seed)
                     self._seeds_reported = True
 
@@ -239,7 +241,11 @@ class Service:
         updates = sum(shard.version for shard in self.server.shards.values())
         if self._vote.stopped:
             name = signal.Signals(caught).name if caught is not None else "another server was stopped"
-            _log.info("%s: state after %s updates is saved; groups wait for a server", name, f"{updates:,}")
+            _log.info(
+                "%s: state after %s updates is saved; groups wait until the servers are started again",
+                name,
+                f"{updates:,}",
+            )
         else:
             _log.info("done, after %s updates", f"{updates:,}")
         for link in self.server.links:

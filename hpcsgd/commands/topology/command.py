@@ -42,7 +42,7 @@ def topology(name: str | None, peers: int, parameters: str, png: Path | None) ->
         raise click.UsageError("--png draws one topology: give its NAME, and a FILE that ends in .png")
     count = parse_count(parameters, "--parameters")
     if count < 1:
-        raise click.BadParameter("at least 1", param_hint="--parameters")
+        raise click.BadParameter("expected at least 1", param_hint="--parameters")
     console = Console(width=None if sys.stdout.isatty() else 160)
     if name is None:
         console.print(tables.comparison(peers, count))

@@ -30,7 +30,7 @@ def path_of(settings: Settings) -> Path:
         `--resume auto` without `--name`.
     """
     if settings.resume == AUTO and not settings.name:
-        raise BadOption(f"--resume {AUTO} needs the name of the run", do="give its --name", everywhere=True)
+        raise BadOption(f"--resume {AUTO} needs the name of the run", do="give --name NAME", everywhere=True)
     if settings.resume not in ("", AUTO):
         return parse_resume(settings.resume)[0]
     schemes = [settings.strategy, *([] if settings.compress == "none" else [settings.compress])]

@@ -189,7 +189,9 @@ def default_model(data: str) -> str:
     """
     name, _ = registry.parse(data)
     if name not in _DEFAULT_MODELS:
-        raise BadOption(f"data set {name!r} has no default model", do="choose one: --model")
+        raise BadOption(
+            f"data set {name!r} has no default model", do="give --model NAME or --model module:callable"
+        )
     return _DEFAULT_MODELS[name]
 
 
@@ -258,7 +260,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_bytes().decode())
     except (OSError, ValueError) as error:
-        raise BadOption(f"cannot read settings from {path}: {error}") from error
+        raise BadOption(
+            f"cannot read settings from {path}: {error}", do="correct the file, or give the path of another"
+        ) from error
 
 
 def to_toml(settings: Settings, extra: Mapping[str, object]) -> str:

@@ -64,7 +64,8 @@ class PairwiseAverager:
                 "AD-PSGD with schedule=free needs a communication thread",
                 expected="MPI_THREAD_MULTIPLE",
                 got="an MPI library that provides less",
-                do="use an MPI library that provides it, or --strategy adpsgd:schedule=drawn",
+                do="use an MPI library that provides MPI_THREAD_MULTIPLE, or --strategy "
+                "adpsgd:schedule=drawn",
                 everywhere=True,
             )
         self._world, self._group, self._neighbours, self._active = world, group, list(neighbours), active

@@ -140,6 +140,6 @@ def fixed_backups(backups: str | int, size: int) -> int | None:
         "option backups is out of range",
         expected=f"dynamic, or 0 to {size - 2}: at least two of the {size} peers must average",
         got=backups,
-        do="set backups, or start more ranks",
+        do="set backups=dynamic or to one of these numbers, or start more ranks",
         everywhere=True,
     )

@@ -78,7 +78,7 @@ class LASGD(ReplicaStrategy):
         least = 1 if period == "auto" else period
         if max_lag is not None and max_lag < least:
             raise BadOption(
-                "LASGD would wait for a round before it is due",
+                "option max_lag of LASGD is below its period: it would wait for a round before it is due",
                 expected=f"max_lag of at least {least}, the period",
                 got=max_lag,
                 do="raise max_lag, lower period, or do not set max_lag",

@@ -157,7 +157,8 @@ class Teleportation(ReplicaStrategy):
     def _check_models_in_place(self) -> None:
         if self._complete_step != self.context.step:
             raise HpcsgdError(
-                f"models in transfer: run.batches() was left early, after iteration {self._complete_step}",
+                "a transfer of models is not finished: run.batches() was left early, after "
+                f"iteration {self._complete_step}",
                 rank=self.context.world.rank,
                 do="pass the number of steps, run.batches(loader, steps=...), and evaluate after the loop",
             )

@@ -50,7 +50,7 @@ class Tokens:
         self.count = sum(self.sizes)
         if self.count > peers.size:
             raise BadOption(
-                f"TELEPORTATION with {self.count} active peers",
+                f"TELEPORTATION cannot have {self.count} active peers",
                 expected=f"at most {peers.size}, the number of peers",
                 do=f"use active={peers.size} or fewer, more ranks, or virtual nodes",
                 everywhere=True,

@@ -142,7 +142,9 @@ class Checkpoints:
                 f"there is no checkpoint{'' if step is None else f' of step {step}'}",
                 expected=f"one in {self._folder}",
                 got=f"steps {', '.join(map(str, steps))}" if steps else "none",
-                do="resume from one of these steps" if steps else "start a new run",
+                do=f"resume from one of these steps, such as --resume {self._path(steps[-1])}"
+                if steps
+                else "start a new run",
                 everywhere=True,
             )
         chosen = steps[-1] if step is None else step
@@ -163,6 +165,7 @@ class Checkpoints:
                 "the ranks pass different steps for one checkpoint",
                 expected="the same step on all ranks",
                 got=", ".join(f"rank {rank}: {other}" for rank, other in enumerate(steps)),
+                do="pass the same step to save or load on all ranks",
                 everywhere=True,
             )
         if step is not None and step < 0:
@@ -180,7 +183,7 @@ class Checkpoints:
         if faults:
             self._on_root(self._remove_leftovers)
             self._gather(None)
-            remedy = "fix the cause, and resume from an earlier checkpoint: these are untouched"
+            remedy = "fix the cause, and resume from an earlier checkpoint: those are unchanged"
             raise _error(f"cannot save the checkpoint of step {step}", faults, remedy)
         return outcomes
 

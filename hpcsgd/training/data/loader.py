@@ -60,7 +60,9 @@ class Loader:
         if batch < 1:
             raise BadOption("the batch size is too small", expected="1 or more", got=batch)
         if not 0 <= rank < ranks:
-            raise BadOption("no such rank", expected=f"0 to {ranks - 1}", got=rank)
+            raise BadOption(
+                "option rank of the loader is out of range", expected=f"0 to {ranks - 1}", got=rank
+            )
         self.source, self.batch, self.rank, self.ranks = source, batch, rank, ranks
         self.alpha, self.seed, self.augment = alpha, seed, augment
         sizes = [len(shard) for shard in self._shards(0)]

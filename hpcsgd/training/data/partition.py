@@ -50,7 +50,12 @@ def partition(
     classification, 2019.
     """
     if not 1 <= ranks <= samples:
-        raise BadOption("each rank needs a sample", expected=f"1 to {samples} ranks", got=ranks)
+        raise BadOption(
+            "each rank needs a sample",
+            expected=f"1 to {samples} ranks",
+            got=ranks,
+            do="start fewer ranks, or use a larger data set (--data)",
+        )
     if alpha is None:
         order = torch.randperm(samples, generator=torch_stream("epoch", seed, epoch))
         return [order[rank::ranks] for rank in range(ranks)]

@@ -237,7 +237,7 @@ MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
     ),
     "GPUs unseen": (
         "warning",
-        "torch sees no GPU on every rank; this torch is built without CUDA",
+        "torch finds no GPU on every rank; this torch is built without CUDA",
         "pytorch.org",
         job(gpus=[], gpu="", **{"torch cuda": ""}),
     ),

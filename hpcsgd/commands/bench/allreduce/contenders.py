@@ -104,5 +104,6 @@ def check(world: World, method: AllReduceMethod, values: Tensor) -> None:
         raise HpcsgdError(
             f"the result of {method.name} for {4 * values.numel()} bytes is not the mean",
             rank=wrong,
+            do="report this as a bug of hpcsgd, with the output of `hpcsgd doctor`",
             everywhere=True,
         )

@@ -123,11 +123,18 @@ def _check_names(compressors: dict[str, Compressor | None], data: Sequence[str],
             raise unknown("data", name, DATA)
     if not compressors or None in compressors.values():
         expected = "at least one scheme, none of them 'none': float32 is always measured"
-        raise BadOption("schemes", expected=expected, got=list(compressors))
+        raise BadOption(
+            "the schemes (--schemes) cannot be compared", expected=expected, got=list(compressors)
+        )
     if device not in ("cpu", "cuda"):
         raise unknown("device", device, ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
-        raise BadOption("device", expected="a GPU that torch can use", got="cuda, but torch finds no GPU")
+        raise BadOption(
+            "the device (--device) cannot be used",
+            expected="a GPU that torch can use",
+            got="cuda, but torch finds no GPU",
+            do="leave out --device cuda, or run `hpcsgd doctor` to find the reason",
+        )
 
 
 def _measure(

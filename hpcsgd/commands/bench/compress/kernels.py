@@ -182,6 +182,7 @@ def _check(world: World, name: str, b: _KernelBuffers, limit: float) -> None:
             rank=wrong,
             expected=f"a relative error below {limit:.2g}",
             got=errors,
+            do="report this as a bug of hpcsgd, with the output of `hpcsgd doctor`",
             everywhere=True,
         )
 

@@ -106,10 +106,15 @@ class AveragingProblem:
                 rank=wrong,
                 expected=f"a relative error below {limit:.2g}, and at most 0.1 of it along the exact result",
                 got=", ".join(f"{error:.3g}" for _, error, _ in checks),
+                do="report this as a bug of hpcsgd, with the output of `hpcsgd doctor`",
                 everywhere=True,
             )
         if not own and len({checksum for _, _, checksum in checks}) > 1:
-            raise HpcsgdError(f"the results of {name} differ between ranks", everywhere=True)
+            raise HpcsgdError(
+                f"the results of {name} differ between ranks",
+                do="report this as a bug of hpcsgd, with the output of `hpcsgd doctor`",
+                everywhere=True,
+            )
         return error
 
     def _bucket_offsets(self) -> list[int]:

@@ -67,7 +67,11 @@ def run_study(
     if data not in study.workloads:
         raise unknown("data set of this study", data, study.workloads)
     if not re.fullmatch(r"[\w.]+", link):
-        raise BadOption("link", expected="letters, digits, dots and underscores", got=repr(link))
+        raise BadOption(
+            "--link has characters that are not valid in a run name",
+            expected="letters, digits, dots and underscores",
+            got=repr(link),
+        )
     check_unique("methods", methods)
     for method in methods:
         registry.build(STRATEGIES, method, "strategy")

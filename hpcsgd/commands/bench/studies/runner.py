@@ -113,7 +113,9 @@ def check_unique(names: str, *options: Sequence[object]) -> None:
     """Raise `BadOption` if the first of some lists is empty, or a list holds a value twice."""
     if not options[0] or any(len({*values}) < len(values) for values in options):
         got = [value for values in options for value in values]
-        raise BadOption(names, expected="one or more values, each once", got=got)
+        raise BadOption(
+            f"empty, or a value given twice: {names}", expected="one or more values, each once", got=got
+        )
 
 
 def with_option(rows: Mapping[str, Callable[..., object]], spec: str, key: str, value: object) -> str:
@@ -155,7 +157,7 @@ def _is_complete(world: World, folder: Path, settings: Settings) -> bool:
             f"{folder} holds a run with another {key}",
             expected=expected,
             got=got,
-            do="give --out another folder, or remove this run",
+            do="give --out another folder, or remove this folder",
         )
     if _is_finished(folder, settings):
         return True

@@ -136,7 +136,7 @@ def _parse_mapping(option: str, text: str, keys: Iterable[str], convert: Callabl
         return {key: convert(values[key]) for key in keys}
     except (KeyError, ValueError):
         expected = "one number, or for example " + ",".join(f"{key}=2" for key in keys)
-        raise BadOption(option, expected=expected, got=repr(text)) from None
+        raise BadOption(f"cannot read option {option}", expected=expected, got=repr(text)) from None
 
 
 def _with_length(steps: int, settings: Settings, source: Source) -> Settings:
