@@ -57,7 +57,7 @@ def parse_identity(fields: Mapping[str, Any]) -> ClientIdentity:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ProtocolError(
-            "the client's hello message has no valid client name, talker, talkers or options"
+            "the client's hello message has no valid client name, gateway numbers or options"
         ) from None
     return found
 
