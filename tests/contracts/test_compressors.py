@@ -169,7 +169,7 @@ def test_lanes_never_overflow(case: tuple[tuple[int, ...], int], numel: int, sig
 def test_lanes_wider_than_a_word_are_an_error_that_names_the_options(spec: str) -> None:
     compressor = build(spec)
     compressor.codec(Segment(100, 65_000))
-    with pytest.raises(BadOption, match=r"summed over 70000 terms: .* lanes of 33 bits") as error:
+    with pytest.raises(BadOption, match=r"summed over 70000 terms: .* need 33 bits a code") as error:
         compressor.codec(Segment(100, 70_000))
     assert "use fewer bits" in str(error.value) and "two-level" in str(error.value)
 

@@ -245,7 +245,7 @@ def test_a_state_of_another_compression_is_refused(world: Any) -> None:
         state = job.run.state_dict()["strategy"]
         if world.rank == 0:
             state["store"]["codes"] = {}
-            with pytest.raises(HpcsgdError, match="belongs to another compression"):
+            with pytest.raises(HpcsgdError, match="was written with another compression"):
                 job.run.strategy.load_state_dict(state)
 
 
