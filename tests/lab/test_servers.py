@@ -121,7 +121,7 @@ def test_groups_that_stall_die_join_late_or_are_rejected(tmp_path: Path) -> None
     for reason in (
         "list of parameters differs",
         "mode differs: expected sync, got async",
-        "not know the secret",
+        "not have the secret",
     ):
         assert reason in server.text and reason in rejected.text, (server.text, rejected.text)
     assert "received bytes that are no message of hpcsgd" in server.text
