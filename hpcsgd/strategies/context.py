@@ -158,6 +158,16 @@ class StrategyContext:
                 everywhere=True,
             )
 
+    def require_torch_optimizer(self, method: str) -> None:
+        """Raise `BadOption` on all ranks where the optimizer is not one of torch, whose state a method reads."""
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise BadOption(
+                f"{method} cannot use the optimizer {type(self.optimizer).__name__}",
+                expected="one torch.optim.Optimizer",
+                do="pass such an optimizer, or use strategy allreduce, local, lasgd, dsgd, sgp, adpsgd or backup",
+                everywhere=True,
+            )
+
     def begin_step(self) -> None:
         """Reset `has_batch` for the next step."""
         self.has_batch = [True] * self.peers.size

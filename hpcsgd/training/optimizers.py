@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
@@ -74,17 +73,6 @@ def as_optimizer(optimizer: Any) -> Any:
             do="pass an optimizer of torch.optim, one with these methods, or a list of such",
         )
     return optimizer
-
-
-def require_torch_optimizer(optimizer: Any, method: str) -> None:
-    """Raise `BadOption` on all ranks where a method needs more of an optimizer than the usual methods."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise BadOption(
-            f"{method} cannot use the optimizer {type(optimizer).__name__}",
-            expected="one optimizer of torch.optim, whose state it reads",
-            do="pass such an optimizer, or use strategy allreduce, local, lasgd, dsgd, sgp, adpsgd or backup",
-            everywhere=True,
-        )
 
 
 class StepWatch:

@@ -379,6 +379,7 @@ class Run:
         self._closed = True
         self.world.progress.drain()
         self._virtual_nodes.select_peer(0)
+        self._stepping.check()
         self.strategy.detach()
         self._stepping.close()
         if self._owns_world:
