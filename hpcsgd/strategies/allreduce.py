@@ -45,6 +45,10 @@ class AllReduce(Strategy):
         self.gradients.release()
         del self.gradients, self._reducer  # the last views of the shared memory, which can then be freed
 
+    def disconnect(self) -> None:
+        if hasattr(self, "gradients"):
+            self.gradients.disconnect()
+
     def accumulate(self) -> AbstractContextManager[None]:
         return self._accumulating()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
@@ -57,7 +58,8 @@ class Gradients:
         self._bucket_of = {n: bucket for bucket in self.group for n in bucket.names}
         self._finished = False
         self._next = 0
-        self._complete: set[str] = set()
+        self._complete = set[str]()
+        self._hooks: list[RemovableHandle] = []
         self._missing_counts: list[int] = []
         self.reset()
         self._hooks = [
@@ -102,11 +104,17 @@ class Gradients:
 
     def release(self) -> None:
         """Remove the hooks and copy every gradient to memory of its own."""
-        for hook in self._hooks:
-            hook.remove()
+        self.disconnect()
         for _, p in self._parameters:
             if p.grad is not None:
                 p.grad = p.grad.clone()
+
+    def disconnect(self) -> None:
+        """Remove the hooks; gradients and buckets stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._on_ready = _ignore  # refers to the strategy, which refers to this object and its memory
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:
@@ -150,3 +158,7 @@ class Gradients:
         while self._next < len(self._missing_counts) and self._missing_counts[self._next] == 0:
             self._on_ready(self.group.buckets[self._next])
             self._next += 1
+
+
+def _ignore(bucket: Bucket) -> None:
+    """Take no notice of a bucket."""

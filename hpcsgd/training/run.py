@@ -19,6 +19,7 @@ from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
 from hpcsgd.training import batches, rng_state, step_trace
+from hpcsgd.training.lifetime import Lifetime, weakly
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
@@ -102,6 +103,7 @@ class Run:
         self.strategy = strategy or AllReduce()
         self._owns_world = not isinstance(comm, World)
         self.world: World = World(comm, device=str(_device_of(parameters))) if self._owns_world else comm
+        self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
         self._buffers, self._uneven = buffers, uneven
         self._closed = False
         if "OMP_NUM_THREADS" not in os.environ:
@@ -137,7 +139,7 @@ class Run:
             nonfinite=nonfinite,
             virtual_nodes=virtual_nodes,
             optimizer=optimizer,
-            unscale=self._unscale,
+            unscale=weakly(self._unscale),
         )
         self._set_steps(0)
         self.strategy.attach(self._context)
@@ -319,6 +321,9 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        if not self._lifetime.is_open:
+            return  # left by an exception
+        self._lifetime.close()
         self.world.progress.drain()
         self._virtual_nodes.select_peer(0)
         self.strategy.detach()
@@ -328,10 +333,12 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         # After an exception the other ranks do not close: a collective call would wait for them.
         if kind is None:
             self.close()
+        else:
+            self._lifetime.leave_after(error)
 
     def _copy_from_rank_0(self, tensors: list[tuple[str, Tensor]]) -> None:
         if self.world.size == 1:
