@@ -84,6 +84,10 @@ class AllReduce(Strategy):
     def has_equal_models(self) -> bool:
         return True
 
+    def disconnect(self) -> None:
+        if hasattr(self, "gradients"):
+            self.gradients.disconnect()
+
     def accumulate(self) -> AbstractContextManager[None]:
         return self._accumulating()
 

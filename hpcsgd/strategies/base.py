@@ -51,6 +51,9 @@ class Strategy:
     def detach(self) -> None:
         """Finish all communication, remove hooks and give the model memory of its own; collective."""
 
+    def disconnect(self) -> None:
+        """Remove hooks after the run was dropped or left; local, also called by the garbage collector."""
+
     def select_peer(self, index: int) -> None:
         """Make the module's parameters those of local peer `index`."""
 

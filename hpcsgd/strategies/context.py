@@ -159,12 +159,12 @@ class StrategyContext:
             )
 
     def require_torch_optimizer(self, method: str) -> None:
-        """Raise `BadOption` on all ranks where the optimizer is not one of torch, whose state a method reads."""
+        """Raise `BadOption` on all ranks where the optimizer is not one of torch, whose state is read."""
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise BadOption(
                 f"{method} cannot use the optimizer {type(self.optimizer).__name__}",
                 expected="one torch.optim.Optimizer",
-                do="pass such an optimizer, or use strategy allreduce, local, lasgd, dsgd, sgp, adpsgd or backup",
+                do="pass such an optimizer, or use another strategy, such as allreduce, local or lasgd",
                 everywhere=True,
             )
 

@@ -303,11 +303,18 @@ class Gradients:
 
     def release(self) -> None:
         """Remove the hooks and copy every gradient to memory of its own."""
-        for hook in self._hooks:
-            hook.remove()
+        self.disconnect()
         for index, parameter in enumerate(self._parameters):
             if parameter.grad is not None and parameter.grad.data_ptr() == self._addresses[index]:
                 parameter.grad = parameter.grad.detach().clone()
+
+    def disconnect(self) -> None:
+        """Remove the hooks; gradients and buckets stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        # They refer to the strategy, which refers to this object and its memory.
+        self._on_ready, self._on_end = lambda _: None, lambda: None
 
     def _check_unchanged(self, index: int, gradient: Tensor | None, late: bool) -> None:
         """Check that a gradient is the one that backward has left."""

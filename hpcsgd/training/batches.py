@@ -9,13 +9,36 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 
-from hpcsgd.errors import HpcsgdError
+from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 Batch = TypeVar("Batch")
 _END = object()
+
+
+def loaders_of_peers(loader: Any, context: StrategyContext) -> list[Iterable[Any]]:
+    """Return the loaders of the local peers: `loader` itself, or with virtual nodes those in it.
+
+    Raises
+    ------
+    BadOption
+        On all ranks, if there are virtual nodes and `loader` is no list with one for each.
+    """
+    each = context.peers.per_rank
+    if each == 1:
+        return [loader]
+    if not isinstance(loader, list | tuple) or len(loader) != each:
+        peers = context.peers.local
+        raise BadOption(
+            "virtual nodes need a loader each",
+            expected=f"a list of {each} loaders, for peers {peers[0]} to {peers[-1]}",
+            got=f"{type(loader).__name__}" + (f" of {len(loader)}" if hasattr(loader, "__len__") else ""),
+            do="call run.batches([loader, ...]), one loader for each of run.peers",
+            everywhere=True,
+        )
+    return list(loader)
 
 
 def synchronous_batches(
@@ -69,6 +92,7 @@ def synchronous_batches(
                 # Resumed after the end of this peer's batches: only the loader can supply one to repeat.
                 last[index] = loaders[index].filler()  # type: ignore[attr-defined]
             context.set_batches(has_batch)
+            context.loop.batches += 1
             yield last[index]  # type: ignore[misc]
     finally:
         context.begin_step()

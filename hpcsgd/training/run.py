@@ -20,6 +20,7 @@ from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import batches, rng_state, step_trace
 from hpcsgd.training.buffers import synchronize_buffers
+from hpcsgd.training.lifetime import Lifetime
 from hpcsgd.training.model_copy import copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state
@@ -130,28 +131,32 @@ class Run:
         device = str(parameters[0][1].device if parameters else "cpu")
         self._owns_world = not isinstance(comm, World)
         self.world: World = World(comm, device=device) if self._owns_world else comm
+        self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
         self._buffers, self._uneven = buffers, uneven
         self._closed = False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.world.local.threads)
+        common: dict[str, Any] = {
+            "bucket_mib": bucket_mib,
+            "algorithm": algorithm,
+            "unused": unused,
+            "seed": seed,
+            "nonfinite": nonfinite,
+            "virtual_nodes": virtual_nodes,
+            "wait": wait,
+        }
         self.world.check_consistent(
             {
                 **package_versions(),
                 "strategy": type(self.strategy).__name__,
                 **{f"strategy option {k}": v for k, v in self.strategy.options().items()},
                 "optimizer": type(optimizer).__name__,
-                "bucket_mib": bucket_mib,
-                "algorithm": algorithm,
+                **common,
                 "buffers": buffers,
-                "unused": unused,
                 "uneven": uneven,
                 "compress": str(compress),
-                "seed": seed,
-                "nonfinite": nonfinite,
-                "virtual_nodes": virtual_nodes,
                 "local": list(local),
                 "sparse": sparse,
-                "wait": wait,
                 "check_every": check_every,
                 "list of parameters": [describe_tensor(n, p) for n, p in parameters],
                 "list of buffers": [describe_tensor(n, b) for n, b in model.named_buffers()],
@@ -161,17 +166,11 @@ class Run:
         self._context = StrategyContext(
             world=self.world,
             parameters=parameters,
-            bucket_mib=bucket_mib,
-            algorithm=algorithm,
-            unused=unused,
             compress=compress,
-            seed=seed,
-            nonfinite=nonfinite,
-            virtual_nodes=virtual_nodes,
             optimizer=self.optimizer,
             model=model,
-            wait=wait,
             sparse_rows=sparse_rows(model) if sparse == "rows" else (),
+            **common,
         )
         self._context.loop.structure = self._trained.structure
         self._stepping = Stepping(self.strategy, self._context, self._trained, check_every)
@@ -190,7 +189,7 @@ class Run:
 
     @property
     def workers(self) -> int:
-        """Number of ranks that compute gradients (all but parameter servers): the number of data shards."""
+        """Number of data shards: of ranks that compute gradients (all but parameter servers)."""
         return self.strategy.workers(self.world.size)
 
     @property
@@ -216,8 +215,7 @@ class Run:
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups with synchronised gradients, for `GradScaler` and clipping."""
         self.synchronize()
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
-        return groups
+        return self.optimizer.param_groups  # type: ignore[no-any-return]
 
     def batches(
         self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None = None
@@ -240,26 +238,12 @@ class Run:
         HpcsgdError
             A rank has no batch at all, or a loader yields another number of batches than its `len()`.
         """
-        loaders = self._loaders(loader)
+        loaders = batches.loaders_of_peers(loader, self._context)
         if self.strategy.synchronous:
             found = batches.synchronous_batches(loaders, self._context, self._uneven)
         else:
             found = self._asynchronous_batches.batches(loaders, steps)
         return step_trace.trace_steps(found, self.model, self.world.tracer) if self.world.tracer.on else found
-
-    def _loaders(self, loader: Any) -> list[Iterable[Any]]:
-        each = self._context.peers.per_rank
-        if each == 1:
-            return [loader]
-        if not isinstance(loader, list | tuple) or len(loader) != each:
-            raise BadOption(
-                "virtual nodes need a loader each",
-                expected=f"a list of {each} loaders, for peers {self.peers[0]} to {self.peers[-1]}",
-                got=f"{type(loader).__name__}" + (f" of {len(loader)}" if hasattr(loader, "__len__") else ""),
-                do="call run.batches([loader, ...]), one loader for each of run.peers",
-                everywhere=True,
-            )
-        return list(loader)
 
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""
@@ -377,6 +361,9 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        if not self._lifetime.is_open:
+            return  # left by an exception
+        self._lifetime.close()
         self.world.progress.drain()
         self._virtual_nodes.select_peer(0)
         self._stepping.check()
@@ -388,10 +375,12 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an exception the other ranks do not close: a collective call would wait for them.
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        # After an exception the others do not close: a collective call would wait for them.
         if kind is None:
             self.close()
+        else:
+            self._lifetime.leave_after(error)
 
 
 def _check(option: str, value: str, valid: tuple[str, ...]) -> None:

@@ -172,6 +172,10 @@ class ParameterServer(Strategy):
     def peer_schedule(self, end: int) -> Iterator[int]:
         return self._role.peer_schedule(end)
 
+    def disconnect(self) -> None:
+        if hasattr(self, "_role"):
+            self._role.disconnect()
+
     def accumulate(self) -> AbstractContextManager[None]:
         return self._role.accumulate()
 
