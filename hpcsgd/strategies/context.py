@@ -39,6 +39,10 @@ class LoopState:
         Whether the optimizer computes the gradients of this step by calls of a closure.
     structure
         Checksum of the names of the trained parameters.
+    equal_peers
+        Peers whose first batch in this loop was the same.
+    exhausted
+        Whether the current batch only repeats the last one of a loader that cannot be started again.
     """
 
     batches: int = 0
@@ -48,6 +52,8 @@ class LoopState:
     skipped: bool = False
     has_closure: bool = False
     structure: int = 0
+    equal_peers: list[int] = field(default_factory=list)
+    exhausted: bool = False
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -184,7 +184,7 @@ class Gradients:
                 do="convert the model before hpcsgd.Run is created",
             )
         with torch.no_grad():
-            view.copy_(dense)
+            self._alias(index).copy_(dense)
 
     def _alias(self, index: int) -> Tensor:
         """A tensor over the memory of a view, with a version of its own.
