@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -17,8 +16,6 @@ from hpcsgd.tensors.gradients import Named
 if TYPE_CHECKING:
     from hpcsgd.training.run import Run
 
-T = TypeVar("T")
-
 #: The lifetime of the run that trains a parameter, or did until it was dropped.
 _trained_by: Any = WeakTensorKeyDictionary()
 
@@ -26,8 +23,7 @@ _trained_by: Any = WeakTensorKeyDictionary()
 class Lifetime:
     """Claims the parameters of a run, and leaves its world when the run is dropped.
 
-    Nothing that lives as long as the model, the optimizer or the communication thread may refer to the run:
-    hooks and callbacks take `weakly` bound methods.
+    Nothing that lives as long as the model, the optimizer or the communication thread may refer to the run.
 
     Parameters
     ----------
@@ -102,16 +98,3 @@ class Lifetime:
         if self._open and strategy is not None:
             strategy.disconnect()
         self.close()
-
-
-def weakly(method: Callable[..., T]) -> Callable[..., T]:
-    """Return a function that calls a bound method of an object that it does not keep alive."""
-    reference, name = weakref.WeakMethod(method), method.__name__
-
-    def call(*arguments: Any, **options: Any) -> T:
-        bound = reference()
-        if bound is None:
-            raise ReferenceError(f"the object of {name} does not exist any more")
-        return bound(*arguments, **options)
-
-    return call

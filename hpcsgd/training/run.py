@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpcsgd import collectives
 from hpcsgd.compress import Compressor
@@ -17,9 +17,15 @@ from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
-from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
+from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import batches, rng_state, step_trace
-from hpcsgd.training.lifetime import Lifetime, weakly
+from hpcsgd.training.buffers import synchronize_buffers
+from hpcsgd.training.lifetime import Lifetime
+from hpcsgd.training.model_copy import copy_from_rank_0
+from hpcsgd.training.optimizers import as_optimizer
+from hpcsgd.training.run_state import load_peer_state, peer_state
+from hpcsgd.training.stepping import Stepping
+from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
@@ -27,15 +33,17 @@ class Run:
     """Trains one model on all ranks.
 
     The model of rank 0 is copied to all ranks; the optimizer may already have state. Call `run.step()`
-    instead of `optimizer.step()` and iterate over `run.batches(loader)` instead of `loader`. With one
-    rank this is plain training, bit for bit.
+    instead of `optimizer.step()` and iterate over `run.batches(loader)` instead of `loader`. With a strategy
+    that averages gradients, those are the mean when `backward()` returns. With one rank this is plain
+    training, bit for bit.
 
     Parameters
     ----------
     model
         Any module; its parameters and buffers remain the same objects.
     optimizer
-        Any `torch.optim` optimizer of the model's parameters.
+        An optimizer of `torch.optim`, one of your own with its usual methods, or a list of such. Parameters
+        that the model does not have, for example of a loss, are trained as the model's.
     strategy
         The method of distributed SGD. Default `AllReduce()`.
     comm
@@ -49,7 +57,8 @@ class Run:
         Treatment of buffers such as BatchNorm's running statistics by `averaged()`: "broadcast" those of
         rank 0 (default), "average" the floating-point ones, or leave them "local".
     unused
-        Treatment of a parameter without gradient: it contributes "zeros" (default) or is an "error".
+        Treatment of a parameter without gradient: it contributes "zeros" (default) or is an "error". One that
+        no rank uses keeps no gradient.
     uneven
         Treatment of loaders of different lengths: ranks with fewer batches "join" the remaining steps of
         the others with weight 0 (default), or all "stop" at the end of the shortest.
@@ -63,6 +72,17 @@ class Run:
     virtual_nodes
         Total number of peers of a gossip strategy, a multiple of the number of ranks: each rank then trains
         several models, one after the other, with the same result as one rank for each. Default: one a rank.
+    local
+        Patterns of names, such as "head.*", of parameters that each rank trains by itself. Default: none.
+    sparse
+        Treatment of the sparse gradients of `Embedding(sparse=True)` by strategies that average gradients:
+        the "rows" of all ranks are gathered (default), or gradients become "dense".
+    wait
+        When gradients are the mean: at the end of each "backward" pass (default), or only after `synchronize`
+        or in the "step".
+    check_every
+        Steps between two comparisons of the ranks: of the parameters, if these must be equal, and of learning
+        rates, steps and batches; 0: none. Default 50.
 
     Raises
     ------
@@ -91,18 +111,26 @@ class Run:
         seed: int = 0,
         nonfinite: str = "error",
         virtual_nodes: int | None = None,
+        local: Sequence[str] = (),
+        sparse: str = "rows",
+        wait: str = "backward",
+        check_every: int = 50,
     ) -> None:
+        _check("sparse", sparse, ("rows", "dense"))
+        _check("wait", wait, ("backward", "step"))
         _check("buffers", buffers, ("broadcast", "average", "local"))
         _check("unused", unused, ("zeros", "error"))
         _check("uneven", uneven, ("join", "stop"))
         _check("nonfinite", nonfinite, ("error", "skip"))
         _check("algorithm", algorithm, ("auto", *collectives.ALGORITHMS))
-        parameters = list(model.named_parameters())
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = as_optimizer(optimizer)
+        self._trained = TrainedParameters(model, self.optimizer, local)
+        parameters = self._trained.named
         self.strategy = strategy or AllReduce()
+        device = str(parameters[0][1].device if parameters else "cpu")
         self._owns_world = not isinstance(comm, World)
-        self.world: World = World(comm, device=str(_device_of(parameters))) if self._owns_world else comm
+        self.world: World = World(comm, device=device) if self._owns_world else comm
         self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
         self._buffers, self._uneven = buffers, uneven
         self._closed = False
@@ -123,11 +151,15 @@ class Run:
                 "seed": seed,
                 "nonfinite": nonfinite,
                 "virtual_nodes": virtual_nodes,
+                "local": list(local),
+                "sparse": sparse,
+                "wait": wait,
+                "check_every": check_every,
                 "list of parameters": [describe_tensor(n, p) for n, p in parameters],
                 "list of buffers": [describe_tensor(n, b) for n, b in model.named_buffers()],
             }
         )
-        self._copy_from_rank_0([*parameters, *model.named_buffers()])
+        copy_from_rank_0(self.world, [*parameters, *model.named_buffers()])
         self._context = StrategyContext(
             world=self.world,
             parameters=parameters,
@@ -138,12 +170,17 @@ class Run:
             seed=seed,
             nonfinite=nonfinite,
             virtual_nodes=virtual_nodes,
-            optimizer=optimizer,
-            unscale=weakly(self._unscale),
+            optimizer=self.optimizer,
+            model=model,
+            wait=wait,
+            sparse_rows=sparse_rows(model) if sparse == "rows" else (),
         )
-        self._set_steps(0)
+        self._context.loop.structure = self._trained.structure
+        self._stepping = Stepping(self.strategy, self._context, self._trained, check_every)
+        self._context.unscale = self._stepping.unscale
+        self._stepping.set_steps(0)
         self.strategy.attach(self._context)
-        self._virtual_nodes = VirtualNodes(model, optimizer, self.strategy, self._context)
+        self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
         self._asynchronous_batches = batches.AsynchronousBatches(
             self._context, self.strategy, self._virtual_nodes
         )
@@ -170,7 +207,7 @@ class Run:
 
     @property
     def weight(self) -> int:
-        """Weight of the current batch: 1, or 0 if it only repeats the last one because others have more."""
+        """1 if the current batch is one of its own, 0 if it repeats the last one because others have more."""
         return self._context.weight
 
     def each_peer(self) -> Iterator[int]:
@@ -181,7 +218,8 @@ class Run:
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups with synchronised gradients, for `GradScaler` and clipping."""
         self.synchronize()
-        return self.optimizer.param_groups
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
 
     def batches(
         self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None = None
@@ -229,54 +267,77 @@ class Run:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""
         return self.strategy.accumulate()
 
-    def synchronize(self) -> None:
-        """Complete the reduction of the gradients; needed before they are clipped or read."""
-        self.strategy.synchronize()
+    def synchronize(self, weight: float | None = None) -> None:
+        """Complete the average of the gradients.
+
+        Needed before they are read or changed with `wait="step"`, and with weights, which are known only
+        after `backward()`.
+
+        Parameters
+        ----------
+        weight
+            As for `step`.
+        """
+        self._stepping.check_weight(weight)
+        self.strategy.synchronize(weight)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Call `zero_grad` of the optimizer."""
-        self.optimizer.zero_grad(set_to_none)
+        self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def step(self) -> None:
-        """Take one training step with the current peer."""
-        context, number = self._context, self._context.step
-        self.strategy.step(self._update)
-        if self.strategy.synchronous:
-            self._virtual_nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
-            if context.current_peer_index == 0:
-                self._set_steps(context.step + 1)
-        context.step_taken = True
-        context.begin_step()
-        self.world.activity.step = context.step
-        self.world.tracer.end_step(number)
+    def step(self, closure: Callable[[], Any] | None = None, *, weight: float | None = None) -> Any:
+        """Take one training step with the current peer.
 
-    def _set_steps(self, steps: int) -> None:
-        self._context.step = self.world.activity.step = steps
+        Parameters
+        ----------
+        closure
+            Computes the loss and its gradients and returns the loss, for optimizers such as L-BFGS. Where
+            gradients are averaged, so is the loss: all ranks make the same decisions.
+        weight
+            Weight of this rank in the mean, for example its number of samples or tokens, on all ranks or on
+            none. With `AllReduce` of the gradients of this step, which are then averaged in the step, and are
+            this rank's until then; with `LocalSGD` of the models. Default: equal weights.
 
-    def _update(self) -> None:
-        if self._unscale():
-            with self.world.tracer.span("update", "compute"):
-                self.optimizer.step()
+        Returns
+        -------
+        object
+            The result of the optimizer with a closure; else None.
 
-    def _unscale(self) -> bool:
-        # GradScaler sets these two attributes on its "optimizer" during the call of step().
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            return False
-        if scale is not None:
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.div_(scale)
-        return True
+        Raises
+        ------
+        HpcsgdError
+            Parameters are trained that were not when the run started, and the strategy cannot take them in;
+            the ranks are not in the same step; or gradients were changed before they were averaged.
+        """
+        # A GradScaler sets these attributes on its "optimizer" during the call of step().
+        self._stepping.scaling = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        return self._stepping.step(self._virtual_nodes, closure, weight)
+
+    def skip(self) -> None:
+        """Leave out one step, in place of `step`: for a batch whose loss is not finite, or without samples.
+
+        Where gradients are averaged, all ranks leave the step out; else only this rank's model stays as it
+        is. A schedule must advance all the same, so that learning rates stay equal.
+        """
+        self._stepping.skip(self._virtual_nodes)
+
+    def check(self) -> None:
+        """Compare the ranks now, as every `check_every` steps; collective.
+
+        Raises
+        ------
+        Disagreement
+            On all ranks, with the first parameter or number that differs.
+        """
+        self._stepping.check()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
         self._virtual_nodes.select_peer(0)
-        self._synchronize_buffers()
+        synchronize_buffers(self.world, self.model, self._virtual_nodes, self._buffers)
         with self.strategy.averaged():
+            self._stepping.check(equal=True)
             yield
 
     def consensus_distance(self) -> float:
@@ -296,7 +357,7 @@ class Run:
         return state
 
     def _peer_state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return peer_state(self.model, self.optimizer, self._trained)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned on this rank; collective.
@@ -309,11 +370,8 @@ class Run:
         self.world.check_consistent({"number of steps in the state": state["steps"]})
         self.world.progress.drain()
         for saved, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            if "generators" in saved:
-                rng_state.restore(saved["generators"])
-        self._set_steps(int(state["steps"]))
+            load_peer_state(saved, self.model, self.optimizer, self._trained)
+        self._stepping.set_steps(int(state["steps"]))
         self.strategy.load_state_dict(state["strategy"])
 
     def close(self) -> None:
@@ -326,7 +384,9 @@ class Run:
         self._lifetime.close()
         self.world.progress.drain()
         self._virtual_nodes.select_peer(0)
+        self._stepping.check()
         self.strategy.detach()
+        self._stepping.close()
         if self._owns_world:
             self.world.close()
 
@@ -339,43 +399,9 @@ class Run:
             self.close()
         else:
             self._lifetime.leave_after(error)
-
-    def _copy_from_rank_0(self, tensors: list[tuple[str, Tensor]]) -> None:
-        if self.world.size == 1:
-            return
-        group = TensorGroup(self.world, [(n, t) for n, t in tensors if t.numel()])
-        with torch.no_grad():
-            for name, tensor in tensors:
-                if tensor.numel():
-                    group.views[name].copy_(tensor)
-            collectives.broadcast(group)
-            for name, tensor in tensors:
-                if tensor.numel():
-                    tensor.copy_(group.views[name])
-
-    @torch.no_grad()
-    def _synchronize_buffers(self) -> None:
-        tensors = list(self.model.named_buffers())
-        if self._buffers == "local" or not tensors:
-            return
-        if self._buffers == "average":
-            self._virtual_nodes.average_buffers()
-            floating = [(n, b) for n, b in tensors if b.dtype in SUMMABLE]
-            group = TensorGroup(self.world, floating)
-            for name, buffer in floating:
-                group.views[name].copy_(buffer)
-            collectives.allreduce(group)
-            for name, buffer in floating:
-                buffer.copy_(group.views[name])
-            tensors = [(n, b) for n, b in tensors if b.dtype not in SUMMABLE]
-        self._copy_from_rank_0(tensors)
-        self._virtual_nodes.broadcast_buffers()
+            self._stepping.close()
 
 
 def _check(option: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise BadOption(f"unknown {option} {value!r}", do="use one of: " + ", ".join(valid))
-
-
-def _device_of(parameters: list[tuple[str, nn.Parameter]]) -> torch.device:
-    return parameters[0][1].device if parameters else torch.device("cpu")

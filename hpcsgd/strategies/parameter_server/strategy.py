@@ -117,6 +117,7 @@ class ParameterServer(Strategy):
         if self.synchronous:
             self._role: AllReduce | Worker | ServerRole = AllReduce()
             self._role.attach(context)
+            self.averages_gradients = self.accepts_weights = True
             return
         # These checks have the same result on all ranks.
         if self.mode != "elastic":
@@ -172,14 +173,24 @@ class ParameterServer(Strategy):
         return self._role.peer_schedule(end)
 
     def disconnect(self) -> None:
+        super().disconnect()
         if hasattr(self, "_role"):
             self._role.disconnect()
 
     def accumulate(self) -> AbstractContextManager[None]:
         return self._role.accumulate()
 
-    def synchronize(self) -> None:
-        self._role.synchronize()
+    def synchronize(self, weight: float | None = None) -> None:
+        self._role.synchronize(weight)
+
+    def complete_gradients(self) -> bool:
+        return self._role.complete_gradients()
+
+    def restart(self) -> bool:
+        return self._role.restart()
+
+    def has_equal_models(self) -> bool:
+        return self._role.has_equal_models()
 
     def step(self, update: Callable[[], None]) -> None:
         self._role.step(update)
