@@ -99,6 +99,7 @@ class Runtime:
     def release(self) -> None:
         """Release what refers to this runtime, or to other processes, after the communicators are freed."""
         self.is_open = False
+        self.departure.end()
         self.waiter.hooks = WaitHooks()
         self.stall_detector.release()
         self.progress.release()

@@ -314,7 +314,7 @@ class Gradients:
             hook.remove()
         self._hooks = []
         # They refer to the strategy, which refers to this object and its memory.
-        self._on_ready, self._on_end = lambda _: None, lambda: None
+        self._on_ready = self._on_end = self._pass = None  # type: ignore[assignment]
 
     def _check_unchanged(self, index: int, gradient: Tensor | None, late: bool) -> None:
         """Check that a gradient is the one that backward has left."""

@@ -392,6 +392,7 @@ class Run:
             self.close()
         else:
             self._lifetime.leave_after(error)
+            self._stepping.close()
 
 
 def _check(option: str, value: str, valid: tuple[str, ...]) -> None:

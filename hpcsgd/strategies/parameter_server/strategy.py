@@ -173,6 +173,7 @@ class ParameterServer(Strategy):
         return self._role.peer_schedule(end)
 
     def disconnect(self) -> None:
+        super().disconnect()
         if hasattr(self, "_role"):
             self._role.disconnect()
 
