@@ -25,13 +25,14 @@ from hpcsgd.training.lifetime import Lifetime
 from hpcsgd.training.model_copy import copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state
+from hpcsgd.training.scalars import Scalars
 from hpcsgd.training.sharding import Sharding
 from hpcsgd.training.stepping import Stepping
 from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
-class Run:
+class Run(Scalars):
     """Trains one model on all ranks.
 
     The model of rank 0 is copied to all ranks; the optimizer may already have state. Call `run.step()`
@@ -178,6 +179,7 @@ class Run:
         self._context.unscale = self._stepping.unscale
         self._stepping.set_steps(0)
         self.strategy.attach(self._context)
+        self.world.calls.synchronous &= self.strategy.synchronous
         self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
         self._asynchronous_batches = AsynchronousBatches(self._context, self.strategy, self._virtual_nodes)
         self._sharding = Sharding(self._context, self.strategy)
@@ -255,7 +257,9 @@ class Run:
             found = batches.synchronous_batches(loaders, self._context, self._uneven, steps)
         else:
             found = self._asynchronous_batches.batches(loaders, steps)
-        return step_trace.trace_steps(found, self.model, self.world.tracer) if self.world.tracer.on else found
+        if self.world.tracer.on:
+            found = step_trace.trace_steps(found, self.model, self.world.tracer)
+        return batches.in_loop(found, self._context)
 
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""
@@ -324,11 +328,13 @@ class Run:
         Disagreement
             On all ranks, with the first parameter or number that differs.
         """
+        self.world.meet("run.check()")
         self._stepping.check()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
+        self.world.meet("run.averaged()")
         self._virtual_nodes.select_peer(0)
         synchronize_buffers(self.world, self.model, self._virtual_nodes, self._buffers)
         with self.strategy.averaged():
@@ -337,6 +343,7 @@ class Run:
 
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
+        self.world.meet("run.consensus_distance()")
         self._virtual_nodes.select_peer(0)
         return self.strategy.consensus_distance()
 
@@ -360,6 +367,7 @@ class Run:
         Disagreement
             The states of the ranks are of different steps.
         """
+        self.world.meet("run.load_state_dict()")
         self.world.check_consistent({"number of steps in the state": state["steps"]})
         self.world.progress.drain()
         for saved, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
@@ -374,6 +382,7 @@ class Run:
         self._closed = True
         if not self._lifetime.is_open:
             return  # left by an exception
+        self.world.meet("run.close()")
         self._lifetime.close()
         self.world.progress.drain()
         self._virtual_nodes.select_peer(0)
