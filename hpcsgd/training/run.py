@@ -238,6 +238,7 @@ class Run:
     def step(self) -> None:
         """Take one training step with the current peer."""
         context, number = self._context, self._context.step
+        self.strategy.check_memory()
         self.strategy.step(self._update)
         if self.strategy.synchronous:
             self._virtual_nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
@@ -272,6 +273,7 @@ class Run:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
+        self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         self._synchronize_buffers()
         with self.strategy.averaged():
@@ -279,11 +281,13 @@ class Run:
 
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
+        self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         return self.strategy.consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this rank: model, optimizer, strategy, number of steps."""
+        self.strategy.check_memory()
         state = {"steps": self.steps, **self._peer_state(), "strategy": self.strategy.state_dict()}
         state["model_step"] = self.strategy.model_step()
         if len(self.peers) > 1:
@@ -320,6 +324,7 @@ class Run:
             return
         self._closed = True
         self.world.progress.drain()
+        self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         self.strategy.detach()
         if self._owns_world:
