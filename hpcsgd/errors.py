@@ -59,6 +59,10 @@ class RankFailed(HpcsgdError):
     """Ranks of the job have died; the state of the others is unchanged."""
 
 
+class RankLeft(HpcsgdError):
+    """A rank has left a run or a world, after an exception or without `close()`, and others wait for it."""
+
+
 class BadOption(HpcsgdError, ValueError):
     """An unknown option, or a value outside its range; the message lists the valid ones."""
 

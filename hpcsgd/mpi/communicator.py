@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
+from hpcsgd.mpi import large_messages
+from hpcsgd.mpi.large_messages import Parts, as_bytes
+from hpcsgd.mpi.outstanding import Outstanding
 from hpcsgd.mpi.waiting import DeadlineWaiter
 
 Buffer = Any  # a NumPy array, or a device tensor where MPI is CUDA-aware
@@ -34,6 +37,8 @@ class Communicator:
     ----------
     on_idle
         Called while a wait lasts, or None: does a little other work and returns whether there was any.
+    outstanding
+        Its receives and collectives that may not have ended.
     """
 
     def __init__(self, comm: Any, ranks: Sequence[int], waiter: DeadlineWaiter, traffic: Traffic) -> None:
@@ -43,6 +48,7 @@ class Communicator:
         self.ranks = list(ranks)
         self._waiter = waiter
         self._traffic = traffic
+        self.outstanding = Outstanding()
         self._duplicates: dict[str, Communicator] = {}
         self._ids = count()
         self.on_idle: Callable[[], bool] | None = None
@@ -65,9 +71,14 @@ class Communicator:
             self._duplicates[purpose] = Communicator(comm, self.ranks, self._waiter, self._traffic)
         return self._duplicates[purpose]
 
+    def duplicates(self) -> list[Communicator]:
+        """Return all duplicates, and theirs, in the order of their creation."""
+        return [d for each in self._duplicates.values() for d in (each, *each.duplicates())]
+
     def free_duplicates(self) -> None:
         """Free all duplicates; collective."""
         for duplicate in self._duplicates.values():
+            duplicate.free_duplicates()
             duplicate.comm.Free()
         self._duplicates.clear()
 
@@ -83,11 +94,13 @@ class Communicator:
     def isend(self, buffer: Buffer, dest: int, tag: int = 0) -> Any:
         """Start to send a buffer, which must not change until the request is complete."""
         self._traffic.sent += buffer.nbytes
-        return self.comm.Isend(_bytes(buffer), dest, tag)
+        return large_messages.begin(lambda part: self.comm.Isend(part, dest, tag), buffer)
 
     def irecv(self, buffer: Buffer, source: int, tag: int = 0) -> Any:
         """Start to receive exactly `buffer.nbytes` bytes."""
-        return self.comm.Irecv(_bytes(buffer), source, tag)
+        return self.outstanding.receive(
+            large_messages.begin(lambda part: self.comm.Irecv(part, source, tag), buffer)
+        )
 
     def wait(self, request: Any, operation: str, peer: int | None = None) -> None:
         """Wait for a request; `peer` is the rank of this communicator that it depends on, if one."""
@@ -106,22 +119,44 @@ class Communicator:
 
     def iallreduce(self, buffer: Buffer, op: str) -> Any:
         """Start to reduce in place."""
+        self._count_allreduce(buffer)
+        if buffer.nbytes <= large_messages.LARGEST:
+            return self._iallreduce(buffer, op)
+        return Parts([self._iallreduce(part, op) for part in large_messages.parts(buffer)])
+
+    def _iallreduce(self, buffer: Buffer, op: str) -> Any:
         from mpi4py import MPI
 
-        self._count_allreduce(buffer)
-        return self.comm.Iallreduce(MPI.IN_PLACE, buffer, getattr(MPI, op))
+        request = self.comm.Iallreduce(MPI.IN_PLACE, buffer, getattr(MPI, op))
+        return self.outstanding.collective(request, "allreduce", buffer.size, buffer.dtype, op)
 
     def iallgather(self, row: Buffer, rows: Buffer) -> Any:
         """Start to gather the equally sized rows of all ranks."""
         self._traffic.sent += (self.size - 1) * row.nbytes
-        return self.comm.Iallgather(_bytes(row), _bytes(rows))
+        if rows.nbytes > large_messages.LARGEST:
+            return self._iallgather_large(row, np.split(as_bytes(rows).reshape(-1), self.size))
+        request = self.comm.Iallgather(as_bytes(row), as_bytes(rows))
+        return self.outstanding.collective(request, "allgather", row.nbytes)
+
+    def _iallgather_large(self, row: np.ndarray, rows: Sequence[np.ndarray]) -> Parts:
+        """Gather by a broadcast of every row, whose sizes may differ."""
+        rows[self.rank][:] = as_bytes(row).reshape(-1)
+        return Parts([self._ibroadcast(target, root) for root, target in enumerate(rows) if target.size])
+
+    def _ibroadcast(self, buffer: Buffer, root: int) -> Any:
+        def start(part: Any) -> Any:
+            request = self.comm.Ibcast(part, root)
+            return self.outstanding.collective(request, "broadcast", part.nbytes, root)
+
+        return large_messages.begin(start, buffer)
 
     def allreduce_on_device(self, tensor: Buffer) -> None:
-        """Sum a device tensor in place by one blocking call of a CUDA-aware MPI."""
+        """Sum a device tensor in place by blocking calls of a CUDA-aware MPI."""
         from mpi4py import MPI
 
         self._count_allreduce(tensor)
-        self.comm.Allreduce(MPI.IN_PLACE, tensor)
+        for part in large_messages.parts(tensor):
+            self.comm.Allreduce(MPI.IN_PLACE, part)
 
     def _count_allreduce(self, buffer: Buffer) -> None:
         self._traffic.sent += 2 * (self.size - 1) * int(buffer.nbytes) // self.size
@@ -130,31 +165,30 @@ class Communicator:
         """Overwrite the buffer with that of `root`."""
         if self.rank == root:
             self._traffic.sent += buffer.nbytes
-        self.wait(self.comm.Ibcast(_bytes(buffer), root), operation, root)
+        self.wait(self._ibroadcast(buffer, root), operation, root)
 
     def barrier(self, operation: str) -> None:
         """Wait until all ranks have called this."""
-        self.wait(self.comm.Ibarrier(), operation)
+        self.wait(self.outstanding.collective(self.comm.Ibarrier(), "barrier"), operation)
 
     def gather_objects(self, value: object, operation: str) -> list[Any]:
         """Return the picklable values of all ranks, in rank order, on every rank."""
         pickled = np.frombuffer(pickle.dumps(value), np.uint8)
         sizes = np.empty(self.size, np.int64)
-        self.wait(self.comm.Iallgather(np.array([pickled.size], np.int64), sizes), operation)
+        request = self.comm.Iallgather(np.array([pickled.size], np.int64), sizes)
+        self.wait(self.outstanding.collective(request, "allgather", sizes.itemsize), operation)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         received = np.empty(starts[-1], np.uint8)
-        request = self.comm.Iallgatherv(pickled, [received, sizes, starts[:-1], _mpi_byte()])
-        self.wait(request, operation)
+        self.wait(self._iallgatherv(pickled, received, sizes, starts[:-1]), operation)
         self._traffic.sent += pickled.nbytes
         return [pickle.loads(received[a:b].tobytes()) for a, b in pairwise(starts)]
 
+    def _iallgatherv(
+        self, own: np.ndarray, received: np.ndarray, sizes: np.ndarray, starts: np.ndarray
+    ) -> Any:
+        from mpi4py import MPI
 
-def _mpi_byte() -> Any:
-    from mpi4py import MPI
-
-    return MPI.BYTE
-
-
-def _bytes(buffer: Buffer) -> Any:
-    # Sent as bytes, for MPI has no type for some dtypes (bfloat16).
-    return buffer.view(np.uint8) if isinstance(buffer, np.ndarray) else buffer
+        if received.nbytes > large_messages.LARGEST:
+            return self._iallgather_large(own, np.split(received, starts[1:]))
+        request = self.comm.Iallgatherv(own, [received, sizes, starts, MPI.BYTE])
+        return self.outstanding.collective(request, "allgatherv", sizes)

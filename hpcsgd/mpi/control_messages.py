@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_REQUEST, _REPLY, _NOTIFICATION = 1, 2, 3  # tags
+_REQUEST, _REPLY, _NOTIFICATION, _DEPARTURE = 1, 2, 3, 4  # tags
 _TIMEOUT = 2.0  # seconds
 
 
@@ -27,13 +27,18 @@ class ControlChannel:
 
     Attributes
     ----------
+    comm
+        The communicator.
     notifications
         By rank, the last one received, and its time of `time.monotonic`.
+    departures
+        By rank that has left, all that it has sent since, see `depart`.
     """
 
     def __init__(self, comm: Any, handle: Callable[[Any], Any]) -> None:
         self.notifications: dict[int, tuple[float, Any]] = {}
-        self._comm = comm
+        self.departures: dict[int, list[Any]] = {}
+        self.comm = comm
         self._handle = handle
         self._lock = threading.Lock()
         self._requesting = threading.Lock()
@@ -46,23 +51,26 @@ class ControlChannel:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            while self._comm.Iprobe(tag=_REQUEST):
+            while self.comm.Iprobe(tag=_REQUEST):
                 source, (number, request) = self._receive(_REQUEST)
                 self._send(source, _REPLY, (number, self._handle(request)))
-            while self._comm.Iprobe(tag=_REPLY):
+            while self.comm.Iprobe(tag=_REPLY):
                 rank, (number, reply) = self._receive(_REPLY)
                 if number == self._number:
                     self._replies[rank] = reply
-            while self._comm.Iprobe(tag=_NOTIFICATION):
+            while self.comm.Iprobe(tag=_NOTIFICATION):
                 rank, content = self._receive(_NOTIFICATION)
                 self.notifications[rank] = time.monotonic(), content
+            while self.comm.Iprobe(tag=_DEPARTURE):
+                rank, content = self._receive(_DEPARTURE)
+                self.departures.setdefault(rank, []).append(content)
             self._sent = [entry for entry in self._sent if not entry[0].Test()]
         finally:
             self._lock.release()
 
     def request(self, ranks: Iterable[int], request: Any, timeout: float = _TIMEOUT) -> dict[int, Any]:
         """Return the replies by rank, of those other ranks that have replied after `timeout` seconds."""
-        others = set(ranks) - {self._comm.rank}
+        others = set(ranks) - {self.comm.rank}
         with self._requesting:
             with self._lock:
                 self._number += 1
@@ -80,13 +88,18 @@ class ControlChannel:
         with self._lock:
             self._send(rank, _NOTIFICATION, content)
 
+    def depart(self, rank: int, content: Any) -> None:
+        """Send a message of a rank that leaves; all of them are kept."""
+        with self._lock:
+            self._send(rank, _DEPARTURE, content)
+
     def _send(self, rank: int, tag: int, content: Any) -> None:
         message = bytearray(pickle.dumps(content))
-        self._sent.append((self._comm.Isend([message, len(message)], rank, tag), message))
+        self._sent.append((self.comm.Isend([message, len(message)], rank, tag), message))
 
     def _receive(self, tag: int) -> tuple[int, Any]:
         from mpi4py import MPI
 
         status = MPI.Status()
-        content = self._comm.recv(source=MPI.ANY_SOURCE, tag=tag, status=status)
+        content = self.comm.recv(source=MPI.ANY_SOURCE, tag=tag, status=status)
         return status.Get_source(), content

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from hpcsgd.diagnostics.activity import ActivityRecord
-from hpcsgd.errors import HpcsgdError, RankFailed
+from hpcsgd.errors import DeadlineExceeded, HpcsgdError, RankFailed
+from hpcsgd.mpi.departure import Departure
 from hpcsgd.mpi.waiting import DeadlineWaiter
 
 # Seconds, all of them.
@@ -113,6 +114,8 @@ class Progress:
         self._polling = threading.Lock()
         self._compute_waits = False
         self._checked = time.perf_counter()
+        self._departure: Departure | None = None
+        self._stopping = threading.Event()
 
     def require_thread_multiple(self, problem: str) -> None:
         """Raise this problem on all ranks where communication has no thread of its own."""
@@ -162,6 +165,8 @@ class Progress:
 
     def submit(self, operation: str, job: Callable[[], Any]) -> Work:
         """Queue a job; every rank must submit the same jobs in the same order."""
+        if self._departure is not None:
+            self.check()
         work = Work(self, operation, job)
         if not self.threaded:
             work._run()
@@ -191,6 +196,15 @@ class Progress:
         with self._counted():
             return self._execute(operation, job)
 
+    def leave(self, departure: Departure) -> None:
+        """Leave once the queue is empty, in the communication thread if there is one; never waits.
+
+        Nothing can be submitted afterwards.
+        """
+        self._departure = departure
+        departure.has_thread = self._thread is not None
+        self._jobs.put(None)
+
     def in_communication_thread(self) -> bool:
         """Return whether the caller is the communication thread."""
         return threading.current_thread() is self._thread
@@ -200,7 +214,9 @@ class Progress:
         return not self._compute_waits and self.in_communication_thread()
 
     def check(self) -> None:
-        """Raise the error of a failed job or poller."""
+        """Raise the error of a failed job or poller, or that this rank has left."""
+        if self._departure is not None and not self.in_communication_thread():
+            raise self._departure.error()
         if self._failed is not None:
             raise self._failed
 
@@ -221,6 +237,8 @@ class Progress:
     @contextmanager
     def waiting(self, operation: str) -> Iterator[None]:
         """Count and trace the time inside as a wait of the compute thread."""
+        if self._departure is not None:
+            self.check()
         with self._counted(), self.waiter.tracer.span(operation, "wait"):
             yield
 
@@ -240,11 +258,22 @@ class Progress:
 
     def stop(self, timeout: float | None = None) -> None:
         """Complete the queue and end the thread."""
-        if self._thread is not None:
+        if self._thread is None:
+            return
+        if self._departure is None:
             self.drain(timeout)
             self._jobs.put(None)
-            self._thread.join(self.waiter.timeout)
-            self._thread = None
+        self._stopping.set()
+        limit = self.waiter.timeout if timeout is None else timeout
+        self._thread.join(limit)
+        if self._thread.is_alive() and self._departure is not None:
+            raise DeadlineExceeded(f"no end of the outstanding jobs after {limit:g} s", rank=self.waiter.rank)
+        self._thread = None
+
+    def release(self) -> None:
+        """Forget the error of a failed job, whose stack refers to buffers, and all pollers."""
+        self._failed = None
+        self._pollers.clear()
 
     def abandon(self) -> None:
         """End the thread without its jobs: after ranks have failed, their communication never completes."""
@@ -259,6 +288,9 @@ class Progress:
         while True:
             work = self._next_job()
             if work is None:
+                if self._departure is not None:
+                    self._pollers.clear()
+                    self._departure.run(self._stopping.is_set)
                 return
             work._run()
             with self._count:

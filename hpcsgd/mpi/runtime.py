@@ -8,6 +8,7 @@ from typing import Any
 from hpcsgd.diagnostics.activity import ActivityRecord
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.mpi import environment, ulfm
+from hpcsgd.mpi.departure import Departure, Part
 from hpcsgd.mpi.progress import Progress
 from hpcsgd.mpi.stall_detector import StallDetector
 from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks
@@ -29,8 +30,8 @@ class Runtime:
 
     Attributes
     ----------
-    communicators
-        All communicators of the whole world, to be freed or revoked.
+    parts
+        The communicators of the whole world, number 0, and of the worlds split from it, by number.
     traffic, control_traffic
         Bytes of methods, and of small messages about settings, steps and metrics.
     """
@@ -40,7 +41,8 @@ class Runtime:
 
         detector_comm = comm.Dup()
         self.comm = comm
-        self.communicators: list[Any] = [comm, detector_comm]
+        self.parts = {0: Part(to_free=[comm, detector_comm])}
+        self._parts_begun = 1
         self.host = hosts[comm.rank]
         self.device, self.timeout = device, timeout
         self.ranks_per_node = environment.ranks_per_node()
@@ -51,6 +53,10 @@ class Runtime:
         threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self.progress = Progress(self.waiter, self.activity, threaded=threaded)
         self.stall_detector = StallDetector(detector_comm, self.waiter, self.activity)
+        self.departure = Departure(
+            comm.rank, comm.size, self.stall_detector.channel, self.waiter, self.parts, self.release
+        )
+        self.is_open = True
         self.waiter.hooks = WaitHooks(
             check=self._check,
             poll=self.progress.poll,
@@ -69,11 +75,39 @@ class Runtime:
     def _check(self) -> None:
         self.failure_detector.check()
         self.stall_detector.poll()
+        self.departure.check()
+
+    def add_part(self, comm: Any) -> int:
+        """Return the number of a new part with one communicator; collective over its ranks."""
+        number, self._parts_begun = self._parts_begun, self._parts_begun + 1
+        self.parts[number] = Part(to_free=[comm])
+        return number
+
+    def leave(self, reason: str, delay: float = 0.0) -> None:
+        """Leave the world, see `Departure`; local, idempotent, and safe in the garbage collector."""
+        if self.is_open:
+            self.is_open = False
+            self.departure.begin(reason, delay)
+            self.progress.leave(self.departure)
+
+    def end(self, timeout: float) -> None:
+        """Complete the queue at the end of the program, so that no thread of this rank calls MPI any more."""
+        self.leave("was not closed before the end of the program")
+        if self.departure.has_thread:
+            self.progress.stop(timeout)
+
+    def release(self) -> None:
+        """Release what refers to this runtime, or to other processes, after the communicators are freed."""
+        self.is_open = False
+        self.waiter.hooks = WaitHooks()
+        self.stall_detector.release()
+        self.progress.release()
 
     def abandon(self) -> None:
         """Give up all communication after ranks have failed; this runtime cannot be used afterwards."""
+        self.is_open = False
         self.waiter.tracer.flush()
         # Ranks that wait in one of them for a rank that has given up stop waiting.
-        for comm in self.communicators:
+        for comm in self.parts[0].to_free:
             comm.Revoke()
         self.progress.abandon()

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from hpcsgd.diagnostics.trace import NullTracer
 from hpcsgd.mpi import launcher, ulfm
-from hpcsgd.mpi.progress import Progress
+from hpcsgd.mpi.runtime import Runtime
 
 # Seconds, all of them.
 _DRAIN_TIMEOUT = 30.0
@@ -24,17 +24,17 @@ _EXIT_DELAY = 1.0  # for the other ranks to finish the operations they began wit
 _DIAGNOSIS_DELAY = 6.0  # for another rank to query all ranks and print its diagnosis
 
 _lost_ranks: list[bool] = []
-_running: weakref.WeakSet[Progress] = weakref.WeakSet()
+_running: weakref.WeakSet[Runtime] = weakref.WeakSet()
 _tracers: weakref.WeakSet[NullTracer] = weakref.WeakSet()
 
 
-def drain_at_exit(progress: Progress) -> None:
+def drain_at_exit(runtime: Runtime) -> None:
     """Complete the communication that is outstanding when the program ends, within a time limit.
 
     Operations that all ranks have started are completed; one that some rank never joins must not block the
     job for ever.
     """
-    _running.add(progress)
+    _running.add(runtime)
 
 
 def flush_at_exit(tracer: NullTracer) -> None:
@@ -50,9 +50,9 @@ def _flush() -> None:
 
 @atexit.register
 def _drain() -> None:
-    for progress in list(_running):
+    for runtime in list(_running):
         try:
-            progress.stop(min(_DRAIN_TIMEOUT, progress.waiter.timeout))
+            runtime.end(min(_DRAIN_TIMEOUT, runtime.timeout))
         except BaseException as error:
             print(f"hpcsgd: at exit: {error}", file=sys.stderr, flush=True)
             abort_job()

@@ -38,12 +38,17 @@ class StallDetector:
         An mpi4py communicator used for nothing else.
     waiter, activity
         The waits and the activity record of this rank.
+
+    Attributes
+    ----------
+    channel
+        Messages between the ranks.
     """
 
     def __init__(self, comm: Any, waiter: DeadlineWaiter, activity: ActivityRecord) -> None:
         self._rank, self._waiter, self._activity = comm.rank, waiter, activity
         self._size = comm.size
-        self._channel = ControlChannel(comm, self._reply)
+        self.channel = ControlChannel(comm, self._reply)
         self._processes: list[ProcessInfo] = []
         self._views: dict[int, ProcessView] = {}
         self._killed = procfs.killed_for_memory()
@@ -67,10 +72,10 @@ class StallDetector:
 
     def poll(self) -> None:
         """Exchange control messages: answer requests, and send this rank's activity to its buddy when due."""
-        self._channel.poll()
+        self.channel.poll()
         if self._buddy is not None and time.monotonic() - self._notified_at > _NOTIFY_INTERVAL:
             self._notified_at, self._notifications_sent = time.monotonic(), self._notifications_sent + 1
-            self._channel.notify(self._buddy, (self._notifications_sent, self._activity.last()))
+            self.channel.notify(self._buddy, (self._notifications_sent, self._activity.last()))
 
     def close(self, gather: Callable[[int], list[int]]) -> None:
         """Receive all notifications, for an unreceived message could reach another world; collective.
@@ -85,13 +90,17 @@ class StallDetector:
         self._buddy = None
         sent = gather(self._notifications_sent)
         expected = {r: n for r, n in enumerate(sent) if n and self._buddy_of(r) == self._rank}
-        received = self._channel.notifications
+        received = self.channel.notifications
 
         def complete() -> bool:
-            self._channel.poll()
+            self.channel.poll()
             return all(r in received and received[r][1][0] == n for r, n in expected.items())
 
         self._waiter.until(complete, "the last notifications of other ranks", lambda: expected)
+
+    def release(self) -> None:
+        """Unmap the activity records of other processes."""
+        self._views.clear()
 
     def explain(self, seconds: float) -> str | None:
         """Return the state of each rank, after a wait of `seconds`; None where another rank reports it."""
@@ -130,10 +139,10 @@ class StallDetector:
         queried = 0
         while queried < self._rank:
             some = range(queried, min(_FIRST_QUERIED * (queried + 1), self._rank))
-            responsive = self._channel.request(some, ("state", None))
+            responsive = self.channel.request(some, ("state", None))
             if responsive:
                 arbiter = min(responsive)
-                reply = self._channel.request([arbiter], ("arbitrate", self._rank, action, seconds))
+                reply = self.channel.request([arbiter], ("arbitrate", self._rank, action, seconds))
                 return bool(reply.get(arbiter, True))
             queried = some.stop
         return self._arbitrate(action, seconds)
@@ -147,7 +156,7 @@ class StallDetector:
             return True
 
     def _states(self) -> dict[int, RankState]:
-        replies = self._channel.request(range(self._size), ("state", None))
+        replies = self.channel.request(range(self._size), ("state", None))
         states = {self._rank: self._own_state(), **replies}
         for rank in set(range(self._size)) - set(states):
             state = self._observe(rank, ("state", rank), states)
@@ -164,7 +173,7 @@ class StallDetector:
         responsive = [r for r, state in states.items() if state.waits is not None]
         observers = [r for r in responsive if self._processes[r].host == self._processes[rank].host]
         queried = sorted(observers, key=lambda r: r != rank)[:_MOST_OBSERVERS]
-        replies = self._channel.request(queried, request)
+        replies = self.channel.request(queried, request)
         observed = next((reply for reply in replies.values() if reply is not None), None)
         return self._last_notified(rank) if observed is None and request[0] == "state" else observed
 
@@ -175,7 +184,7 @@ class StallDetector:
             return None
         if buddy == self._rank:
             return self._reply(("notified", rank))  # type: ignore[no-any-return]
-        return self._channel.request([buddy], ("notified", rank)).get(buddy)
+        return self.channel.request([buddy], ("notified", rank)).get(buddy)
 
     def _reply(self, request: tuple[Any, ...]) -> Any:
         kind, rank, *options = request
@@ -184,9 +193,9 @@ class StallDetector:
         if kind == "arbitrate":
             return self._arbitrate(*options)
         if kind == "notified":
-            if rank not in self._channel.notifications:
+            if rank not in self.channel.notifications:
                 return None
-            when, (_, last) = self._channel.notifications[rank]
+            when, (_, last) = self.channel.notifications[rank]
             return RankState(replace(last, ago=last.ago + time.monotonic() - when), None)
         view = self._views.get(rank)
         if view is None:

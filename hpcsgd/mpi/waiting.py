@@ -28,6 +28,10 @@ _WARN_AFTER = (0.25, 30.0)  # of the deadline, and no fewer seconds than this
 _Missing = Callable[[], Iterable[int]] | None
 
 
+def _other_thread() -> Iterable[int]:
+    return ()  # the other thread waits for the ranks, and knows them
+
+
 def timeout_from_environment() -> float:
     """Return the deadline of every wait in seconds: `HPCSGD_TIMEOUT`, or 300."""
     text = os.environ.get("HPCSGD_TIMEOUT", "")
@@ -170,7 +174,7 @@ class DeadlineWaiter:
         started = time.monotonic()
         if event.wait(min(limit, _CHECK_INTERVAL)):
             return
-        with self._recorded(operation(), started, None):
+        with self._recorded(operation(), started, _other_thread):
             while not event.wait(min(max(started + limit - time.monotonic(), 0.0), _CHECK_INTERVAL)):
                 # The communication thread may be in native code, and check nothing.
                 self.hooks.check()
@@ -179,6 +183,14 @@ class DeadlineWaiter:
                     if timeout is None:
                         raise self._deadline_error(waited, limit)
                     raise DeadlineExceeded(f"no end of {operation()} after {timeout:g} s", rank=self.rank)
+
+    def waits_for(self) -> tuple[float, set[int] | None] | None:
+        """Return when the calling thread's wait began (`time.monotonic`), and the ranks, None if unknown.
+
+        None where it does not wait.
+        """
+        _, started, missing = self._pending.get(threading.get_ident(), ("", 0.0, None))
+        return (started, None if missing is None else set(_ranks(missing))) if started else None
 
     def pending(self) -> tuple[PendingWait, ...]:
         """Return the waits of all threads that last, and those that were given up."""

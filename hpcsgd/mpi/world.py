@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,14 +12,15 @@ from typing import Any, TypeVar
 from hpcsgd.diagnostics import trace_file
 from hpcsgd.diagnostics.activity import this_process
 from hpcsgd.diagnostics.trace import NullTracer, Tracer
-from hpcsgd.errors import HpcsgdError, RankFailed
-from hpcsgd.mpi import clock_sync, consistency, environment, shutdown, ulfm
+from hpcsgd.errors import DeadlineExceeded, HpcsgdError, RankFailed
+from hpcsgd.mpi import clock_sync, consistency, departure, environment, shutdown, ulfm
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.node import Node
 from hpcsgd.mpi.runtime import Runtime
 from hpcsgd.mpi.waiting import DeadlineWaiter, timeout_from_environment
 
 T = TypeVar("T")
+_DIAGNOSIS_DELAY = 8.0  # seconds
 
 
 class World:
@@ -56,6 +58,7 @@ class World:
             environment.check_launcher(MPI)
             comm = MPI.COMM_WORLD
         timeout = timeout if timeout is not None else timeout_from_environment()
+        departure.settle()
         # The first collective operation, and the first that a rank may fail to reach.
         private, request = comm.Idup()
         operation = "the start of hpcsgd.World, which all ranks must reach"
@@ -66,21 +69,22 @@ class World:
     def _start(self, runtime: Runtime) -> None:
         """Start a whole world, which owns its runtime."""
         self._owns_runtime = True
-        self._connect(runtime, runtime.comm, range(runtime.comm.size), runtime.communicators)
+        weakref.finalize(self, runtime.leave, "was dropped without close()").atexit = False
+        self._connect(runtime, runtime.comm, range(runtime.comm.size), 0)
         if self.size > 1:
             processes = self.control.gather_objects(this_process(), "the exchange of process ids")
             runtime.stall_detector.connect(processes)
         self.device = environment.device(runtime.device, self.local_rank)
-        shutdown.drain_at_exit(self.progress)
+        shutdown.drain_at_exit(runtime)
         if self.size > 1:
             shutdown.abort_on_uncaught_exception()
             self.progress.start()
         if folder := environment.trace_folder():
             self.start_trace(folder)
 
-    def _connect(self, runtime: Runtime, comm: Any, ranks: Sequence[int], communicators: list[Any]) -> None:
-        """Create the communicators of these global ranks, adding them to the list of those to be freed."""
-        self._runtime, self._communicators, self._closed = runtime, communicators, False
+    def _connect(self, runtime: Runtime, comm: Any, ranks: Sequence[int], part: int) -> None:
+        """Create the communicators of these global ranks, which are part number `part` of the runtime's."""
+        self._runtime, self._part, self._closed = runtime, part, False
         self.rank: int = comm.rank
         self.size: int = comm.size
         self.host, self.timeout, self.cuda_aware = runtime.host, runtime.timeout, environment.cuda_aware()
@@ -92,10 +96,13 @@ class World:
         node, members = self._split_by_node(comm)
         self._connect_nodes(comm)
         #: The ranks of this rank's node, and the memory that they share.
+        runtime.parts[part].communicators |= {"all": self.all, "control": self.control, "node": node}
+        if self.internode is not None:
+            runtime.parts[part].communicators["internode"] = self.internode
         self.local = Node(node, members, self.waiter, shared_memory=runtime.shared_memory)
 
     def _free_at_close(self, comm: Any) -> Any:
-        self._communicators.append(comm)
+        self._runtime.parts[self._part].to_free.append(comm)
         return comm
 
     def _split_by_node(self, comm: Any) -> tuple[Communicator, list[int]]:
@@ -234,6 +241,31 @@ class World:
         """
         consistency.check_consistent(self.gather, fields)
 
+    def leave(self, reason: str, delay: float = 0.0) -> None:
+        """Give this world up on this rank; local, idempotent.
+
+        What is outstanding is completed in the background; then other ranks that wait for this one get the
+        error `RankLeft`. The world is freed when all ranks have left it.
+
+        Parameters
+        ----------
+        reason
+            A clause for that error: "was left after ValueError".
+        delay
+            Seconds until the other ranks are notified. Default 0.
+        """
+        if not self._closed and self._owns_runtime:
+            self.tracer.flush()
+            self._runtime.leave(reason, delay)
+        self._closed = True
+
+    def leave_after(self, error: BaseException) -> None:
+        """Give this world up after an exception, see `leave`."""
+        # Others whose deadline passes at the same time report it themselves, with the states of all ranks.
+        delay = _DIAGNOSIS_DELAY if isinstance(error, DeadlineExceeded) else 0.0
+        text = str(error).split("\n")[0][:200]
+        self.leave(f"was left after {type(error).__name__}{f': {text}' * bool(text)}", delay)
+
     def close(self) -> None:
         """Complete outstanding communication and free the communicators; collective, idempotent."""
         if self._closed:
@@ -251,19 +283,22 @@ class World:
         self.control.barrier("the end of the world")
         self.waiter.hooks.check()
         self.local.release()
-        for communicator in filter(None, (self.all, self.internode, self.control)):
+        part = self._runtime.parts.pop(self._part)
+        for communicator in part.communicators.values():
             communicator.free_duplicates()
-        for comm in reversed(self._communicators):
+        for comm in reversed(part.to_free):
             comm.Free()
+        if self._owns_runtime:
+            self._runtime.release()
 
     def __enter__(self) -> World:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if kind is None:
             self.close()
-        else:
-            self.tracer.flush()
+        elif error is not None:
+            self.leave_after(error)
 
 
 class _Survivors(World):
@@ -278,4 +313,4 @@ class _Subworld(World):
 
     def __init__(self, whole: World, comm: Any, ranks: Sequence[int]) -> None:
         self._owns_runtime, self.device = False, whole.device
-        self._connect(whole._runtime, comm, ranks, [comm])
+        self._connect(whole._runtime, comm, ranks, whole._runtime.add_part(comm))

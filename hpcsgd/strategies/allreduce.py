@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from hpcsgd.collectives.reducer import make_reducer
+from hpcsgd.collectives.sparse_rows import sum_rows
+from hpcsgd.collectives.step_status import REMEDIES, StepStatus
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import StrategyContext
-from hpcsgd.tensors.gradients import Gradients
+from hpcsgd.tensors.gradients import Gradients, check_all_used
 from hpcsgd.tensors.group import Bucket
 
 
@@ -17,20 +24,40 @@ class AllReduce(Strategy):
     """Synchronous SGD on the mean gradient of all ranks: n ranks with batch b equal one with batch n*b.
 
     Buckets are all-reduced in the communication thread while backward computes the gradients of the next
-    ones. A rank that has run out of batches contributes with weight 0. With `Run(compress=...)` the sums are
-    compressed.
+    ones; when `backward()` returns, gradients are the mean. A rank that has run out of batches contributes
+    with weight 0. With `Run(compress=...)` the sums are compressed. Sparse gradients are summed by row.
     """
+
+    averages_gradients = True
+    accepts_weights = True
+    #: Whether the gradients of a single rank too are collected in a tensor group.
+    _needs_group = False
 
     def attach(self, context: StrategyContext) -> None:
         context.reject("all-reduce SGD", virtual_nodes=True)
         super().attach(context)
-        self._finite = True
+        self._status = StepStatus(context.world)
+        self._finite, self._reductions, self._reductions_before = True, 0, 1
+        #: Factor of this rank's gradients in a step with weights, and whether steps have weights at all.
+        self._share: float | None = None
+        self._weighted = False
+        #: The gradients of this rank in the first step, to which a weight may be given afterwards.
+        self._first_gradients: list[Tensor | None] | None = None
+        self._is_first_step = True
+        self._collect_gradients()
+
+    def _collect_gradients(self) -> None:
+        context = self.context
+        self._collects = context.world.size > 1 or self._needs_group
         self.gradients = Gradients(
             context.world,
-            context.parameters,
+            context.parameters if self._collects else [],
             self.bucket_ready,
+            self._end_of_pass,
             context.bucket_mib,
             context.unused,
+            rows=context.sparse_rows,
+            model=context.model,
         )
         self._reducer = make_reducer(
             self.gradients.group,
@@ -44,6 +71,22 @@ class AllReduce(Strategy):
         self.context.world.progress.drain()
         self.gradients.release()
         del self.gradients, self._reducer  # the last views of the shared memory, which can then be freed
+
+    def restart(self) -> bool:
+        # First, so that a rank whose parameters differ is found before the others wait for it.
+        self._compare_numbers()
+        AllReduce.detach(self)
+        self._collect_gradients()
+        # All gradients are reduced again: the mean of equal ones is the same.
+        self._reductions = 0
+        return True
+
+    def has_equal_models(self) -> bool:
+        return True
+
+    def disconnect(self) -> None:
+        if hasattr(self, "gradients"):
+            self.gradients.disconnect()
 
     def accumulate(self) -> AbstractContextManager[None]:
         return self._accumulating()
@@ -59,22 +102,119 @@ class AllReduce(Strategy):
     def bucket_ready(self, bucket: Bucket) -> None:
         if self.context.weight == 0:
             bucket.flat.zero_()
-        self._reducer.start(bucket, 1.0 / self.context.contributors, self._reduction_number())
+        elif self._share is not None:
+            bucket.flat.mul_(self._share)
+        self._reducer.start(bucket, self._scale(), self._reduction_number())
+
+    def _scale(self) -> float:
+        """Factor of the sum of all ranks."""
+        return 1.0 / self.context.contributors if self._share is None else 1.0
 
     def _reduction_number(self) -> int | None:
         """Number of this step's reductions, the key of their random numbers; None: the run's step."""
         return None
 
-    def synchronize(self) -> None:
-        self.gradients.finish()
+    def _end_of_pass(self) -> None:
+        """Average the gradients, at the end of a backward pass."""
+        self.context.loop.batch_used = True
+        if self._weighted or self.context.wait == "step":
+            return
+        if self._is_first_step and not self._reductions:
+            self._first_gradients = self.gradients.copies()
+        self._reduce(late=False)
+
+    def _reduce(self, *, late: bool) -> None:
+        self.gradients.finish(late=late)
         self._finite &= self._reducer.finish()
+        self.gradients.deliver()
+        if self.gradients.sparse:
+            self._reduce_rows()
+        self._reductions += 1
+
+    def _reduce_rows(self) -> None:
+        """Average the sparse gradients."""
+        parameters = [p for _, p in self.gradients.sparse]
+        share = self.context.weight * (1.0 if self._share is None else self._share)
+        local = [None if p.grad is None or not share else p.grad * share for p in parameters]
+        for p, total in zip(parameters, sum_rows(self.context.world, local, self._scale()), strict=True):
+            p.grad = total
+
+    def synchronize(self, weight: float | None = None) -> None:
+        if not self._collects or self.gradients.accumulating:
+            return
+        if weight is not None and self._share is None:
+            self._set_share(weight)
+        elif self._weighted and self._share is None and not self.context.loop.skipped:
+            raise HpcsgdError(
+                "a step without a weight, after steps with one",
+                rank=self.context.world.global_rank,
+                do="call run.step(weight=...), or run.skip(), in each step",
+            )
+        if self.gradients.pending or (weight is not None and not self._reductions):
+            self._reduce(late=True)
+
+    def _set_share(self, weight: float) -> None:
+        """Set the factor of this rank's gradients; collective."""
+        context = self.context
+        self._weighted, self.gradients.overlap = True, False
+        # First, so that a rank without a weight is found before the others wait for its weight.
+        self._compare_numbers()
+        if self._reductions:
+            self._restore_gradients()
+        weights = context.world.gather(weight * context.weight, "the weights of a step")
+        total = math.fsum(weights)
+        self._share = weights[context.world.rank] / total if total else 0.0
+
+    def _restore_gradients(self) -> None:
+        """Undo the average without weights, which only the first step allows."""
+        if self._first_gradients is None or self._reductions > 1:
+            raise HpcsgdError(
+                "a weight for gradients that have been averaged without one",
+                rank=self.context.world.global_rank,
+                do="call run.step(weight=...) in every step from the first one, and all backward passes of a "
+                "step but the last inside `with run.accumulate():`",
+                everywhere=True,
+            )
+        self.gradients.restore(self._first_gradients)
+        self._reductions = 0
+
+    def complete_gradients(self) -> bool:
+        context = self.context
+        if not self._collects:
+            if context.unused == "error":
+                check_all_used(context.world, reversed(context.parameters))
+            return self._finite and not context.loop.skipped
+        if context.loop.skipped and not self._reductions:
+            self.gradients.zero()
+        self.synchronize(0.0 if context.loop.skipped and self._weighted else context.loop.weight)
+        # A rank that leaves a step out takes part in as many reductions as the others are likely to need.
+        while self._reductions < (self._reductions_before if context.loop.skipped else 1):
+            self._reduce(late=True)
+        used = self.gradients.used() & bool(context.weight)
+        flags = self._compare_numbers(np.append(used, context.loop.skipped))
+        self.gradients.settle(flags[:-1])
+        return self._finite and not flags[-1] and self._share != 0.0
+
+    def _compare_numbers(self, flags: np.ndarray | None = None) -> np.ndarray:
+        """Check that all ranks are in the same step, and combine the flags of this step's end."""
+        context = self.context
+        if flags is None:
+            flags = np.zeros(len(self.gradients.used()) + 1, np.bool_)
+        loop = context.loop
+        values = (context.step, loop.batches, self._reductions, loop.structure, self._weighted)
+        numbers = dict(zip(REMEDIES, values, strict=True))
+        return self._status.exchange(numbers, flags, f"the status of step {context.step}")
 
     def step(self, update: Callable[[], None]) -> None:
-        self.synchronize()
-        if self._finite:
+        # A closure computes its gradients within the update.
+        if self.context.loop.has_closure or self.complete_gradients():
             update()
+        self._end_step()
+
+    def _end_step(self) -> None:
         self._finite = True
-        self.gradients.reset()
+        self._reductions_before, self._reductions = max(1, self._reductions), 0
+        self._share, self._first_gradients, self._is_first_step = None, None, False
 
     def state_dict(self) -> dict[str, Any]:
         return {"reduction": self._reducer.state_dict()}

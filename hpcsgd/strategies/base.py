@@ -22,10 +22,16 @@ class Strategy:
     synchronous
         Whether every peer takes every step. If not, `peer_schedule` yields the local peer of the next step,
         loaders are started again at their end, and `step` itself advances `context.step`.
+    averages_gradients
+        Whether each step uses the mean gradient of all ranks.
+    accepts_weights
+        Whether the gradients or models of the ranks may have different weights in the mean.
     """
 
     context: StrategyContext
     synchronous = True
+    averages_gradients = False
+    accepts_weights = False
 
     def options(self) -> dict[str, object]:
         """Return the options by name; they must be equal on all ranks."""
@@ -59,6 +65,9 @@ class Strategy:
         The model then has memory of its own, and the same values on all ranks.
         """
 
+    def disconnect(self) -> None:
+        """Remove hooks after the run was dropped or left; local, also called by the garbage collector."""
+
     def select_peer(self, index: int) -> None:
         """Make the module's parameters those of local peer `index`."""
 
@@ -76,12 +85,33 @@ class Strategy:
     def bucket_ready(self, bucket: Bucket) -> None:
         """Handle a bucket whose gradients are complete; called in bucket order, from within backward."""
 
-    def synchronize(self) -> None:
-        """Complete the reduction of the gradients; idempotent until the next backward pass."""
+    def synchronize(self, weight: float | None = None) -> None:
+        """Complete the reduction of the gradients; idempotent until the next backward pass.
+
+        Parameters
+        ----------
+        weight
+            Weight of this rank's gradients in the mean, above or equal to 0. Default: equal weights.
+        """
+
+    def complete_gradients(self) -> bool:
+        """Complete the gradients before an update; return False where all ranks leave the step out."""
+        return not self.context.loop.skipped
 
     def step(self, update: Callable[[], None]) -> None:
         """Take one training step; `update` makes the optimizer change the model."""
         update()
+
+    def restart(self) -> bool:
+        """Start again with the parameters of `context`, of which more are trained; collective.
+
+        Returns False where the method cannot: then nothing has changed.
+        """
+        return False
+
+    def has_equal_models(self) -> bool:
+        """Return whether the models of all ranks must be equal at the end of the last step."""
+        return False
 
     def averaged(self) -> AbstractContextManager[None]:
         """Context manager in which the model is the consensus of all peers; collective."""

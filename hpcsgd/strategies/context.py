@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.errors import BadOption
@@ -16,6 +17,43 @@ from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 if TYPE_CHECKING:
     from hpcsgd.compress import Compressor
     from hpcsgd.tensors.gradients import Named
+
+
+@dataclass
+class LoopState:
+    """The user's loop, as far as it has come: shared by a context and those made of it by `on`.
+
+    Attributes
+    ----------
+    batches
+        Number of batches that this rank has taken since the start of the run.
+    batch_used
+        Whether a backward pass, a step or `skip` has followed the last batch.
+    steps
+        Steps taken in the current loop over batches.
+    weight
+        Weight of this rank's gradients in this step, as the user has given it; None: equal weights.
+    skipped
+        Whether this rank leaves the current step out.
+    has_closure
+        Whether the optimizer computes the gradients of this step by calls of a closure.
+    structure
+        Checksum of the names of the trained parameters.
+    equal_peers
+        Peers whose first batch in this loop was the same.
+    exhausted
+        Whether the current batch only repeats the last one of a loader that cannot be started again.
+    """
+
+    batches: int = 0
+    batch_used: bool = True
+    steps: int = 0
+    weight: float | None = None
+    skipped: bool = False
+    has_closure: bool = False
+    structure: int = 0
+    equal_peers: list[int] = field(default_factory=list)
+    exhausted: bool = False
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -30,6 +68,12 @@ class StrategyContext:
         (name, parameter) pairs of the model, without duplicates, in the model's order.
     bucket_mib, algorithm, unused, compress, seed, nonfinite, virtual_nodes, optimizer
         The options of `Run` with these names.
+    model
+        The module that is trained.
+    wait
+        When gradients are complete: at the end of each "backward" pass, or with `synchronize` or the "step".
+    sparse_rows
+        Names of the parameters whose gradients are sparse and summed by row.
     unscale
         Divides the gradients by the scale of a GradScaler; returns False if this step must be skipped.
     step
@@ -42,6 +86,8 @@ class StrategyContext:
         Whether this peer has taken the step for which it got its last batch.
     has_batch
         For each peer, whether it has a batch of its own in this step (else it repeats one with weight 0).
+    loop
+        The state of the user's loop.
     """
 
     world: World
@@ -54,8 +100,12 @@ class StrategyContext:
     nonfinite: str = "error"
     virtual_nodes: int | None = None
     optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module | None = None
+    wait: str = "backward"
+    sparse_rows: Collection[str] = ()
     unscale: Callable[[], bool] = lambda: True
     step: int = 0
+    loop: LoopState = field(default_factory=lambda: LoopState())
     peers: Peers = field(init=False)
     current_peer_index: int = field(default=0, init=False)
     step_taken: bool = field(default=False, init=False)
@@ -111,6 +161,16 @@ class StrategyContext:
                 f"{method} has no virtual nodes",
                 got=f"{self.peers.size} nodes on {self.world.size} ranks",
                 do="use a gossip strategy (dsgd, sgp, backup, teleport), or do not set virtual_nodes",
+                everywhere=True,
+            )
+
+    def require_torch_optimizer(self, method: str) -> None:
+        """Raise `BadOption` on all ranks where the optimizer is not one of torch, whose state is read."""
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise BadOption(
+                f"{method} cannot use the optimizer {type(self.optimizer).__name__}",
+                expected="one torch.optim.Optimizer",
+                do="pass such an optimizer, or use another strategy, such as allreduce, local or lasgd",
                 everywhere=True,
             )
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
+from hpcsgd.tensors.backward_pass import BackwardPass
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, Bucket, TensorGroup
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -17,7 +21,9 @@ class Gradients:
     """Collects gradients in a tensor group and reports each bucket when it is complete.
 
     Buckets are filled from the last parameter to the first, the order of backward, and are reported strictly
-    in that order, which is thus equal on all ranks, in whatever order autograd computes gradients.
+    in that order, which is thus equal on all ranks, in whatever order autograd computes gradients. They are
+    reported while backward runs, except for those of the first pass, and of parameters that get several
+    gradients in one pass (re-entrant checkpointing), which are reported at its end.
 
     Parameters
     ----------
@@ -27,10 +33,16 @@ class Gradients:
         (name, parameter) pairs, without duplicates; those that require no gradient are ignored.
     on_ready
         Called with each bucket when its gradients are complete, from within backward or `finish`.
+    on_end
+        Called at the end of a backward pass, before `backward()` returns; not while `accumulating`.
     bucket_mib
         Size of a bucket in MiB. Default 4.
     unused
         Treatment of a parameter without a gradient: "zeros" (default), or "error".
+    rows
+        Names of parameters with sparse gradients, which are not part of the group. Default: none.
+    model
+        The module whose outputs show the begin of a pass; default: none.
 
     Attributes
     ----------
@@ -38,6 +50,12 @@ class Gradients:
         The gradients.
     accumulating
         While True, gradients are added up, and buckets are not reported.
+    overlap
+        Whether buckets are reported while backward runs. Default True.
+    pending
+        Whether gradients have been computed that no `finish` has reported yet.
+    sparse
+        The parameters with sparse gradients.
     """
 
     def __init__(
@@ -45,108 +63,293 @@ class Gradients:
         world: World,
         parameters: Named,
         on_ready: Callable[[Bucket], None],
+        on_end: Callable[[], None] = lambda: None,
         bucket_mib: float = DEFAULT_BUCKET_MIB,
         unused: str = "zeros",
+        *,
+        rows: Collection[str] = (),
+        model: nn.Module | None = None,
     ) -> None:
-        trainable = [(name, p) for name, p in reversed(parameters) if p.requires_grad]
-        self.group = TensorGroup(world, trainable, bucket_mib)
-        self.accumulating = False
-        self._parameters = trainable
-        self._on_ready = on_ready
-        self._unused = unused
-        self._bucket_of = {n: bucket for bucket in self.group for n in bucket.names}
-        self._finished = False
-        self._next = 0
-        self._complete: set[str] = set()
-        self._missing_counts: list[int] = []
-        self.reset()
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._make_hook(name))  # type: ignore[no-untyped-call]
-            for name, p in trainable
+        trained = [(name, p) for name, p in reversed(parameters) if p.requires_grad]
+        dense = [(name, p) for name, p in trained if name not in rows]
+        self.sparse = [(name, p) for name, p in trained if name in rows]
+        self.group = TensorGroup(world, [(name, _template(p)) for name, p in dense], bucket_mib)
+        self.accumulating, self.overlap, self.pending = False, True, False
+        self._on_ready, self._on_end, self._unused = on_ready, on_end, unused
+        self._names, self._parameters = [name for name, _ in dense], [p for _, p in dense]
+        self._views = [self.group.views[name] for name in self._names]
+        self._addresses = [view.data_ptr() for view in self._views]
+        self._aliases = [view.data for view in self._views]
+        buckets = {name: bucket.index for bucket in self.group for name in bucket.names}
+        self._bucket_of = [buckets[name] for name in self._names]
+        self._versions = [-1] * len(dense)
+        #: Gradients of `backward(create_graph=True)`, which further passes differentiate.
+        self._with_graph: dict[int, Tensor] = {}
+        #: Parameters with several gradients in one pass.
+        self._repeated: set[int] = set()
+        self._used = np.zeros(len(dense), np.bool_)
+        self._first, self._next = True, 0
+        self._begin()
+        self._running = False
+        self._pass = BackwardPass(self._end, self._check_ended)
+        hooks = [(p, self._make_hook(index)) for index, p in enumerate(self._parameters)]
+        hooks += [(p, self._on_rows) for _, p in self.sparse]
+        self._hooks: list[Any] = [
+            p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            for p, hook in hooks
         ]
+        if model is not None:
+            self._hooks.append(self._pass.watch(model))
 
-    def finish(self) -> None:
-        """Report the remaining buckets; a parameter without a gradient contributes zeros.
+    def _begin(self) -> None:
+        """Begin a pass."""
+        self._running = True
+        self._overlapped = self.overlap and not self._first
+        self._fired = [0] * len(self._parameters)
+        self._missing_counts = [len(bucket.names) for bucket in self.group]
 
-        From here on until `reset`, further gradients are an error, and this method does nothing.
+    def _make_hook(self, index: int) -> Callable[[Tensor], None]:
+        def on_gradient(parameter: Tensor) -> None:
+            nested = self._enter()
+            self._fired[index] += 1
+            repeated = nested or self._fired[index] > 1
+            if repeated:
+                self._check_not_reported(index)
+                self._repeated.add(index)
+            self._bind(index, parameter)
+            if self._overlapped and not self.accumulating and index not in self._repeated:
+                self._mark_complete(index)
+
+        return on_gradient
+
+    def _on_rows(self, parameter: Tensor) -> None:
+        self._enter()
+
+    def _enter(self) -> bool:
+        """Begin a pass with its first gradient; return whether it is inside another pass."""
+        nested = self._pass.enter()
+        if not self._running:
+            self._check_ended()
+            self._begin()
+        self.pending = True
+        return nested
+
+    def _check_ended(self) -> None:
+        """Check, before a new pass, that the last one has left no bucket between report and `finish`."""
+        if self._next:
+            raise HpcsgdError(
+                "a new backward pass, while gradients of the last one are being reduced",
+                rank=self.group.world.global_rank,
+                do="after an exception within backward() call run.skip(), which leaves the step out on all "
+                "ranks; with wait='step' call run.synchronize() or run.step() after each backward()",
+            )
+        self._running = False
+
+    def _end(self) -> None:
+        self._running = False
+        if not self.accumulating:
+            self._on_end()
+
+    def _check_not_reported(self, index: int) -> None:
+        if self._bucket_of[index] < self._next:
+            raise HpcsgdError(
+                f"{self._names[index]} got one more gradient in a backward pass after its bucket was reduced",
+                rank=self.group.world.global_rank,
+                do="use torch.utils.checkpoint with use_reentrant=False",
+            )
+
+    def _bind(self, index: int, parameter: Tensor) -> None:
+        """Move the parameter's gradient into the group, if it is not there."""
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        alias, address = self._aliases[index], self._addresses[index]
+        if gradient is not alias or gradient.data_ptr() != address:
+            self._copy(index, gradient)
+            if gradient.requires_grad:
+                self._with_graph[index] = gradient
+                return
+            parameter.grad = alias = self._alias(index)
+        self._versions[index] = alias._version
+
+    def _copy(self, index: int, gradient: Tensor) -> None:
+        view = self._views[index]
+        dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+        if dense.dtype != view.dtype:
+            raise HpcsgdError(
+                f"the gradient of {self._names[index]} has another dtype than at the start",
+                rank=self.group.world.global_rank,
+                expected=view.dtype,
+                got=dense.dtype,
+                do="convert the model before hpcsgd.Run is created",
+            )
+        with torch.no_grad():
+            self._alias(index).copy_(dense)
+
+    def _alias(self, index: int) -> Tensor:
+        """A tensor over the memory of a view, with a version of its own.
+
+        The view itself is never handed out, for its `data` may be replaced.
+        """
+        if self._aliases[index].data_ptr() != self._addresses[index]:
+            self._aliases[index] = self._views[index].data
+        return self._aliases[index]
+
+    def _mark_complete(self, index: int) -> None:
+        self._missing_counts[self._bucket_of[index]] -= 1
+        while self._next < len(self._missing_counts) and self._missing_counts[self._next] == 0:
+            self._on_ready(self.group.buckets[self._next])
+            self._next += 1
+
+    def finish(self, *, late: bool = False) -> None:
+        """Move all gradients into the group and report the remaining buckets; one without counts as zeros.
+
+        Parameters
+        ----------
+        late
+            Whether the user's code has run since the end of backward: gradients that it has zeroed or removed
+            are discarded. Default False.
 
         Raises
         ------
         HpcsgdError
-            A parameter has no gradient, and `unused` is "error".
+            A parameter has no gradient, and `unused` is "error"; a gradient was changed between backward and
+            a `late` call; or it was removed within backward.
         """
-        if self._finished:
-            return
-        self._finished = True
-        missing = [name for name, p in self._parameters if p.grad is None]
-        if missing and self._unused == "error":
-            raise HpcsgdError(
-                f"parameters without a gradient: {', '.join(missing)}",
-                rank=self.group.world.global_rank,
-                got="unused='error'",
-                do="use them in the loss, freeze them, or let them contribute zeros (unused='zeros')",
-            )
-        for name, p in self._parameters:
-            # On a single rank, a parameter without a gradient keeps none, so the optimizer skips it.
-            if p.grad is not None or self.group.world.size > 1:
-                self._bind(name, p)
-        for bucket in self.group.buckets[self._next :]:
+        if self._unused == "error":
+            check_all_used(self.group.world, zip(self._names, self._parameters, strict=True))
+        self._running = self.pending = self._first = False
+        for index, parameter in enumerate(self._parameters):
+            gradient = parameter.grad
+            self._used[index] |= gradient is not None
+            if self._fired[index]:
+                self._check_unchanged(index, gradient, late)
+            if self._bucket_of[index] < self._next:
+                continue
+            if gradient is None:
+                self._views[index].zero_()
+            else:
+                self._bind(index, parameter)
+        reported, self._next = self._next, 0
+        self._fired = [0] * len(self._parameters)
+        for bucket in self.group.buckets[reported:]:
             self._on_ready(bucket)
 
-    def reset(self) -> None:
-        """Prepare for the gradients of the next step."""
-        self._finished = False
-        self._next = 0
-        self._complete.clear()
-        self._missing_counts = [len(bucket.names) for bucket in self.group]
+    def deliver(self) -> None:
+        """Make the group's values the gradients of all parameters, also of those that had none."""
+        for index, parameter in enumerate(self._parameters):
+            graph = self._with_graph.get(index)
+            if graph is None:
+                parameter.grad = alias = self._alias(index)
+                self._versions[index] = alias._version
+            elif parameter.grad is graph:
+                # The value is the group's, the derivative this rank's: a further pass averages it.
+                parameter.grad = graph + (self._views[index].to(graph.dtype, copy=True) - graph).detach()
+        self._with_graph.clear()
+
+    def copies(self) -> list[Tensor | None]:
+        """Return copies of all gradients, dense and sparse ones."""
+        parameters = [*self._parameters, *(p for _, p in self.sparse)]
+        return [None if p.grad is None else p.grad.detach().clone() for p in parameters]
+
+    def restore(self, copies: list[Tensor | None]) -> None:
+        """Replace all gradients by those of `copies`.
+
+        Raises
+        ------
+        HpcsgdError
+            A gradient was changed since `deliver`.
+        """
+        for index, parameter in enumerate(self._parameters):
+            self._check_unchanged(index, parameter.grad, late=True)
+        parameters = [*self._parameters, *(p for _, p in self.sparse)]
+        for parameter, gradient in zip(parameters, copies, strict=True):
+            parameter.grad = gradient
+
+    def used(self) -> np.ndarray:
+        """Return whether each parameter has had a gradient since the last `settle`."""
+        return self._used.copy()
+
+    def settle(self, used: np.ndarray) -> None:
+        """Remove the gradients of parameters that no rank has used: optimizers then leave these as they are.
+
+        Parameters
+        ----------
+        used
+            The result of `used`, combined over all ranks.
+        """
+        for index in np.flatnonzero(~used):
+            self._parameters[index].grad = None
+        self._used[:] = False
+
+    def zero(self) -> None:
+        """Discard all gradients of this rank: they count as zeros."""
+        for index, parameter in enumerate(self._parameters):
+            parameter.grad = None
+            if self._bucket_of[index] >= self._next:
+                self._views[index].zero_()
+        for _, parameter in self.sparse:
+            parameter.grad = None
+        self._fired = [0] * len(self._parameters)
+        self._with_graph.clear()
+
+    def collect(self) -> None:
+        """Move gradients that were replaced since `deliver` into the group."""
+        for index, parameter in enumerate(self._parameters):
+            if parameter.grad is None:
+                self._views[index].zero_()
+            else:
+                self._bind(index, parameter)
 
     def release(self) -> None:
         """Remove the hooks and copy every gradient to memory of its own."""
+        self.disconnect()
+        for index, parameter in enumerate(self._parameters):
+            if parameter.grad is not None and parameter.grad.data_ptr() == self._addresses[index]:
+                parameter.grad = parameter.grad.detach().clone()
+
+    def disconnect(self) -> None:
+        """Remove the hooks; gradients and buckets stay as they are."""
         for hook in self._hooks:
             hook.remove()
-        for _, p in self._parameters:
-            if p.grad is not None:
-                p.grad = p.grad.clone()
+        self._hooks = []
+        # They refer to the strategy, which refers to this object and its memory.
+        self._on_ready, self._on_end = lambda _: None, lambda: None
 
-    def _make_hook(self, name: str) -> Callable[[Tensor], None]:
-        def on_gradient(parameter: Tensor) -> None:
-            self._check_expected(name)
-            self._bind(name, parameter)
-            if not self.accumulating:
-                self._mark_complete(name)
-
-        return on_gradient
-
-    def _bind(self, name: str, parameter: Tensor) -> None:
-        """Replace the parameter's gradient by the view of the group, with the accumulated values."""
-        view, gradient = self.group.views[name], parameter.grad
-        if gradient is view:
+    def _check_unchanged(self, index: int, gradient: Tensor | None, late: bool) -> None:
+        """Check that a gradient is the one that backward has left."""
+        if gradient is None and not late:
+            raise HpcsgdError(
+                f"the gradient of {self._names[index]} was removed within backward",
+                rank=self.group.world.global_rank,
+                do="call run.step() after backward(), and no optimizer in a hook of backward",
+            )
+        if not late or gradient is None or index in self._with_graph:
             return
-        if gradient is None:
-            view.zero_()
-        elif gradient.is_sparse:
+        if gradient is self._aliases[index] and gradient._version == self._versions[index]:
+            return
+        if bool(gradient.any()):
             raise HpcsgdError(
-                f"the gradient of {name} is sparse",
+                f"the gradient of {self._names[index]} was changed before it was averaged",
                 rank=self.group.world.global_rank,
-                expected="a dense gradient",
-                do="build the embedding with sparse=False",
-            )
-        else:
-            view.copy_(gradient)
-        parameter.grad = view
-
-    def _check_expected(self, name: str) -> None:
-        if name in self._complete or self._finished:
-            raise HpcsgdError(
-                f"a second gradient for {name} before step()",
-                rank=self.group.world.global_rank,
-                do="call run.step() after each backward(); to add up several, run all but the last "
-                "inside `with run.accumulate():`",
+                do="call run.synchronize() (with weights: run.synchronize(weight=...)) after backward(), and "
+                "change the gradients then",
             )
 
-    def _mark_complete(self, name: str) -> None:
-        self._complete.add(name)
-        self._missing_counts[self._bucket_of[name].index] -= 1
-        while self._next < len(self._missing_counts) and self._missing_counts[self._next] == 0:
-            self._on_ready(self.group.buckets[self._next])
-            self._next += 1
+
+def check_all_used(world: World, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise `HpcsgdError` where a trained parameter has no gradient."""
+    missing = [name for name, p in parameters if p.requires_grad and p.grad is None]
+    if missing:
+        raise HpcsgdError(
+            f"parameters without a gradient: {', '.join(missing)}",
+            rank=world.global_rank,
+            got="unused='error'",
+            do="use them in the loss, freeze them, or let them contribute zeros (unused='zeros')",
+        )
+
+
+def _template(parameter: nn.Parameter) -> Tensor:
+    """A tensor of the shape, strides and dtype of a parameter's gradient."""
+    dtype = parameter.grad_dtype or parameter.dtype
+    return parameter if dtype == parameter.dtype else torch.empty_like(parameter, dtype=dtype, device="meta")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpcsgd import collectives
 from hpcsgd.compress import Compressor
@@ -17,8 +17,17 @@ from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
-from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, SUMMABLE, TensorGroup
+from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import batches, rng_state, step_trace
+from hpcsgd.training.asynchronous_batches import AsynchronousBatches
+from hpcsgd.training.buffers import synchronize_buffers
+from hpcsgd.training.lifetime import Lifetime
+from hpcsgd.training.model_copy import copy_from_rank_0
+from hpcsgd.training.optimizers import as_optimizer
+from hpcsgd.training.run_state import load_peer_state, peer_state
+from hpcsgd.training.sharding import Sharding
+from hpcsgd.training.stepping import Stepping
+from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
@@ -26,15 +35,17 @@ class Run:
     """Trains one model on all ranks.
 
     The model of rank 0 is copied to all ranks; the optimizer may already have state. Call `run.step()`
-    instead of `optimizer.step()` and iterate over `run.batches(loader)` instead of `loader`. With one
-    rank this is plain training, bit for bit.
+    instead of `optimizer.step()` and iterate over `run.batches(loader)` instead of `loader`. With a strategy
+    that averages gradients, those are the mean when `backward()` returns. With one rank this is plain
+    training, bit for bit.
 
     Parameters
     ----------
     model
         Any module; its parameters and buffers remain the same objects.
     optimizer
-        Any `torch.optim` optimizer of the model's parameters.
+        An optimizer of `torch.optim`, one of your own with its usual methods, or a list of such. Parameters
+        that the model does not have, for example of a loss, are trained as the model's.
     strategy
         The method of distributed SGD. Default `AllReduce()`.
     comm
@@ -48,7 +59,8 @@ class Run:
         Treatment of buffers such as BatchNorm's running statistics by `averaged()`: "broadcast" those of
         rank 0 (default), "average" the floating-point ones, or leave them "local".
     unused
-        Treatment of a parameter without gradient: it contributes "zeros" (default) or is an "error".
+        Treatment of a parameter without gradient: it contributes "zeros" (default) or is an "error". One that
+        no rank uses keeps no gradient.
     uneven
         Treatment of loaders of different lengths: ranks with fewer batches "join" the remaining steps of
         the others with weight 0 (default), or all "stop" at the end of the shortest.
@@ -60,8 +72,19 @@ class Run:
         With compression, NaN or infinity in a gradient is an "error" that names parameter, rank and step
         (default), or all ranks "skip" the step, as GradScaler needs.
     virtual_nodes
-        Total number of peers of a gossip strategy, a multiple of the number of ranks: each rank then trains
-        several models, one after the other, with the same result as one rank for each. Default: one a rank.
+        Total number of peers of a gossip strategy, a multiple of the number of ranks; the result is that of
+        one rank for each. Default: one a rank.
+    local
+        Patterns of names, such as "head.*", of parameters that each rank trains by itself. Default: none.
+    sparse
+        Treatment of the sparse gradients of `Embedding(sparse=True)` by strategies that average gradients:
+        the "rows" of all ranks are gathered (default), or gradients become "dense".
+    wait
+        When gradients are the mean: at the end of each "backward" pass (default), or only after `synchronize`
+        or in the "step".
+    check_every
+        Steps between two comparisons of the ranks: of the parameters, if these must be equal, and of learning
+        rates, steps and batches; 0: none. Default 50.
 
     Raises
     ------
@@ -90,61 +113,74 @@ class Run:
         seed: int = 0,
         nonfinite: str = "error",
         virtual_nodes: int | None = None,
+        local: Sequence[str] = (),
+        sparse: str = "rows",
+        wait: str = "backward",
+        check_every: int = 50,
     ) -> None:
+        _check("sparse", sparse, ("rows", "dense"))
+        _check("wait", wait, ("backward", "step"))
         _check("buffers", buffers, ("broadcast", "average", "local"))
         _check("unused", unused, ("zeros", "error"))
         _check("uneven", uneven, ("join", "stop"))
         _check("nonfinite", nonfinite, ("error", "skip"))
         _check("algorithm", algorithm, ("auto", *collectives.ALGORITHMS))
-        parameters = list(model.named_parameters())
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = as_optimizer(optimizer)
+        self._trained = TrainedParameters(model, self.optimizer, local)
+        parameters = self._trained.named
         self.strategy = strategy or AllReduce()
+        device = str(parameters[0][1].device if parameters else "cpu")
         self._owns_world = not isinstance(comm, World)
-        self.world: World = World(comm, device=str(_device_of(parameters))) if self._owns_world else comm
-        self._buffers, self._uneven = buffers, uneven
-        self._closed = False
+        self.world: World = World(comm, device=device) if self._owns_world else comm
+        self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
+        self._buffers, self._uneven, self._closed = buffers, uneven, False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.world.local.threads)
+        common: dict[str, Any] = {
+            "bucket_mib": bucket_mib,
+            "algorithm": algorithm,
+            "unused": unused,
+            "seed": seed,
+            "nonfinite": nonfinite,
+            "virtual_nodes": virtual_nodes,
+            "wait": wait,
+        }
         self.world.check_consistent(
             {
                 **package_versions(),
                 "strategy": type(self.strategy).__name__,
                 **{f"strategy option {k}": v for k, v in self.strategy.options().items()},
                 "optimizer": type(optimizer).__name__,
-                "bucket_mib": bucket_mib,
-                "algorithm": algorithm,
+                **common,
                 "buffers": buffers,
-                "unused": unused,
                 "uneven": uneven,
                 "compress": str(compress),
-                "seed": seed,
-                "nonfinite": nonfinite,
-                "virtual_nodes": virtual_nodes,
+                "local": list(local),
+                "sparse": sparse,
+                "check_every": check_every,
                 "list of parameters": [describe_tensor(n, p) for n, p in parameters],
                 "list of buffers": [describe_tensor(n, b) for n, b in model.named_buffers()],
             }
         )
-        self._copy_from_rank_0([*parameters, *model.named_buffers()])
+        copy_from_rank_0(self.world, [*parameters, *model.named_buffers()])
         self._context = StrategyContext(
             world=self.world,
             parameters=parameters,
-            bucket_mib=bucket_mib,
-            algorithm=algorithm,
-            unused=unused,
             compress=compress,
-            seed=seed,
-            nonfinite=nonfinite,
-            virtual_nodes=virtual_nodes,
-            optimizer=optimizer,
-            unscale=self._unscale,
+            optimizer=self.optimizer,
+            model=model,
+            sparse_rows=sparse_rows(model) if sparse == "rows" else (),
+            **common,
         )
-        self._set_steps(0)
+        self._context.loop.structure = self._trained.structure
+        self._stepping = Stepping(self.strategy, self._context, self._trained, check_every)
+        self._context.unscale = self._stepping.unscale
+        self._stepping.set_steps(0)
         self.strategy.attach(self._context)
-        self._virtual_nodes = VirtualNodes(model, optimizer, self.strategy, self._context)
-        self._asynchronous_batches = batches.AsynchronousBatches(
-            self._context, self.strategy, self._virtual_nodes
-        )
+        self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
+        self._asynchronous_batches = AsynchronousBatches(self._context, self.strategy, self._virtual_nodes)
+        self._sharding = Sharding(self._context, self.strategy)
 
     @property
     def steps(self) -> int:
@@ -153,7 +189,7 @@ class Run:
 
     @property
     def workers(self) -> int:
-        """Number of ranks that compute gradients (all but parameter servers): the number of data shards."""
+        """Number of data shards: of ranks that compute gradients (all but parameter servers)."""
         return self.strategy.workers(self.world.size)
 
     @property
@@ -168,7 +204,7 @@ class Run:
 
     @property
     def weight(self) -> int:
-        """Weight of the current batch: 1, or 0 if it only repeats the last one because others have more."""
+        """1 if the current batch is a new one, 0 if it repeats the last one because others have more."""
         return self._context.weight
 
     def each_peer(self) -> Iterator[int]:
@@ -179,10 +215,14 @@ class Run:
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups with synchronised gradients, for `GradScaler` and clipping."""
         self.synchronize()
-        return self.optimizer.param_groups
+        return self.optimizer.param_groups  # type: ignore[no-any-return]
 
     def batches(
-        self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None = None
+        self,
+        loader: Iterable[Any] | Sequence[Iterable[Any]],
+        steps: int | None = None,
+        *,
+        shard: bool | None = None,
     ) -> Iterator[Any]:
         """Yield the loader's batches, equally many on every rank: no rank waits for one that has finished.
 
@@ -194,89 +234,106 @@ class Run:
         loader
             The batches of this rank; with virtual nodes a list of loaders, one for each peer of this rank.
         steps
-            Number of steps of an asynchronous strategy. Default: the batches of the longest loader of all
-            ranks. Ignored by synchronous strategies.
+            Number of steps; at most, with a synchronous strategy. Default: the batches of the longest loader
+            of all ranks; of loaders without a length, until each has been at its end.
+        shard
+            True: each rank takes its part of the batches of a torch DataLoader; False: all of the loader.
+            Default: its part, if the loader has no sampler of the user's own and the ranks have the same data
+            set, as its length and three samples show.
 
         Raises
         ------
         HpcsgdError
-            A rank has no batch at all, or a loader yields another number of batches than its `len()`.
+            A rank has no batch at all, a loader yields another number of batches than its `len()`, or a batch
+            is followed by no step and no `skip`.
         """
-        loaders = self._loaders(loader)
+        loaders = batches.loaders_of_peers(loader, self._context)
+        if len(loaders) == 1:
+            loaders = [self._sharding.shard(loaders[0], shard)]
+        self._context.loop.steps = 0
         if self.strategy.synchronous:
-            found = batches.synchronous_batches(loaders, self._context, self._uneven)
+            found = batches.synchronous_batches(loaders, self._context, self._uneven, steps)
         else:
             found = self._asynchronous_batches.batches(loaders, steps)
         return step_trace.trace_steps(found, self.model, self.world.tracer) if self.world.tracer.on else found
 
-    def _loaders(self, loader: Any) -> list[Iterable[Any]]:
-        each = self._context.peers.per_rank
-        if each == 1:
-            return [loader]
-        if not isinstance(loader, list | tuple) or len(loader) != each:
-            raise BadOption(
-                "virtual nodes need a loader each",
-                expected=f"a list of {each} loaders, for peers {self.peers[0]} to {self.peers[-1]}",
-                got=f"{type(loader).__name__}" + (f" of {len(loader)}" if hasattr(loader, "__len__") else ""),
-                do="call run.batches([loader, ...]), one loader for each of run.peers",
-                everywhere=True,
-            )
-        return list(loader)
-
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""
+        self._context.loop.batch_used = True
         return self.strategy.accumulate()
 
-    def synchronize(self) -> None:
-        """Complete the reduction of the gradients; needed before they are clipped or read."""
-        self.strategy.synchronize()
+    def synchronize(self, weight: float | None = None) -> None:
+        """Complete the average of the gradients.
+
+        Needed before they are read or changed with `wait="step"`, and with weights, which are known only
+        after `backward()`.
+
+        Parameters
+        ----------
+        weight
+            As for `step`.
+        """
+        self._stepping.check_weight(weight)
+        self.strategy.synchronize(weight)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Call `zero_grad` of the optimizer."""
-        self.optimizer.zero_grad(set_to_none)
+        self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def step(self) -> None:
-        """Take one training step with the current peer."""
-        context, number = self._context, self._context.step
-        self.strategy.check_memory()
-        self.strategy.step(self._update)
-        if self.strategy.synchronous:
-            self._virtual_nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
-            if context.current_peer_index == 0:
-                self._set_steps(context.step + 1)
-        context.step_taken = True
-        context.begin_step()
-        self.world.activity.step = context.step
-        self.world.tracer.end_step(number)
+    def step(self, closure: Callable[[], Any] | None = None, *, weight: float | None = None) -> Any:
+        """Take one training step with the current peer.
 
-    def _set_steps(self, steps: int) -> None:
-        self._context.step = self.world.activity.step = steps
+        Parameters
+        ----------
+        closure
+            Computes the loss and its gradients and returns the loss, for optimizers such as L-BFGS. Where
+            gradients are averaged, so is the loss: all ranks make the same decisions.
+        weight
+            Weight of this rank in the mean, for example its number of samples or tokens, on all ranks or on
+            none. With `AllReduce` of the gradients of this step, which are then averaged in the step, and are
+            this rank's until then; with `LocalSGD` of the models. Default: equal weights.
 
-    def _update(self) -> None:
-        if self._unscale():
-            with self.world.tracer.span("update", "compute"):
-                self.optimizer.step()
+        Returns
+        -------
+        object
+            The result of the optimizer with a closure; else None.
 
-    def _unscale(self) -> bool:
-        # GradScaler sets these two attributes on its "optimizer" during the call of step().
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            return False
-        if scale is not None:
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.div_(scale)
-        return True
+        Raises
+        ------
+        HpcsgdError
+            Parameters are trained that were not when the run started, and the strategy cannot take them in;
+            the ranks are not in the same step; or gradients were changed before they were averaged.
+        """
+        # A GradScaler sets these attributes on its "optimizer" during the call of step().
+        self._stepping.scaling = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        return self._stepping.step(self._virtual_nodes, closure, weight)
+
+    def skip(self) -> None:
+        """Leave out one step, in place of `step`: for a batch whose loss is not finite, or without samples.
+
+        Where gradients are averaged, all ranks leave the step out; else only this rank's model stays as it
+        is. A schedule must advance all the same, so that learning rates stay equal.
+        """
+        self._stepping.skip(self._virtual_nodes)
+
+    def check(self) -> None:
+        """Compare the ranks now, as every `check_every` steps; collective.
+
+        Raises
+        ------
+        Disagreement
+            On all ranks, with the first parameter or number that differs.
+        """
+        self._stepping.check()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
-        self._synchronize_buffers()
+        synchronize_buffers(self.world, self.model, self._virtual_nodes, self._buffers)
         with self.strategy.averaged():
+            self._stepping.check(equal=True)
             yield
 
     def consensus_distance(self) -> float:
@@ -288,17 +345,15 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this rank: model, optimizer, strategy, number of steps."""
         self.strategy.check_memory()
-        state = {"steps": self.steps, **self._peer_state(), "strategy": self.strategy.state_dict()}
+        trained = self.model, self.optimizer, self._trained
+        state = {"steps": self.steps, **peer_state(*trained), "strategy": self.strategy.state_dict()}
         state["model_step"] = self.strategy.model_step()
         if len(self.peers) > 1:
             state["peers"] = [
-                {**copy.deepcopy(self._peer_state()), "generators": rng_state.state()}
+                {**copy.deepcopy(peer_state(*trained)), "generators": rng_state.state()}
                 for _ in self.each_peer()
             ]
         return state
-
-    def _peer_state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned on this rank; collective.
@@ -311,11 +366,8 @@ class Run:
         self.world.check_consistent({"number of steps in the state": state["steps"]})
         self.world.progress.drain()
         for saved, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            if "generators" in saved:
-                rng_state.restore(saved["generators"])
-        self._set_steps(int(state["steps"]))
+            load_peer_state(saved, self.model, self.optimizer, self._trained)
+        self._stepping.set_steps(int(state["steps"]))
         self.strategy.load_state_dict(state["strategy"])
 
     def close(self) -> None:
@@ -323,57 +375,29 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        if not self._lifetime.is_open:
+            return  # left by an exception
+        self._lifetime.close()
         self.world.progress.drain()
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
+        self._stepping.check()
         self.strategy.detach()
+        self._stepping.close()
         if self._owns_world:
             self.world.close()
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an exception the other ranks do not close: a collective call would wait for them.
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        # After an exception the others do not close: a collective call would wait for them.
         if kind is None:
             self.close()
-
-    def _copy_from_rank_0(self, tensors: list[tuple[str, Tensor]]) -> None:
-        if self.world.size == 1:
-            return
-        group = TensorGroup(self.world, [(n, t) for n, t in tensors if t.numel()])
-        with torch.no_grad():
-            for name, tensor in tensors:
-                if tensor.numel():
-                    group.views[name].copy_(tensor)
-            collectives.broadcast(group)
-            for name, tensor in tensors:
-                if tensor.numel():
-                    tensor.copy_(group.views[name])
-
-    @torch.no_grad()
-    def _synchronize_buffers(self) -> None:
-        tensors = list(self.model.named_buffers())
-        if self._buffers == "local" or not tensors:
-            return
-        if self._buffers == "average":
-            self._virtual_nodes.average_buffers()
-            floating = [(n, b) for n, b in tensors if b.dtype in SUMMABLE]
-            group = TensorGroup(self.world, floating)
-            for name, buffer in floating:
-                group.views[name].copy_(buffer)
-            collectives.allreduce(group)
-            for name, buffer in floating:
-                buffer.copy_(group.views[name])
-            tensors = [(n, b) for n, b in tensors if b.dtype not in SUMMABLE]
-        self._copy_from_rank_0(tensors)
-        self._virtual_nodes.broadcast_buffers()
+        else:
+            self._lifetime.leave_after(error)
 
 
 def _check(option: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise BadOption(f"unknown {option} {value!r}", do="use one of: " + ", ".join(valid))
-
-
-def _device_of(parameters: list[tuple[str, nn.Parameter]]) -> torch.device:
-    return parameters[0][1].device if parameters else torch.device("cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcsgd.diagnostics.trace import NullTracer
+from hpcsgd.tensors.backward_pass import tensors_in
 
 
 def trace_steps(batches: Iterator[Any], model: nn.Module, trace: NullTracer) -> Iterator[Any]:
@@ -39,7 +40,7 @@ def _traced_passes(model: nn.Module, trace: NullTracer) -> Iterator[None]:
 
     def after(_: nn.Module, inputs: object, output: object) -> None:
         trace.record("forward", "compute", began[0], time.perf_counter())
-        tensor = _first_with_gradient(output)
+        tensor = next((each for each in tensors_in(output) if each.requires_grad), None)
         if tensor is not None:
             tensor.register_hook(backward)  # type: ignore[no-untyped-call]
 
@@ -54,12 +55,3 @@ def _traced_passes(model: nn.Module, trace: NullTracer) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _first_with_gradient(output: object) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output if output.requires_grad else None
-    inside = list(output.values()) if isinstance(output, Mapping) else output
-    if not isinstance(inside, list | tuple):
-        return None
-    return next((found for each in inside if (found := _first_with_gradient(each)) is not None), None)

@@ -37,6 +37,7 @@ class VirtualNodes:
         self._buffers: list[list[Tensor]] = []
         if each == 1:
             return
+        context.require_torch_optimizer("a rank with several virtual nodes")
         self._buffers = [[b.clone() for b in model.buffers()] for _ in range(each)]
         self._states = [self._copied_state() for _ in range(each)]
         self._generators = [rng_state.state() for _ in range(each)]

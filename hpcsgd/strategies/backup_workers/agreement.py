@@ -145,7 +145,7 @@ class MessageAgreement:
 
     def join(self, end: int) -> tuple[int, list[int]] | None:
         net = self._net
-        reply = net.comm.Irecv(self._reply, 0, self._reply_tag)
+        reply = net.irecv(self._reply, 0, self._reply_tag)
         request = np.array([end], np.int32)
         net.wait(net.comm.Isend(request, 0, self._request_tag), CLOSE_OF_ITERATION, 0)
         net.wait(reply, CLOSE_OF_ITERATION, 0)
@@ -155,7 +155,7 @@ class MessageAgreement:
 
     def _post_receive(self, rank: int) -> tuple[Any, np.ndarray]:
         request = np.zeros(1, np.int32)
-        return self._net.comm.Irecv(request, rank, self._request_tag), request
+        return self._net.irecv(request, rank, self._request_tag), request
 
     def _poll(self) -> float:
         busy = False

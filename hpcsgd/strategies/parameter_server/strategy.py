@@ -118,6 +118,7 @@ class ParameterServer(Strategy):
         if self.synchronous:
             self._role: AllReduce | Worker | ServerRole = AllReduce()
             self._role.attach(context)
+            self.averages_gradients = self.accepts_weights = True
             return
         # These checks have the same result on all ranks.
         for same in grouped_by_memory(self._trainable()):
@@ -182,11 +183,24 @@ class ParameterServer(Strategy):
     def peer_schedule(self, end: int) -> Iterator[int]:
         return self._role.peer_schedule(end)
 
+    def disconnect(self) -> None:
+        if hasattr(self, "_role"):
+            self._role.disconnect()
+
     def accumulate(self) -> AbstractContextManager[None]:
         return self._role.accumulate()
 
-    def synchronize(self) -> None:
-        self._role.synchronize()
+    def synchronize(self, weight: float | None = None) -> None:
+        self._role.synchronize(weight)
+
+    def complete_gradients(self) -> bool:
+        return self._role.complete_gradients()
+
+    def restart(self) -> bool:
+        return self._role.restart()
+
+    def has_equal_models(self) -> bool:
+        return self._role.has_equal_models()
 
     def step(self, update: Callable[[], None]) -> None:
         self._role.step(update)

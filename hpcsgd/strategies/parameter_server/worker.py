@@ -64,7 +64,9 @@ class Worker(AllReduce):
     """
 
     synchronous = False
+    accepts_weights = False
     KEY = "model"
+    _needs_group = True
 
     def __init__(self, group: GroupConfig) -> None:
         self._group = group
@@ -145,6 +147,12 @@ class Worker(AllReduce):
 
     def _join_updates(self) -> None:
         """Join the updates again, after a pause in which other groups have made some."""
+
+    def restart(self) -> bool:
+        return False
+
+    def has_equal_models(self) -> bool:
+        return False
 
     def step(self, update: Callable[[], None]) -> None:
         self._local_step(update)
@@ -247,16 +255,17 @@ class GradientWorker(Worker):
         self._store.pull(self.KEY, self.parameters.group, join=True).wait()
 
     def _local_step(self, update: Callable[[], None]) -> None:
-        self.synchronize()
+        self._is_complete = self.complete_gradients()
         self._store.set_options(self._options())
 
     def _exchange(self, requested_steps: int) -> None:
-        is_valid = self._finite and self.context.unscale() and self._is_encodable()
+        is_valid = self._is_complete and self.context.unscale()
+        self.gradients.collect()
+        is_valid = is_valid and self._is_encodable()
         weight = float(self.context.world.size) if is_valid else 0.0
-        self._finite = True
         gradients, parameters = self.gradients.group, self.parameters.group
         self._store.pushpull(self.KEY, gradients, parameters, weight, requested_steps).wait()
-        self.gradients.reset()
+        self._end_step()
 
     def _is_encodable(self) -> bool:
         """Whether all gradients are finite, which compression requires."""

@@ -79,6 +79,8 @@ class Teleportation(ReplicaStrategy):
     def attach(self, context: StrategyContext) -> None:
         context.reject("TELEPORTATION", compression=True)
         peers = context.peers
+        if peers.size > 1:
+            context.require_torch_optimizer("TELEPORTATION")
         self.tokens = Tokens(peers, self.active, self.topology, context.seed)
         super().attach(context)
         assert context.optimizer is not None

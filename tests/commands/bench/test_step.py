@@ -38,8 +38,8 @@ def test_a_line_per_model_and_contender(tmp_path: Path, capfd: pytest.CaptureFix
 def test_diverging_training_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     right = AllReduce.synchronize
 
-    def wrong(self: AllReduce) -> None:
-        right(self)
+    def wrong(self: AllReduce, weight: float | None = None) -> None:
+        right(self, weight)
         for bucket in self.gradients.group:
             bucket.flat.mul_(3)
 

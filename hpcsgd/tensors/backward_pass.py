@@ -1,0 +1,91 @@
+"""The end of a backward pass, also of one with further passes inside it (re-entrant checkpointing)."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+
+
+class BackwardPass:
+    """Calls a function at the end of each outermost backward pass.
+
+    A pass is seen when it reaches a parameter, or the output of a watched module. Where neither lies in the
+    outermost pass itself (the whole model is one re-entrant checkpoint), its end is not seen.
+
+    Parameters
+    ----------
+    on_end
+        Called in the thread of autograd at the end of a pass, and before `backward()` returns.
+    on_restart
+        Called at the begin of a pass after one that was left by an exception.
+    """
+
+    def __init__(self, on_end: Callable[[], None], on_restart: Callable[[], None]) -> None:
+        self._on_end, self._on_restart = on_end, on_restart
+        self._outer = self._inner = -1
+
+    def enter(self) -> bool:
+        """Return whether the pass that runs this hook is inside another one."""
+        task = torch._C._current_graph_task_id()
+        if task == self._outer:
+            return False
+        if task == self._inner:
+            return True
+        if _is_nested():
+            self._inner = task
+            return True
+        if self._outer >= 0:
+            self._on_restart()
+        self._outer = task
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._end)
+        return False
+
+    def _end(self) -> None:
+        self._outer = -1
+        self._on_end()
+
+    def watch(self, module: nn.Module) -> Any:
+        """See each pass through the outputs of a module; return the handle of the hook."""
+
+        def on_gradient(_: Tensor) -> None:
+            self.enter()
+
+        def after_forward(_: nn.Module, inputs: object, output: object) -> None:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+        return module.register_forward_hook(after_forward)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_in(each)
+
+
+def _is_nested() -> bool:
+    """Return whether the running backward pass was started by a function of another one."""
+    depth, frame = 0, sys._getframe()
+    while (outside := frame.f_back) is not None:
+        depth += outside.f_code is _ENGINE
+        frame = outside
+    # Threads of autograd, one a GPU, have no frame of the call of backward.
+    in_worker = isinstance(threading.current_thread(), threading._DummyThread)
+    return depth >= (1 if in_worker else 2)

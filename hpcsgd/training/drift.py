@@ -1,0 +1,147 @@
+"""Comparison of the ranks during training: replicas that must be equal never drift apart in silence."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcsgd.collectives.step_status import StepStatus
+from hpcsgd.errors import Disagreement
+from hpcsgd.mpi.world import World
+from hpcsgd.training.trained_parameters import Named
+
+_CAUSES = (
+    "a weight that one rank changes by itself, an Embedding with max_norm, a gradient that is changed on one "
+    "rank or by a random number, a second optimizer, a schedule that follows the loss or the steps of one "
+    "rank (ReduceLROnPlateau: pass run.mean(loss))"
+)
+
+
+class DriftCheck:
+    """Compares parameters, and the numbers in the optimizer's groups, over all ranks.
+
+    Parameters
+    ----------
+    world
+        The ranks.
+    optimizer
+        The optimizer; its learning rates and other numbers are compared.
+    every
+        Steps between two comparisons; 0: none.
+
+    Attributes
+    ----------
+    equal_step
+        The last step at which the ranks were equal.
+    """
+
+    def __init__(self, world: World, optimizer: Any, every: int) -> None:
+        self._world, self._optimizer, self.every = world, optimizer, every
+        self._status = StepStatus(world)
+        self.equal_step = 0
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the ranks are to be compared after a step."""
+        return self._world.size > 1 and self.every > 0 and step % self.every == 0
+
+    def compare(
+        self, step: int, batches: int, parameters: Sequence[Named] | None, *, settings: bool = True
+    ) -> None:
+        """Compare the ranks; collective.
+
+        Parameters
+        ----------
+        step, batches
+            The number of steps and of batches taken.
+        parameters
+            Parameters that must be equal; None: those of the ranks differ.
+        settings
+            Whether learning rates, steps and batches must be equal. Default True.
+
+        Raises
+        ------
+        Disagreement
+            On all ranks, with the first parameter or number that differs, the ranks and the steps.
+        """
+        if self._world.size == 1:
+            return
+        numbers = {"parameters": 0, "settings": 0, "step": 0, "batches": 0}
+        if parameters is not None:
+            numbers["parameters"] = _combined(checksum(p) for _, p in parameters)
+        if settings:
+            values = self._settings()
+            numbers |= {"settings": zlib.crc32(repr(values).encode()), "step": step, "batches": batches}
+        if self._status.are_equal(numbers, f"the comparison of the ranks at step {step}"):
+            self.equal_step = step
+            return
+        raise self._difference(step, batches, parameters if numbers["parameters"] else None, settings)
+
+    def _settings(self) -> list[tuple[str, object]]:
+        return [
+            (f"{key} of parameter group {number}", _plain(value))
+            for number, group in enumerate(self._optimizer.param_groups)
+            for key, value in group.items()
+            if key != "params"
+        ]
+
+    def _difference(
+        self, step: int, batches: int, parameters: Sequence[Named] | None, settings: bool
+    ) -> Disagreement:
+        values: list[tuple[str, object]] = []
+        if settings:
+            values += [("number of steps", step), ("number of batches", batches), *self._settings()]
+        values += [(name, f"values of checksum {checksum(p):08x}") for name, p in parameters or ()]
+        rows = self._world.gather(values, "the comparison of the ranks")
+        ranks, index = _first_difference(rows)
+        (name, first), (_, other) = rows[0][index], rows[ranks[0]][index]
+        numbers = self._world.all.ranks
+        return Disagreement(
+            f"{name} differs from that of rank {numbers[0]} at step {step}; the ranks were equal at step "
+            f"{self.equal_step}",
+            rank=[numbers[rank] for rank in ranks],
+            expected=f"{first} (rank {numbers[0]})",
+            got=f"{other} (rank {numbers[ranks[0]]})",
+            do=f"find what one rank does by itself. Usual causes: {_CAUSES}. For an earlier error lower "
+            "check_every",
+            everywhere=True,
+        )
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return a checksum of a tensor's bits; on a GPU one that needs no copy to the host."""
+    tensor = tensor.detach()
+    if not tensor.numel():
+        return 0
+    if tensor.device.type != "cpu":
+        bits = tensor.contiguous().view(torch.uint8).to(torch.int64)
+        return int((bits * torch.arange(1, bits.numel() + 1, device=bits.device).view_as(bits)).sum()) % 2**32
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _combined(checksums: Iterable[int]) -> int:
+    return zlib.crc32(np.fromiter(checksums, np.uint32).tobytes()) or 1
+
+
+def _first_difference(rows: list[list[tuple[str, object]]]) -> tuple[list[int], int]:
+    """Return the ranks that differ from the first one in the first unequal entry, and its index."""
+    for index in range(max(map(len, rows))):
+        entries = [row[index] if index < len(row) else None for row in rows]
+        ranks = [rank for rank, entry in enumerate(entries) if entry != entries[0]]
+        if ranks:
+            return ranks, index
+    raise AssertionError("equal rows")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() < 100 else tuple(value.shape)
+    if isinstance(value, int | float | str | bool | None):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return type(value).__name__

@@ -1,0 +1,100 @@
+"""Lifetimes of runs: which one trains a parameter, and the end of one that is left or dropped, not closed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hpcsgd.errors import BadOption
+from hpcsgd.mpi.world import World
+from hpcsgd.strategies import Strategy
+from hpcsgd.tensors.gradients import Named
+
+if TYPE_CHECKING:
+    from hpcsgd.training.run import Run
+
+#: The lifetime of the run that trains a parameter, or did until it was dropped.
+_trained_by: Any = WeakTensorKeyDictionary()
+
+
+class Lifetime:
+    """Claims the parameters of a run, and leaves its world when the run is dropped.
+
+    Nothing that lives as long as the model, the optimizer or the communication thread may refer to the run.
+
+    Parameters
+    ----------
+    run
+        The run, of which only a weak reference is kept.
+    strategy
+        Its strategy, not yet attached.
+    world
+        Its ranks.
+    owns_world
+        Whether the world is the run's own.
+    parameters
+        (name, parameter) pairs; those that require no gradient are not claimed.
+
+    Raises
+    ------
+    BadOption
+        On all ranks, if another run that is open trains one of the parameters; not for a single rank.
+    """
+
+    def __init__(
+        self, run: Run, strategy: Strategy, world: World, owns_world: bool, parameters: Named
+    ) -> None:
+        self._strategy = weakref.ref(strategy)
+        self._world = world if owns_world else None
+        self._open = True
+        trainable = [(name, p) for name, p in parameters if p.requires_grad]
+        if world.size > 1:
+            self._check_unclaimed(trainable)
+        for _, parameter in trainable:
+            _trained_by[parameter] = self
+        weakref.finalize(run, self._drop).atexit = False
+
+    def _check_unclaimed(self, trainable: Named) -> None:
+        def claimed() -> str | None:
+            others = ((name, _trained_by.get(parameter)) for name, parameter in trainable)
+            return next((name for name, other in others if other is not None and other._open), None)
+
+        if claimed() is not None:
+            gc.collect()  # a dropped run may be part of a reference cycle
+            if (name := claimed()) is not None:
+                raise BadOption(
+                    f"another Run trains the parameter {name!r}",
+                    do="call close() of the other Run first; models that are trained together, as in a GAN, "
+                    "need a Run each, or one Run of a module that holds all of them",
+                    everywhere=True,
+                )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run is neither closed, nor left, nor dropped."""
+        return self._open
+
+    def close(self) -> None:
+        """Record that the run is being closed."""
+        self._open, self._world = False, None
+
+    def leave_after(self, error: BaseException | None) -> None:
+        """Leave the run after an exception: remove its hooks, and notify ranks that wait for this one."""
+        if self._open and error is not None and self._world is not None:
+            self._world.leave_after(error)
+        self._disconnect()
+
+    def _drop(self) -> None:
+        # Called by the garbage collector, anywhere and in any thread: it takes no lock and calls no MPI.
+        if self._open and self._world is not None:
+            self._world.leave("was dropped without close()")
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        strategy = self._strategy()
+        if self._open and strategy is not None:
+            strategy.disconnect()
+        self.close()

@@ -1,0 +1,138 @@
+"""The optimizers of a run: one of torch.optim, one of the user's own, or a list of several."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hpcsgd.errors import BadOption, HpcsgdError
+
+_METHODS = ("step", "zero_grad", "state_dict", "load_state_dict")
+
+
+class OptimizerList:
+    """Several optimizers that step together, with the methods of one.
+
+    Parameters
+    ----------
+    optimizers
+        Each for parameters of its own.
+    """
+
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        self.optimizers = list(optimizers)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Call `step` of each; a closure, which they would call in turn, is refused."""
+        if closure is not None:
+            raise BadOption("a closure for several optimizers", do="call run.step() without a closure")
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Call `zero_grad` of each."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def as_optimizer(optimizer: Any) -> Any:
+    """Return an optimizer as it is, and a list or tuple of them as one.
+
+    Raises
+    ------
+    BadOption
+        It has no `param_groups`, or lacks a method.
+    """
+    if isinstance(optimizer, list | tuple):
+        for each in optimizer:
+            as_optimizer(each)
+        return OptimizerList(optimizer)
+    missing = [name for name in _METHODS if not callable(getattr(optimizer, name, None))]
+    missing += [] if hasattr(optimizer, "param_groups") else ["param_groups"]
+    if missing:
+        raise BadOption(
+            f"the optimizer, a {type(optimizer).__name__}, lacks {', '.join(missing)}",
+            expected=f"param_groups and the methods {', '.join(_METHODS)}",
+            do="pass an optimizer of torch.optim, one with these methods, or a list of such",
+        )
+    return optimizer
+
+
+class StepWatch:
+    """Refuses calls of `optimizer.step()` outside of `run.step()`.
+
+    Parameters
+    ----------
+    optimizer
+        The optimizer of a run; without `register_step_pre_hook` its calls are not seen.
+    rank
+        This rank, for errors.
+
+    Attributes
+    ----------
+    allowed
+        Whether `run.step()` is in progress.
+    """
+
+    def __init__(self, optimizer: Any, rank: int) -> None:
+        self.allowed = False
+        this = weakref.ref(self)
+        optimizers = optimizer.optimizers if isinstance(optimizer, OptimizerList) else [optimizer]
+
+        def check(stepped: Any, args: Any, kwargs: Any) -> None:
+            watch = this()
+            # A copy of the optimizer has a copy of the hook.
+            if watch is None or watch.allowed or all(each() is not stepped for each in references):
+                return
+            raise HpcsgdError(
+                "optimizer.step() was called instead of run.step()",
+                rank=rank,
+                do="call run.step(), with a closure run.step(closure), with a GradScaler scaler.step(run); "
+                "not within a hook of backward",
+            )
+
+        hooked = [each for each in optimizers if hasattr(each, "register_step_pre_hook")]
+        references = [weakref.ref(each) for each in hooked]
+        self._hooks = [each.register_step_pre_hook(check) for each in hooked]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def unscale(optimizer: Any, found_inf: Tensor | None, scale: Tensor | None) -> bool:
+    """Divide an optimizer's gradients by the scale of a GradScaler; False: it requires a skip of the step.
+
+    Parameters
+    ----------
+    optimizer
+        The optimizer.
+    found_inf, scale
+        The attributes that a GradScaler has set; None without one.
+    """
+    if found_inf is not None and bool(found_inf):
+        return False
+    if scale is not None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
+    return True

@@ -1,0 +1,169 @@
+"""One training step, as `run.step` and `run.skip` take it, and the comparisons of the ranks in it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from hpcsgd.errors import BadOption, format_ranks
+from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.training.closures import averaged_closure
+from hpcsgd.training.drift import DriftCheck
+from hpcsgd.training.optimizers import StepWatch, unscale
+from hpcsgd.training.trained_parameters import TrainedParameters, untrained_error
+from hpcsgd.training.virtual_nodes import VirtualNodes
+
+
+class Stepping:
+    """Takes the steps of a run.
+
+    Parameters
+    ----------
+    strategy, context, trained
+        Those of the run.
+    check_every
+        See `DriftCheck`.
+
+    Attributes
+    ----------
+    scaling
+        `found_inf` and `grad_scale` of a GradScaler, during its call of `run.step`.
+    """
+
+    def __init__(
+        self, strategy: Strategy, context: StrategyContext, trained: TrainedParameters, check_every: int
+    ) -> None:
+        assert context.optimizer is not None
+        self._strategy, self._context, self._trained = strategy, context, trained
+        self._optimizer, self._world = context.optimizer, context.world
+        self._drift = DriftCheck(self._world, self._optimizer, check_every)
+        self._watch = StepWatch(self._optimizer, self._world.global_rank)
+        self._watch.allowed = self._world.size == 1
+        self._has_warned = False
+        self.scaling: tuple[Tensor | None, Tensor | None] = None, None
+
+    def unscale(self) -> bool:
+        """Divide the gradients by the scale of a GradScaler; False: this step must be skipped."""
+        return unscale(self._optimizer, *self.scaling)
+
+    def step(self, nodes: VirtualNodes, closure: Callable[[], Any] | None, weight: float | None) -> Any:
+        """Take one step; see `Run.step`."""
+        self.check_weight(weight)
+        evaluations = [averaged_closure(closure, self._strategy, self._context)] if closure else []
+        results: list[Any] = []
+
+        def update() -> None:
+            if self.unscale():
+                with self._world.tracer.span("update", "compute"):
+                    results.append(self._optimizer.step(*evaluations))
+
+        loop = self._context.loop
+        loop.weight, loop.has_closure = weight, closure is not None
+        self._take(update, nodes)
+        return results[0] if closure and results else None
+
+    def skip(self, nodes: VirtualNodes) -> None:
+        """Leave one step out; see `Run.skip`."""
+        self._context.loop.skipped = True
+        self._take(lambda: None, nodes)
+
+    def _take(self, update: Callable[[], None], nodes: VirtualNodes) -> None:
+        context, loop, number = self._context, self._context.loop, self._context.step
+        self._strategy.check_memory()
+        self._take_in_new_parameters()
+        if loop.equal_peers:
+            self._warn_of_equal_data()
+        loop.skipped |= loop.exhausted
+        self._watch.allowed = True
+        try:
+            self._strategy.step((lambda: None) if loop.skipped else update)
+        finally:
+            loop.weight, loop.has_closure, loop.skipped, loop.exhausted = None, False, False, False
+            self._watch.allowed = self._world.size == 1
+        if self._strategy.synchronous:
+            nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
+            if context.current_peer_index == 0:
+                self.set_steps(context.step + 1)
+                if self._drift.is_due(context.step):
+                    self.check()
+        context.step_taken = loop.batch_used = True
+        loop.steps += 1
+        context.begin_step()
+        self._world.activity.step = context.step
+        self._world.tracer.end_step(number)
+
+    def set_steps(self, steps: int) -> None:
+        """Set the number of steps taken."""
+        self._context.step = self._world.activity.step = steps
+
+    def check(self, *, equal: bool | None = None) -> None:
+        """Compare the ranks; collective.
+
+        Parameters
+        ----------
+        equal
+            Whether the parameters must be equal. Default: if they must be with this strategy after this step.
+        """
+        equal = self._strategy.has_equal_models() if equal is None else equal
+        parameters = [(name, p) for name, p in self._trained.named if p.requires_grad]
+        self._drift.compare(
+            self._context.step,
+            self._context.loop.batches,
+            parameters if equal else None,
+            settings=self._strategy.synchronous,
+        )
+
+    def check_weight(self, weight: float | None) -> None:
+        """Check the weight of a step.
+
+        Raises
+        ------
+        BadOption
+            It is below 0 or not finite, or the strategy has no weights.
+        """
+        if weight is None:
+            return
+        if not 0 <= weight < float("inf"):
+            raise BadOption(
+                "the weight of a step is out of range",
+                rank=self._world.global_rank,
+                expected="at least 0",
+                got=weight,
+            )
+        if not self._strategy.accepts_weights and self._world.size > 1:
+            raise BadOption(
+                f"{type(self._strategy).__name__} gives all ranks the same weight",
+                got=f"weight={weight}",
+                do="use AllReduce() or LocalSGD(), or leave weight out",
+                everywhere=True,
+            )
+
+    def _take_in_new_parameters(self) -> None:
+        """Train parameters that were unfrozen or added to the optimizer since the last step as the others."""
+        names = self._trained.new()
+        if not names or self._world.size == 1:
+            return
+        self._context.parameters = self._trained.named
+        self._context.loop.structure = self._trained.structure
+        if not self._strategy.restart():
+            raise untrained_error(names, self._world.global_rank)
+
+    def _warn_of_equal_data(self) -> None:
+        peers, self._context.loop.equal_peers = self._context.loop.equal_peers, []
+        if self._world.rank > 0 or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{format_ranks(peers)} have the same first batch: they train on the same data. Pass a torch "
+            "DataLoader without a sampler of your own to run.batches(), which shards it, or write "
+            "DataLoader(dataset, sampler=DistributedSampler(dataset, run.workers, run.worker), ...)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def close(self) -> None:
+        """Remove the hooks of the optimizer."""
+        self._watch.close()

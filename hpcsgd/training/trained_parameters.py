@@ -1,0 +1,122 @@
+"""The parameters that a run trains: those of the model, and those that only its optimizer holds."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from hpcsgd.errors import BadOption, HpcsgdError
+
+Named = tuple[str, nn.Parameter]
+
+
+def plain_module(model: nn.Module) -> nn.Module:
+    """Return the module inside of a compiled one."""
+    inside = getattr(model, "_orig_mod", model)
+    assert isinstance(inside, nn.Module)
+    return inside
+
+
+class TrainedParameters:
+    """Names the parameters of a run, and finds those that are trained later only.
+
+    Parameters
+    ----------
+    model
+        The module.
+    optimizer
+        Its optimizer; parameters that the module does not have are named by their place in it.
+    local
+        Patterns, as of `fnmatch`, of the names of parameters that every rank trains by itself.
+
+    Attributes
+    ----------
+    named
+        (name, parameter) pairs, trained or frozen, without the local ones and without duplicates.
+    outside
+        Those of `named` that are not the module's.
+
+    Raises
+    ------
+    BadOption
+        A pattern matches no parameter.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, local: Sequence[str] = ()) -> None:
+        self._optimizer = optimizer
+        of_model = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+        for pattern in local:
+            if not any(fnmatchcase(name, pattern) for name, _ in of_model):
+                raise BadOption(
+                    f"local={pattern!r} matches no parameter of the model",
+                    expected="names such as " + ", ".join(name for name, _ in of_model[:3]),
+                )
+        self._local = {p for name, p in of_model if any(fnmatchcase(name, each) for each in local)}
+        known = {p for _, p in of_model}
+        self.outside = [(name, p) for name, p in self._of_optimizer() if p not in known]
+        self.named = [(name, p) for name, p in of_model if p not in self._local] + self.outside
+        self._known = known | {p for _, p in self.outside}
+        self._trained = [p.requires_grad for _, p in self.named]
+        self._groups = self._ids()
+        self.structure = self._checksum()
+
+    def _of_optimizer(self) -> list[Named]:
+        return [
+            (f"optimizer.param_groups.{number}.{index}", p)
+            for number, group in enumerate(self._optimizer.param_groups)
+            for index, p in enumerate(group["params"])
+            if isinstance(p, nn.Parameter)
+        ]
+
+    def _ids(self) -> list[int]:
+        return [id(p) for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _checksum(self) -> int:
+        return zlib.crc32("\n".join(name for name, p in self.named if p.requires_grad).encode())
+
+    def new(self) -> list[str]:
+        """Return the names of parameters that are trained now and were not at the last call.
+
+        They are part of `named` from now on.
+        """
+        names: list[str] = []
+        if self._groups != (groups := self._ids()):
+            self._groups = groups
+            added = [(name, p) for name, p in self._of_optimizer() if p not in self._known]
+            self.named, self.outside = [*self.named, *added], [*self.outside, *added]
+            self._known |= {p for _, p in added}
+            self._trained += [False] * len(added)
+        trained = [p.requires_grad for _, p in self.named]
+        if trained != self._trained:
+            rows = zip(self.named, trained, self._trained, strict=True)
+            names = [name for (name, _), now, before in rows if now and not before]
+            # A parameter that is frozen later stays where it is: it has no gradient any more.
+            self._trained = [now or before for now, before in zip(trained, self._trained, strict=True)]
+            if names:
+                self.structure = self._checksum()
+        return names
+
+
+def untrained_error(names: list[str], rank: int) -> HpcsgdError:
+    """Return the error for parameters that a run does not train, as they were added too late."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return HpcsgdError(
+        f"{names[0]} is trained now, and was not when the run started",
+        rank=rank,
+        got=", ".join(names[:5]) + more,
+        do="unfreeze parameters and add them to the optimizer before hpcsgd.Run is created, or close the run "
+        "then and create another one; strategy AllReduce takes them in",
+    )
+
+
+def sparse_rows(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of embeddings whose gradients are sparse."""
+    return {
+        f"{prefix}.weight".lstrip(".").replace("_orig_mod.", "")
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    }
