@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcsgd import collectives
 from hpcsgd.compress import Compressor
-from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
@@ -21,6 +19,7 @@ from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import batches, rng_state, step_trace
 from hpcsgd.training.asynchronous_batches import AsynchronousBatches
 from hpcsgd.training.buffers import synchronize_buffers
+from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime
 from hpcsgd.training.model_copy import copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
@@ -119,13 +118,8 @@ class Run(Scalars):
         wait: str = "backward",
         check_every: int = 50,
     ) -> None:
-        _check("sparse", sparse, ("rows", "dense"))
-        _check("wait", wait, ("backward", "step"))
-        _check("buffers", buffers, ("broadcast", "average", "local"))
-        _check("unused", unused, ("zeros", "error"))
-        _check("uneven", uneven, ("join", "stop"))
-        _check("nonfinite", nonfinite, ("error", "skip"))
-        _check("algorithm", algorithm, ("auto", *collectives.ALGORITHMS))
+        check_choices(algorithm=algorithm, buffers=buffers, nonfinite=nonfinite, sparse=sparse)
+        check_choices(uneven=uneven, unused=unused, wait=wait)
         self.model = model
         self.optimizer = as_optimizer(optimizer)
         self._trained = TrainedParameters(model, self.optimizer, local)
@@ -196,7 +190,7 @@ class Run(Scalars):
 
     @property
     def worker(self) -> int:
-        """Index of this rank among the workers, its data shard; the loader of a server is never used."""
+        """Index of this rank's data shard; the loader of a server is never used."""
         return self.world.rank % self.workers
 
     @property
@@ -335,6 +329,7 @@ class Run(Scalars):
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
         self.world.meet("run.averaged()")
+        self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         synchronize_buffers(self.world, self.model, self._virtual_nodes, self._buffers)
         with self.strategy.averaged():
@@ -344,11 +339,13 @@ class Run(Scalars):
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
         self.world.meet("run.consensus_distance()")
+        self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         return self.strategy.consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this rank: model, optimizer, strategy, number of steps."""
+        self.strategy.check_memory()
         trained = self.model, self.optimizer, self._trained
         state = {"steps": self.steps, **peer_state(*trained), "strategy": self.strategy.state_dict()}
         state["model_step"] = self.strategy.model_step()
@@ -377,14 +374,13 @@ class Run(Scalars):
 
     def close(self) -> None:
         """Finish all communication and give the model memory of its own; collective, idempotent."""
-        if self._closed:
-            return
+        if self._closed or not self._lifetime.is_open:
+            return  # not open: left by an exception
         self._closed = True
-        if not self._lifetime.is_open:
-            return  # left by an exception
         self.world.meet("run.close()")
         self._lifetime.close()
         self.world.progress.drain()
+        self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         self._stepping.check()
         self.strategy.detach()
@@ -402,8 +398,3 @@ class Run(Scalars):
         else:
             self._lifetime.leave_after(error)
             self._stepping.close()
-
-
-def _check(option: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise BadOption(f"unknown {option} {value!r}", do="use one of: " + ", ".join(valid))

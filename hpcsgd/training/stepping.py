@@ -73,6 +73,7 @@ class Stepping:
     def _take(self, update: Callable[[], None], nodes: VirtualNodes) -> None:
         context, loop, number = self._context, self._context.loop, self._context.step
         self._world.calls.begin_step()
+        self._strategy.check_memory()
         self._take_in_new_parameters()
         if loop.equal_peers:
             self._warn_of_equal_data()

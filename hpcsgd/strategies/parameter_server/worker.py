@@ -206,6 +206,10 @@ class Worker(AllReduce):
             self._store.load_state_dict(state)
             self.parameters.restore(saved)
 
+    def check_memory(self) -> None:
+        super().check_memory()
+        self.parameters.adopt()
+
     def detach(self) -> None:
         self._store.close()
         del self._store, self._quota
@@ -279,8 +283,7 @@ class ElasticWorker(Worker):
 
     def attach(self, context: StrategyContext) -> None:
         super().attach(context)
-        trained = [(name, p) for name, p in reversed(context.parameters) if p.requires_grad]
-        self._difference = TensorGroup(context.world, trained, context.bucket_mib)
+        self._difference = TensorGroup(context.world, self.parameters.templates, context.bucket_mib)
 
     def detach(self) -> None:
         del self._difference
