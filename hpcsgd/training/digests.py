@@ -86,7 +86,7 @@ def _inside(value: Any) -> list[Any] | None:
 
 def _collect_tensor(value: Tensor, parts: list[bytes]) -> bool:
     if value.layout != torch.strided:
-        entries = value.to_sparse_coo().coalesce()
+        entries = value.to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
         parts.append(repr(tuple(value.shape)).encode())
         return _collect_tensor(entries.indices(), parts) | _collect_tensor(entries.values(), parts)
     # As bytes, for NumPy lacks some dtypes.

@@ -7,7 +7,7 @@ import zlib
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from hpcsgd.training import rng_state
 from hpcsgd.training.digests import sample_digest
@@ -32,10 +32,9 @@ def fingerprint(dataset: Any) -> int | None:
     """
     parts = [f"{type(dataset).__qualname__} {len(dataset)}"]
     inner = dataset
-    for _ in range(_DEPTH):
-        if (indices := getattr(inner, "indices", None)) is not None:
-            parts.append(_indices(indices))
-        inner = getattr(inner, "dataset", None)
+    while isinstance(inner, Subset):
+        parts.append(_indices(inner.indices))
+        inner = inner.dataset
     generators = rng_state.state()
     try:
         parts += [_sample(dataset, index) for index in _positions(len(dataset))]

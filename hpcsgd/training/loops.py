@@ -22,13 +22,18 @@ class Loops:
     ----------
     context, strategy, virtual_nodes, uneven
         Those of the run.
+
+    Attributes
+    ----------
+    sharding
+        Replaces plain loaders by sharded ones.
     """
 
     def __init__(
         self, context: StrategyContext, strategy: Strategy, virtual_nodes: VirtualNodes, uneven: str
     ) -> None:
         self._context, self._strategy, self._nodes, self._uneven = context, strategy, virtual_nodes, uneven
-        self._sharding = Sharding(context, strategy)
+        self.sharding = Sharding(context, strategy)
         self._epochs = Epochs(active=context.peers.size > 1)
         self._asynchronous = AsynchronousBatches(context, strategy, virtual_nodes, self._epochs)
         self._warned: IdentityMap[bool] = IdentityMap()
@@ -41,7 +46,7 @@ class Loops:
 
     def _iterate(self, loaders: list[Iterable[Any]], steps: int | None, shard: bool | None) -> Iterator[Any]:
         loop, given = self._context.loop, loaders[0]
-        loaders = [self._sharding.shard(loader, shard) for loader in loaders]
+        loaders = [self.sharding.shard(loader, shard) for loader in loaders]
         may_warn = shard is not False and not self._warned.get(given)
         with closing(self._batches(loaders, steps)) as found:
             try:

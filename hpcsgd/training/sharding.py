@@ -103,8 +103,8 @@ class Sharding:
             raise BadOption(
                 "run.batches(shard=True) for a loader that it cannot shard",
                 rank=[self._context.world.all.ranks[rank] for rank in other],
-                expected="a torch DataLoader of a data set with len(), in its order or shuffled, and no virtual "
-                "nodes",
+                expected="a torch DataLoader of a data set with len(), in its order or shuffled, and no "
+                "virtual nodes",
                 got=others[other[0]][0],
                 do="give each rank its own part, by run.worker and run.workers",
                 everywhere=True,
@@ -119,7 +119,7 @@ class Sharding:
             self._fingerprints.set(loader, found)
         return None if found[-1] is None else found
 
-    def _make(self, loader: DataLoader[Any], plain: _Plain) -> ShardedLoader:
+    def _make(self, loader: Any, plain: _Plain) -> ShardedLoader:
         arguments = {name: getattr(loader, name) for name in _ARGUMENTS if hasattr(loader, name)}
         order = _Order(plain.sampler, self._generator if self._synchronous else None, self._context.seed)
         if plain.batch_size is None:

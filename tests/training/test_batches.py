@@ -17,13 +17,17 @@ from hpcsgd.training.batches import synchronous_batches
 
 def context_among(others: list[tuple[int | None, bool]], rank: int = 0) -> Any:
     """Return a context whose world gathers (length, has filler) and batches of other ranks' loaders."""
-    gathered = [iter([[(*other, None)], *(step < (other[0] or 0) for step in range(9))]) for other in others]
+    gathered = [
+        iter([[(*other, None)], *([step < (other[0] or 0)] for step in range(9))]) for other in others
+    ]
 
     def gather(own: object, what: str = "") -> list[object]:
         values = [next(value) for value in gathered]
         return [*values[:rank], own, *values[rank:]]
 
-    world: Any = SimpleNamespace(rank=rank, size=len(others) + 1, gather=gather)
+    size = len(others) + 1
+    every = SimpleNamespace(ranks=range(size))
+    world: Any = SimpleNamespace(rank=rank, global_rank=rank, size=size, all=every, gather=gather)
     return StrategyContext(world=world, parameters=[])
 
 
