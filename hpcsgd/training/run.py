@@ -16,16 +16,15 @@ from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
-from hpcsgd.training import batches, rng_state, step_trace
-from hpcsgd.training.asynchronous_batches import AsynchronousBatches
+from hpcsgd.training import rng_state, step_trace
 from hpcsgd.training.buffers import synchronize_buffers
 from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime
+from hpcsgd.training.loops import Loops
 from hpcsgd.training.model_copy import copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state
 from hpcsgd.training.scalars import Scalars
-from hpcsgd.training.sharding import Sharding
 from hpcsgd.training.stepping import Stepping
 from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
 from hpcsgd.training.virtual_nodes import VirtualNodes
@@ -129,7 +128,7 @@ class Run(Scalars):
         self._owns_world = not isinstance(comm, World)
         self.world: World = World(comm, device=device) if self._owns_world else comm
         self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
-        self._buffers, self._uneven, self._closed = buffers, uneven, False
+        self._buffers, self._closed = buffers, False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.world.local.threads)
         common: dict[str, Any] = {
@@ -175,8 +174,7 @@ class Run(Scalars):
         self.strategy.attach(self._context)
         self.world.calls.synchronous &= self.strategy.synchronous
         self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
-        self._asynchronous_batches = AsynchronousBatches(self._context, self.strategy, self._virtual_nodes)
-        self._sharding = Sharding(self._context, self.strategy)
+        self._loops = Loops(self._context, self.strategy, self._virtual_nodes, uneven)
 
     @property
     def steps(self) -> int:
@@ -228,32 +226,24 @@ class Run(Scalars):
         Parameters
         ----------
         loader
-            The batches of this rank; with virtual nodes a list of loaders, one for each peer of this rank.
+            The batches of this rank, or a torch DataLoader that is to be sharded; with virtual nodes a list
+            of loaders, one for each peer of this rank.
         steps
             Number of steps; at most, with a synchronous strategy. Default: the batches of the longest loader
             of all ranks; of loaders without a length, until each has been at its end.
         shard
-            True: each rank takes its part of the batches of a torch DataLoader; False: all of the loader.
-            Default: its part, if the loader has no sampler of the user's own and the ranks have the same data
-            set, as its length and three samples show.
+            True: each rank takes its part of the batches of a DataLoader; False: all of the loader. Default:
+            its part, if the loader has no sampler of the user's own and the ranks have the same data set, as
+            its length and some samples show.
 
         Raises
         ------
         HpcsgdError
             A rank has no batch at all, a loader yields another number of batches than its `len()`, or a batch
-            is followed by no step and no `skip`.
+            is followed by no gradient, step or `skip`, in a loop with steps.
         """
-        loaders = batches.loaders_of_peers(loader, self._context)
-        if len(loaders) == 1:
-            loaders = [self._sharding.shard(loaders[0], shard)]
-        self._context.loop.steps = 0
-        if self.strategy.synchronous:
-            found = batches.synchronous_batches(loaders, self._context, self._uneven, steps)
-        else:
-            found = self._asynchronous_batches.batches(loaders, steps)
-        if self.world.tracer.on:
-            found = step_trace.trace_steps(found, self.model, self.world.tracer)
-        return batches.in_loop(found, self._context)
+        found = self._loops.batches(loader, steps, shard)
+        return step_trace.trace_steps(found, self.model, self.world.tracer) if self.world.tracer.on else found
 
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""

@@ -42,7 +42,6 @@ class Stepping:
         self._drift = DriftCheck(self._world, self._optimizer, check_every)
         self._watch = StepWatch(self._optimizer, self._world.global_rank)
         self._watch.allowed = self._world.size == 1
-        self._has_warned = False
         self.scaling: tuple[Tensor | None, Tensor | None] = None, None
 
     def unscale(self) -> bool:
@@ -77,12 +76,13 @@ class Stepping:
         self._take_in_new_parameters()
         if loop.equal_peers:
             self._warn_of_equal_data()
-        loop.skipped |= loop.exhausted
+        # Of a loader that cannot be started again, in an asynchronous strategy.
+        loop.skipped |= context.weight == 0 and not self._strategy.synchronous
         self._watch.allowed = True
         try:
             self._strategy.step((lambda: None) if loop.skipped else update)
         finally:
-            loop.weight, loop.has_closure, loop.skipped, loop.exhausted = None, False, False, False
+            loop.weight, loop.has_closure, loop.skipped = None, False, False
             self._watch.allowed = self._world.size == 1
         if self._strategy.synchronous:
             nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
@@ -155,16 +155,15 @@ class Stepping:
 
     def _warn_of_equal_data(self) -> None:
         peers, self._context.loop.equal_peers = self._context.loop.equal_peers, []
-        if self._world.rank > 0 or self._has_warned:
-            return
-        self._has_warned = True
-        warnings.warn(
-            f"{format_ranks(peers)} have the same first batch: they train on the same data. Pass a torch "
-            "DataLoader without a sampler of your own to run.batches(), which shards it, or write "
-            "DataLoader(dataset, sampler=DistributedSampler(dataset, run.workers, run.worker), ...)",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        if self._world.rank == 0:
+            warnings.warn(
+                f"{format_ranks(peers)} have the same first batch: they train on the same data. Pass a torch "
+                "DataLoader without a sampler of your own to run.batches(), which shards it, or write "
+                "DataLoader(dataset, sampler=DistributedSampler(dataset, run.workers, run.worker), ...), or "
+                "shard by run.worker of run.workers; run.batches(loader, shard=False) where it is intended",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def close(self) -> None:
         """Remove the hooks of the optimizer."""
