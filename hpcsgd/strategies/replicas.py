@@ -61,7 +61,7 @@ class ReplicaStrategy(Strategy):
             self.parameters.restore(saved)
 
     def _put_consensus_in_place(self) -> None:
-        """Overwrite the model in place with the consensus, which has the same bits on all ranks; collective."""
+        """Overwrite the model in place with the consensus, of the same bits on all ranks; collective."""
         context, parameters = self.context, self.parameters
         if context.peers.size == 1:
             return

@@ -55,7 +55,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def overlapping(tensors: Sequence[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """Return the names of two tensors that share only some elements, or are in different order; None: none do.
+    """Return the names of two tensors that share only some elements, or in another order; None: none do.
 
     Twice the same name if elements of one tensor share memory, as those of an expanded tensor.
 

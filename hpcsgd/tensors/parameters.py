@@ -13,7 +13,6 @@ from hpcsgd.tensors.gradients import Named
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, TensorGroup
 from hpcsgd.tensors.memory import overlapping, place
 
-
 #: (name in the group, own name, parameter); the names differ if the parameter is the memory of another one.
 Bound = tuple[str, str, nn.Parameter]
 

@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcsgd import collectives
 from hpcsgd.compress import Compressor
-from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import batches, rng_state, step_trace
 from hpcsgd.training.asynchronous_batches import AsynchronousBatches
-from hpcsgd.training.buffers import synchronize_buffers
+from hpcsgd.training.buffers import Buffers, named_buffers
 from hpcsgd.training.lifetime import Lifetime
-from hpcsgd.training.model_copy import copy_from_rank_0
+from hpcsgd.training.model_copy import check_initialized, copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state
 from hpcsgd.training.sharding import Sharding
@@ -58,6 +56,8 @@ class Run:
     buffers
         Treatment of buffers such as BatchNorm's running statistics by `averaged()`: "broadcast" those of
         rank 0 (default), "average" the floating-point ones, or leave them "local".
+    buffer_period
+        Steps between two synchronisations of the buffers in training; synchronous strategies only.
     unused
         Treatment of a parameter without gradient: it contributes "zeros" (default) or is an "error". One that
         no rank uses keeps no gradient.
@@ -75,7 +75,7 @@ class Run:
         Total number of peers of a gossip strategy, a multiple of the number of ranks; the result is that of
         one rank for each. Default: one a rank.
     local
-        Patterns of names, such as "head.*", of parameters that each rank trains by itself. Default: none.
+        Patterns of names, such as "head.*", of parameters and buffers that each rank has by itself.
     sparse
         Treatment of the sparse gradients of `Embedding(sparse=True)` by strategies that average gradients:
         the "rows" of all ranks are gathered (default), or gradients become "dense".
@@ -107,6 +107,7 @@ class Run:
         bucket_mib: float = DEFAULT_BUCKET_MIB,
         algorithm: str = "auto",
         buffers: str = "broadcast",
+        buffer_period: int | None = None,
         unused: str = "zeros",
         uneven: str = "join",
         compress: Compressor | None = None,
@@ -118,13 +119,8 @@ class Run:
         wait: str = "backward",
         check_every: int = 50,
     ) -> None:
-        _check("sparse", sparse, ("rows", "dense"))
-        _check("wait", wait, ("backward", "step"))
-        _check("buffers", buffers, ("broadcast", "average", "local"))
-        _check("unused", unused, ("zeros", "error"))
-        _check("uneven", uneven, ("join", "stop"))
-        _check("nonfinite", nonfinite, ("error", "skip"))
-        _check("algorithm", algorithm, ("auto", *collectives.ALGORITHMS))
+        check_choices(buffers=buffers, unused=unused, uneven=uneven, nonfinite=nonfinite)
+        check_choices(sparse=sparse, wait=wait, algorithm=algorithm)
         self.model = model
         self.optimizer = as_optimizer(optimizer)
         self._trained = TrainedParameters(model, self.optimizer, local)
@@ -134,7 +130,7 @@ class Run:
         self._owns_world = not isinstance(comm, World)
         self.world: World = World(comm, device=device) if self._owns_world else comm
         self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
-        self._buffers, self._uneven, self._closed = buffers, uneven, False
+        self._uneven, self._closed = uneven, False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.world.local.threads)
         common: dict[str, Any] = {
@@ -146,6 +142,8 @@ class Run:
             "virtual_nodes": virtual_nodes,
             "wait": wait,
         }
+        common_buffers = named_buffers(model, local)
+        check_initialized([*parameters, *common_buffers])
         self.world.check_consistent(
             {
                 **package_versions(),
@@ -154,16 +152,17 @@ class Run:
                 "optimizer": type(optimizer).__name__,
                 **common,
                 "buffers": buffers,
+                "buffer_period": buffer_period,
                 "uneven": uneven,
                 "compress": str(compress),
                 "local": list(local),
                 "sparse": sparse,
                 "check_every": check_every,
                 "list of parameters": [describe_tensor(n, p) for n, p in parameters],
-                "list of buffers": [describe_tensor(n, b) for n, b in model.named_buffers()],
+                "list of buffers": [describe_tensor(n, b) for n, b in common_buffers],
             }
         )
-        copy_from_rank_0(self.world, [*parameters, *model.named_buffers()])
+        copy_from_rank_0(self.world, [*parameters, *common_buffers], bucket_mib)
         self._context = StrategyContext(
             world=self.world,
             parameters=parameters,
@@ -179,6 +178,10 @@ class Run:
         self._stepping.set_steps(0)
         self.strategy.attach(self._context)
         self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
+        self._buffers = Buffers(
+            model, self._virtual_nodes, self.strategy, self._context, buffers, buffer_period, local
+        )
+        self._stepping.buffers = self._buffers
         self._asynchronous_batches = AsynchronousBatches(self._context, self.strategy, self._virtual_nodes)
         self._sharding = Sharding(self._context, self.strategy)
 
@@ -331,8 +334,7 @@ class Run:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
-        synchronize_buffers(self.world, self.model, self._virtual_nodes, self._buffers)
-        with self.strategy.averaged():
+        with self._buffers.common(), self.strategy.averaged():
             self._stepping.check(equal=True)
             yield
 
@@ -382,6 +384,7 @@ class Run:
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         self._stepping.check()
+        self._buffers.close()
         self.strategy.detach()
         self._stepping.close()
         if self._owns_world:
@@ -396,8 +399,3 @@ class Run:
             self.close()
         else:
             self._lifetime.leave_after(error)
-
-
-def _check(option: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise BadOption(f"unknown {option} {value!r}", do="use one of: " + ", ".join(valid))

@@ -124,7 +124,7 @@ class ParameterServer(Strategy):
         for same in grouped_by_memory(self._trainable()):
             if len(same) > 1:
                 raise BadOption(
-                    f"parameters {same[0][0]} and {same[1][0]} are the same memory, and servers have no such pairs",
+                    f"parameters {same[0][0]} and {same[1][0]} are the same memory, as no servers have it",
                     do="make them one parameter: second.weight = first.weight, before the optimizer is made",
                     everywhere=True,
                 )
