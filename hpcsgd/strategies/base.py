@@ -67,6 +67,8 @@ class Strategy:
 
     def disconnect(self) -> None:
         """Remove hooks after the run was dropped or left; local, also called by the garbage collector."""
+        if hasattr(self, "context"):
+            self.context.unscale = bool  # the former one refers to this strategy: its memory is freed at once
 
     def select_peer(self, index: int) -> None:
         """Make the module's parameters those of local peer `index`."""

@@ -41,6 +41,8 @@ class LoopState:
         Checksum of the names of the trained parameters.
     equal_peers
         Peers whose first batch in this loop was the same.
+    is_open
+        Whether a loop over batches is in progress.
     exhausted
         Whether the current batch only repeats the last one of a loader that cannot be started again.
     """
@@ -53,6 +55,7 @@ class LoopState:
     has_closure: bool = False
     structure: int = 0
     equal_peers: list[int] = field(default_factory=list)
+    is_open: bool = False
     exhausted: bool = False
 
 

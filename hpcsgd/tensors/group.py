@@ -120,7 +120,7 @@ class TensorGroup:
         One tensor a name, zero at the start, with the shape and strides of the model tensor. It lies in the
         buffer, and has a storage of its own.
     buckets
-        The buckets, in the order of their last tensors. Each holds one dtype, of complex ones the real one.
+        The buckets, in the order of their last tensors. Each holds one dtype, of complex ones the real.
 
     Raises
     ------
@@ -242,7 +242,7 @@ def aligned_part(flat: Tensor, index: int, parts: int) -> slice:
 def _plan(
     templates: Sequence[tuple[str, Tensor]], limit: float
 ) -> list[tuple[list[tuple[str, Tensor]], int]]:
-    """Return the members and bytes of each bucket, in the order of their last members.
+    """Return the members and bytes of each bucket, in the order in which a pass over tensors completes them.
 
     Tensors of each dtype fill buckets in the given order, however dtypes alternate.
     """
@@ -272,7 +272,7 @@ def _aligned(tensor: Tensor) -> int:
 
 
 def _view(flat: Tensor, position: int, like: Tensor) -> Tensor:
-    """Return a view from an element of a bucket on; the last dimension of a complex one are its parts."""
+    """Return the view of a bucket from an element on; complex tensors have their parts as last dimension."""
     # Dense, maybe channels_last: with the same strides autograd and optimizers keep their fast paths.
     strides = like.stride() if is_dense(like) else torch.empty(like.size(), device="meta").stride()
     start = int(flat.storage_offset()) + position

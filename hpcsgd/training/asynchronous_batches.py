@@ -55,7 +55,7 @@ class AsynchronousBatches:
             self._loaders = list(loaders)
             self._sources = [_Source(context, each) for each in loaders]
         lengths = [length_of(loader) for loader in loaders]
-        entries = context.world.gather((lengths, self._first_digest()), "the start of some steps")
+        entries = context.world.meet("run.batches()", (lengths, self._first_digest()))
         record_equal_peers([found for _, found in entries], context)
         try:
             if steps is None and any(None in found for found, _ in entries):
@@ -86,7 +86,7 @@ class AsynchronousBatches:
         steps = 1
         for source in self._sources:
             source.begin_epoch()
-        while any(self._context.world.gather(self._has_new(), "the question for new batches")):
+        while any(self._context.world.meet("run.batches()", self._has_new())):
             yield from self._until(self._context.step + steps)
             steps = min(2 * steps, _LONGEST_ROUND)
 

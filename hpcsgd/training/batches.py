@@ -106,7 +106,7 @@ def _plan(
         (length_of(loader), hasattr(loader, "filler"), each.digest)
         for loader, each in zip(loaders, batches, strict=True)
     ]
-    entries = [entry for rank in context.world.gather(entries_of_rank, "an epoch's start") for entry in rank]
+    entries = [entry for rank in context.world.meet("run.batches()", entries_of_rank) for entry in rank]
     record_equal_peers([entry[2] for entry in entries], context)
     if any(length is None for length, _, _ in entries):
         if len(loaders) > 1:
@@ -250,7 +250,7 @@ def _agree_each_step(
     first = True
     while True:
         batch = next(batches, _END)
-        has_batch = context.world.gather(batch is not _END, "the check whether each rank has one more batch")
+        has_batch = context.world.meet("the next batch of run.batches()", batch is not _END)
         if not any(has_batch):
             return
         if first and must_have_one:
@@ -279,3 +279,15 @@ def _wrong_length(context: StrategyContext, length: int, found: str) -> HpcsgdEr
         do="correct its __len__, or pass iter(loader): the ranks then check before each step "
         "which of them have a batch",
     )
+
+
+def in_loop(batches: Iterator[Batch], context: StrategyContext) -> Iterator[Batch]:
+    """Yield the batches, and record whether the loop over them is left before its end."""
+    calls, loop = context.world.calls, context.loop
+    calls.loop, calls.left, loop.is_open = calls.loop + 1, False, True
+    ended = False
+    try:
+        yield from batches
+        ended = True
+    finally:
+        calls.left, loop.is_open = not ended, False

@@ -19,17 +19,19 @@ from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import batches, rng_state, step_trace
 from hpcsgd.training.asynchronous_batches import AsynchronousBatches
 from hpcsgd.training.buffers import Buffers, named_buffers
+from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime
 from hpcsgd.training.model_copy import check_initialized, copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state
+from hpcsgd.training.scalars import Scalars
 from hpcsgd.training.sharding import Sharding
 from hpcsgd.training.stepping import Stepping
 from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
-class Run:
+class Run(Scalars):
     """Trains one model on all ranks.
 
     The model of rank 0 is copied to all ranks; the optimizer may already have state. Call `run.step()`
@@ -119,8 +121,8 @@ class Run:
         wait: str = "backward",
         check_every: int = 50,
     ) -> None:
-        check_choices(buffers=buffers, unused=unused, uneven=uneven, nonfinite=nonfinite)
-        check_choices(sparse=sparse, wait=wait, algorithm=algorithm)
+        check_choices(algorithm=algorithm, buffers=buffers, nonfinite=nonfinite, sparse=sparse)
+        check_choices(uneven=uneven, unused=unused, wait=wait)
         self.model = model
         self.optimizer = as_optimizer(optimizer)
         self._trained = TrainedParameters(model, self.optimizer, local)
@@ -177,6 +179,7 @@ class Run:
         self._context.unscale = self._stepping.unscale
         self._stepping.set_steps(0)
         self.strategy.attach(self._context)
+        self.world.calls.synchronous &= self.strategy.synchronous
         self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
         self._buffers = Buffers(
             model, self._virtual_nodes, self.strategy, self._context, buffers, buffer_period, local
@@ -197,7 +200,7 @@ class Run:
 
     @property
     def worker(self) -> int:
-        """Index of this rank among the workers, its data shard; the loader of a server is never used."""
+        """Index of this rank's data shard; the loader of a server is never used."""
         return self.world.rank % self.workers
 
     @property
@@ -258,7 +261,9 @@ class Run:
             found = batches.synchronous_batches(loaders, self._context, self._uneven, steps)
         else:
             found = self._asynchronous_batches.batches(loaders, steps)
-        return step_trace.trace_steps(found, self.model, self.world.tracer) if self.world.tracer.on else found
+        if self.world.tracer.on:
+            found = step_trace.trace_steps(found, self.model, self.world.tracer)
+        return batches.in_loop(found, self._context)
 
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""
@@ -327,11 +332,13 @@ class Run:
         Disagreement
             On all ranks, with the first parameter or number that differs.
         """
+        self.world.meet("run.check()")
         self._stepping.check()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
+        self.world.meet("run.averaged()")
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         with self._buffers.common(), self.strategy.averaged():
@@ -340,6 +347,7 @@ class Run:
 
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
+        self.world.meet("run.consensus_distance()")
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         return self.strategy.consensus_distance()
@@ -365,6 +373,7 @@ class Run:
         Disagreement
             The states of the ranks are of different steps.
         """
+        self.world.meet("run.load_state_dict()")
         self.world.check_consistent({"number of steps in the state": state["steps"]})
         self.world.progress.drain()
         for saved, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
@@ -374,11 +383,10 @@ class Run:
 
     def close(self) -> None:
         """Finish all communication and give the model memory of its own; collective, idempotent."""
-        if self._closed:
-            return
+        if self._closed or not self._lifetime.is_open:
+            return  # not open: left by an exception
         self._closed = True
-        if not self._lifetime.is_open:
-            return  # left by an exception
+        self.world.meet("run.close()")
         self._lifetime.close()
         self.world.progress.drain()
         self.strategy.check_memory()
@@ -399,3 +407,4 @@ class Run:
             self.close()
         else:
             self._lifetime.leave_after(error)
+            self._stepping.close()

@@ -77,6 +77,7 @@ class Stepping:
 
     def _take(self, update: Callable[[], None], nodes: VirtualNodes) -> None:
         context, loop, number = self._context, self._context.loop, self._context.step
+        self._world.calls.begin_step()
         self._strategy.check_memory()
         self._take_in_new_parameters()
         if loop.equal_peers:
@@ -98,6 +99,7 @@ class Stepping:
         context.step_taken = loop.batch_used = True
         loop.steps += 1
         context.begin_step()
+        self._world.calls.end_step()
         self._world.activity.step = context.step
         self._world.tracer.end_step(number)
 

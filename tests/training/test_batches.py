@@ -23,7 +23,10 @@ def context_among(others: list[tuple[int | None, bool]], rank: int = 0) -> Any:
         values = [next(value) for value in gathered]
         return [*values[:rank], own, *values[rank:]]
 
-    world: Any = SimpleNamespace(rank=rank, size=len(others) + 1, gather=gather)
+    def meet(call: str, own: object = None) -> list[object]:
+        return gather(own)
+
+    world: Any = SimpleNamespace(rank=rank, size=len(others) + 1, gather=gather, meet=meet)
     return StrategyContext(world=world, parameters=[])
 
 

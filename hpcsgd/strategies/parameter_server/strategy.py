@@ -124,7 +124,7 @@ class ParameterServer(Strategy):
         for same in grouped_by_memory(self._trainable()):
             if len(same) > 1:
                 raise BadOption(
-                    f"parameters {same[0][0]} and {same[1][0]} are the same memory, as no servers have it",
+                    f"parameters {same[0][0]} and {same[1][0]} are the same memory, which servers have not",
                     do="make them one parameter: second.weight = first.weight, before the optimizer is made",
                     everywhere=True,
                 )
@@ -184,6 +184,7 @@ class ParameterServer(Strategy):
         return self._role.peer_schedule(end)
 
     def disconnect(self) -> None:
+        super().disconnect()
         if hasattr(self, "_role"):
             self._role.disconnect()
 
