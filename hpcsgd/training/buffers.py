@@ -37,7 +37,7 @@ class Buffers:
 
     Parameters
     ----------
-    model, nodes, strategy, context
+    nodes, strategy, context
         Those of the run.
     treatment
         "broadcast" those of rank 0, "average" the floating-point and complex ones, or leave them "local".
@@ -54,7 +54,6 @@ class Buffers:
 
     def __init__(
         self,
-        model: nn.Module,
         nodes: VirtualNodes,
         strategy: Strategy,
         context: StrategyContext,
@@ -63,7 +62,8 @@ class Buffers:
         local: Sequence[str] = (),
     ) -> None:
         _check_period(period, treatment, strategy)
-        self._model, self._nodes, self._context = model, nodes, context
+        assert context.model is not None
+        self._model, self._nodes, self._context = context.model, nodes, context
         self._workers = strategy.workers(context.world.size)
         self._treatment, self._period, self._local = treatment, period, local
         self._root_copy = RootCopy(context.world, context.bucket_mib)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +15,14 @@ from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
-from hpcsgd.training import batches, rng_state, step_trace
+from hpcsgd.training import batches, step_trace
 from hpcsgd.training.asynchronous_batches import AsynchronousBatches
 from hpcsgd.training.buffers import Buffers, named_buffers
 from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime
 from hpcsgd.training.model_copy import check_initialized, copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
-from hpcsgd.training.run_state import load_peer_state, peer_state
+from hpcsgd.training.run_state import load_peer_state, peer_state, peer_states
 from hpcsgd.training.scalars import Scalars
 from hpcsgd.training.sharding import Sharding
 from hpcsgd.training.stepping import Stepping
@@ -49,8 +48,7 @@ class Run(Scalars):
     strategy
         The method of distributed SGD. Default `AllReduce()`.
     comm
-        An mpi4py communicator, which is duplicated, or a `World`, which is used as it is. Default
-        `MPI.COMM_WORLD`.
+        An mpi4py communicator, which is duplicated, or a `World`. Default `MPI.COMM_WORLD`.
     bucket_mib
         Size of a bucket, the unit of communication, in MiB. Default 4.
     algorithm
@@ -82,8 +80,7 @@ class Run(Scalars):
         Treatment of the sparse gradients of `Embedding(sparse=True)` by strategies that average gradients:
         the "rows" of all ranks are gathered (default), or gradients become "dense".
     wait
-        When gradients are the mean: at the end of each "backward" pass (default), or only after `synchronize`
-        or in the "step".
+        When gradients are the mean: after each "backward" pass (default), or from `synchronize` or "step" on.
     check_every
         Steps between two comparisons of the ranks: of the parameters, if these must be equal, and of learning
         rates, steps and batches; 0: none. Default 50.
@@ -180,10 +177,8 @@ class Run(Scalars):
         self._stepping.set_steps(0)
         self.strategy.attach(self._context)
         self.world.calls.synchronous &= self.strategy.synchronous
-        self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
-        self._buffers = Buffers(
-            model, self._virtual_nodes, self.strategy, self._context, buffers, buffer_period, local
-        )
+        self._virtual_nodes = nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
+        self._buffers = Buffers(nodes, self.strategy, self._context, buffers, buffer_period, local)
         self._stepping.buffers = self._buffers
         self._asynchronous_batches = AsynchronousBatches(self._context, self.strategy, self._virtual_nodes)
         self._sharding = Sharding(self._context, self.strategy)
@@ -359,10 +354,7 @@ class Run(Scalars):
         state = {"steps": self.steps, **peer_state(*trained), "strategy": self.strategy.state_dict()}
         state["model_step"] = self.strategy.model_step()
         if len(self.peers) > 1:
-            state["peers"] = [
-                {**copy.deepcopy(peer_state(*trained)), "generators": rng_state.state()}
-                for _ in self.each_peer()
-            ]
+            state["peers"] = peer_states(self.each_peer(), *trained)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
