@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption, format_ranks
 from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.training.buffers import Buffers
 from hpcsgd.training.closures import averaged_closure
 from hpcsgd.training.drift import DriftCheck
 from hpcsgd.training.optimizers import StepWatch, unscale
@@ -31,7 +32,11 @@ class Stepping:
     ----------
     scaling
         `found_inf` and `grad_scale` of a GradScaler, during its call of `run.step`.
+    buffers
+        The buffers of the run, which set it.
     """
+
+    buffers: Buffers
 
     def __init__(
         self, strategy: Strategy, context: StrategyContext, trained: TrainedParameters, check_every: int
@@ -88,6 +93,7 @@ class Stepping:
             nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
             if context.current_peer_index == 0:
                 self.set_steps(context.step + 1)
+                self.buffers.after_step()
                 if self._drift.is_due(context.step):
                     self.check()
         context.step_taken = loop.batch_used = True
