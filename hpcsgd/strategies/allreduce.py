@@ -117,6 +117,7 @@ class AllReduce(Strategy):
 
     def _end_of_pass(self) -> None:
         """Average the gradients, at the end of a backward pass."""
+        self.context.loop.batch_used = True
         if self._weighted or self.context.wait == "step":
             return
         if self._is_first_step and not self._reductions:

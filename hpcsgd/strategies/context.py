@@ -39,6 +39,12 @@ class LoopState:
         Whether the optimizer computes the gradients of this step by calls of a closure.
     structure
         Checksum of the names of the trained parameters.
+    equal_peers
+        Peers whose first batch in this loop was the same.
+    is_open
+        Whether a loop over batches is in progress.
+    exhausted
+        Whether the current batch only repeats the last one of a loader that cannot be started again.
     """
 
     batches: int = 0
@@ -48,6 +54,9 @@ class LoopState:
     skipped: bool = False
     has_closure: bool = False
     structure: int = 0
+    equal_peers: list[int] = field(default_factory=list)
+    is_open: bool = False
+    exhausted: bool = False
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -159,12 +168,12 @@ class StrategyContext:
             )
 
     def require_torch_optimizer(self, method: str) -> None:
-        """Raise `BadOption` on all ranks where the optimizer is not one of torch, whose state a method reads."""
+        """Raise `BadOption` on all ranks where the optimizer is not one of torch, whose state is read."""
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise BadOption(
                 f"{method} cannot use the optimizer {type(self.optimizer).__name__}",
                 expected="one torch.optim.Optimizer",
-                do="pass such an optimizer, or use strategy allreduce, local, lasgd, dsgd, sgp, adpsgd or backup",
+                do="pass such an optimizer, or use another strategy, such as allreduce, local or lasgd",
                 everywhere=True,
             )
 

@@ -88,9 +88,8 @@ class Gradients:
         #: Parameters with several gradients in one pass.
         self._repeated: set[int] = set()
         self._used = np.zeros(len(dense), np.bool_)
-        self._first, self._next = True, 0
-        self._begin()
-        self._running = False
+        self._first, self._next, self._running, self._overlapped = True, 0, False, False
+        self._fired = [0] * len(self._parameters)
         self._pass = BackwardPass(self._end, self._check_ended)
         hooks = [(p, self._make_hook(index)) for index, p in enumerate(self._parameters)]
         hooks += [(p, self._on_rows) for _, p in self.sparse]
@@ -103,6 +102,7 @@ class Gradients:
 
     def _begin(self) -> None:
         """Begin a pass."""
+        self.group.world.calls.begin_step()
         self._running = True
         self._overlapped = self.overlap and not self._first
         self._fired = [0] * len(self._parameters)
@@ -184,7 +184,7 @@ class Gradients:
                 do="convert the model before hpcsgd.Run is created",
             )
         with torch.no_grad():
-            view.copy_(dense)
+            self._alias(index).copy_(dense)
 
     def _alias(self, index: int) -> Tensor:
         """A tensor over the memory of a view, with a version of its own.
@@ -312,6 +312,7 @@ class Gradients:
         """Remove the hooks; gradients and buckets stay as they are."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         # They refer to the strategy, which refers to this object and its memory.
         self._on_ready = self._on_end = self._pass = None  # type: ignore[assignment]
 

@@ -19,17 +19,20 @@ from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import batches, rng_state, step_trace
+from hpcsgd.training.asynchronous_batches import AsynchronousBatches
 from hpcsgd.training.buffers import synchronize_buffers
 from hpcsgd.training.lifetime import Lifetime
 from hpcsgd.training.model_copy import copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state
+from hpcsgd.training.scalars import Scalars
+from hpcsgd.training.sharding import Sharding
 from hpcsgd.training.stepping import Stepping
 from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
-class Run:
+class Run(Scalars):
     """Trains one model on all ranks.
 
     The model of rank 0 is copied to all ranks; the optimizer may already have state. Call `run.step()`
@@ -70,8 +73,8 @@ class Run:
         With compression, NaN or infinity in a gradient is an "error" that names parameter, rank and step
         (default), or all ranks "skip" the step, as GradScaler needs.
     virtual_nodes
-        Total number of peers of a gossip strategy, a multiple of the number of ranks: each rank then trains
-        several models, one after the other, with the same result as one rank for each. Default: one a rank.
+        Total number of peers of a gossip strategy, a multiple of the number of ranks; the result is that of
+        one rank for each. Default: one a rank.
     local
         Patterns of names, such as "head.*", of parameters that each rank trains by itself. Default: none.
     sparse
@@ -132,28 +135,30 @@ class Run:
         self._owns_world = not isinstance(comm, World)
         self.world: World = World(comm, device=device) if self._owns_world else comm
         self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
-        self._buffers, self._uneven = buffers, uneven
-        self._closed = False
+        self._buffers, self._uneven, self._closed = buffers, uneven, False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.world.local.threads)
+        common: dict[str, Any] = {
+            "bucket_mib": bucket_mib,
+            "algorithm": algorithm,
+            "unused": unused,
+            "seed": seed,
+            "nonfinite": nonfinite,
+            "virtual_nodes": virtual_nodes,
+            "wait": wait,
+        }
         self.world.check_consistent(
             {
                 **package_versions(),
                 "strategy": type(self.strategy).__name__,
                 **{f"strategy option {k}": v for k, v in self.strategy.options().items()},
                 "optimizer": type(optimizer).__name__,
-                "bucket_mib": bucket_mib,
-                "algorithm": algorithm,
+                **common,
                 "buffers": buffers,
-                "unused": unused,
                 "uneven": uneven,
                 "compress": str(compress),
-                "seed": seed,
-                "nonfinite": nonfinite,
-                "virtual_nodes": virtual_nodes,
                 "local": list(local),
                 "sparse": sparse,
-                "wait": wait,
                 "check_every": check_every,
                 "list of parameters": [describe_tensor(n, p) for n, p in parameters],
                 "list of buffers": [describe_tensor(n, b) for n, b in model.named_buffers()],
@@ -163,27 +168,21 @@ class Run:
         self._context = StrategyContext(
             world=self.world,
             parameters=parameters,
-            bucket_mib=bucket_mib,
-            algorithm=algorithm,
-            unused=unused,
             compress=compress,
-            seed=seed,
-            nonfinite=nonfinite,
-            virtual_nodes=virtual_nodes,
             optimizer=self.optimizer,
             model=model,
-            wait=wait,
             sparse_rows=sparse_rows(model) if sparse == "rows" else (),
+            **common,
         )
         self._context.loop.structure = self._trained.structure
         self._stepping = Stepping(self.strategy, self._context, self._trained, check_every)
         self._context.unscale = self._stepping.unscale
         self._stepping.set_steps(0)
         self.strategy.attach(self._context)
+        self.world.calls.synchronous &= self.strategy.synchronous
         self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
-        self._asynchronous_batches = batches.AsynchronousBatches(
-            self._context, self.strategy, self._virtual_nodes
-        )
+        self._asynchronous_batches = AsynchronousBatches(self._context, self.strategy, self._virtual_nodes)
+        self._sharding = Sharding(self._context, self.strategy)
 
     @property
     def steps(self) -> int:
@@ -192,7 +191,7 @@ class Run:
 
     @property
     def workers(self) -> int:
-        """Number of ranks that compute gradients (all but parameter servers): the number of data shards."""
+        """Number of data shards: of ranks that compute gradients (all but parameter servers)."""
         return self.strategy.workers(self.world.size)
 
     @property
@@ -207,7 +206,7 @@ class Run:
 
     @property
     def weight(self) -> int:
-        """1 if the current batch is one of its own, 0 if it repeats the last one because others have more."""
+        """1 if the current batch is a new one, 0 if it repeats the last one because others have more."""
         return self._context.weight
 
     def each_peer(self) -> Iterator[int]:
@@ -218,11 +217,14 @@ class Run:
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups with synchronised gradients, for `GradScaler` and clipping."""
         self.synchronize()
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
-        return groups
+        return self.optimizer.param_groups  # type: ignore[no-any-return]
 
     def batches(
-        self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None = None
+        self,
+        loader: Iterable[Any] | Sequence[Iterable[Any]],
+        steps: int | None = None,
+        *,
+        shard: bool | None = None,
     ) -> Iterator[Any]:
         """Yield the loader's batches, equally many on every rank: no rank waits for one that has finished.
 
@@ -234,37 +236,34 @@ class Run:
         loader
             The batches of this rank; with virtual nodes a list of loaders, one for each peer of this rank.
         steps
-            Number of steps of an asynchronous strategy. Default: the batches of the longest loader of all
-            ranks. Ignored by synchronous strategies.
+            Number of steps; at most, with a synchronous strategy. Default: the batches of the longest loader
+            of all ranks; of loaders without a length, until each has been at its end.
+        shard
+            True: each rank takes its part of the batches of a torch DataLoader; False: all of the loader.
+            Default: its part, if the loader has no sampler of the user's own and the ranks have the same data
+            set, as its length and three samples show.
 
         Raises
         ------
         HpcsgdError
-            A rank has no batch at all, or a loader yields another number of batches than its `len()`.
+            A rank has no batch at all, a loader yields another number of batches than its `len()`, or a batch
+            is followed by no step and no `skip`.
         """
-        loaders = self._loaders(loader)
+        loaders = batches.loaders_of_peers(loader, self._context)
+        if len(loaders) == 1:
+            loaders = [self._sharding.shard(loaders[0], shard)]
+        self._context.loop.steps = 0
         if self.strategy.synchronous:
-            found = batches.synchronous_batches(loaders, self._context, self._uneven)
+            found = batches.synchronous_batches(loaders, self._context, self._uneven, steps)
         else:
             found = self._asynchronous_batches.batches(loaders, steps)
-        return step_trace.trace_steps(found, self.model, self.world.tracer) if self.world.tracer.on else found
-
-    def _loaders(self, loader: Any) -> list[Iterable[Any]]:
-        each = self._context.peers.per_rank
-        if each == 1:
-            return [loader]
-        if not isinstance(loader, list | tuple) or len(loader) != each:
-            raise BadOption(
-                "virtual nodes need a loader each",
-                expected=f"a list of {each} loaders, for peers {self.peers[0]} to {self.peers[-1]}",
-                got=f"{type(loader).__name__}" + (f" of {len(loader)}" if hasattr(loader, "__len__") else ""),
-                do="call run.batches([loader, ...]), one loader for each of run.peers",
-                everywhere=True,
-            )
-        return list(loader)
+        if self.world.tracer.on:
+            found = step_trace.trace_steps(found, self.model, self.world.tracer)
+        return batches.in_loop(found, self._context)
 
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""
+        self._context.loop.batch_used = True
         return self.strategy.accumulate()
 
     def synchronize(self, weight: float | None = None) -> None:
@@ -329,11 +328,13 @@ class Run:
         Disagreement
             On all ranks, with the first parameter or number that differs.
         """
+        self.world.meet("run.check()")
         self._stepping.check()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
+        self.world.meet("run.averaged()")
         self._virtual_nodes.select_peer(0)
         synchronize_buffers(self.world, self.model, self._virtual_nodes, self._buffers)
         with self.strategy.averaged():
@@ -342,22 +343,21 @@ class Run:
 
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
+        self.world.meet("run.consensus_distance()")
         self._virtual_nodes.select_peer(0)
         return self.strategy.consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this rank: model, optimizer, strategy, number of steps."""
-        state = {"steps": self.steps, **self._peer_state(), "strategy": self.strategy.state_dict()}
+        trained = self.model, self.optimizer, self._trained
+        state = {"steps": self.steps, **peer_state(*trained), "strategy": self.strategy.state_dict()}
         state["model_step"] = self.strategy.model_step()
         if len(self.peers) > 1:
             state["peers"] = [
-                {**copy.deepcopy(self._peer_state()), "generators": rng_state.state()}
+                {**copy.deepcopy(peer_state(*trained)), "generators": rng_state.state()}
                 for _ in self.each_peer()
             ]
         return state
-
-    def _peer_state(self) -> dict[str, Any]:
-        return peer_state(self.model, self.optimizer, self._trained)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned on this rank; collective.
@@ -367,6 +367,7 @@ class Run:
         Disagreement
             The states of the ranks are of different steps.
         """
+        self.world.meet("run.load_state_dict()")
         self.world.check_consistent({"number of steps in the state": state["steps"]})
         self.world.progress.drain()
         for saved, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
@@ -381,6 +382,7 @@ class Run:
         self._closed = True
         if not self._lifetime.is_open:
             return  # left by an exception
+        self.world.meet("run.close()")
         self._lifetime.close()
         self.world.progress.drain()
         self._virtual_nodes.select_peer(0)
@@ -394,7 +396,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        # After an exception the other ranks do not close: a collective call would wait for them.
+        # After an exception the others do not close: a collective call would wait for them.
         if kind is None:
             self.close()
         else:

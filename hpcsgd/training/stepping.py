@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from hpcsgd.errors import BadOption
+from hpcsgd.errors import BadOption, format_ranks
 from hpcsgd.strategies import Strategy, StrategyContext
 from hpcsgd.training.closures import averaged_closure
 from hpcsgd.training.drift import DriftCheck
@@ -41,6 +42,7 @@ class Stepping:
         self._drift = DriftCheck(self._world, self._optimizer, check_every)
         self._watch = StepWatch(self._optimizer, self._world.global_rank)
         self._watch.allowed = self._world.size == 1
+        self._has_warned = False
         self.scaling: tuple[Tensor | None, Tensor | None] = None, None
 
     def unscale(self) -> bool:
@@ -70,12 +72,16 @@ class Stepping:
 
     def _take(self, update: Callable[[], None], nodes: VirtualNodes) -> None:
         context, loop, number = self._context, self._context.loop, self._context.step
+        self._world.calls.begin_step()
         self._take_in_new_parameters()
+        if loop.equal_peers:
+            self._warn_of_equal_data()
+        loop.skipped |= loop.exhausted
         self._watch.allowed = True
         try:
-            self._strategy.step(update)
+            self._strategy.step((lambda: None) if loop.skipped else update)
         finally:
-            loop.weight, loop.has_closure, loop.skipped = None, False, False
+            loop.weight, loop.has_closure, loop.skipped, loop.exhausted = None, False, False, False
             self._watch.allowed = self._world.size == 1
         if self._strategy.synchronous:
             nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
@@ -86,6 +92,7 @@ class Stepping:
         context.step_taken = loop.batch_used = True
         loop.steps += 1
         context.begin_step()
+        self._world.calls.end_step()
         self._world.activity.step = context.step
         self._world.tracer.end_step(number)
 
@@ -144,6 +151,19 @@ class Stepping:
         self._context.loop.structure = self._trained.structure
         if not self._strategy.restart():
             raise untrained_error(names, self._world.global_rank)
+
+    def _warn_of_equal_data(self) -> None:
+        peers, self._context.loop.equal_peers = self._context.loop.equal_peers, []
+        if self._world.rank > 0 or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{format_ranks(peers)} have the same first batch: they train on the same data. Pass a torch "
+            "DataLoader without a sampler of your own to run.batches(), which shards it, or write "
+            "DataLoader(dataset, sampler=DistributedSampler(dataset, run.workers, run.worker), ...)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def close(self) -> None:
         """Remove the hooks of the optimizer."""
