@@ -131,7 +131,7 @@ def _pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
         for part in tensor.unbind():
             yield from _pieces(part, limit)
     else:
-        yield from tensor.split(limit // row)
+        yield from torch.split(tensor, limit // row)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -146,7 +146,7 @@ def _digest(tensor: Tensor) -> str:
     for part in _plain_parts(tensor):
         total.update(f"{part.dtype} {tuple(part.shape)}".encode())
         for piece in _pieces(part.detach(), 2**24):
-            total.update(piece.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            total.update(piece.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
