@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.tensors.memory import without_repetition
 from hpcsgd.training import rng_state
 
 
@@ -38,7 +39,9 @@ class VirtualNodes:
         if each == 1:
             return
         context.require_torch_optimizer("a rank with several virtual nodes")
-        self._buffers = [[b.clone() for b in model.buffers()] for _ in range(each)]
+        self._buffers = [
+            [without_repetition(b).clone().expand_as(b) for b in model.buffers()] for _ in range(each)
+        ]
         self._states = [self._copied_state() for _ in range(each)]
         self._generators = [rng_state.state() for _ in range(each)]
         self._put_in_place(context.current_peer_index)

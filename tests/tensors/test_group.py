@@ -112,3 +112,33 @@ def test_cuts_cover_and_stay_on_lines(parts: int, numel: int, dtype: torch.dtype
     assert all(piece.start % line == 0 or piece.start == numel for piece in pieces)
     sizes = [piece.stop - piece.start for piece in pieces]
     assert max(sizes) - min(sizes) < 2 * line
+
+
+def test_alternating_dtypes_need_one_bucket_each(world: Any) -> None:
+    layers = [
+        (f"{layer}.{name}", torch.zeros(30, dtype=dtype))
+        for layer in range(24)
+        for name, dtype in (("linear", torch.bfloat16), ("norm", torch.float32))
+    ]
+    assert [len(bucket.names) for bucket in TensorGroup(world, layers)] == [24, 24]
+
+
+def test_every_view_has_a_storage_of_its_own_in_the_buffer(world: Any) -> None:
+    group = TensorGroup(world, tensors())
+    for name, tensor in tensors():
+        view = group.views[name]
+        assert view.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    for bucket in group:
+        bucket.flat.fill_(3)
+    assert all(bool((view == 3).all()) for view in group.views.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_tensors_are_averaged(world: Any, dtype: torch.dtype) -> None:
+    values = torch.complex(torch.arange(6.0), torch.arange(6.0) - 3).to(dtype).view(2, 3).t()
+    group = TensorGroup(world, [("real", torch.zeros(5)), ("complex", values), ("scalar", values[0, 0])])
+    view = group.views["complex"]
+    assert view.dtype == dtype and view.stride() == values.stride()
+    view.copy_(values * (1 + world.rank))
+    collectives.allreduce(group, 1.0)
+    assert torch.equal(view, values * sum(range(1, world.size + 1)))

@@ -1,0 +1,94 @@
+"""Every strategy: parameters that moved to other memory, the model after the close, and a default device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpcsgd import DSGD, HpcsgdError, Teleportation
+from tests.support import strategy_rows as s
+
+pytestmark = pytest.mark.mpi
+each_row = pytest.mark.parametrize("row", s.ROWS, ids=str)
+
+
+def move(model: nn.Module) -> None:
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+
+
+@each_row
+def test_moved_parameters_are_trained_on_and_the_close_leaves_the_consensus(world: Any, row: s.Row) -> None:
+    run = s.start(row, world)
+    for steps in range(1, 4):
+        for x, y in run.batches(s.batches_of(world.rank, 1, steps - 1)):
+            run.optimizer.zero_grad()
+            nn.functional.mse_loss(run.model(x), y).backward()
+            if steps == 2:
+                move(run.model)
+            run.step()
+    expected = s.simulate(row, world.size, 3, lambda _: [True] * world.size, lambda _: s.LR)
+    np.testing.assert_allclose(s.models_of(run), expected, rtol=1e-11)
+    move(run.model)
+    run.close()
+    assert s.same_everywhere(world, run.model)
+    np.testing.assert_allclose(s.vector(run.model), row.weights(world.size, 3) @ expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["local", "lasgd", "dsgd"])
+def test_another_dtype_is_an_error_in_that_step(world: Any, name: str) -> None:
+    run = s.start(next(row for row in s.ROWS if row.name == name), world)
+    run.model.float()
+    with pytest.raises(HpcsgdError, match=r"parameter weight has(.|\n)*float64 of shape(.|\n)*float32"):
+        run.strategy.check_memory()
+
+
+def test_the_consensus_of_virtual_nodes_at_the_close(world: Any) -> None:
+    model = s.regression()
+    total = 2 * world.size
+    run = s.Run(
+        model, torch.optim.SGD(model.parameters(), s.LR), DSGD("ring"), comm=world, virtual_nodes=total
+    )
+    vectors = []
+    for peer in run.each_peer():
+        with torch.no_grad():
+            model.bias.fill_(float(peer))
+        vectors.append(s.vector(model))
+    run.close()
+    mean = np.mean([v for of_rank in world.gather(vectors) for v in of_rank], axis=0)
+    np.testing.assert_allclose(s.vector(model), mean)
+    assert s.same_everywhere(world, model)
+
+
+def test_teleportation_can_be_closed_after_an_early_exit(world: Any) -> None:
+    model = s.regression()
+    run = s.Run(model, torch.optim.SGD(model.parameters(), s.LR), Teleportation(topology="ring"), comm=world)
+    for x, y in run.batches(s.batches_of(world.rank, 6), steps=6):
+        run.optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        run.step()
+        if run.steps >= 3:
+            break
+    run.close()
+    assert s.same_everywhere(world, model) and np.isfinite(s.vector(model)).all()
+
+
+@pytest.mark.parametrize("name", ["allreduce", "local", "lasgd", "dsgd", "ps"])
+def test_a_default_device_of_the_user_changes_nothing(world: Any, name: str) -> None:
+    row = next(row for row in s.ROWS if row.name == name)
+    model, batches = s.regression(), s.batches_of(world.rank, 3)
+    torch.set_default_device("meta")
+    try:
+        with s.start(row, world, model) as run:
+            s.train(run, batches)
+            with run.averaged():
+                pass
+            run.consensus_distance()
+    finally:
+        torch.set_default_device(None)
+    expected = s.simulate(row, world.size, 3, lambda _: [True] * world.size, lambda _: s.LR)
+    mean = row.weights(world.size, 3) @ expected
+    np.testing.assert_allclose(s.vector(model), mean, rtol=1e-11)
