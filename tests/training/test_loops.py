@@ -206,7 +206,7 @@ def test_one_shot_loaders_with_asynchronous_strategies(world: Any, row: s.Row) -
         assert [count for count, _ in taken] == [3 + 2 * rank for rank in range(run.workers)]
         assert len({steps for _, steps in taken}) == 1 and run.steps < 200
         before = run.steps
-        for x in run.batches(islice(batches(50), 50), steps=3):
+        for x in run.batches(islice(batches(50, world.rank), 50), steps=3):
             step(run, x)
         assert run.steps == before + 3
         assert list(run.batches(one_by_one([]))) == [] == list(run.batches([], steps=0))
