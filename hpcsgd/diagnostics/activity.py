@@ -17,10 +17,12 @@ from functools import cache, partial
 
 from hpcsgd.diagnostics import procfs
 
-#: Time of the last change (the machine's monotonic clock), 1 for an operation in flight, its name, the step.
-_RECORD = struct.Struct("=dq256sq")
+#: Time of the last change (the machine's monotonic clock), 1 for an operation in flight, its name, the step,
+#: and the work that keeps the rank busy.
+_RECORD = struct.Struct("=dq256sq64s")
 _OPERATION = struct.Struct("=dq256s")
 _STEP = _OPERATION.size // 8
+_BUSY = slice(_OPERATION.size + 8, _RECORD.size)
 _PAGE = 4096  # of the record; stack dumps follow
 _SIGNALS = range(signal.SIGRTMAX - 3, signal.SIGRTMIN, -1)
 _DUMP_TIMEOUT, _DUMP_QUIET, _DUMP_POLL = 1.0, 0.05, 0.01  # seconds
@@ -66,12 +68,15 @@ class LastActivity:
         The current step.
     operation, in_flight
         The last operation, and whether it is still in flight.
+    busy
+        Long work of this rank alone, for which the others wait; "": none.
     """
 
     ago: float
     step: int
     operation: str
     in_flight: bool
+    busy: str = ""
 
 
 class ActivityRecord:
@@ -107,6 +112,16 @@ class ActivityRecord:
     def end(self, now: float) -> None:
         """Record its end."""
         self._integers[1], self._floats[0] = 0, now
+
+    @property
+    def busy(self) -> str:
+        """Long work of this rank alone, for which the others wait; "": none."""
+        return _read(self._memory).busy
+
+    @busy.setter
+    def busy(self, work: str) -> None:
+        size = _BUSY.stop - _BUSY.start
+        self._memory[_BUSY] = work.encode()[:size].ljust(size, b"\0")
 
     def last(self) -> LastActivity:
         """Return the last activity."""
@@ -176,9 +191,9 @@ def this_process() -> ProcessInfo:
 
 
 def _read(memory: mmap.mmap) -> LastActivity:
-    when, in_flight, operation, step = _RECORD.unpack_from(memory)
-    name = operation.rstrip(b"\0").decode(errors="replace")
-    return LastActivity(time.perf_counter() - when, step, name, bool(in_flight))
+    when, in_flight, operation, step, busy = _RECORD.unpack_from(memory)
+    texts = [text.rstrip(b"\0").decode(errors="replace") for text in (operation, busy)]
+    return LastActivity(time.perf_counter() - when, step, texts[0], bool(in_flight), texts[1])
 
 
 @cache

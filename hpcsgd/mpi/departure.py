@@ -4,8 +4,10 @@ ranks that wait for it get an error, and the last departure frees the world."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +27,10 @@ _GRACE, _GRACE_OF_LEFT = 2.0, 0.5
 _SHORTEST, _LONGEST = 1e-3, 0.1  # seconds between two polls of a departure
 _MOST_DEPARTURES = 8  # that may be unfinished when another world starts
 _SETTLE = 2.0  # seconds for them then
+_MOST_NEW = 8  # worlds between two searches for dropped ones in reference cycles
 
+#: Of the worlds that are neither closed nor freed.
+_present: weakref.WeakSet[Departure] = weakref.WeakSet()
 #: Departures that have begun and not ended, in this order.
 _unfinished: list[Departure] = []
 
@@ -86,6 +91,7 @@ class Departure:
         self._rank, self._channel, self._waiter, self._parts = rank, channel, waiter, parts
         self._others = set(range(size)) - {rank}
         self._release = release
+        _present.add(self)
         self._noticed: dict[int, float] = {}
         self._steps = self._leave()
         self._announce_at = 0.0
@@ -167,7 +173,8 @@ class Departure:
             pause = min(pause * 1.2, _LONGEST)
 
     def end(self) -> None:
-        """Forget this departure."""
+        """Forget this departure, or that there was none."""
+        _present.discard(self)
         with contextlib.suppress(ValueError):
             _unfinished.remove(self)
 
@@ -264,8 +271,24 @@ def _receive_all(comm: Any, last_tag: int) -> Iterator[None]:
             others.remove(status.Get_source())
 
 
+class _Collection:
+    """Searches for worlds in reference cycles, of which other ranks may have found more."""
+
+    def __init__(self) -> None:
+        self._next = _MOST_NEW
+
+    def run_if_due(self) -> None:
+        if len(_present) > self._next:
+            gc.collect()
+            self._next = len(_present) + _MOST_NEW
+
+
+_collection = _Collection()
+
+
 def settle() -> None:
     """Give the departures from earlier worlds time to end, where there are many of them."""
+    _collection.run_if_due()
     deadline = time.monotonic() + _SETTLE
     while True:
         for each in list(_unfinished):

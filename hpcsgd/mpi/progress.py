@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -271,9 +272,12 @@ class Progress:
         self._thread = None
 
     def release(self) -> None:
-        """Forget the error of a failed job, whose stack refers to buffers, and all pollers."""
+        """Forget what refers to buffers: the error of a failed job, pollers, and jobs they have queued."""
         self._failed = None
         self._pollers.clear()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
 
     def abandon(self) -> None:
         """End the thread without its jobs: after ranks have failed, their communication never completes."""

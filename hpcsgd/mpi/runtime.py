@@ -63,6 +63,8 @@ class Runtime:
             is_background=self.progress.in_background,
             explain=self.stall_detector.explain,
             warn=self.stall_detector.warn,
+            compare=self.stall_detector.compare,
+            is_busy=self.stall_detector.is_busy,
         )
         if not threaded and comm.rank == 0:
             warnings.warn(
@@ -99,6 +101,7 @@ class Runtime:
     def release(self) -> None:
         """Release what refers to this runtime, or to other processes, after the communicators are freed."""
         self.is_open = False
+        self.departure.end()
         self.waiter.hooks = WaitHooks()
         self.stall_detector.release()
         self.progress.release()

@@ -17,6 +17,7 @@ from hpcsgd.diagnostics.activity import ActivityRecord, ProcessInfo, ProcessView
 from hpcsgd.diagnostics.stack_dump import summarize
 from hpcsgd.errors import format_ranks
 from hpcsgd.mpi.control_messages import ControlChannel
+from hpcsgd.mpi.rank_calls import RankCalls, certain_mismatch
 from hpcsgd.mpi.stall_report import RankState, blocking_ranks, describe_activity, is_stalled, wait_lines
 from hpcsgd.mpi.waiting import DeadlineWaiter
 
@@ -43,12 +44,15 @@ class StallDetector:
     ----------
     channel
         Messages between the ranks.
+    calls
+        The place of this rank in its program.
     """
 
     def __init__(self, comm: Any, waiter: DeadlineWaiter, activity: ActivityRecord) -> None:
         self._rank, self._waiter, self._activity = comm.rank, waiter, activity
         self._size = comm.size
         self.channel = ControlChannel(comm, self._reply)
+        self.calls = RankCalls()
         self._processes: list[ProcessInfo] = []
         self._views: dict[int, ProcessView] = {}
         self._killed = procfs.killed_for_memory()
@@ -134,6 +138,26 @@ class StallDetector:
         print("\n  ".join(lines), file=sys.stderr, flush=True)
         return True
 
+    def compare(self, seconds: float) -> None:
+        """Raise where ranks are at places in their programs that never meet, after a wait of `seconds`.
+
+        Raises
+        ------
+        Disagreement
+            With the ranks and their calls.
+        """
+        if not self._is_reporter("compare", seconds):
+            return
+        states = self._states()
+        places = {rank: state.calls for rank, state in states.items() if state.calls is not None}
+        error = certain_mismatch(places, list(range(self._size)))
+        if error is not None:
+            raise error
+
+    def is_busy(self) -> bool:
+        """Return whether another rank is alive and busy."""
+        return any(state.last.busy for rank, state in self._states().items() if rank != self._rank)
+
     def _is_reporter(self, action: str, seconds: float) -> bool:
         """Whether no other rank has reported in these last seconds; the lowest responsive rank arbitrates."""
         queried = 0
@@ -200,10 +224,13 @@ class StallDetector:
         view = self._views.get(rank)
         if view is None:
             return None
-        return RankState(view.last(), None) if kind == "state" else self._inspect(view, *options)
+        if kind != "state":
+            return self._inspect(view, *options)
+        last = view.last()
+        return RankState(last if procfs.is_alive(view.info.pid) else replace(last, busy=""), None)
 
     def _own_state(self) -> RankState:
-        return RankState(self._activity.last(), self._waiter.pending())
+        return RankState(self._activity.last(), self._waiter.pending(), self.calls.copy())
 
     def _details(self, rank: int, stacks: bool, states: Mapping[int, RankState]) -> list[str]:
         silent = rank not in states or states[rank].waits is None

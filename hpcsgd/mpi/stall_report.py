@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 from hpcsgd.diagnostics.activity import LastActivity
 from hpcsgd.errors import format_ranks
+from hpcsgd.mpi.rank_calls import RankCalls
 from hpcsgd.mpi.waiting import PendingWait
 
 
 @dataclass(frozen=True)
 class RankState:
-    """The state of a rank: its last activity, and its waits; None where it does not answer."""
+    """The state of a rank: its last activity; its waits and its place, None where it does not answer."""
 
     last: LastActivity
     waits: tuple[PendingWait, ...] | None
+    calls: RankCalls | None = None
 
     @property
     def wait(self) -> PendingWait | None:
@@ -41,7 +43,10 @@ def blocking_ranks(rank: int, states: Mapping[int, RankState], size: int) -> lis
 def is_stalled(blocking: list[int], states: Mapping[int, RankState], seconds: float) -> bool:
     """Return whether a blocking rank has been inactive for `seconds`; without any: all waits last longer."""
     if blocking:
-        return any(rank not in states or states[rank].last.ago > seconds for rank in blocking)
+        return any(
+            rank not in states or (states[rank].last.ago > seconds and not states[rank].last.busy)
+            for rank in blocking
+        )
     return all(state.wait and state.wait.seconds > seconds for state in states.values())
 
 
@@ -66,6 +71,8 @@ def describe_activity(rank: int, states: Mapping[int, RankState]) -> str:
     if state is None:
         return "does not answer"
     last = state.last
+    if last.busy:
+        return f"is busy: {last.busy}"
     verb = "it is in" if last.in_flight else "after"
     operation = f"{verb} {last.operation}" if last.operation else "no operation yet"
     behind = max(other.last.step for other in states.values()) - last.step

@@ -24,6 +24,8 @@ _BACKGROUND = (100e-6, 3e-3, 0.15)
 _CHECK_INTERVAL = 0.2
 _GRACE = 10.0
 _WARN_AFTER = (0.25, 30.0)  # of the deadline, and no fewer seconds than this
+_COMPARE_AFTER = 1.5  # seconds, doubled at each comparison
+_BUSY_INTERVAL = 10.0  # seconds between two looks at a busy rank
 
 _Missing = Callable[[], Iterable[int]] | None
 
@@ -76,6 +78,10 @@ class WaitHooks:
     warn
         Takes the seconds waited; reports the wait before its deadline. False where there is nothing to report
         yet.
+    compare
+        Takes the seconds waited; raises where the ranks are at places in their programs that never meet.
+    is_busy
+        Returns whether a rank is alive and busy, so that the others wait beyond their deadline.
     """
 
     check: Callable[[], None] = lambda: None
@@ -83,6 +89,8 @@ class WaitHooks:
     is_background: Callable[[], bool] = lambda: False
     explain: Callable[[float], str | None] = lambda seconds: ""
     warn: Callable[[float], bool] = lambda seconds: True
+    compare: Callable[[float], None] = lambda seconds: None
+    is_busy: Callable[[], bool] = lambda: False
 
 
 class DeadlineWaiter:
@@ -148,6 +156,7 @@ class DeadlineWaiter:
 
     def _sleep_until(self, done: Callable[[], bool], started: float) -> None:
         checked, warn_at = started, started + self.warn_after
+        compare_at, deadline = started + _COMPARE_AFTER, _Deadline(self, started, self.timeout)
         while not done():
             if self.hooks.poll():
                 continue
@@ -156,7 +165,10 @@ class DeadlineWaiter:
                 checked = now
                 self.hooks.check()
                 self.tracer.flush()
-                if now - started > self.timeout:
+                if now > compare_at:
+                    compare_at = started + 2 * (now - started)
+                    self.hooks.compare(now - started)
+                if deadline.has_passed(now):
                     raise self._deadline_error(now - started, self.timeout)
                 if now > warn_at:
                     warn_at = math.inf if self.hooks.warn(now - started) else now + self.warn_after
@@ -172,14 +184,15 @@ class DeadlineWaiter:
         """
         limit = self.timeout + _GRACE if timeout is None else timeout
         started = time.monotonic()
+        deadline = _Deadline(self, started, limit)
         if event.wait(min(limit, _CHECK_INTERVAL)):
             return
         with self._recorded(operation(), started, _other_thread):
-            while not event.wait(min(max(started + limit - time.monotonic(), 0.0), _CHECK_INTERVAL)):
+            while not event.wait(deadline.pause(time.monotonic())):
                 # The communication thread may be in native code, and check nothing.
                 self.hooks.check()
                 waited = time.monotonic() - started
-                if waited > limit:
+                if deadline.has_passed(started + waited):
                     if timeout is None:
                         raise self._deadline_error(waited, limit)
                     raise DeadlineExceeded(f"no end of {operation()} after {timeout:g} s", rank=self.rank)
@@ -225,6 +238,36 @@ class DeadlineWaiter:
             "HPCSGD_TIMEOUT (seconds)",
             elsewhere=report is None,
         )
+
+
+class _Deadline:
+    """The deadline of a wait, which a busy rank postpones.
+
+    Parameters
+    ----------
+    waiter
+        The waits of this rank.
+    started, limit
+        The begin of the wait, of `time.monotonic`, and its seconds.
+    """
+
+    def __init__(self, waiter: DeadlineWaiter, started: float, limit: float) -> None:
+        self._waiter, self._limit = waiter, limit
+        self._end, self._busy_at = started + limit, -math.inf
+
+    def pause(self, now: float) -> float:
+        """Return the seconds until the next look at the clock."""
+        return min(max(self._end - now, 1e-3), _CHECK_INTERVAL)
+
+    def has_passed(self, now: float) -> bool:
+        """Return whether the wait must end; asks the other ranks at the deadline."""
+        if now <= self._end:
+            return False
+        if self._waiter.hooks.is_busy():
+            self._busy_at, self._end = now, now + min(self._limit, _BUSY_INTERVAL)
+        else:
+            self._end = max(self._end, self._busy_at + self._limit)
+        return now > self._end
 
 
 def _ranks(missing: _Missing) -> tuple[int, ...]:

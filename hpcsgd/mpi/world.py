@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from hpcsgd.errors import DeadlineExceeded, HpcsgdError, RankFailed
 from hpcsgd.mpi import clock_sync, consistency, departure, environment, shutdown, ulfm
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.node import Node
+from hpcsgd.mpi.rank_calls import RankCalls, different_calls
 from hpcsgd.mpi.runtime import Runtime
 from hpcsgd.mpi.waiting import DeadlineWaiter, timeout_from_environment
 
@@ -220,6 +222,53 @@ class World:
             return [value]
         with self.progress.waiting(operation):
             return self.control.gather_objects(value, operation)
+
+    @property
+    def calls(self) -> RankCalls:
+        """The place of this rank in its program, by which ranks find out that they never meet."""
+        return self._runtime.stall_detector.calls
+
+    def meet(self, call: str, value: object = None) -> list[Any]:
+        """Return the values of all ranks, as `gather` does, for a call that every rank must make.
+
+        Parameters
+        ----------
+        call
+            The call, for errors: "averaged()".
+        value
+            Any picklable value.
+
+        Raises
+        ------
+        Disagreement
+            On all ranks, where they are in different calls; on one, where others will never make this call.
+        """
+        if self.size == 1:
+            return [value]
+        calls = self.calls
+        calls.calls, calls.call = calls.calls + 1, call
+        try:
+            rows = self.gather((call, value), call)
+        finally:
+            calls.call = ""
+        if any(row[0] != call for row in rows):
+            raise different_calls([row[0] for row in rows], self.all.ranks)
+        return [row[1] for row in rows]
+
+    @contextmanager
+    def busy(self, work: str) -> Iterator[None]:
+        """Context manager for long work of this rank alone: others wait for it beyond their deadline.
+
+        Parameters
+        ----------
+        work
+            Name of the work, for warnings.
+        """
+        before, self.activity.busy = self.activity.busy, work
+        try:
+            yield
+        finally:
+            self.activity.busy = before
 
     def collectively(self, action: Callable[[], T]) -> T:
         """Run an action that may fail on some ranks only, and raise on all ranks if it does.

@@ -72,6 +72,11 @@ class AllReduce(Strategy):
         self.gradients.release()
         del self.gradients, self._reducer  # the last views of the shared memory, which can then be freed
 
+    def disconnect(self) -> None:
+        super().disconnect()
+        if hasattr(self, "gradients"):
+            self.gradients.disconnect()
+
     def restart(self) -> bool:
         # First, so that a rank whose parameters differ is found before the others wait for it.
         self._compare_numbers()
@@ -83,10 +88,6 @@ class AllReduce(Strategy):
 
     def has_equal_models(self) -> bool:
         return True
-
-    def disconnect(self) -> None:
-        if hasattr(self, "gradients"):
-            self.gradients.disconnect()
 
     def accumulate(self) -> AbstractContextManager[None]:
         return self._accumulating()

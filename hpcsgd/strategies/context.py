@@ -41,6 +41,8 @@ class LoopState:
         Checksum of the names of the trained parameters.
     equal_peers
         Peers whose first batch in this loop was the same.
+    is_open
+        Whether a loop over batches is in progress.
     """
 
     batches: int = 0
@@ -51,6 +53,7 @@ class LoopState:
     has_closure: bool = False
     structure: int = 0
     equal_peers: list[int] = field(default_factory=list)
+    is_open: bool = False
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

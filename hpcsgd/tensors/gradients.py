@@ -88,9 +88,8 @@ class Gradients:
         #: Parameters with several gradients in one pass.
         self._repeated: set[int] = set()
         self._used = np.zeros(len(dense), np.bool_)
-        self._first, self._next = True, 0
-        self._begin()
-        self._running = False
+        self._first, self._next, self._running, self._overlapped = True, 0, False, False
+        self._fired = [0] * len(self._parameters)
         self._pass = BackwardPass(self._end, self._check_ended)
         hooks = [(p, self._make_hook(index)) for index, p in enumerate(self._parameters)]
         hooks += [(p, self._on_rows) for _, p in self.sparse]
@@ -103,6 +102,7 @@ class Gradients:
 
     def _begin(self) -> None:
         """Begin a pass."""
+        self.group.world.calls.begin_step()
         self._running = True
         self._overlapped = self.overlap and not self._first
         self._fired = [0] * len(self._parameters)
@@ -314,7 +314,7 @@ class Gradients:
             hook.remove()
         self._hooks = []
         # They refer to the strategy, which refers to this object and its memory.
-        self._on_ready, self._on_end = lambda _: None, lambda: None
+        self._on_ready = self._on_end = self._pass = None  # type: ignore[assignment]
 
     def _check_unchanged(self, index: int, gradient: Tensor | None, late: bool) -> None:
         """Check that a gradient is the one that backward has left."""

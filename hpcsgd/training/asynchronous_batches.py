@@ -70,7 +70,7 @@ class AsynchronousBatches:
         lengths_here = [length_of(loader) for loader in loaders]
         first = self._fetch_first()
         once = any(isinstance(loader, Iterator) for loader in loaders)
-        entries = context.world.gather((lengths_here, once, *first), "the start of some steps")
+        entries = context.world.meet("run.batches()", (lengths_here, once, *first))
         entries = entries[: self._strategy.workers(context.world.size)]  # a server's loader is never used
         context.loop.equal_peers = equal_peers([found for *_, found in entries])
         has_batch = [has for _, _, has, _ in entries]
@@ -125,7 +125,7 @@ class AsynchronousBatches:
         while end is None or context.step < end:
             # A server takes none and has none; neither may it wait for its turn.
             status = self._has_new(), self._taken == before and not self._is_server
-            found = context.world.gather(status, "the check whether a rank has new batches")
+            found = context.world.meet("the check of run.batches() for new batches", status)
             if not any(has_new for has_new, _ in found):
                 return
             if context.peers.size > 1 and before >= 0 and (length < _LONG_ROUND or any(i for _, i in found)):

@@ -115,7 +115,7 @@ def _plan(
         found = digest(first)
     fillers = [hasattr(loader, "filler") for loader in loaders]
     entries_here = [(length, filler, found) for length, filler in zip(lengths_here, fillers, strict=True)]
-    entries = [each for rank in context.world.gather(entries_here, "an epoch's start") for each in rank]
+    entries = [each for rank in context.world.meet("run.batches()", entries_here) for each in rank]
     context.loop.equal_peers = equal_peers([each for _, _, each in entries])
     if any(length is None for length, _, _ in entries):
         must_have_one = join and not all(filler for _, filler, _ in entries)
@@ -212,8 +212,8 @@ def _agree_each_step(
         if number not in rounds:
             fetched = _fetch_one_each(batches, nodes)
             has_here = [batch is not _END for batch in fetched]
-            what = "the check whether each rank has one more batch"
-            has_batch = [has for rank in context.world.gather(has_here, what) for has in rank]
+            what = "the check of run.batches() for one more batch"
+            has_batch = [has for rank in context.world.meet(what, has_here) for has in rank]
             rounds[number] = fetched, has_batch
         fetched, has_batch = rounds[number]
         if not any(has_batch):
@@ -254,3 +254,15 @@ def _wrong_length(context: StrategyContext, length: int, found: str) -> HpcsgdEr
         do="correct its __len__, or pass iter(loader): the ranks then check before each step "
         "which of them have a batch",
     )
+
+
+def in_loop(batches: Iterator[Batch], context: StrategyContext) -> Iterator[Batch]:
+    """Yield the batches, and record whether the loop over them is left before its end."""
+    calls, loop = context.world.calls, context.loop
+    calls.loop, calls.left, loop.is_open = calls.loop + 1, False, True
+    ended = False
+    try:
+        yield from batches
+        ended = True
+    finally:
+        calls.left, loop.is_open = not ended, False

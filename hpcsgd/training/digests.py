@@ -16,7 +16,7 @@ _DEPTH = 8  # of nesting; deeper values count by their types
 
 
 def digest(value: Any) -> int | None:
-    """Return a checksum of a batch; None if it has no content by which it can be told from others.
+    """Return a checksum of a batch; None if it has no content by which it is distinct from others.
 
     Parameters
     ----------

@@ -45,7 +45,8 @@ class Loops:
         return self._iterate(loaders_of_peers(loader, self._context), steps, shard)
 
     def _iterate(self, loaders: list[Iterable[Any]], steps: int | None, shard: bool | None) -> Iterator[Any]:
-        loop, given = self._context.loop, loaders[0]
+        loop, calls, given = self._context.loop, self._context.world.calls, loaders[0]
+        calls.loop, calls.left, loop.is_open, ended = calls.loop + 1, False, True, False
         loaders = [self.sharding.shard(loader, shard) for loader in loaders]
         may_warn = shard is not False and not self._warned.get(given)
         with closing(self._batches(loaders, steps)) as found:
@@ -55,7 +56,10 @@ class Loops:
                         may_warn &= bool(loop.equal_peers)
                         loop.equal_peers = loop.equal_peers if may_warn else []
                     yield batch
+                ended = True
             finally:
+                # By `break`, `return` or an exception: the other ranks look at it if they wait for this one.
+                calls.left, loop.is_open = not ended, False
                 if may_warn and not loop.equal_peers:  # the first step of the loop has warned of them
                     self._warned.set(given, True)
                 loop.equal_peers = []

@@ -78,7 +78,7 @@ class Sharding:
         plain = _plain(loader) if context.peers.per_rank == 1 else None
         found = self._fingerprint(loader, plain) if plain and shard is None else None
         mine = type(loader).__name__, shard, plain is not None, found
-        others = context.world.gather(mine, "the comparison of the ranks' data sets")[: self._workers]
+        others = context.world.meet("run.batches()", mine)[: self._workers]
         self._check(others)
         if shard is None:
             shard = others[0][-1] is not None and len({each[-1] for each in others}) == 1

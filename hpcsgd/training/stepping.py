@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption, format_ranks
 from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.training.buffers import Buffers
 from hpcsgd.training.closures import averaged_closure
 from hpcsgd.training.drift import DriftCheck
 from hpcsgd.training.optimizers import StepWatch, unscale
@@ -31,7 +32,11 @@ class Stepping:
     ----------
     scaling
         `found_inf` and `grad_scale` of a GradScaler, during its call of `run.step`.
+    buffers
+        The buffers of the run, which set it.
     """
+
+    buffers: Buffers
 
     def __init__(
         self, strategy: Strategy, context: StrategyContext, trained: TrainedParameters, check_every: int
@@ -71,6 +76,8 @@ class Stepping:
 
     def _take(self, update: Callable[[], None], nodes: VirtualNodes) -> None:
         context, loop, number = self._context, self._context.loop, self._context.step
+        self._world.calls.begin_step()
+        self._strategy.check_memory()
         self._take_in_new_parameters()
         if loop.equal_peers:
             self._warn_of_equal_data()
@@ -86,11 +93,13 @@ class Stepping:
             nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
             if context.current_peer_index == 0:
                 self.set_steps(context.step + 1)
+                self.buffers.after_step()
                 if self._drift.is_due(context.step):
                     self.check()
         context.step_taken = loop.batch_used = True
         loop.steps += 1
         context.begin_step()
+        self._world.calls.end_step()
         self._world.activity.step = context.step
         self._world.tracer.end_step(number)
 

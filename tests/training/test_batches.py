@@ -25,9 +25,12 @@ def context_among(others: list[tuple[int | None, bool]], rank: int = 0) -> Any:
         values = [next(value) for value in gathered]
         return [*values[:rank], own, *values[rank:]]
 
+    def meet(call: str, own: object = None) -> list[object]:
+        return gather(own)
+
     size = len(others) + 1
     every = SimpleNamespace(ranks=range(size))
-    world: Any = SimpleNamespace(rank=rank, global_rank=rank, size=size, all=every, gather=gather)
+    world: Any = SimpleNamespace(rank=rank, global_rank=rank, size=size, all=every, gather=gather, meet=meet)
     return StrategyContext(world=world, parameters=[])
 
 

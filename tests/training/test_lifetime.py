@@ -1,0 +1,205 @@
+"""Runs again and again in one process: closed, left by an exception, dropped; none leaves anything behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hpcsgd import DSGD, LASGD, AllReduce, BadOption, HpcsgdError, LocalSGD, Run
+from hpcsgd.errors import RankLeft
+from hpcsgd.mpi import departure
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(90)]
+STRATEGIES = (AllReduce, lambda: LocalSGD(2), LASGD, lambda: DSGD("ring"))
+
+
+class Pruned(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Waits for ranks that have left are short, and departures end with the test."""
+    monkeypatch.setattr(departure, "_GRACE", 0.3)
+    monkeypatch.setattr(departure, "_GRACE_OF_LEFT", 0.1)
+    yield
+    settle()
+
+
+def settle() -> None:
+    """Wait until all runs that were dropped or left are freed."""
+    deadline = time.monotonic() + 20
+    gc.collect()
+    while any(each.has_thread for each in departure._unfinished):
+        assert time.monotonic() < deadline, departure._unfinished
+        time.sleep(0.01)
+    gc.collect()
+
+
+def counts() -> dict[str, int]:
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "rw-s" in line]
+    return {
+        "threads": sum(thread.name == "hpcsgd" for thread in threading.enumerate()),
+        "file descriptors": len(os.listdir("/proc/self/fd")),
+        "mappings": len(maps),
+        "free communicators": -free_communicators(),
+    }
+
+
+def free_communicators() -> int:
+    from mpi4py import MPI
+
+    if MPI.Get_library_version().startswith("Open MPI"):
+        return 0  # it has any number
+    comm, made = MPI.COMM_WORLD.Dup(), []
+    comm.Set_errhandler(MPI.ERRORS_RETURN)
+    try:
+        while len(made) < 3000:
+            made.append(comm.Dup())
+    except MPI.Exception:
+        pass
+    for each in (*made, comm):
+        each.Free()
+    return len(made)
+
+
+def start(model: nn.Module, strategy: Any = None, **options: Any) -> Run:
+    return Run(model, torch.optim.SGD(model.parameters(), 0.1), strategy, **options)
+
+
+def train(run: Run, steps: int = 2) -> None:
+    for _ in range(steps):
+        run.zero_grad()
+        run.model(torch.ones(2, 30)).sum().backward()
+        run.step()
+
+
+def closed(number: int, model: nn.Module) -> None:
+    with start(model, STRATEGIES[number % 4]()) as run:
+        train(run)
+
+
+def pruned(number: int, model: nn.Module) -> None:
+    with pytest.raises(Pruned), start(model, STRATEGIES[number % 4]()) as run:
+        train(run)
+        raise Pruned
+
+
+def dropped(number: int, model: nn.Module) -> None:
+    train(start(model, STRATEGIES[number % 4]()))
+
+
+def dropped_in_a_cycle(number: int, model: nn.Module) -> None:
+    run: Any = start(model, STRATEGIES[number % 4]())
+    train(run)
+    run.itself = run
+
+
+def dropped_within_a_step(number: int, model: nn.Module) -> None:
+    run = start(model, STRATEGIES[number % 4]())
+    run.model(torch.ones(2, 30)).sum().backward()
+
+
+def refused(number: int, model: nn.Module) -> None:
+    from mpi4py import MPI
+
+    with pytest.raises(BadOption, match="no virtual nodes"):
+        start(model, LocalSGD(), virtual_nodes=2 * MPI.COMM_WORLD.size)
+
+
+def left_by_one(number: int, model: nn.Module) -> None:
+    """The last rank leaves, and the others wait for it; each catches its exception."""
+    from mpi4py import MPI
+
+    last = MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1
+    with pytest.raises(Pruned if last else RankLeft), start(model, AllReduce()) as run:
+        train(run)
+        if last:
+            raise Pruned
+        train(run)
+        if run.world.size == 1:
+            raise RankLeft("not reached by a single rank")
+
+
+ENDS = (closed, pruned, dropped, dropped_in_a_cycle, dropped_within_a_step, refused)
+
+
+def run_often(runs: int, extra: int) -> None:
+    kept = nn.Linear(30, 30)
+    for number in range(12):
+        ENDS[number % 6](number // 6, nn.Linear(30, 30))
+    settle()
+    before = counts()
+    for number in range(runs):
+        ENDS[number % 6](number // 6, kept if number % 6 == 2 else nn.Linear(30, 30))
+        if number % extra == 0:
+            left_by_one(number, nn.Linear(30, 30))
+    settle()
+    # A dropped run of a single rank without a thread is freed by the next one.
+    with start(nn.Linear(30, 30)) as run:
+        train(run)
+    settle()
+    after = counts()
+    slack = {"threads": 0, "file descriptors": 2, "mappings": 2, "free communicators": 0}
+    assert all(after[name] <= before[name] + slack[name] for name in before), (before, after)
+
+
+def test_many_runs_leave_nothing_behind() -> None:
+    run_often(48, 48)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_450_runs_leave_nothing_behind() -> None:
+    run_often(450, 10)
+
+
+def test_hooks_of_a_dropped_run_do_not_act_on_its_model() -> None:
+    model = nn.Linear(30, 30)
+    for strategy in (AllReduce(), LocalSGD(2), AllReduce()):
+        run = start(model, strategy)
+        train(run)
+        del run
+        gc.collect()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())  # type: ignore[attr-defined]
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.zero_grad()
+    model(torch.ones(2, 30)).sum().backward()
+    optimizer.step()
+    for value, p in zip(before, model.parameters(), strict=True):
+        assert torch.equal(p, value - 0.1 * 2)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_parameter_is_trained_by_one_open_run(world: Any) -> None:
+    model, other = nn.Linear(30, 30), nn.Linear(30, 30)
+    with start(model, comm=world) as first, start(other, comm=world) as second:
+        train(first)
+        train(second)
+        with pytest.raises(BadOption, match="another Run trains the parameter 'weight'"):
+            start(model, comm=world)
+        train(first)
+    with start(model, comm=world) as run:
+        train(run)
+
+
+def test_a_run_that_was_left_is_an_error_where_it_goes_on() -> None:
+    model = nn.Linear(30, 30)
+    with pytest.raises(Pruned), start(model, AllReduce()) as run:
+        train(run)
+        raise Pruned("trial 3")
+    with pytest.raises(HpcsgdError, match="left after Pruned: trial 3"):
+        run.world.gather(1) if run.world.size > 1 else run.world.progress.run("x", lambda: None)
+    run.close()
+    model(torch.ones(2, 30)).sum().backward()
+    run.optimizer.step()
