@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.context import StrategyContext
 
-_SAMPLES = 64  # parameters, evenly spaced, whose gradients show a backward pass
+_SAMPLES = 16  # parameters, evenly spaced, whose gradients show a backward pass
 
 
 class BatchUse:
