@@ -49,6 +49,7 @@ class AllReduce(Strategy):
     def _collect_gradients(self) -> None:
         context = self.context
         self._collects = context.world.size > 1 or self._needs_group
+        context.loop.sees_backward = self._collects
         self.gradients = Gradients(
             context.world,
             context.parameters if self._collects else [],

@@ -29,6 +29,8 @@ class LoopState:
         Number of batches that this rank has taken since the start of the run.
     batch_used
         Whether a backward pass, a step or `skip` has followed the last batch.
+    sees_backward
+        Whether the strategy sets `batch_used` in backward passes.
     steps
         Steps taken, also those left out, since the start of the run.
     weight
@@ -47,6 +49,7 @@ class LoopState:
 
     batches: int = 0
     batch_used: bool = True
+    sees_backward: bool = False
     steps: int = 0
     weight: float | None = None
     skipped: bool = False

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.context import StrategyContext
 
-_SAMPLES = 64  # parameters, evenly spaced, whose gradients show a backward pass
+_SAMPLES = 16  # parameters, evenly spaced, whose gradients show a backward pass
+_FEW_SAMPLES = 2  # where the strategy nearly always sees it: of checkpoints inside others it does not
 
 
 class BatchUse:
@@ -28,7 +29,7 @@ class BatchUse:
         self._context = context
         self._first_step, self._steps_before, self._unused = context.step, context.loop.steps, 0
         trained = [p for _, p in context.parameters if p.requires_grad]
-        every = -(-len(trained) // _SAMPLES) or 1
+        every = -(-len(trained) // (_FEW_SAMPLES if context.loop.sees_backward else _SAMPLES)) or 1
         self._samples = trained[::every] if counted or context.world.size > 1 else []
 
     @property

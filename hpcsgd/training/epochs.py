@@ -38,6 +38,7 @@ def _with_epochs(loader: Any) -> Iterator[Any]:
     seen: list[Any] = []
     batch_sampler = getattr(loader, "batch_sampler", None)
     for owner in (
+        loader,
         getattr(loader, "sampler", None),
         batch_sampler,
         getattr(batch_sampler, "sampler", None),

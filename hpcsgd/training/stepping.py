@@ -168,7 +168,7 @@ class Stepping:
                 "DataLoader(dataset, sampler=DistributedSampler(dataset, run.workers, run.worker), ...), or "
                 "shard by run.worker of run.workers; run.batches(loader, shard=False) where it is intended",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def close(self) -> None:
