@@ -1,0 +1,97 @@
+"""Calls that all ranks must make: different ones, ranks that never meet, busy ranks; means and flags."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hpcsgd import LASGD, Disagreement, HpcsgdError, Run, World
+from hpcsgd.mpi.rank_calls import RankCalls, certain_mismatch
+
+
+def run_of(world: Any, strategy: Any = None) -> Run:
+    model = nn.Linear(2, 1)
+    return Run(model, torch.optim.SGD(model.parameters(), 0.1), strategy, comm=world)
+
+
+def train(run: Run, batches: Any) -> None:
+    for x in batches:
+        run.zero_grad()
+        run.model(x).sum().backward()
+        run.step()
+
+
+@pytest.mark.parametrize(
+    ("places", "text"),
+    [
+        # Rank 0 waits in a call that rank 1 has passed by.
+        ((RankCalls(3, "run.close()", 5), RankCalls(2, "", 6)), r"run\.close\(\) was called after 5 steps"),
+        # Rank 1 has not come to it yet, or is in it.
+        ((RankCalls(3, "run.close()", 5), RankCalls(2, "", 5)), None),
+        ((RankCalls(3, "run.close()", 5), RankCalls(3, "run.close()", 5)), None),
+        # Rank 0 has left the loop in which rank 1 goes on, or both have left it.
+        ((RankCalls(1, "", 5, 1, True), RankCalls(1, "", 6, 1)), "was left after 5 steps"),
+        ((RankCalls(1, "", 5, 1, True), RankCalls(1, "", 5, 1)), None),
+        ((RankCalls(1, "", 5, 1, True), RankCalls(1, "", 6, 1, True)), None),
+        # Rank 1 is in the next loop, and waits for rank 0, which is slow.
+        ((RankCalls(1, "", 5, 1, True), RankCalls(2, "", 6, 2)), None),
+        # Ranks of an asynchronous method are at different steps.
+        ((RankCalls(3, "run.close()", 5, synchronous=False), RankCalls(2, "", 6)), None),
+    ],
+)
+def test_only_ranks_that_never_meet_are_a_mismatch(places: tuple[RankCalls, ...], text: str | None) -> None:
+    for order in ((0, 1), (1, 0)):
+        error = certain_mismatch({rank: places[index] for rank, index in enumerate(order)}, [7, 8])
+        if text is None:
+            assert error is None
+        else:
+            with pytest.raises(Disagreement, match=f"rank {7 + order.index(0)}: .*{text}"):
+                raise error  # type: ignore[misc]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_different_calls_are_an_error_on_all_ranks(world: Any) -> None:
+    with run_of(world) as run:
+        with pytest.raises(Disagreement, match=r"rank 0 in run\.averaged\(\); ranks? 1.* in run\.mean\(\)"):
+            if world.rank == 0:
+                with run.averaged():
+                    pass
+            else:
+                run.mean(1.0)
+        assert run.mean(world.rank) == (world.size - 1) / 2
+
+
+@pytest.mark.mpi
+def test_means_and_flags_are_equal_on_all_ranks(world: Any) -> None:
+    size = world.size
+    with run_of(world) as run:
+        assert run.mean(torch.tensor([float(world.rank)], requires_grad=True)) == (size - 1) / 2
+        assert run.any(world.rank == size - 1) and run.any(torch.tensor(False)) is False
+        assert run.all(True) and run.all(world.rank != 0) is False
+    with run_of(world, LASGD()) as run:
+        for x in run.batches([torch.ones(1, 2)], steps=2):
+            if size > 1:
+                with pytest.raises(HpcsgdError, match="inside a loop of an asynchronous strategy"):
+                    run.any(True)
+            train(run, [x])
+        assert run.any(world.rank == 0)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_others_wait_for_a_busy_rank_beyond_the_deadline(world: Any) -> None:
+    deadline = 1.0
+    with World(timeout=60.0) as own:
+        run = run_of(own)
+        train(run, [torch.ones(1, 2)])
+        own.waiter.timeout = deadline
+        if own.rank == 0:
+            with run.busy("validation"):
+                time.sleep(3 * deadline)  # the work itself: no rank waits for an event of it
+        train(run, [torch.ones(1, 2)])
+        own.waiter.timeout = 60.0
+        assert own.gather(run.steps) == [2] * own.size
+        run.close()
