@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
+from torch.utils.data import DataLoader
+
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import StrategyContext
@@ -93,10 +95,15 @@ class AsynchronousBatches:
         return world.rank >= self._strategy.workers(world.size)
 
     def _fetch_first(self) -> tuple[bool, int | None]:
-        """Return whether this rank has a batch, as far as is known, and the checksum of its next one."""
+        """Return whether this rank has a batch, as far as is known, and the checksum of its next one.
+
+        It is not fetched ahead of its step where it may depend on the step, and the epoch's end does not.
+        """
         if self._is_server or not may_fetch_ahead(self._loaders, self._context):
             return True, None
-        source = self._sources[0]
+        source, loader, length = self._sources[0], self._loaders[0], length_of(self._loaders[0])
+        if length is not None and not isinstance(loader, DataLoader | list | tuple):
+            return length > 0 or source.can_repeat(), None
         has_batch = source.has_next() or source.can_repeat()
         return has_batch, digest(source.ahead)
 
