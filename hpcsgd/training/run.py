@@ -28,6 +28,7 @@ from hpcsgd.training.run_state import load_peer_state, peer_state
 from hpcsgd.training.scalars import Scalars
 from hpcsgd.training.sharding import Sharding
 from hpcsgd.training.stepping import Stepping
+from hpcsgd.training.sync_batchnorm import SyncBatchNorms
 from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
@@ -180,6 +181,7 @@ class Run(Scalars):
         self._stepping.set_steps(0)
         self.strategy.attach(self._context)
         self.world.calls.synchronous &= self.strategy.synchronous
+        self._batchnorms = SyncBatchNorms(model, self._context, self.strategy)
         self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
         self._asynchronous_batches = AsynchronousBatches(self._context, self.strategy, self._virtual_nodes)
         self._sharding = Sharding(self._context, self.strategy)
@@ -384,6 +386,7 @@ class Run(Scalars):
             return  # left by an exception
         self.world.meet("run.close()")
         self._lifetime.close()
+        self._batchnorms.detach()
         self.world.progress.drain()
         self._virtual_nodes.select_peer(0)
         self._stepping.check()
@@ -402,6 +405,7 @@ class Run(Scalars):
         else:
             self._lifetime.leave_after(error)
             self._stepping.close()
+            self._batchnorms.detach()
 
 
 def _check(option: str, value: str, valid: tuple[str, ...]) -> None:
