@@ -60,7 +60,7 @@ class SyncBatchNorms:
             )
         # Of its own, for the other thread reduces buckets at the same time.
         self._communicator = context.world.all.dup("sync batch norm")
-        self._names = {module: name for name, module in found}
+        self._names: dict[nn.Module, str] = {module: name for name, module in found}
         for module in self._modules.values():
             module.__class__ = _SyncBatchNorm
             _links[module] = weakref.ref(self)
@@ -144,7 +144,7 @@ class _Normalize(torch.autograd.Function):
         return output.to(input.dtype), mean, variance, count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: object) -> Any:
         normalized, weight, scale, count = ctx.saved_tensors
         gradient = gradient.to(normalized.dtype)
