@@ -75,7 +75,7 @@ def make_shards(
     total = sum(bucket.numel for bucket in group)
     shards = [_make_shard(bucket, compressor, communicator, by_node, total) for bucket in group]
     sums = [
-        (f"{shard.bucket.index}.{index}", torch.empty(max(1, numel), dtype=dtype))
+        (f"{shard.bucket.index}.{index}", torch.empty(max(1, numel), dtype=dtype, device="cpu"))
         for shard in shards
         if shard.codec is not None
         for index, (numel, dtype) in enumerate(shard.codec.sum_buffers)

@@ -79,7 +79,9 @@ class CompressedReducer:
             group, algorithm, compressor, self._communicator, self._by_node
         )
         self._barriers = [world.local.make_barrier() for _ in range(2)] if self._by_node else []
-        self._flags = TensorGroup(world, [("not finite", torch.zeros(1))], staged=False).buckets[0]
+        self._flags = TensorGroup(
+            world, [("not finite", torch.zeros(1, device="cpu"))], staged=False
+        ).buckets[0]
         if world not in _pipelines:
             device = world.device if self._staged else torch.device("cpu")
             _pipelines[world] = Pipeline(world.waiter, lambda: side_stream(device))

@@ -72,7 +72,7 @@ class Exchange:
             self._flags, self._rows = flags.rows.view(np.int32), torch.from_numpy(rows.rows)
         else:
             self._flags = np.zeros((1, versioned_slots.flags_size(peers.per_rank) // 4), np.int32)
-            self._rows = torch.zeros(1, self._row_bytes, dtype=torch.uint8)
+            self._rows = torch.zeros(1, self._row_bytes, dtype=torch.uint8, device="cpu")
         self._slots: dict[tuple[int, int, int], list[Tensor]] = {}
         self._next_slot = [0] * peers.per_rank
         self._sends: dict[tuple[int, int], list[tuple[Any, int]]] = {}
@@ -88,7 +88,9 @@ class Exchange:
         slots.wait_until_free(flags, 0, 0, 0, 0)
         slots.holds_version(flags, 0, 0, 1)
         for dtype in {bucket.host.dtype for bucket in self._groups[0]}:
-            weighted_sum(torch.zeros(1, dtype=dtype), [(torch.zeros(1, dtype=dtype), 1.0)])
+            weighted_sum(
+                torch.zeros(1, dtype=dtype, device="cpu"), [(torch.zeros(1, dtype=dtype, device="cpu"), 1.0)]
+            )
 
     def publish(self, peer: int, version: int, readers: Sequence[int]) -> None:
         """Publish the current model of a peer of this rank as `version`.
@@ -239,7 +241,7 @@ class Exchange:
 
     def _post_receives(self, number: int, peer: int, source: int, version: int) -> tuple[Tensor, list[Any]]:
         if number not in self._receive_buffers:
-            self._receive_buffers[number] = torch.empty(self.nbytes, dtype=torch.uint8)
+            self._receive_buffers[number] = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         memory, rank = self._receive_buffers[number], self.peers.rank_of(source)
         tag = self._tag(source, peer, version)
         return memory, [self._communicator.irecv(part, rank, tag) for part in message_buffers(memory)]

@@ -48,7 +48,7 @@ class PointToPointCodec:
         self._compressor, self._segment = compressor, segment
         self.dtype, self.numel, self._feedback = dtype, segment.numel, compressor.feedback
         self._codec = self.make_codec(1)
-        self._buffers = [torch.zeros(numel, dtype=of) for numel, of in self._codec.sum_buffers]
+        self._buffers = [torch.zeros(numel, dtype=of, device="cpu") for numel, of in self._codec.sum_buffers]
         messages = self._messages(self.zeros(), RandomKey(0, 0, 0, 0), None)
         self.nbytes = sum(message.data.nbytes for message in messages)
 
@@ -58,11 +58,11 @@ class PointToPointCodec:
 
     def zeros(self) -> Tensor:
         """Return zeros of the shape and type of the values."""
-        return torch.zeros(self.numel, dtype=self.dtype)
+        return torch.zeros(self.numel, dtype=self.dtype, device="cpu")
 
     def zero_residual(self) -> Tensor | None:
         """Return an initial residual; None for a scheme without error feedback."""
-        return torch.zeros(self.numel) if self._feedback else None
+        return torch.zeros(self.numel, device="cpu") if self._feedback else None
 
     def encode(
         self, values: Tensor, random_key: RandomKey, residual: Tensor | None = None
@@ -183,7 +183,7 @@ def warm_up(compressor: Compressor, dtype: torch.dtype, terms: int) -> None:
     segment = Segment(_WARM_UP_ELEMENTS, 1, tensors=((0, (_WARM_UP_ELEMENTS,)),))
     point_to_point = PointToPointCodec(compressor, segment, dtype)
     codec, values = point_to_point.make_codec(terms), point_to_point.zeros()
-    buffers = [torch.zeros(numel, dtype=of) for numel, of in codec.sum_buffers]
+    buffers = [torch.zeros(numel, dtype=of, device="cpu") for numel, of in codec.sum_buffers]
     residual = point_to_point.zero_residual()
     for message in codec.run(values, buffers, RandomKey(0, 0, 0, 0), 1.0, residual):
         if message is not None and message.gathered is not None:

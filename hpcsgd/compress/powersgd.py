@@ -128,8 +128,8 @@ class _PowerCodec(Codec):
     def _start(self, random_key: RandomKey) -> None:
         """Initialise Q with random numbers that are equal on all ranks."""
         low, high = random_key.fixed()
-        generator = torch.Generator().manual_seed((high & 0x7FFFFFFF) << 32 | low)
-        self._right.copy_(torch.randn(len(self._right), generator=generator))
+        generator = torch.Generator(device="cpu").manual_seed((high & 0x7FFFFFFF) << 32 | low)
+        self._right.copy_(torch.randn(len(self._right), generator=generator, device="cpu"))
         self._started = True
 
     def _factor(self, flat: Tensor, part: slice) -> Tensor:

@@ -169,7 +169,7 @@ class CodeSumServer:
 def _messages(
     codec: Codec, values: Tensor, key: RandomKey, residual: Tensor | None, scale: float = 1.0
 ) -> Iterator[Message]:
-    buffers = [torch.zeros(numel, dtype=dtype) for numel, dtype in codec.sum_buffers]
+    buffers = [torch.zeros(numel, dtype=dtype, device="cpu") for numel, dtype in codec.sum_buffers]
     run = codec.run(values, buffers, key, scale, residual)
     return (message for message in run if message is not None)
 

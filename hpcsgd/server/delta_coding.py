@@ -120,7 +120,7 @@ class ClientDeltaCodec(_DeltaCodec):
         super().__init__(codec, shard, coding.mode)
         self._coding, self._reference = coding, SharedReference(codec)
         has_residual = coding.compressor.feedback and not self._models
-        self._residual = torch.zeros(codec.numel) if has_residual else None
+        self._residual = torch.zeros(codec.numel, device="cpu") if has_residual else None
         self._pushed = codec.zeros()
         self.reply_buffer = np.empty(self.reply_bytes, np.uint8)
         self._sum = CodeSumClient(codec, self._residual) if coding.mode == "sync" else None

@@ -114,7 +114,7 @@ class OptimizerRule:
     def validate(self, options: Options, dtype: torch.dtype) -> None:
         state = self.state_dict().get("state", {})
         for number, position in {group: i for i, (_, _, group) in enumerate(self._segments)}.items():
-            element = torch.zeros(1, dtype=dtype)
+            element = torch.zeros(1, dtype=dtype, device="cpu")
             element.grad = torch.zeros_like(element)
             trial = self._optimizer_class([element], **options[number])
             saved = state.get(position, {}).items()

@@ -48,8 +48,22 @@ class Strategy:
         """Start with the model of `context`, which has the same values on all ranks; collective."""
         self.context = context
 
+    def check_memory(self) -> None:
+        """Check that what the strategy exchanges is still what is trained; before steps and exchanges.
+
+        Compares addresses; a parameter with other memory of the same shape, dtype and device is taken in.
+
+        Raises
+        ------
+        HpcsgdError
+            A parameter has another shape, dtype or device, or has become the memory of another one.
+        """
+
     def detach(self) -> None:
-        """Finish all communication, remove hooks and give the model memory of its own; collective."""
+        """Put the consensus in place, finish all communication, remove hooks and free memory; collective.
+
+        The model then has memory of its own, and the same values on all ranks.
+        """
 
     def disconnect(self) -> None:
         """Remove hooks after the run was dropped or left; local, also called by the garbage collector."""

@@ -30,7 +30,7 @@ class LoopState:
     batch_used
         Whether a backward pass, a step or `skip` has followed the last batch.
     steps
-        Steps taken in the current loop over batches.
+        Steps taken, also those left out, since the start of the run.
     weight
         Weight of this rank's gradients in this step, as the user has given it; None: equal weights.
     skipped
@@ -43,8 +43,6 @@ class LoopState:
         Peers whose first batch in this loop was the same.
     is_open
         Whether a loop over batches is in progress.
-    exhausted
-        Whether the current batch only repeats the last one of a loader that cannot be started again.
     """
 
     batches: int = 0
@@ -56,7 +54,6 @@ class LoopState:
     structure: int = 0
     equal_peers: list[int] = field(default_factory=list)
     is_open: bool = False
-    exhausted: bool = False
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -26,12 +26,17 @@ class ReplicaStrategy(Strategy):
 
     def attach(self, context: StrategyContext) -> None:
         super().attach(context)
+        peers = context.peers
         self.parameters = Parameters(
-            context.world, context.parameters, context.bucket_mib, context.peers.per_rank
+            context.world, context.parameters, context.bucket_mib, peers.per_rank, alone=peers.size == 1
         )
+
+    def check_memory(self) -> None:
+        self.parameters.adopt()
 
     def detach(self) -> None:
         self.select_peer(0)
+        self._put_consensus_in_place()
         self.parameters.release()
         del self.parameters  # the last views of the shared memory, which can then be freed
 
@@ -47,18 +52,25 @@ class ReplicaStrategy(Strategy):
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        parameters = self.parameters
         self.context.world.progress.drain()  # communication in flight reads and writes the models
-        saved = parameters.copy()
-        weights = [self.consensus_weight(peer) for peer in self.context.peers.local]
-        for bucket in parameters.group:
-            models = [group.buckets[bucket.index].flat for group in parameters.groups]
-            weighted_sum(bucket.flat, list(zip(models, weights, strict=True)))
-        allreduce(parameters.group, 1.0, self.context.algorithm)
+        saved = self.parameters.copy()
+        self._put_consensus_in_place()
         try:
             yield
         finally:
-            parameters.restore(saved)
+            self.parameters.restore(saved)
+
+    def _put_consensus_in_place(self) -> None:
+        """Overwrite the model in place with the consensus, of the same bits on all ranks; collective."""
+        context, parameters = self.context, self.parameters
+        if context.peers.size == 1:
+            return
+        context.world.progress.drain()
+        weights = [self.consensus_weight(peer) for peer in context.peers.local]
+        for bucket in parameters.group:
+            models = [group.buckets[bucket.index].flat for group in parameters.groups]
+            weighted_sum(bucket.flat, list(zip(models, weights, strict=True)))
+        allreduce(parameters.group, 1.0, context.algorithm)
 
     def consensus_distance(self) -> float:
         """Return the root of the squared distances from the consensus, weighted as in it; collective."""

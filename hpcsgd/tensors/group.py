@@ -13,6 +13,7 @@ from torch import Tensor
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.shared_memory import SharedMemory
 from hpcsgd.mpi.world import World
+from hpcsgd.tensors.memory import is_dense, with_own_storage
 
 #: Dtypes that can be averaged; groups of other dtypes can only be broadcast and gathered.
 SUMMABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -38,7 +39,7 @@ class Bucket:
     index
         Position in the order of communication, equal on all ranks.
     names, views
-        Its tensors, as views of `flat`.
+        Its tensors, as views of `flat`; complex ones as pairs of real numbers.
     flat
         1-D tensor of all its elements on the group's device, zero in the gaps that align the views.
     host
@@ -116,9 +117,10 @@ class TensorGroup:
     Attributes
     ----------
     views
-        One tensor a name, zero at the start, with the shape and strides of the model tensor.
+        One tensor a name, zero at the start, with the shape and strides of the model tensor. It lies in the
+        buffer, and has a storage of its own.
     buckets
-        The buckets, in order. Each holds one dtype.
+        The buckets, in the order of their last tensors. Each holds one dtype, of complex ones the real.
 
     Raises
     ------
@@ -155,16 +157,27 @@ class TensorGroup:
         for index, (members, nbytes) in enumerate(plans):
             self.buckets.append(self._bucket(index, members, offset, nbytes, host, device_memory))
             offset += nbytes
-        self.views = {
+        self._like = dict(templates)
+        self._in_bucket = {
             name: view
             for bucket in self.buckets
             for name, view in zip(bucket.names, bucket.views, strict=True)
         }
+        self.views = {name: self._view(name) for name in self._like}
 
     @property
     def shared(self) -> bool:
         """Whether the ranks of a node share their buffers, and some node has several; equal on all ranks."""
         return self._shared_rows is not None and self.world.max_local_size > 1
+
+    def renew(self, name: str) -> Tensor:
+        """Replace a view by a new one on the same memory, for one whose storage has moved; returns it."""
+        self.views[name] = self._view(name)
+        return self.views[name]
+
+    def _view(self, name: str) -> Tensor:
+        view = self._in_bucket[name]
+        return with_own_storage(torch.view_as_complex(view) if self._like[name].is_complex() else view)
 
     def __len__(self) -> int:
         return len(self.buckets)
@@ -179,7 +192,8 @@ class TensorGroup:
                 _pin(memory)
             return memory
         size = max(self.nbytes, ALIGNMENT)
-        return torch.zeros(size, dtype=torch.uint8, pin_memory=self.world.device.type == "cuda")
+        pinned = self.world.device.type == "cuda"
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=pinned, device="cpu")
 
     def _bucket(
         self,
@@ -190,12 +204,12 @@ class TensorGroup:
         host: Tensor,
         device_memory: Tensor,
     ) -> Bucket:
-        dtype = members[0][1].dtype
+        dtype = _real_dtype(members[0][1])
         flat = device_memory[offset : offset + nbytes].view(dtype)
         views, position = [], 0
         for _, tensor in members:
             views.append(_view(flat, position, tensor))
-            position += _aligned(tensor)
+            position += _aligned(tensor) // dtype.itemsize
         bucket = Bucket(
             self.world,
             index,
@@ -228,31 +242,43 @@ def aligned_part(flat: Tensor, index: int, parts: int) -> slice:
 def _plan(
     templates: Sequence[tuple[str, Tensor]], limit: float
 ) -> list[tuple[list[tuple[str, Tensor]], int]]:
-    """Return the members and bytes of each bucket: in the given order, a new one at each change of dtype."""
+    """Return the members and bytes of each bucket, in the order in which a pass over tensors completes them.
+
+    Tensors of each dtype fill buckets in the given order, however dtypes alternate.
+    """
     plans: list[tuple[list[tuple[str, Tensor]], int]] = []
-    for name, tensor in templates:
-        nbytes = _aligned(tensor) * tensor.element_size()
-        if plans:
-            members, size = plans[-1]
-            if members[0][1].dtype == tensor.dtype and size + nbytes <= limit:
-                plans[-1] = ([*members, (name, tensor)], size + nbytes)
-                continue
-        plans.append(([(name, tensor)], nbytes))
-    return plans
+    last_positions: list[int] = []
+    open_plan: dict[torch.dtype, int] = {}
+    for position, (name, tensor) in enumerate(templates):
+        nbytes, dtype = _aligned(tensor), _real_dtype(tensor)
+        number = open_plan.get(dtype)
+        if number is None or plans[number][1] + nbytes > limit:
+            number = open_plan[dtype] = len(plans)
+            plans.append(([], 0))
+            last_positions.append(position)
+        members, size = plans[number]
+        members.append((name, tensor))
+        plans[number], last_positions[number] = (members, size + nbytes), position
+    return [plans[number] for number in sorted(range(len(plans)), key=last_positions.__getitem__)]
+
+
+def _real_dtype(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
 
 
 def _aligned(tensor: Tensor) -> int:
-    """Return the number of elements that a tensor occupies in the buffer."""
-    line = ALIGNMENT // tensor.element_size()
-    return math.ceil(tensor.numel() / line) * line
+    """Return the bytes that a tensor occupies in the buffer."""
+    return math.ceil(tensor.numel() * tensor.element_size() / ALIGNMENT) * ALIGNMENT
 
 
 def _view(flat: Tensor, position: int, like: Tensor) -> Tensor:
-    span = flat[position : position + like.numel()]
-    if torch.empty_like(like, device="meta").stride() == like.stride():
-        # Dense, maybe channels_last: with the same strides autograd and optimizers keep their fast paths.
-        return span.as_strided(like.size(), like.stride())
-    return span.view(like.size())
+    """Return the view of a bucket from an element on; complex tensors have their parts as last dimension."""
+    # Dense, maybe channels_last: with the same strides autograd and optimizers keep their fast paths.
+    strides = like.stride() if is_dense(like) else torch.empty(like.size(), device="meta").stride()
+    start = int(flat.storage_offset()) + position
+    if like.is_complex():
+        return flat.as_strided((*like.size(), 2), (*(2 * stride for stride in strides), 1), start)
+    return flat.as_strided(like.size(), strides, start)
 
 
 def _pin(memory: Tensor) -> None:

@@ -8,13 +8,20 @@ from typing import Any, Generic, TypeVar
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import StrategyContext
-from hpcsgd.training.batches import length_of, record_equal_peers, warn_of_forks
+from hpcsgd.training.batches import (
+    check_none_empty,
+    equal_peers,
+    length_of,
+    may_fetch_ahead,
+    warn_of_forks,
+)
 from hpcsgd.training.digests import digest
+from hpcsgd.training.epochs import Epochs
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 Batch = TypeVar("Batch")
 _END = object()
-_LONGEST_ROUND = 32  # steps between two questions whether a rank has new batches
+_LONG_ROUND = 32  # steps
 
 
 class AsynchronousBatches:
@@ -22,23 +29,30 @@ class AsynchronousBatches:
 
     Parameters
     ----------
-    context, strategy, virtual_nodes
+    context, strategy, virtual_nodes, epochs
         Those of the run.
     """
 
-    def __init__(self, context: StrategyContext, strategy: Strategy, virtual_nodes: VirtualNodes) -> None:
+    def __init__(
+        self, context: StrategyContext, strategy: Strategy, virtual_nodes: VirtualNodes, epochs: Epochs
+    ) -> None:
         self._context, self._strategy, self._virtual_nodes = context, strategy, virtual_nodes
+        self._epochs = epochs
         self._loaders: list[Iterable[Any]] = []
         self._sources: list[_Source[Any]] = []
+        self._taken = 0
 
     def batches(self, loaders: Sequence[Iterable[Batch]], steps: int | None) -> Iterator[Batch]:
         """Yield batches until `steps` more steps have been taken.
+
+        A loader is started again at its end. One that cannot be, such as a generator, then repeats its last
+        batch with weight 0; when all have come to that, the loop ends.
 
         Parameters
         ----------
         loaders
             One for each local peer. With the same loaders as in the last call the iteration continues in
-            the middle of them; at its end a loader is started again.
+            the middle of them.
         steps
             None: the number of batches of the longest loader of all ranks; where one has no length, until
             every loader has been at its end.
@@ -46,30 +60,45 @@ class AsynchronousBatches:
         Raises
         ------
         HpcsgdError
-            A loader is empty, or cannot be started again.
+            On all ranks, if the loaders of some peers have no batch at all, and those of others have.
         """
         context = self._context
         if [id(loader) for loader in loaders] != [id(loader) for loader in self._loaders]:
             for loader in loaders:
                 warn_of_forks(loader)
-            self._loaders = list(loaders)
-            self._sources = [_Source(context, each) for each in loaders]
-        lengths = [length_of(loader) for loader in loaders]
-        entries = context.world.meet("run.batches()", (lengths, self._first_digest()))
-        record_equal_peers([found for _, found in entries], context)
+            self._loaders, self._sources = list(loaders), [_Source(each, self._epochs) for each in loaders]
+        lengths_here = [length_of(loader) for loader in loaders]
+        first = self._fetch_first()
+        once = any(isinstance(loader, Iterator) for loader in loaders)
+        entries = context.world.meet("run.batches()", (lengths_here, once, *first))
+        entries = entries[: self._strategy.workers(context.world.size)]  # a server's loader is never used
+        context.loop.equal_peers = equal_peers([found for *_, found in entries])
+        has_batch = [has for _, _, has, _ in entries]
+        if not any(has_batch):
+            return
+        check_none_empty(has_batch, context)
+        lengths = [length for found, *_ in entries for length in found]
         try:
-            if steps is None and any(None in found for found, _ in entries):
-                yield from self._until_all_ended()
+            if any(once for _, once, *_ in entries) or (steps is None and None in lengths):
+                yield from self._in_rounds(None if steps is None else context.step + steps)
             else:
-                longest = max(length or 0 for found, _ in entries for length in found)
-                yield from self._until(context.step + (longest if steps is None else steps))
+                yield from self._until(context.step + (max(lengths) if steps is None else steps))
         finally:
+            context.loop.batch_used = True
             context.begin_step()
 
-    def _first_digest(self) -> int | None:
-        if self._context.world.size == 1 or not self._computes():
-            return None
-        return digest(self._sources[0].peek())
+    @property
+    def _is_server(self) -> bool:
+        world = self._context.world
+        return world.rank >= self._strategy.workers(world.size)
+
+    def _fetch_first(self) -> tuple[bool, int | None]:
+        """Return whether this rank has a batch, as far as is known, and the checksum of its next one."""
+        if self._is_server or not may_fetch_ahead(self._loaders, self._context):
+            return True, None
+        source = self._sources[0]
+        has_batch = source.has_next() or source.can_repeat()
+        return has_batch, digest(source.ahead)
 
     def _until(self, end: int) -> Iterator[Any]:
         context = self._context
@@ -77,26 +106,41 @@ class AsynchronousBatches:
             self._virtual_nodes.select_peer(index)
             context.step_taken = False
             while not context.step_taken:  # several batches a step if gradients are accumulated
-                batch = next(self._sources[index])
+                batch, is_new = self._sources[index].take()
+                if not is_new:
+                    context.set_batches([peer != context.peer for peer in range(context.peers.size)])
                 context.loop.batches += 1
+                self._taken += 1
                 yield batch
 
-    def _until_all_ended(self) -> Iterator[Any]:
-        """Yield batches in rounds of steps, until every loader of all ranks has been at its end."""
-        steps = 1
+    def _in_rounds(self, end: int | None) -> Iterator[Any]:
+        """Yield batches in rounds of some steps, until no rank has a new batch, or iteration `end`.
+
+        New are the batches before a loader's first end, or, with an `end`, all but repeated ones. The rounds
+        grow: a rank that is so slow that the others take all steps of one must get its turn in another.
+        """
+        context, length, before = self._context, 1, -1
         for source in self._sources:
-            source.begin_epoch()
-        while any(self._context.world.meet("run.batches()", self._has_new())):
-            yield from self._until(self._context.step + steps)
-            steps = min(2 * steps, _LONGEST_ROUND)
+            source.begin_epoch(restarts=end is not None)
+        while end is None or context.step < end:
+            # A server takes none and has none; neither may it wait for its turn.
+            status = self._has_new(), self._taken == before and not self._is_server
+            found = context.world.meet("the check of run.batches() for new batches", status)
+            if not any(has_new for has_new, _ in found):
+                return
+            if context.peers.size > 1 and before >= 0 and (length < _LONG_ROUND or any(i for _, i in found)):
+                length *= 2
+            before, last = self._taken, context.step + length
+            yield from self._until(last if end is None else min(last, end))
 
     def _has_new(self) -> bool:
-        return self._computes() and any(source.has_new() for source in self._sources)
-
-    def _computes(self) -> bool:
-        """Return whether this rank takes batches: the loader of a server is never used."""
-        world = self._context.world
-        return world.rank < self._strategy.workers(world.size)
+        if self._is_server:
+            return False
+        found = []
+        for index, source in enumerate(self._sources):
+            self._virtual_nodes.select_peer(index)  # for its random generators
+            found.append(source.has_new())
+        return any(found)
 
 
 class _Source(Generic[Batch]):
@@ -104,59 +148,70 @@ class _Source(Generic[Batch]):
 
     Parameters
     ----------
-    context
-        The context of the run, for errors.
     loader
         The loader.
+    epochs
+        Numbers its epochs.
+
+    Attributes
+    ----------
+    ahead
+        The next batch, where it has been fetched already; else None.
     """
 
-    def __init__(self, context: StrategyContext, loader: Iterable[Batch]) -> None:
-        self._context, self._loader = context, loader
-        self._batches = iter(loader)
-        self._ahead: list[Any] = []
-        self._last: Any = _END
-        self._ended = self._repeats_last = False
+    def __init__(self, loader: Iterable[Batch], epochs: Epochs) -> None:
+        self._loader, self._epochs = loader, epochs
+        self._batches: Iterator[Any] | None = None
+        self._ahead = self._last = _END
+        self._ended, self._restarts = False, True
 
-    def begin_epoch(self) -> None:
-        """Begin an epoch that ends when all loaders have been at their ends, for which this one may wait."""
-        self._ended, self._repeats_last = False, True
+    @property
+    def ahead(self) -> Any:
+        return None if self._ahead is _END else self._ahead
+
+    def begin_epoch(self, *, restarts: bool) -> None:
+        """Begin to look for new batches: those before the loader's next end, or, with `restarts`, any."""
+        self._ended, self._restarts = False, restarts
 
     def has_new(self) -> bool:
-        """Return whether the loader has a batch before its next end, and has not been at one."""
-        if not self._ended and not self._ahead:
-            batch = next(self._batches, _END)
-            self._ended = batch is _END
-            self._ahead = [] if self._ended else [batch]
+        """Return whether there is a new batch."""
+        if self._restarts:
+            return self.has_next()
+        if not self._ended and self._ahead is _END:
+            self._ahead = self._fetch()
         return not self._ended
 
-    def peek(self) -> Any:
-        """Return the next batch without taking it."""
-        self._ahead = self._ahead or [next(self)]
-        return self._ahead[0]
+    def has_next(self) -> bool:
+        """Return whether there is a batch that is no repetition, after a restart at need."""
+        for _ in range(2):
+            if self._ahead is _END:
+                self._ahead = self._fetch()
+        return self._ahead is not _END
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+    def can_repeat(self) -> bool:
+        """Return whether a batch can be repeated."""
+        return self._last is not _END or hasattr(self._loader, "filler")
 
-    def __next__(self) -> Batch:
-        batch: Any = self._ahead.pop() if self._ahead else next(self._batches, _END)
-        if batch is _END:
-            self._ended = True
+    def take(self) -> tuple[Batch, bool]:
+        """Return the next batch, and whether it is no repetition."""
+        is_new = self.has_next()
+        if is_new:
+            self._last, self._ahead = self._ahead, _END
+        elif not self.can_repeat():
+            raise HpcsgdError(
+                "the loader has no batch at all",
+                expected="at least one batch for every peer",
+                do="give each peer a part of the data",
+            )
+        elif self._last is _END:
+            self._last = self._loader.filler()  # type: ignore[attr-defined]
+        return self._last, is_new  # type: ignore[return-value]
+
+    def _fetch(self) -> Any:
+        if self._batches is None:
+            self._epochs.begin(self._loader)
             self._batches = iter(self._loader)
-            batch = next(self._batches, _END)
+        batch = next(self._batches, _END)
         if batch is _END:
-            if self._last is _END or not self._repeats_last:
-                raise self._exhausted()
-            self._context.loop.exhausted = True
-            batch = self._last
-        self._last = batch
-        return batch  # type: ignore[no-any-return]
-
-    def _exhausted(self) -> HpcsgdError:
-        once = iter(self._loader) is self._loader
-        return HpcsgdError(
-            "the loader is exhausted" if once else "the loader has no batch at all",
-            rank=self._context.world.global_rank,
-            expected="a loader that can be iterated over again: with an asynchronous strategy a rank may "
-            "take more steps than its loader has batches",
-            do="pass the loader itself to run.batches(), not iter(loader) or a generator",
-        )
+            self._batches, self._ended = None, True
+        return batch

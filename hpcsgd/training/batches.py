@@ -5,17 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.training.batch_use import BatchUse
 from hpcsgd.training.digests import digest
+from hpcsgd.training.virtual_nodes import VirtualNodes
 
 Batch = TypeVar("Batch")
 _END = object()
-_SAMPLES = 4  # parameters at both ends of a model whose gradients show a backward pass
 
 
 def loaders_of_peers(loader: Any, context: StrategyContext) -> list[Iterable[Any]]:
@@ -42,7 +44,11 @@ def loaders_of_peers(loader: Any, context: StrategyContext) -> list[Iterable[Any
 
 
 def synchronous_batches(
-    loaders: Sequence[Iterable[Batch]], context: StrategyContext, uneven: str, steps: int | None = None
+    loaders: Sequence[Iterable[Batch]],
+    context: StrategyContext,
+    uneven: str,
+    steps: int | None = None,
+    nodes: VirtualNodes | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of one epoch, equally many for every peer.
 
@@ -61,153 +67,101 @@ def synchronous_batches(
         with the shortest loader.
     steps
         Maximum number of steps. Default: none.
+    nodes
+        The local peers, where there are several.
 
     Raises
     ------
     HpcsgdError
-        A loader has no batch at all where others have some, has no `len()` although there are virtual
-        nodes, or yields another number of batches than its `len()`; or this rank takes its next batch without
-        having used the last one.
+        A loader has no batch at all where others have some, or yields another number of batches than its
+        `len()`; or this rank takes its next batch without having used the last one.
     """
     for loader in loaders:
         warn_of_forks(loader)
-    plan = _plan(loaders, context, uneven == "join")
-    use, last, taken = BatchUse(context), [_END] * len(loaders), 0
+    plan = _plan(loaders, context, uneven == "join", nodes)
+    use, last = BatchUse(context, counted=steps is not None), [_END] * len(loaders)
     try:
-        for batch, has_batch in plan:
-            if uneven == "stop" and not all(has_batch):
+        while steps is None or context.current_peer_index or use.steps < steps:
+            batch, has_batch = next(plan, (_END, None))
+            if has_batch is None or (uneven == "stop" and not all(has_batch)):
                 return
             index = context.current_peer_index
-            taken += index == 0
-            if steps is not None and taken > steps:
-                return
             if batch is not _END:
                 last[index] = batch
             elif last[index] is _END:
-                # Resumed after the end of this peer's batches: only the loader can supply one to repeat.
+                # Of peers without any batch, or resumed after their last: only the loader can supply one.
                 last[index] = loaders[index].filler()  # type: ignore[attr-defined]
             context.set_batches(has_batch)
             use.begin()
             yield last[index]  # type: ignore[misc]
             use.check()
     finally:
+        use.end()
         context.begin_step()
 
 
 def _plan(
-    loaders: Sequence[Iterable[object]], context: StrategyContext, join: bool
-) -> Iterator[tuple[object, list[bool]]]:
+    loaders: Sequence[Iterable[object]], context: StrategyContext, join: bool, nodes: VirtualNodes | None
+) -> Iterator[tuple[object, list[bool] | None]]:
     """Yield each batch, or the end marker, and which peers have one; collective."""
     if context.peers.size == 1:
         yield from ((batch, [True]) for batch in loaders[0])
         return
-    batches = [FirstBatch(loader) for loader in loaders]
-    entries_of_rank = [
-        (length_of(loader), hasattr(loader, "filler"), each.digest)
-        for loader, each in zip(loaders, batches, strict=True)
-    ]
-    entries = [entry for rank in context.world.meet("run.batches()", entries_of_rank) for entry in rank]
-    record_equal_peers([entry[2] for entry in entries], context)
+    lengths_here = [length_of(loader) for loader in loaders]  # before the first batch, which may change it
+    batches = [started_late(loader) for loader in loaders]
+    found = None
+    if may_fetch_ahead(loaders, context) and lengths_here != [0]:
+        first, batches[0] = fetch_first(batches[0])
+        found = digest(first)
+    fillers = [hasattr(loader, "filler") for loader in loaders]
+    entries_here = [(length, filler, found) for length, filler in zip(lengths_here, fillers, strict=True)]
+    entries = [each for rank in context.world.meet("run.batches()", entries_here) for each in rank]
+    context.loop.equal_peers = equal_peers([each for _, _, each in entries])
     if any(length is None for length, _, _ in entries):
-        if len(loaders) > 1:
-            raise unsized_error()
         must_have_one = join and not all(filler for _, filler, _ in entries)
-        yield from _agree_each_step(iter(batches[0]), context, must_have_one)
+        yield from _agree_each_step(batches, context, must_have_one, nodes)
         return
     lengths = [length for length, _, _ in entries]
     if join and any(lengths):
-        _check_none_empty([length > 0 or filler for length, filler, _ in entries])
-    yield from _from_lengths([iter(each) for each in batches], lengths, context)
+        check_none_empty([length > 0 or filler for length, filler, _ in entries], context)
+    yield from _from_lengths(batches, lengths, context)
 
 
-class BatchUse:
-    """Finds batches that are followed by no gradient and no step, in a loop that takes steps.
+def started_late(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield a loader's batches; its `iter()` is called only with the first, in the place of that peer."""
+    yield from loader
 
-    Parameters
-    ----------
-    context
-        The context of the run.
+
+def may_fetch_ahead(loaders: Sequence[object], context: StrategyContext) -> bool:
+    """Return whether the first batch may be fetched before its peer is in place and will take it.
+
+    Virtual nodes have random generators each, and a checkpoint has the position of a loader that has one.
     """
-
-    def __init__(self, context: StrategyContext) -> None:
-        self._context, self._before = context, context.loop.steps
-        trained = [p for _, p in context.parameters if p.requires_grad]
-        self._samples = [*trained[:_SAMPLES], *trained[-_SAMPLES:]] if context.world.size > 1 else []
-
-    def begin(self) -> None:
-        """Record that a batch is handed out."""
-        self._context.loop.batches += 1
-        self._context.loop.batch_used = False
-        self._marks = self._gradients()
-
-    def check(self) -> None:
-        """Raise `HpcsgdError` where the loop has taken steps, and has made nothing of the last batch."""
-        loop, world = self._context.loop, self._context.world
-        if world.size == 1 or loop.batch_used or loop.steps == self._before:
-            return
-        if self._gradients() != self._marks:
-            return  # gradients are accumulated over several batches
-        raise HpcsgdError(
-            "the next batch was taken without run.step() or run.skip() after the last one",
-            rank=world.global_rank,
-            got=f"batch {loop.batches}, after {self._context.step} steps",
-            do="call run.skip() where a batch is left out, so that all ranks leave the step out",
-        )
-
-    def _gradients(self) -> list[tuple[int, int]]:
-        return [(id(p.grad), 0 if p.grad is None else p.grad._version) for p in self._samples]
+    return context.peers.size > 1 and len(loaders) == 1 and not hasattr(loaders[0], "load_state_dict")
 
 
-class FirstBatch:
-    """A loader whose first batch is fetched at once, for a comparison with those of other ranks.
-
-    Parameters
-    ----------
-    loader
-        The loader.
-
-    Attributes
-    ----------
-    digest
-        Checksum of the first batch; None: there is none, or nothing to compare.
-    """
-
-    def __init__(self, loader: Iterable[object]) -> None:
-        self._batches = iter(loader)
-        self._first = next(self._batches, _END)
-        self.digest = None if self._first is _END else digest(self._first)
-
-    def __iter__(self) -> Iterator[object]:
-        if self._first is not _END:
-            first, self._first = self._first, _END
-            yield first
-            yield from self._batches
+def fetch_first(batches: Iterator[Any]) -> tuple[Any, Iterator[Any]]:
+    """Return the first batch, None if there is none, and an iterator over all batches."""
+    first = next(batches, _END)
+    return (None, batches) if first is _END else (first, chain((first,), batches))
 
 
-def record_equal_peers(digests: Sequence[int | None], context: StrategyContext) -> None:
-    """Record, for a warning at the first step of a loop, which peers have the same first batch."""
-    groups = [[p for p, each in enumerate(digests) if each == one] for one in set(digests) - {None}]
-    context.loop.equal_peers = min((found for found in groups if len(found) > 1), default=[])
+def equal_peers(digests: Sequence[int | None]) -> list[int]:
+    """Return the first peers of which the first batch is the same."""
+    groups = [[peer for peer, each in enumerate(digests) if each == one] for one in set(digests) - {None}]
+    return min((group for group in groups if len(group) > 1), default=[])
 
 
 def length_of(loader: Any) -> int | None:
-    """Return the number of batches of a loader; None where it is not known."""
+    """Return the number of batches of a loader; None where it is not known, or is an estimate."""
+    if isinstance(loader, Iterator):
+        return None  # some of its batches may have been taken
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
-        return None  # an estimate at best: each worker may yield an incomplete batch
+        return None  # each of its workers may yield an incomplete batch
     try:
         return len(loader)
-    except (TypeError, NotImplementedError):
+    except (TypeError, NotImplementedError, AttributeError):
         return None
-
-
-def unsized_error() -> HpcsgdError:
-    """Return the error for a loader without a length."""
-    return HpcsgdError(
-        "a loader has no length",
-        expected="loaders with len(), which virtual nodes need",
-        do="define its __len__",
-        everywhere=True,
-    )
 
 
 def warn_of_forks(loader: object) -> None:
@@ -245,27 +199,48 @@ def _from_lengths(
 
 
 def _agree_each_step(
-    batches: Iterator[object], context: StrategyContext, must_have_one: bool
+    batches: Sequence[Iterator[object]],
+    context: StrategyContext,
+    must_have_one: bool,
+    nodes: VirtualNodes | None,
 ) -> Iterator[tuple[object, list[bool]]]:
-    first = True
+    counts = [0] * len(batches)
+    rounds: dict[int, tuple[list[object], list[bool]]] = {}  # by the number of the batch
     while True:
-        batch = next(batches, _END)
-        has_batch = context.world.meet("the next batch of run.batches()", batch is not _END)
+        index = context.current_peer_index
+        number = counts[index]
+        if number not in rounds:
+            fetched = _fetch_one_each(batches, nodes)
+            has_here = [batch is not _END for batch in fetched]
+            what = "the check of run.batches() for one more batch"
+            has_batch = [has for rank in context.world.meet(what, has_here) for has in rank]
+            rounds[number] = fetched, has_batch
+        fetched, has_batch = rounds[number]
         if not any(has_batch):
             return
-        if first and must_have_one:
-            _check_none_empty(has_batch)
-        first = False
-        yield batch, has_batch
+        if number == 0 and must_have_one:
+            check_none_empty(has_batch, context)
+        counts[index] += 1
+        rounds.pop(min(counts) - 1, None)
+        yield fetched[index], has_batch
 
 
-def _check_none_empty(has_batch: list[bool]) -> None:
+def _fetch_one_each(batches: Sequence[Iterator[object]], nodes: VirtualNodes | None) -> list[object]:
+    if nodes is None or len(batches) == 1:
+        return [next(each, _END) for each in batches]
+    return [next(each, _END) for each, _ in zip(batches, nodes.each(), strict=True)]
+
+
+def check_none_empty(has_batch: Sequence[bool], context: StrategyContext) -> None:
+    """Raise `HpcsgdError` on all ranks if some peers have no batch."""
     if not all(has_batch):
+        ranks = {peer // context.peers.per_rank for peer, has in enumerate(has_batch) if not has}
         raise HpcsgdError(
             "the loader has no batch at all, those of other ranks have some",
-            rank=[rank for rank, has in enumerate(has_batch) if not has],
+            rank=[context.world.all.ranks[rank] for rank in ranks],
             expected="at least one batch on every rank",
-            do="give each rank a part of the data, or pass uneven='stop' to Run",
+            do="give each rank a part of the data (of files or shards: at least as many as ranks), or pass "
+            "uneven='stop' to Run",
             everywhere=True,
         )
 
@@ -273,7 +248,7 @@ def _check_none_empty(has_batch: list[bool]) -> None:
 def _wrong_length(context: StrategyContext, length: int, found: str) -> HpcsgdError:
     return HpcsgdError(
         "the loader's len() is not the number of its batches",
-        rank=context.world.rank,
+        rank=context.world.global_rank,
         expected=f"{length} batches, its len()",
         got=found,
         do="correct its __len__, or pass iter(loader): the ranks then check before each step "

@@ -1,32 +1,240 @@
-"""Synchronisation of buffers such as BatchNorm's running statistics."""
+"""Buffers such as BatchNorm's running statistics: common to all ranks, or each rank's own."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
-from hpcsgd import collectives
-from hpcsgd.mpi.world import World
+import torch
+from torch import Tensor, nn
+
+from hpcsgd.collectives import allreduce
+from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.strategies import Strategy, StrategyContext
 from hpcsgd.tensors.group import SUMMABLE, TensorGroup
-from hpcsgd.training.model_copy import copy_from_rank_0
+from hpcsgd.tensors.memory import without_repetition
+from hpcsgd.training.model_copy import RootCopy
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
+Named = list[tuple[str, Tensor]]
 
-@torch.no_grad()
-def synchronize_buffers(world: World, model: nn.Module, nodes: VirtualNodes, treatment: str) -> None:
-    """Make the buffers of all ranks equal, if `treatment` is "broadcast" or "average"; collective."""
-    tensors = list(model.named_buffers())
-    if treatment == "local" or not tensors:
+
+def named_buffers(model: nn.Module, local: Sequence[str] = ()) -> Named:
+    """Return the (name, buffer) pairs of a model, without those whose names match a pattern of `local`."""
+    return [
+        (name, buffer)
+        for name, buffer in model.named_buffers()
+        if not any(fnmatchcase(name.replace("_orig_mod.", ""), pattern) for pattern in local)
+    ]
+
+
+class Buffers:
+    """Makes the buffers of all ranks equal: for an evaluation, every few steps, and at the end.
+
+    Buffers are found by name at each use, so a module may replace them.
+
+    Parameters
+    ----------
+    nodes, strategy, context
+        Those of the run.
+    treatment
+        "broadcast" those of rank 0, "average" the floating-point and complex ones, or leave them "local".
+    period
+        Steps between two synchronisations during training; None: none.
+    local
+        Patterns of names of buffers that are left alone. Default: none.
+
+    Raises
+    ------
+    BadOption
+        A period below 1, or one that the treatment or the strategy does not allow.
+    """
+
+    def __init__(
+        self,
+        nodes: VirtualNodes,
+        strategy: Strategy,
+        context: StrategyContext,
+        treatment: str,
+        period: int | None = None,
+        local: Sequence[str] = (),
+    ) -> None:
+        _check_period(period, treatment, strategy)
+        assert context.model is not None
+        self._model, self._nodes, self._context = context.model, nodes, context
+        self._workers = strategy.workers(context.world.size)
+        self._treatment, self._period, self._local = treatment, period, local
+        self._root_copy = RootCopy(context.world, context.bucket_mib)
+        self._mean: tuple[int, TensorGroup] | None = None
+
+    @property
+    def _is_inactive(self) -> bool:
+        return self._treatment == "local" or self._context.peers.size == 1
+
+    @contextmanager
+    def common(self) -> Iterator[None]:
+        """Context with common buffers, at the end of which each rank has its own back; collective."""
+        if self._is_inactive:
+            yield
+            return
+        saved = [
+            (name, b, without_repetition(b).clone()) for name, b in self._of_model() if _is_dense_layout(b)
+        ]
+        try:
+            self.synchronize()
+            yield
+        finally:
+            self._restore(saved)
+
+    def after_step(self) -> None:
+        """Synchronise the buffers of all peers if it is time to, at the end of a step; collective."""
+        if self._period and self._context.step % self._period == 0:
+            self.synchronize(all_peers=True)
+
+    @torch.no_grad()
+    def synchronize(self, *, all_peers: bool = False) -> None:
+        """Make the buffers of the peer in place equal on all ranks; collective.
+
+        Parameters
+        ----------
+        all_peers
+            Whether all peers of a rank get them. Default False.
+
+        Raises
+        ------
+        HpcsgdError
+            On all ranks, if names, shapes or dtypes differ.
+        """
+        if self._is_inactive:
+            return
+        peers = [self._shared(each) for each in self._nodes.buffers()]
+        number = self._check_equal_lists(peers)
+        first = peers[self._context.current_peer_index]
+        averaged = [self._treatment == "average" and _can_be_averaged(b) for _, b in first]
+        if any(averaged):
+            self._average(number, peers, averaged)
+        self._root_copy.copy([each for each, is_mean in zip(first, averaged, strict=True) if not is_mean])
+        for peer in peers if all_peers else ():
+            for (_, target), (_, source) in zip(peer, first, strict=True):
+                if target is not source and _is_dense_layout(target):
+                    without_repetition(target).copy_(without_repetition(source))
+
+    def close(self) -> None:
+        """Leave common buffers; collective."""
+        self.synchronize()
+        # The last views of the shared memory.
+        self._mean = None
+        self._root_copy = RootCopy(self._context.world)
+
+    def _of_model(self) -> Named:
+        return self._shared(list(self._model.named_buffers()))
+
+    def _shared(self, buffers: Named) -> Named:
+        names = {name for name, _ in named_buffers(self._model, self._local)}
+        return [(name, buffer) for name, buffer in buffers if name in names]
+
+    def _check_equal_lists(self, peers: list[Named]) -> int:
+        """Check that all peers have equal lists of buffers, and return a checksum of the list."""
+        world, lists = self._context.world, [[_describe(*each) for each in peer] for peer in peers]
+        number = zlib.crc32(repr(lists).encode())
+        # Checksums first: lists are long, and nearly always equal.
+        numbers = world.gather((number, all(each == lists[0] for each in lists)), "the comparison of buffers")
+        if any(each != (number, True) for each in numbers):
+            found = [
+                (r, each)
+                for r, of_rank in enumerate(world.gather(lists, "the lists of buffers"))
+                for each in of_rank
+            ]
+            raise _unequal_error(found)
+        return number
+
+    def _average(self, number: int, peers: list[Named], averaged: list[bool]) -> None:
+        first = peers[self._context.current_peer_index]
+        if self._mean is None or self._mean[0] != number:
+            self._mean = None  # the old one is freed first
+            templates = [
+                (name, without_repetition(b))
+                for (name, b), is_mean in zip(first, averaged, strict=True)
+                if is_mean
+            ]
+            self._mean = number, TensorGroup(self._context.world, templates, self._context.bucket_mib)
+        group = self._mean[1]
+        for index, (name, _) in enumerate(first):
+            if averaged[index]:
+                values = [without_repetition(peer[index][1]) for peer in peers]
+                group.views[name].copy_(values[0] if len(values) == 1 else torch.stack(values).mean(0))
+        if self._context.world.rank >= self._workers:  # a server's rank, which has run no batch
+            for bucket in group:
+                bucket.flat.zero_()
+        allreduce(group, 1.0 / self._workers, self._context.algorithm)
+        for name, buffer in first:
+            if name in group.views:
+                without_repetition(buffer).copy_(group.views[name])
+        if self._period is None:
+            self._mean = None
+
+    @torch.no_grad()
+    def _restore(self, saved: list[tuple[str, Tensor, Tensor]]) -> None:
+        present = dict(self._model.named_buffers())
+        for name, buffer, value in saved:
+            without_repetition(buffer).copy_(value)
+            if present.get(name) is not buffer:
+                path, _, key = name.rpartition(".")
+                self._model.get_submodule(path)._buffers[key] = buffer
+
+
+def _is_dense_layout(buffer: Tensor) -> bool:
+    return buffer.layout == torch.strided and not buffer.is_quantized
+
+
+def _can_be_averaged(buffer: Tensor) -> bool:
+    return _is_dense_layout(buffer) and (buffer.dtype in SUMMABLE or buffer.is_complex())
+
+
+def _describe(name: str, buffer: Tensor) -> tuple[str, str]:
+    text = f"{str(buffer.dtype).removeprefix('torch.')} of shape {tuple(buffer.shape)}"
+    if not _is_dense_layout(buffer):
+        return name, f"{buffer.layout} {text}"
+    stored = tuple(without_repetition(buffer).shape)
+    return name, text if stored == tuple(buffer.shape) else f"{text}, expanded from {stored}"
+
+
+def _unequal_error(found: list[tuple[int, list[tuple[str, str]]]]) -> HpcsgdError:
+    """Return the error for lists of (name, description), each with its rank, that differ."""
+    tables = [(rank, dict(each)) for rank, each in found]
+    expected = tables[0][1]
+    names = [*expected, *(name for _, table in tables for name in table)]
+    name = next((n for n in names if any(table.get(n) != expected.get(n) for _, table in tables)), names[0])
+    ranks = sorted({rank for rank, table in tables if table.get(name) != expected.get(name)})
+    got = next((table.get(name) for rank, table in tables if rank in ranks), None)
+    return HpcsgdError(
+        f"buffer {name} differs from that of rank 0",
+        rank=ranks,
+        expected=f"{expected.get(name, 'no such buffer')} (rank 0)",
+        got=got or "no such buffer",
+        do=f"leave it to each rank: Run(..., local=[{name!r}]), or all buffers: Run(..., buffers='local')",
+        everywhere=True,
+    )
+
+
+def _check_period(period: int | None, treatment: str, strategy: Strategy) -> None:
+    if period is None:
         return
-    if treatment == "average":
-        nodes.average_buffers()
-        floating = [(n, b) for n, b in tensors if b.dtype in SUMMABLE]
-        group = TensorGroup(world, floating)
-        for name, buffer in floating:
-            group.views[name].copy_(buffer)
-        collectives.allreduce(group)
-        for name, buffer in floating:
-            buffer.copy_(group.views[name])
-        tensors = [(n, b) for n, b in tensors if b.dtype not in SUMMABLE]
-    copy_from_rank_0(world, tensors)
-    nodes.broadcast_buffers()
+    if period < 1:
+        raise BadOption(
+            "buffer_period is out of range", expected="at least 1 step, or None", got=period, everywhere=True
+        )
+    if treatment == "local":
+        raise BadOption(
+            "buffer_period synchronises buffers, which buffers='local' leaves alone",
+            do="set buffers to 'broadcast' or 'average', or leave buffer_period out",
+            everywhere=True,
+        )
+    if not strategy.synchronous:
+        raise BadOption(
+            f"{type(strategy).__name__} has no steps that all ranks take together, as buffer_period needs",
+            do="leave buffer_period out: buffers are synchronised by averaged() and close()",
+            everywhere=True,
+        )

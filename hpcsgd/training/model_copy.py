@@ -1,25 +1,168 @@
-"""The copy of the model of rank 0 to all ranks."""
+"""The copy of the model of rank 0 to all ranks, with one bucket of additional memory."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from hpcsgd import collectives
+from hpcsgd.collectives import broadcast
+from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors.group import TensorGroup
+from hpcsgd.tensors.group import ALIGNMENT, DEFAULT_BUCKET_MIB, Bucket, TensorGroup
+from hpcsgd.tensors.memory import without_repetition
+
+Named = Sequence[tuple[str, Tensor]]
+#: A tensor or part of one, and its first byte in the buffer.
+Piece = tuple[Tensor, int]
 
 
-@torch.no_grad()
-def copy_from_rank_0(world: World, tensors: list[tuple[str, Tensor]]) -> None:
-    """Overwrite (name, tensor) pairs with those of rank 0; collective."""
-    if world.size == 1:
+def check_initialized(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that no parameter or buffer waits for a first batch, as those of lazy modules do.
+
+    Raises
+    ------
+    BadOption
+        A tensor has no shape yet.
+    """
+    for name, tensor in tensors:
+        if is_lazy(tensor):
+            raise BadOption(
+                f"{name} of a lazy module has no shape yet",
+                do="run one batch through the model before Run, and before the optimizer is created",
+                everywhere=True,
+            )
+
+
+def copy_from_rank_0(world: World, tensors: Named, bucket_mib: float = DEFAULT_BUCKET_MIB) -> None:
+    """Overwrite (name, tensor) pairs with those of rank 0; collective.
+
+    Tensors that are not plain memory (quantised, sparse, frozen ones of another class) are left alone, and
+    must be equal already.
+
+    Raises
+    ------
+    Disagreement
+        A tensor that is left alone differs from that of rank 0.
+    """
+    RootCopy(world, bucket_mib).copy(tensors)
+
+
+class RootCopy:
+    """Copies tensors of rank 0 to all ranks, through a buffer of the size of a bucket.
+
+    Parameters
+    ----------
+    world
+        The ranks.
+    bucket_mib
+        Size of the buffer in MiB; it is smaller if all tensors together are. Default 4.
+    """
+
+    def __init__(self, world: World, bucket_mib: float = DEFAULT_BUCKET_MIB) -> None:
+        self._world = world
+        self._limit = max(ALIGNMENT, int(bucket_mib * 2**20) // ALIGNMENT * ALIGNMENT)
+        self._buffer: Bucket | None = None
+
+    @torch.no_grad()
+    def copy(self, tensors: Named) -> None:
+        """Overwrite (name, tensor) pairs with those of rank 0; see `copy_from_rank_0`."""
+        world = self._world
+        if world.size == 1:
+            return
+        others = {
+            f"value of {name}, which is not copied,": _digest(t) for name, t in tensors if not _is_plain(t)
+        }
+        world.check_consistent(others)
+        plain = [without_repetition(tensor.detach()) for _, tensor in tensors if _is_plain(tensor)]
+        loads = list(self._loads(piece for tensor in plain for piece in _pieces(tensor, self._limit)))
+        if not loads:
+            return
+        bucket = self._buffer_of(max(_end(load[-1]) for load in loads))
+        for load in loads:
+            if world.rank == 0:
+                for piece, start in load:
+                    _part(bucket.flat, start, piece).copy_(piece)
+            broadcast(bucket)
+            if world.rank > 0:
+                for piece, start in load:
+                    piece.copy_(_part(bucket.flat, start, piece))
+
+    def _buffer_of(self, nbytes: int) -> Bucket:
+        if self._buffer is None or self._buffer.nbytes < nbytes:
+            self._buffer = None  # the old one is freed first
+            template = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+            self._buffer = TensorGroup(self._world, [("model of rank 0", template)]).buckets[0]
+        return self._buffer
+
+    def _loads(self, pieces: Iterator[Tensor]) -> Iterator[list[Piece]]:
+        """Divide pieces into lists that fit into the buffer."""
+        load: list[Piece] = []
+        for piece in pieces:
+            start = -(-_end(load[-1]) // ALIGNMENT) * ALIGNMENT if load else 0
+            if start + piece.numel() * piece.element_size() > self._limit:
+                yield load
+                load, start = [], 0
+            load.append((piece, start))
+        if load:
+            yield load
+
+
+def _end(piece: Piece) -> int:
+    return piece[1] + piece[0].numel() * piece[0].element_size()
+
+
+def _part(flat: Tensor, start: int, like: Tensor) -> Tensor:
+    nbytes = like.numel() * like.element_size()
+    return flat[start : start + nbytes].view(like.dtype).view(like.size())
+
+
+def _pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
+    """Divide a tensor, by its shape alone, into views of at most `limit` bytes."""
+    if tensor.numel() * tensor.element_size() <= limit:
+        if tensor.numel():
+            yield tensor
         return
-    group = TensorGroup(world, [(n, t) for n, t in tensors if t.numel()])
-    for name, tensor in tensors:
-        if tensor.numel():
-            group.views[name].copy_(tensor)
-    collectives.broadcast(group)
-    for name, tensor in tensors:
-        if tensor.numel():
-            tensor.copy_(group.views[name])
+    row = tensor[0].numel() * tensor.element_size()
+    if row > limit:
+        for part in tensor.unbind():
+            yield from _pieces(part, limit)
+    else:
+        yield from torch.split(tensor, limit // row)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_quantized or hasattr(tensor, "__tensor_flatten__"):
+        return False
+    return tensor.requires_grad or type(tensor) in (Tensor, nn.Parameter)
+
+
+def _digest(tensor: Tensor) -> str:
+    """Return a checksum of a tensor that is not plain memory."""
+    total = hashlib.blake2b(digest_size=16)
+    for part in _plain_parts(tensor):
+        total.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        for piece in _pieces(part.detach(), 2**24):
+            total.update(piece.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors of which a tensor consists."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _plain_parts(getattr(tensor, name))
+    elif tensor.is_quantized:
+        yield tensor.int_repr()
+    elif tensor.layout == torch.strided:
+        yield tensor.detach().as_subclass(Tensor)
+    elif tensor.layout == torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,22 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcsgd import collectives
 from hpcsgd.compress import Compressor
-from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
-from hpcsgd.training import batches, rng_state, step_trace
-from hpcsgd.training.asynchronous_batches import AsynchronousBatches
-from hpcsgd.training.buffers import synchronize_buffers
+from hpcsgd.training import step_trace
+from hpcsgd.training.buffers import Buffers, named_buffers
+from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime
-from hpcsgd.training.model_copy import copy_from_rank_0
+from hpcsgd.training.loops import Loops
+from hpcsgd.training.model_copy import check_initialized, copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
-from hpcsgd.training.run_state import load_peer_state, peer_state
+from hpcsgd.training.run_state import load_peer_state, peer_state, peer_states
 from hpcsgd.training.scalars import Scalars
-from hpcsgd.training.sharding import Sharding
 from hpcsgd.training.stepping import Stepping
 from hpcsgd.training.sync_batchnorm import SyncBatchNorms
 from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
@@ -51,8 +48,7 @@ class Run(Scalars):
     strategy
         The method of distributed SGD. Default `AllReduce()`.
     comm
-        An mpi4py communicator, which is duplicated, or a `World`, which is used as it is. Default
-        `MPI.COMM_WORLD`.
+        An mpi4py communicator, which is duplicated, or a `World`. Default `MPI.COMM_WORLD`.
     bucket_mib
         Size of a bucket, the unit of communication, in MiB. Default 4.
     algorithm
@@ -60,6 +56,8 @@ class Run(Scalars):
     buffers
         Treatment of buffers such as BatchNorm's running statistics by `averaged()`: "broadcast" those of
         rank 0 (default), "average" the floating-point ones, or leave them "local".
+    buffer_period
+        Steps between two synchronisations of the buffers in training; synchronous strategies only.
     unused
         Treatment of a parameter without gradient: it contributes "zeros" (default) or is an "error". One that
         no rank uses keeps no gradient.
@@ -77,13 +75,12 @@ class Run(Scalars):
         Total number of peers of a gossip strategy, a multiple of the number of ranks; the result is that of
         one rank for each. Default: one a rank.
     local
-        Patterns of names, such as "head.*", of parameters that each rank trains by itself. Default: none.
+        Patterns of names, such as "head.*", of parameters and buffers that each rank has by itself.
     sparse
         Treatment of the sparse gradients of `Embedding(sparse=True)` by strategies that average gradients:
         the "rows" of all ranks are gathered (default), or gradients become "dense".
     wait
-        When gradients are the mean: at the end of each "backward" pass (default), or only after `synchronize`
-        or in the "step".
+        When gradients are the mean: after each "backward" pass (default), or from `synchronize` or "step" on.
     check_every
         Steps between two comparisons of the ranks: of the parameters, if these must be equal, and of learning
         rates, steps and batches; 0: none. Default 50.
@@ -109,6 +106,7 @@ class Run(Scalars):
         bucket_mib: float = DEFAULT_BUCKET_MIB,
         algorithm: str = "auto",
         buffers: str = "broadcast",
+        buffer_period: int | None = None,
         unused: str = "zeros",
         uneven: str = "join",
         compress: Compressor | None = None,
@@ -120,13 +118,8 @@ class Run(Scalars):
         wait: str = "backward",
         check_every: int = 50,
     ) -> None:
-        _check("sparse", sparse, ("rows", "dense"))
-        _check("wait", wait, ("backward", "step"))
-        _check("buffers", buffers, ("broadcast", "average", "local"))
-        _check("unused", unused, ("zeros", "error"))
-        _check("uneven", uneven, ("join", "stop"))
-        _check("nonfinite", nonfinite, ("error", "skip"))
-        _check("algorithm", algorithm, ("auto", *collectives.ALGORITHMS))
+        check_choices(algorithm=algorithm, buffers=buffers, nonfinite=nonfinite, sparse=sparse)
+        check_choices(uneven=uneven, unused=unused, wait=wait)
         self.model = model
         self.optimizer = as_optimizer(optimizer)
         self._trained = TrainedParameters(model, self.optimizer, local)
@@ -136,7 +129,7 @@ class Run(Scalars):
         self._owns_world = not isinstance(comm, World)
         self.world: World = World(comm, device=device) if self._owns_world else comm
         self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
-        self._buffers, self._uneven, self._closed = buffers, uneven, False
+        self._closed = False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.world.local.threads)
         common: dict[str, Any] = {
@@ -148,6 +141,8 @@ class Run(Scalars):
             "virtual_nodes": virtual_nodes,
             "wait": wait,
         }
+        common_buffers = named_buffers(model, local)
+        check_initialized([*parameters, *common_buffers])
         self.world.check_consistent(
             {
                 **package_versions(),
@@ -156,16 +151,17 @@ class Run(Scalars):
                 "optimizer": type(optimizer).__name__,
                 **common,
                 "buffers": buffers,
+                "buffer_period": buffer_period,
                 "uneven": uneven,
                 "compress": str(compress),
                 "local": list(local),
                 "sparse": sparse,
                 "check_every": check_every,
                 "list of parameters": [describe_tensor(n, p) for n, p in parameters],
-                "list of buffers": [describe_tensor(n, b) for n, b in model.named_buffers()],
+                "list of buffers": [describe_tensor(n, b) for n, b in common_buffers],
             }
         )
-        copy_from_rank_0(self.world, [*parameters, *model.named_buffers()])
+        copy_from_rank_0(self.world, [*parameters, *common_buffers], bucket_mib)
         self._context = StrategyContext(
             world=self.world,
             parameters=parameters,
@@ -182,9 +178,10 @@ class Run(Scalars):
         self.strategy.attach(self._context)
         self.world.calls.synchronous &= self.strategy.synchronous
         self._batchnorms = SyncBatchNorms(model, self._context, self.strategy)
-        self._virtual_nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
-        self._asynchronous_batches = AsynchronousBatches(self._context, self.strategy, self._virtual_nodes)
-        self._sharding = Sharding(self._context, self.strategy)
+        self._virtual_nodes = nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
+        self._buffers = Buffers(nodes, self.strategy, self._context, buffers, buffer_period, local)
+        self._stepping.buffers = self._buffers
+        self._loops = Loops(self._context, self.strategy, nodes, uneven)
 
     @property
     def steps(self) -> int:
@@ -198,7 +195,7 @@ class Run(Scalars):
 
     @property
     def worker(self) -> int:
-        """Index of this rank among the workers, its data shard; the loader of a server is never used."""
+        """Index of this rank's data shard; the loader of a server is never used."""
         return self.world.rank % self.workers
 
     @property
@@ -236,32 +233,24 @@ class Run(Scalars):
         Parameters
         ----------
         loader
-            The batches of this rank; with virtual nodes a list of loaders, one for each peer of this rank.
+            The batches of this rank, or a torch DataLoader that is to be sharded; with virtual nodes a list
+            of loaders, one for each peer of this rank.
         steps
             Number of steps; at most, with a synchronous strategy. Default: the batches of the longest loader
             of all ranks; of loaders without a length, until each has been at its end.
         shard
-            True: each rank takes its part of the batches of a torch DataLoader; False: all of the loader.
-            Default: its part, if the loader has no sampler of the user's own and the ranks have the same data
-            set, as its length and three samples show.
+            True: each rank takes its part of the batches of a DataLoader; False: all of the loader. Default:
+            its part, if the loader has no sampler of the user's own and the ranks have the same data set, as
+            its length and some samples show.
 
         Raises
         ------
         HpcsgdError
             A rank has no batch at all, a loader yields another number of batches than its `len()`, or a batch
-            is followed by no step and no `skip`.
+            is followed by no gradient, step or `skip`, in a loop with steps.
         """
-        loaders = batches.loaders_of_peers(loader, self._context)
-        if len(loaders) == 1:
-            loaders = [self._sharding.shard(loaders[0], shard)]
-        self._context.loop.steps = 0
-        if self.strategy.synchronous:
-            found = batches.synchronous_batches(loaders, self._context, self._uneven, steps)
-        else:
-            found = self._asynchronous_batches.batches(loaders, steps)
-        if self.world.tracer.on:
-            found = step_trace.trace_steps(found, self.model, self.world.tracer)
-        return batches.in_loop(found, self._context)
+        found = self._loops.batches(loader, steps, shard)
+        return step_trace.trace_steps(found, self.model, self.world.tracer) if self.world.tracer.on else found
 
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""
@@ -337,28 +326,27 @@ class Run(Scalars):
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
         self.world.meet("run.averaged()")
+        self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
-        synchronize_buffers(self.world, self.model, self._virtual_nodes, self._buffers)
-        with self.strategy.averaged():
+        with self._buffers.common(), self.strategy.averaged():
             self._stepping.check(equal=True)
             yield
 
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
         self.world.meet("run.consensus_distance()")
+        self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         return self.strategy.consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this rank: model, optimizer, strategy, number of steps."""
+        self.strategy.check_memory()
         trained = self.model, self.optimizer, self._trained
         state = {"steps": self.steps, **peer_state(*trained), "strategy": self.strategy.state_dict()}
         state["model_step"] = self.strategy.model_step()
         if len(self.peers) > 1:
-            state["peers"] = [
-                {**copy.deepcopy(peer_state(*trained)), "generators": rng_state.state()}
-                for _ in self.each_peer()
-            ]
+            state["peers"] = peer_states(self.each_peer(), *trained)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -379,17 +367,17 @@ class Run(Scalars):
 
     def close(self) -> None:
         """Finish all communication and give the model memory of its own; collective, idempotent."""
-        if self._closed:
-            return
+        if self._closed or not self._lifetime.is_open:
+            return  # not open: left by an exception
         self._closed = True
-        if not self._lifetime.is_open:
-            return  # left by an exception
         self.world.meet("run.close()")
         self._lifetime.close()
         self._batchnorms.detach()
         self.world.progress.drain()
+        self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         self._stepping.check()
+        self._buffers.close()
         self.strategy.detach()
         self._stepping.close()
         if self._owns_world:
@@ -406,8 +394,3 @@ class Run(Scalars):
             self._lifetime.leave_after(error)
             self._stepping.close()
             self._batchnorms.detach()
-
-
-def _check(option: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise BadOption(f"unknown {option} {value!r}", do="use one of: " + ", ".join(valid))

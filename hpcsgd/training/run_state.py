@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,16 @@ def peer_state(model: nn.Module, optimizer: Any, trained: TrainedParameters) -> 
     if trained.outside:
         state["outside"] = {name: p.detach().clone() for name, p in trained.outside}
     return state
+
+
+def peer_states(
+    each_peer: Iterable[int], model: nn.Module, optimizer: Any, trained: TrainedParameters
+) -> list[dict[str, Any]]:
+    """Return copies of the states of all local peers, with their generators."""
+    return [
+        {**copy.deepcopy(peer_state(model, optimizer, trained)), "generators": rng_state.state()}
+        for _ in each_peer
+    ]
 
 
 def load_peer_state(

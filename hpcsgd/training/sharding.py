@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from hpcsgd.errors import BadOption
 from hpcsgd.strategies import Strategy, StrategyContext
-from hpcsgd.training import rng_state
-from hpcsgd.training.digests import digest
+from hpcsgd.training.fingerprint import fingerprint
+from hpcsgd.training.identity_map import IdentityMap
 
 #: Arguments of a DataLoader that a sharded one takes over.
 _ARGUMENTS = (
@@ -39,8 +30,16 @@ _ARGUMENTS = (
 )
 
 
+class _Plain(NamedTuple):
+    """The order of a plain loader: its sampler, and how samples become batches; size None: one by one."""
+
+    sampler: SequentialSampler | RandomSampler
+    batch_size: int | None
+    drop_last: bool
+
+
 class Sharding:
-    """Replaces plain DataLoaders by sharded ones, and sets the epochs of samplers that have them.
+    """Replaces plain DataLoaders by sharded ones.
 
     Parameters
     ----------
@@ -54,9 +53,8 @@ class Sharding:
         self._workers = strategy.workers(context.world.size)
         self._worker = context.world.rank % self._workers
         self._synchronous = strategy.synchronous
-        self._sharded: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-        self._fingerprints: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
-        self._epochs: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
+        self._sharded: IdentityMap[ShardedLoader] = IdentityMap()
+        self._fingerprints: IdentityMap[tuple[object, ...]] = IdentityMap()
 
     def shard(self, loader: Iterable[Any], shard: bool | None) -> Iterable[Any]:
         """Return the loader for this rank's shard; collective.
@@ -72,73 +70,90 @@ class Sharding:
         Raises
         ------
         BadOption
-            `shard` is True for another kind of loader.
+            On all ranks, if `shard` is True for another kind of loader, or differs.
         """
         context = self._context
-        if context.world.size == 1 or self._workers == 1 or context.peers.per_rank > 1:
+        if context.world.size == 1 or self._workers == 1:
             return loader
-        plain = _is_plain(loader)
-        if shard and not plain:
+        plain = _plain(loader) if context.peers.per_rank == 1 else None
+        found = self._fingerprint(loader, plain) if plain and shard is None else None
+        mine = type(loader).__name__, shard, plain is not None, found
+        others = context.world.meet("run.batches()", mine)[: self._workers]
+        self._check(others)
+        if shard is None:
+            shard = others[0][-1] is not None and len({each[-1] for each in others}) == 1
+        if not shard or plain is None:  # the loader of a server is never used
+            return loader
+        if (sharded := self._sharded.get(loader)) is None:
+            sharded = self._make(loader, plain)
+            self._sharded.set(loader, sharded)
+        return sharded
+
+    def _check(self, others: list[tuple[str, bool | None, bool, object]]) -> None:
+        if len({shard for _, shard, _, _ in others}) > 1:
+            raise BadOption(
+                "option shard of run.batches differs between ranks",
+                got=", ".join(str(shard) for _, shard, _, _ in others),
+                do="pass the same on all ranks",
+                everywhere=True,
+            )
+        _, shard, _, _ = others[0]
+        other = [rank for rank, (_, _, is_plain, _) in enumerate(others) if not is_plain]
+        if shard and other:
             raise BadOption(
                 "run.batches(shard=True) for a loader that it cannot shard",
-                expected="a torch DataLoader of a data set with len(), in its order or shuffled",
-                got=type(loader).__name__,
+                rank=[self._context.world.all.ranks[rank] for rank in other],
+                expected="a torch DataLoader of a data set with len(), in its order or shuffled, and no "
+                "virtual nodes",
+                got=others[other[0]][0],
                 do="give each rank its own part, by run.worker and run.workers",
                 everywhere=True,
             )
-        if shard is None:
-            found = self._fingerprint(loader) if plain else None
-            others = context.world.meet("run.batches()", found)
-            shard = found is not None and len(set(others[: self._workers])) == 1
-        self._set_epoch(loader)
-        return self._sharded_loader(loader) if shard else loader
 
-    def _fingerprint(self, loader: Any) -> int | None:
-        if loader not in self._fingerprints:
-            self._fingerprints[loader] = _fingerprint(loader.dataset)
-        return self._fingerprints[loader]
+    def _fingerprint(self, loader: Any, plain: _Plain) -> tuple[object, ...] | None:
+        found = self._fingerprints.get(loader)
+        if found is None:
+            sampler = plain.sampler
+            order = type(sampler).__name__, len(sampler), len(sampler.data_source)
+            found = (*order, plain.batch_size, plain.drop_last, fingerprint(loader.dataset))
+            self._fingerprints.set(loader, found)
+        return None if found[-1] is None else found
 
-    def _sharded_loader(self, loader: Any) -> Any:
-        if loader not in self._sharded:
-            self._sharded[loader] = self._make(loader)
-        return self._sharded[loader]
-
-    def _make(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+    def _make(self, loader: Any, plain: _Plain) -> ShardedLoader:
         arguments = {name: getattr(loader, name) for name in _ARGUMENTS if hasattr(loader, name)}
-        order = _Order(loader.sampler, self._generator if self._synchronous else None, self._context.seed)
-        if loader.batch_size is None:
-            sampler = _Part(order, self._worker, self._workers)
-            return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **arguments)
-        batches = BatchSampler(order, loader.batch_size, loader.drop_last)
+        order = _Order(plain.sampler, self._generator if self._synchronous else None, self._context.seed)
+        if plain.batch_size is None:
+            part: Any = _Part(order, self._worker, self._workers)
+            return ShardedLoader(loader.dataset, batch_size=None, sampler=part, **arguments)
+        batches = BatchSampler(order, plain.batch_size, plain.drop_last)
         part = _Part(batches, self._worker, self._workers)
-        return DataLoader(loader.dataset, batch_sampler=part, **arguments)
+        return ShardedLoader(loader.dataset, batch_sampler=part, **arguments)
 
     def _generator(self, own: torch.Generator | None) -> torch.Generator:
         """Return the generator of rank 0's order, drawn as `RandomSampler` would, on all ranks."""
         world, state = self._context.world, None
-        if world.rank == 0 and own is None:
-            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-            own = _seeded(seed)
+        if world.rank == 0:
+            own = _seeded(int(torch.empty((), dtype=torch.int64).random_())) if own is None else own
+            state = own.device.type, own.get_state()
+        device, shared = world.gather(state, "the state of an epoch's order")[0]
         if world.rank == 0:
             assert own is not None
-            state = own.get_state()
-        shared = world.gather(state, "the state of an epoch's order")[0]
-        if world.rank > 0 or own is None:
-            own = _seeded(0)
-            own.set_state(shared)
-        return own
+            return own
+        copied = torch.Generator(device)
+        copied.set_state(shared)
+        return copied
 
-    def _set_epoch(self, loader: Iterable[Any]) -> None:
-        """Number the epochs of a sampler or data set with `set_epoch`, unless the user does."""
-        for name in ("sampler", "batch_sampler", "dataset"):
-            owner: Any = getattr(loader, name, None)
-            if not callable(getattr(owner, "set_epoch", None)):
-                continue
-            epoch, last = self._epochs.get(owner, (-1, 0))
-            if getattr(owner, "epoch", last) != last:
-                continue  # set by the user since
-            owner.set_epoch(epoch + 1)
-            self._epochs[owner] = epoch + 1, getattr(owner, "epoch", epoch + 1)
+
+class ShardedLoader(DataLoader[Any]):
+    """A DataLoader of one rank's batches."""
+
+    def filler(self) -> Any:
+        """Return a batch for a rank that has none of its own: there are fewer batches than ranks."""
+        whole = getattr(self.batch_sampler, "whole", None)
+        size = None if whole is None else whole.batch_size
+        # With a generator of its own, the global one stays as it is.
+        first = DataLoader(self.dataset, size, collate_fn=self.collate_fn, generator=torch.Generator())
+        return next(iter(first))
 
 
 class _Order:
@@ -171,7 +186,8 @@ class _Order:
             return iter(sampler)
         self._epoch += 1
         if self._agree is None:
-            generator = _seeded(zlib.crc32(f"{self._seed} {self._epoch}".encode()))
+            seed = self._seed if sampler.generator is None else sampler.generator.initial_seed()
+            generator = _seeded(zlib.crc32(f"{seed} {self._epoch}".encode()))
         else:
             generator = self._agree(sampler.generator)
         return iter(RandomSampler(sampler.data_source, sampler.replacement, sampler._num_samples, generator))
@@ -189,13 +205,13 @@ class _Part:
     """
 
     def __init__(self, whole: Any, first: int, step: int) -> None:
-        self._whole, self._first, self._step = whole, first, step
+        self.whole, self._first, self._step = whole, first, step
 
     def __len__(self) -> int:
-        return len(range(self._first, len(self._whole), self._step))
+        return len(range(self._first, len(self.whole), self._step))
 
     def __iter__(self) -> Iterator[Any]:
-        for index, each in enumerate(self._whole):
+        for index, each in enumerate(self.whole):
             if index % self._step == self._first:
                 yield each
 
@@ -206,33 +222,15 @@ def _seeded(seed: int) -> torch.Generator:
     return generator
 
 
-def _is_plain(loader: object) -> bool:
-    """Return whether a loader is torch's own, and takes a data set in its order or shuffled."""
+def _plain(loader: object) -> _Plain | None:
+    """Return the order of a loader that is torch's own and takes a data set in its order or shuffled."""
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
-        return False
-    batched = loader.batch_size is None or type(loader.batch_sampler) is BatchSampler
-    return batched and type(loader.sampler) in (SequentialSampler, RandomSampler)
-
-
-def _fingerprint(dataset: Any) -> int | None:
-    """Return a checksum of a data set's kind, length, subsets and three samples; None: there is none."""
-    parts = [f"{type(dataset).__qualname__} {len(dataset)}"]
-    inner = dataset
-    while isinstance(inner, Subset):
-        parts.append(str(zlib.crc32(np.asarray(list(inner.indices), np.int64).tobytes())))
-        inner = inner.dataset
-    if not len(dataset):
         return None
-    generators = rng_state.state()
-    try:
-        for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
-            rng_state.seed(0)  # random augmentation is the same on all ranks
-            found = digest(dataset[index], distinctive=False)
-            if found is None:
-                return None
-            parts.append(str(found))
-    except Exception:
+    batches: Any = loader.batch_sampler
+    if batches is None:
+        found = _Plain(loader.sampler, None, False)  # type: ignore[arg-type]
+    elif type(batches) is BatchSampler:
+        found = _Plain(batches.sampler, batches.batch_size, batches.drop_last)  # type: ignore[arg-type]
+    else:
         return None
-    finally:
-        rng_state.restore(generators)
-    return zlib.crc32(" ".join(parts).encode())
+    return found if type(found.sampler) in (SequentialSampler, RandomSampler) else None

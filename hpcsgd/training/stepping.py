@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption, format_ranks
 from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.training.buffers import Buffers
 from hpcsgd.training.closures import averaged_closure
 from hpcsgd.training.drift import DriftCheck
 from hpcsgd.training.optimizers import StepWatch, unscale
@@ -31,7 +32,11 @@ class Stepping:
     ----------
     scaling
         `found_inf` and `grad_scale` of a GradScaler, during its call of `run.step`.
+    buffers
+        The buffers of the run, which set it.
     """
+
+    buffers: Buffers
 
     def __init__(
         self, strategy: Strategy, context: StrategyContext, trained: TrainedParameters, check_every: int
@@ -42,7 +47,6 @@ class Stepping:
         self._drift = DriftCheck(self._world, self._optimizer, check_every)
         self._watch = StepWatch(self._optimizer, self._world.global_rank)
         self._watch.allowed = self._world.size == 1
-        self._has_warned = False
         self.scaling: tuple[Tensor | None, Tensor | None] = None, None
 
     def unscale(self) -> bool:
@@ -73,20 +77,23 @@ class Stepping:
     def _take(self, update: Callable[[], None], nodes: VirtualNodes) -> None:
         context, loop, number = self._context, self._context.loop, self._context.step
         self._world.calls.begin_step()
+        self._strategy.check_memory()
         self._take_in_new_parameters()
         if loop.equal_peers:
             self._warn_of_equal_data()
-        loop.skipped |= loop.exhausted
+        # Of a loader that cannot be started again, in an asynchronous strategy.
+        loop.skipped |= context.weight == 0 and not self._strategy.synchronous
         self._watch.allowed = True
         try:
             self._strategy.step((lambda: None) if loop.skipped else update)
         finally:
-            loop.weight, loop.has_closure, loop.skipped, loop.exhausted = None, False, False, False
+            loop.weight, loop.has_closure, loop.skipped = None, False, False
             self._watch.allowed = self._world.size == 1
         if self._strategy.synchronous:
             nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
             if context.current_peer_index == 0:
                 self.set_steps(context.step + 1)
+                self.buffers.after_step()
                 if self._drift.is_due(context.step):
                     self.check()
         context.step_taken = loop.batch_used = True
@@ -154,16 +161,15 @@ class Stepping:
 
     def _warn_of_equal_data(self) -> None:
         peers, self._context.loop.equal_peers = self._context.loop.equal_peers, []
-        if self._world.rank > 0 or self._has_warned:
-            return
-        self._has_warned = True
-        warnings.warn(
-            f"{format_ranks(peers)} have the same first batch: they train on the same data. Pass a torch "
-            "DataLoader without a sampler of your own to run.batches(), which shards it, or write "
-            "DataLoader(dataset, sampler=DistributedSampler(dataset, run.workers, run.worker), ...)",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        if self._world.rank == 0:
+            warnings.warn(
+                f"{format_ranks(peers)} have the same first batch: they train on the same data. Pass a torch "
+                "DataLoader without a sampler of your own to run.batches(), which shards it, or write "
+                "DataLoader(dataset, sampler=DistributedSampler(dataset, run.workers, run.worker), ...), or "
+                "shard by run.worker of run.workers; run.batches(loader, shard=False) where it is intended",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def close(self) -> None:
         """Remove the hooks of the optimizer."""

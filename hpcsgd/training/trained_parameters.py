@@ -43,16 +43,17 @@ class TrainedParameters:
     Raises
     ------
     BadOption
-        A pattern matches no parameter.
+        A pattern matches no parameter and no buffer.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, local: Sequence[str] = ()) -> None:
         self._optimizer = optimizer
         of_model = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+        buffers = [name.replace("_orig_mod.", "") for name, _ in model.named_buffers()]
         for pattern in local:
-            if not any(fnmatchcase(name, pattern) for name, _ in of_model):
+            if not any(fnmatchcase(name, pattern) for name in [*(name for name, _ in of_model), *buffers]):
                 raise BadOption(
-                    f"local={pattern!r} matches no parameter of the model",
+                    f"local={pattern!r} matches no parameter or buffer of the model",
                     expected="names such as " + ", ".join(name for name, _ in of_model[:3]),
                 )
         self._local = {p for name, p in of_model if any(fnmatchcase(name, each) for each in local)}

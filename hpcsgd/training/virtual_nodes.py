@@ -54,6 +54,8 @@ class VirtualNodes:
             return
         self._states[current] = self._optimizer.state
         self._generators[current] = rng_state.state()
+        # A module may have replaced a buffer by another tensor.
+        self._buffers[current] = [buffer.data for buffer in self._model.buffers()]
         self._context.current_peer_index = index
         self._strategy.select_peer(index)
         self._put_in_place(index)
@@ -66,17 +68,15 @@ class VirtualNodes:
             yield peer
         self.select_peer(0)
 
-    def average_buffers(self) -> None:
-        """Overwrite the first peer's floating-point buffers with their mean over the local peers."""
-        for values in zip(*self._buffers, strict=True):
-            if values[0].is_floating_point():
-                values[0].copy_(torch.stack(values).mean(0))
-
-    def broadcast_buffers(self) -> None:
-        """Copy the buffers of the first local peer to all others."""
-        for buffers in self._buffers[1:]:
-            for target, source in zip(buffers, self._buffers[0], strict=True):
-                target.copy_(source)
+    def buffers(self) -> list[list[tuple[str, Tensor]]]:
+        """Return the (name, buffer) pairs of each local peer; of the one in place the module's."""
+        in_place = list(self._model.named_buffers())
+        peers = [
+            [(name, value) for (name, _), value in zip(in_place, values, strict=False)]
+            for values in self._buffers or [[]]
+        ]
+        peers[self._context.current_peer_index] = in_place
+        return peers
 
     def _put_in_place(self, index: int) -> None:
         self._optimizer.state = self._states[index]

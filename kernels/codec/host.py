@@ -100,7 +100,7 @@ def decode(
     def process(first: int, last: int) -> None:
         part = tiling.elements(first, last)
         in_place = out.dtype == torch.float32
-        values = out[part] if in_place else torch.empty(part.stop - part.start)
+        values = out[part] if in_place else torch.empty(part.stop - part.start, device="cpu")
         quantise.decode(_unsigned(words), *fixed, bias, scale, first, last, values.numpy(), part.start)
         if not in_place:
             out[part] = values
@@ -163,7 +163,10 @@ def put_sample(values: Tensor, key: Key, by_length: bool, clear: bool, out: Tens
 
 
 def _coordinates(numel: int, count: int, key: Key, first: int, last: int) -> tuple[Tensor, Tensor]:
-    indices, lengths = torch.empty(last - first, dtype=torch.int64), torch.empty(last - first)
+    indices, lengths = (
+        torch.empty(last - first, dtype=torch.int64, device="cpu"),
+        torch.empty(last - first, device="cpu"),
+    )
     key0, key1 = map(np.uint32, key)
     sample.coordinates(numel, count, key0, key1, first, last, indices.numpy(), lengths.numpy())
     return indices, lengths

@@ -17,7 +17,9 @@ from hpcsgd.training.batches import synchronous_batches
 
 def context_among(others: list[tuple[int | None, bool]], rank: int = 0) -> Any:
     """Return a context whose world gathers (length, has filler) and batches of other ranks' loaders."""
-    gathered = [iter([[(*other, None)], *(step < (other[0] or 0) for step in range(9))]) for other in others]
+    gathered = [
+        iter([[(*other, None)], *([step < (other[0] or 0)] for step in range(9))]) for other in others
+    ]
 
     def gather(own: object, what: str = "") -> list[object]:
         values = [next(value) for value in gathered]
@@ -26,7 +28,9 @@ def context_among(others: list[tuple[int | None, bool]], rank: int = 0) -> Any:
     def meet(call: str, own: object = None) -> list[object]:
         return gather(own)
 
-    world: Any = SimpleNamespace(rank=rank, size=len(others) + 1, gather=gather, meet=meet)
+    size = len(others) + 1
+    every = SimpleNamespace(ranks=range(size))
+    world: Any = SimpleNamespace(rank=rank, global_rank=rank, size=size, all=every, gather=gather, meet=meet)
     return StrategyContext(world=world, parameters=[])
 
 

@@ -79,7 +79,7 @@ def test_a_plain_loader_is_sharded_as_one_process_with_larger_batches(
 def test_every_sample_is_taken_once(world: Any, strategy: Callable[[], Any], batch_size: int | None) -> None:
     loader = DataLoader(torch.arange(SAMPLES), batch_size=batch_size, shuffle=True)
     with start(world, strategy()) as run:
-        part = run._sharding.shard(loader, None)
+        part = run._loops.sharding.shard(loader, None)
         found = [sample for each in part for sample in torch.as_tensor(each).flatten().tolist()]
     samples = [sample for each in world.gather(found) for sample in each]
     assert sorted(samples) == list(range(SAMPLES))
@@ -115,15 +115,15 @@ def test_data_that_the_user_has_sharded_is_left_alone(world: Any) -> None:
             DataLoader(data, sampler=DistributedSampler(data, ranks, rank)),
             [(torch.ones(1), torch.ones(1))],
         ):
-            assert run._sharding.shard(loader, None) is loader
+            assert run._loops.sharding.shard(loader, None) is loader
         loader = DataLoader(data, batch_size=2)
-        assert run._sharding.shard(loader, False) is loader
+        assert run._loops.sharding.shard(loader, False) is loader
         torch.manual_seed(rank)
         state = torch.get_rng_state()
-        assert len(run._sharding.shard(DataLoader(Augmented()), None)) < SAMPLES
+        assert len(run._loops.sharding.shard(DataLoader(Augmented()), None)) < SAMPLES
         assert torch.equal(torch.get_rng_state(), state)
         with pytest.raises(BadOption, match="cannot shard"):
-            run._sharding.shard([1, 2], True)
+            run._loops.sharding.shard([1, 2], True)
 
 
 @pytest.mark.mpi
@@ -221,7 +221,7 @@ def test_a_batch_that_one_rank_ignores_is_an_error_there(world: Any) -> None:
                 run.step()
 
     if world.rank == 1:
-        with pytest.raises(HpcsgdError, match=r"rank 1: the next batch was taken without run\.step"):
+        with pytest.raises(HpcsgdError, match=r"rank 1: took its next batch without run\.step"):
             loop()
     else:
         loop()

@@ -107,7 +107,7 @@ def _over_tcp(world: World, mib: float, repeats: int, listen: Path) -> dict[str,
 def _time_requests(world: World, connector: Connector, mib: float, repeats: int) -> dict[str, np.ndarray]:
     """Seconds of each repeat of each request, (repeats,)."""
     count = max(1, round(mib * 2**20 / 4 / _TENSOR))
-    tensors = [(str(i), torch.empty(_TENSOR)) for i in range(count)]
+    tensors = [(str(i), torch.empty(_TENSOR, device="cpu")) for i in range(count)]
     model, reply = TensorGroup(world, tensors), TensorGroup(world, tensors)
     store = Store(world, [connector], "bench", {"model": model}, {"mode": _POLICY.mode})
     store.init("model", model).wait()

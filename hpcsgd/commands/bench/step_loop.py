@@ -58,8 +58,8 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def make_batches(world: World, data: Data, batch: int, steps: int) -> list[Batch]:
     """Return a batch per step: four batches, repeated, so that loading takes no time."""
-    generator = torch.Generator().manual_seed(world.rank)
-    samples = [torch.randint(len(data.train), (batch,), generator=generator) for _ in range(4)]
+    generator = torch.Generator(device="cpu").manual_seed(world.rank)
+    samples = [torch.randint(len(data.train), (batch,), generator=generator, device="cpu") for _ in range(4)]
     loaded = [data.train.batch(indices) for indices in samples]
     return [loaded[step % len(loaded)] for step in range(steps)]
 

@@ -55,7 +55,7 @@ def _compile(device: torch.device) -> str:
     """Compile and run a kernel, and compare its result with the host kernel; returns "" or the problem."""
     from hpcsgd.kernels.codec.dispatch import kernels_for
 
-    values = torch.arange(_ELEMENTS, dtype=torch.float32)
+    values = torch.arange(_ELEMENTS, dtype=torch.float32, device="cpu")
     picked = []
     try:
         for where in (torch.device("cpu"), device):

@@ -280,6 +280,8 @@ class Trainer:
     def _batches(self) -> Any:
         """Return the batches of an epoch, or those of the steps until the ranks must synchronise."""
         loaders = self._loaders if self._peers.per_rank > 1 else self._loaders[0]
+        if self.strategy.synchronous:
+            return self.run.batches(loaders)
         steps = min(self._plan.steps_to_next_stop(self.step), max(1, self._next_exchange - self.step))
         return self.run.batches(loaders, steps=steps)
 

@@ -104,7 +104,7 @@ class SearchTrainer(Trainer):
         super().__init__(settings, world)
         self.curve: list[Point] = []
         count = min(len(self.data.train), _TRAINING_SAMPLES)
-        spread = torch.linspace(0, len(self.data.train) - 1, count).long()
+        spread = torch.linspace(0, len(self.data.train) - 1, count, device="cpu").long()
         self._samples = spread[evaluation_shard(count, world.rank, world.size)]
 
     @torch.no_grad()

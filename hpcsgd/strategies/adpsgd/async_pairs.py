@@ -75,7 +75,7 @@ class PairwiseAverager:
         self.counts = np.zeros(world.size, np.int64)
         # The compute thread holds this for one pass over the model, never across a forward or backward.
         self._lock = threading.Lock()
-        memory = [torch.zeros(group.nbytes, dtype=torch.uint8) for _ in range(4)]
+        memory = [torch.zeros(group.nbytes, dtype=torch.uint8, device="cpu") for _ in range(4)]
         self._inbox, self._outbox = memory[:2]
         self._received, self._sent, self._replica, self._correction = (
             split_by_bucket(group, each) for each in memory

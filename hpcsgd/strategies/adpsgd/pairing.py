@@ -83,9 +83,8 @@ class SynchronousPairs:
 
     def __init__(self, context: StrategyContext, parameters: Parameters, pairs: BipartitePairs) -> None:
         self._context, self._parameters, self._pairs = context, parameters, pairs
-        trained = [(name, p) for name, p in context.parameters if p.requires_grad]
         self._replicas = [
-            TensorGroup(context.world, trained, context.bucket_mib) for _ in context.peers.local
+            TensorGroup(context.world, parameters.templates, context.bucket_mib) for _ in context.peers.local
         ]
         self._exchange = Exchange(context.peers, self._replicas)
         self._averages_in_flight: Work | None = None

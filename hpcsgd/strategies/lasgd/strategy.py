@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from hpcsgd.collectives import allreduce
 from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption, unknown
@@ -101,11 +100,7 @@ class LASGD(ReplicaStrategy):
         self._equal_steps = self.trigger == "all" and self.max_lag == self.period
         self._period = AdaptivePeriod(self.max_lag) if self.period == "auto" else FixedPeriod(self.period)
         model, scheme = self.parameters.group, self.compress or context.compress
-        average = TensorGroup(
-            context.world,
-            [(name, p) for name, p in context.parameters if p.requires_grad],
-            context.bucket_mib,
-        )
+        average = TensorGroup(context.world, self.parameters.templates, context.bucket_mib)
         kind = "change" if scheme else "model"
         reducer = make_reducer(average, context.algorithm, scheme, context.seed, kind=kind)
         delta = ModelDelta(model, average, reducer, self.merge, changes=scheme is not None)
@@ -115,7 +110,6 @@ class LASGD(ReplicaStrategy):
 
     def detach(self) -> None:
         self._averaging.close()
-        allreduce(self.parameters.group, algorithm=self.context.algorithm)
         del self._averaging, self._period
         super().detach()
 

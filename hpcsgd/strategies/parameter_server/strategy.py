@@ -23,6 +23,7 @@ from hpcsgd.strategies.parameter_server.connect import MPIConnector, group_name,
 from hpcsgd.strategies.parameter_server.server_rank import ServerRole
 from hpcsgd.strategies.parameter_server.worker import ElasticWorker, GradientWorker, GroupConfig, Worker
 from hpcsgd.tensors.group import TensorGroup
+from hpcsgd.tensors.parameters import grouped_by_memory
 
 _MODES = ("sync", "async", "elastic")
 
@@ -120,6 +121,13 @@ class ParameterServer(Strategy):
             self.averages_gradients = self.accepts_weights = True
             return
         # These checks have the same result on all ranks.
+        for same in grouped_by_memory(self._trainable()):
+            if len(same) > 1:
+                raise BadOption(
+                    f"parameters {same[0][0]} and {same[1][0]} are the same memory, which servers have not",
+                    do="make them one parameter: second.weight = first.weight, before the optimizer is made",
+                    everywhere=True,
+                )
         if self.mode != "elastic":
             assert context.optimizer is not None
             describe_optimizer(context.optimizer)
@@ -168,6 +176,9 @@ class ParameterServer(Strategy):
         return ElasticWorker(config) if self.mode == "elastic" else GradientWorker(config)
 
     # Delegated to the role.
+
+    def check_memory(self) -> None:
+        self._role.check_memory()
 
     def peer_schedule(self, end: int) -> Iterator[int]:
         return self._role.peer_schedule(end)

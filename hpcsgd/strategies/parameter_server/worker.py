@@ -76,7 +76,9 @@ class Worker(AllReduce):
         group, world = self._group, context.world
         # In the order of the gradients' buckets: pushed and pulled buckets have equal boundaries.
         self.parameters = Parameters(world, list(reversed(context.parameters)), context.bucket_mib)
-        self._quota = TensorGroup(world, [("quota", torch.zeros(2, dtype=torch.int64))], staged=False)
+        self._quota = TensorGroup(
+            world, [("quota", torch.zeros(2, dtype=torch.int64, device="cpu"))], staged=False
+        )
         self._group_index = self._parameter_groups()
         self._store = Store(
             world,
@@ -182,7 +184,7 @@ class Worker(AllReduce):
     def _read_quota(self) -> None:
         """Broadcast the granted quota and the steps begun by all groups within the group."""
         quota = self._quota.buckets[0]
-        quota.flat[:2] = torch.tensor([self._store.granted, self._store.steps_begun])
+        quota.flat[:2] = torch.tensor([self._store.granted, self._store.steps_begun], device="cpu")
         if self.context.world.size > 1:
             broadcast(quota, self._store.leader)
         self._allowed_steps, self._steps_begun = int(quota.flat[0]), int(quota.flat[1])
@@ -205,6 +207,10 @@ class Worker(AllReduce):
         finally:
             self._store.load_state_dict(state)
             self.parameters.restore(saved)
+
+    def check_memory(self) -> None:
+        super().check_memory()
+        self.parameters.adopt()
 
     def detach(self) -> None:
         self._store.close()
@@ -279,8 +285,7 @@ class ElasticWorker(Worker):
 
     def attach(self, context: StrategyContext) -> None:
         super().attach(context)
-        trained = [(name, p) for name, p in reversed(context.parameters) if p.requires_grad]
-        self._difference = TensorGroup(context.world, trained, context.bucket_mib)
+        self._difference = TensorGroup(context.world, self.parameters.templates, context.bucket_mib)
 
     def detach(self) -> None:
         del self._difference

@@ -64,7 +64,7 @@ class PortableOptimizerState:
             {"state of the optimizer": [(n, tuple(t.shape), str(t.dtype)) for n, t in templates]}
         )
         count = sum(1 + len(entries) for _, entries in self._template)
-        templates.append((_NUMBERS, torch.zeros(count, dtype=torch.float64)))
+        templates.append((_NUMBERS, torch.zeros(count, dtype=torch.float64, device="cpu")))
         made = range(copies if self._template else 0)
         self.groups = [TensorGroup(world, templates, bucket_mib) for _ in made]
         self._received = set(made)
@@ -117,7 +117,7 @@ class PortableOptimizerState:
                 if value is not view:
                     view.copy_(value)
                     state[key] = view
-        views[_NUMBERS].copy_(torch.tensor(numbers, dtype=torch.float64))
+        views[_NUMBERS].copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
     def copy(self, index: int) -> list[Tensor]:
         """Return the state of local peer `index`, one flat tensor a bucket, on the host."""

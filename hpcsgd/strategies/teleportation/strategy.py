@@ -26,7 +26,9 @@ class Teleportation(ReplicaStrategy):
     Our reading: the order of the tokens is random too; the optimizer state moves with its token and is not
     averaged; buffers such as BatchNorm's stay with the peer. The consensus is the mean of the tokens.
     Learning rates are set on each rank, so schedules must follow `run.steps`, the number of the iteration,
-    and not the number of this rank's steps. A loop over `run.batches(loader, steps=...)` must run to its end.
+    and not the number of this rank's steps. A loop over `run.batches(loader, steps=...)` must run to its end;
+    if one is left early, the run can only be closed, and all ranks then get the mean of the models of the
+    latest iteration that any rank has reached.
 
     Parameters
     ----------
@@ -91,6 +93,9 @@ class Teleportation(ReplicaStrategy):
             if exchange.uses_messages:
                 context.world.progress.add_poller(exchange.poll)
         self._scheduled = False
+        self._latest_holders: tuple[int, ...] | None = (
+            None  # set at the close after a loop that was left early
+        )
         self._complete_step = context.step  # the last one in which all holders have their models
 
     def detach(self) -> None:
@@ -99,6 +104,7 @@ class Teleportation(ReplicaStrategy):
             progress.remove_poller(exchange.poll)
             exchange.flush()
         progress.drain()
+        self._check_for_early_exit()
         del exchange, self._exchanges, self._state
         super().detach()
 
@@ -152,9 +158,22 @@ class Teleportation(ReplicaStrategy):
             self._state.mark_received(self.context.peers.index(peer))
 
     def consensus_weight(self, peer: int) -> float:
-        self._check_models_in_place()
-        holders = self.tokens.group(self.evaluated_group, self.context.step)
+        holders = self._latest_holders
+        if holders is None:
+            self._check_models_in_place()
+            holders = self.tokens.group(self.evaluated_group, self.context.step)
         return 1.0 / len(holders) if peer in holders else 0.0
+
+    def _check_for_early_exit(self) -> None:
+        """Set the peers whose models are the consensus of the close if some rank left its loop early."""
+        context = self.context
+        local = [(self._model_step(peer), peer) for peer in context.peers.local]
+        early_exit = self._complete_step != context.step
+        found = context.world.gather((early_exit, local), "the last iteration of each peer")
+        if any(early_exit for early_exit, _ in found):
+            models = [model for _, local in found for model in local]
+            latest = max(models)[0]
+            self._latest_holders = tuple(peer for step, peer in models if step == latest)
 
     def _check_models_in_place(self) -> None:
         if self._complete_step != self.context.step:
@@ -166,8 +185,12 @@ class Teleportation(ReplicaStrategy):
             )
 
     def model_step(self) -> int:
+        return max(map(self._model_step, self.context.peers.local))
+
+    def _model_step(self, peer: int) -> int:
+        """Return the iteration of the model of a peer, -1 for the initial one."""
         steps = range(self.context.step, -1, -1)
-        return next((step for step in steps if self.tokens.local_holders(step)), -1)
+        return next((step for step in steps if peer in self.tokens.holders(step)), -1)
 
     def state_dict(self) -> dict[str, Any]:
         local = map(self.context.peers.index, self.tokens.local_holders(self.context.step))

@@ -91,7 +91,7 @@ def _mean(values: Sequence[Tensor], like: Tensor, count: int, world: World) -> T
     if not like.is_floating_point():
         return like
     # In double precision the mean of equal numbers is that number.
-    total = torch.zeros(like.shape, dtype=torch.float64)
+    total = torch.zeros(like.shape, dtype=torch.float64, device="cpu")
     for value in values:
         total += value.cpu()
     what = "the mean of the models of the remaining ranks"

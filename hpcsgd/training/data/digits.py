@@ -27,7 +27,7 @@ def digits(seed: int = 0) -> Data:
     pixels, target = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels / 16).float().view(-1, 1, 8, 8)
     y = torch.from_numpy(target).long()
-    order = torch.randperm(len(y), generator=torch_stream("digits", seed))
+    order = torch.randperm(len(y), generator=torch_stream("digits", seed), device="cpu")
     members = [order[y[order] == label] for label in range(10)]
     test = torch.cat([member[: len(member) // 5] for member in members])
     train = torch.cat([member[len(member) // 5 :] for member in members])

@@ -15,8 +15,8 @@ from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.training.data.base import Data
 from hpcsgd.training.data.rng_streams import preserve_python_random
 
-_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+_MEAN = torch.tensor([0.485, 0.456, 0.406], device="cpu").view(3, 1, 1)
+_STD = torch.tensor([0.229, 0.224, 0.225], device="cpu").view(3, 1, 1)
 _BILINEAR = 2  # PIL.Image.Resampling.BILINEAR, without importing PIL for it
 _FLIP = 0  # PIL.Image.Transpose.FLIP_LEFT_RIGHT
 _SIZE = 224
@@ -76,7 +76,7 @@ class ImageSource:
         self._files = [file for file, _ in folder.samples]
         self._open = folder.loader
         self._pool = pool
-        self.labels = torch.tensor(folder.targets)
+        self.labels = torch.tensor(folder.targets, device="cpu")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -128,7 +128,7 @@ def crop_box(width: int, height: int, uniform: Tensor) -> tuple[int, int, int, i
 
 def _uniform_numbers(count: int, generator: torch.Generator | None) -> Tensor | list[None]:
     """Return the numbers of ten attempts at a crop for each image, and one more for mirroring."""
-    return torch.rand(count, 41, generator=generator) if generator else [None] * count
+    return torch.rand(count, 41, generator=generator, device="cpu") if generator else [None] * count
 
 
 def _random_crop(image: Any, uniform: Tensor) -> Any:

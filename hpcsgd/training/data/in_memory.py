@@ -43,9 +43,9 @@ class TensorSource:
             raise BadOption("a mean or std applies to uint8 inputs only", got=x.dtype)
         self.x, self.y = x, y
         channels = (-1, *(1 for _ in x.shape[2:]))
-        scale = torch.tensor(std).reciprocal()
+        scale = torch.tensor(std, device="cpu").reciprocal()
         self._scale = (scale / 255).view(channels)
-        self._shift = (torch.tensor(mean) * scale).view(channels)
+        self._shift = (torch.tensor(mean, device="cpu") * scale).view(channels)
 
     @property
     def labels(self) -> Tensor | None:

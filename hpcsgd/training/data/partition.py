@@ -57,7 +57,7 @@ def partition(
             do="start fewer ranks, or use a larger data set (--data)",
         )
     if alpha is None:
-        order = torch.randperm(samples, generator=torch_stream("epoch", seed, epoch))
+        order = torch.randperm(samples, generator=torch_stream("epoch", seed, epoch), device="cpu")
         return [order[rank::ranks] for rank in range(ranks)]
     if labels is None:
         raise BadOption(
@@ -72,7 +72,7 @@ def partition(
 
 def shuffled(shard: Tensor, rank: int, seed: int, epoch: int) -> Tensor:
     """Return the shard of a rank in the order of one epoch."""
-    return shard[torch.randperm(len(shard), generator=torch_stream("shard", seed, epoch, rank))]
+    return shard[torch.randperm(len(shard), generator=torch_stream("shard", seed, epoch, rank), device="cpu")]
 
 
 def evaluation_shard(samples: int, rank: int, ranks: int) -> Tensor:
@@ -85,7 +85,7 @@ def evaluation_shard(samples: int, rank: int, ranks: int) -> Tensor:
     rank, ranks
         This rank, and the number of ranks.
     """
-    return torch.arange(samples * rank // ranks, samples * (rank + 1) // ranks)
+    return torch.arange(samples * rank // ranks, samples * (rank + 1) // ranks, device="cpu")
 
 
 def dirichlet_shards(labels: Tensor, ranks: int, alpha: float, seed: int) -> list[Tensor]:

@@ -21,7 +21,7 @@ def numpy_stream(purpose: str, *key: int) -> np.random.Generator:
 def torch_stream(purpose: str, *key: int) -> torch.Generator:
     """Return the torch generator of a purpose and a key of non-negative integers."""
     (seed,) = _sequence(purpose, key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator(device="cpu").manual_seed(int(seed))
 
 
 @contextmanager

@@ -34,11 +34,11 @@ def synthetic(shape: tuple[int, ...] = (32,), classes: int = 10, samples: int = 
             got=f"classes={classes}, samples={samples}, shape={shape}",
         )
     generator = torch_stream("synthetic", seed)
-    centres = torch.randn(classes, math.prod(shape), generator=generator)
+    centres = torch.randn(classes, math.prod(shape), generator=generator, device="cpu")
 
     def source(count: int) -> TensorSource:
-        y = torch.arange(count) % classes
-        x = torch.randn(count, math.prod(shape), generator=generator).add_(centres[y])
+        y = torch.arange(count, device="cpu") % classes
+        x = torch.randn(count, math.prod(shape), generator=generator, device="cpu").add_(centres[y])
         return TensorSource(x.view(count, *shape), y)
 
     train, test = source(samples), source(max(classes, samples // 4))

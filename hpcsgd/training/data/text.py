@@ -40,7 +40,7 @@ class WindowSource:
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, both (n, context) int64."""
-        positions = indices[:, None] * self.context + torch.arange(self.context)
+        positions = indices[:, None] * self.context + torch.arange(self.context, device="cpu")
         return self.tokens[positions].long(), self.tokens[positions + 1].long()
 
 

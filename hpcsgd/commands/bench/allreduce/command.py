@@ -78,7 +78,7 @@ def _measure(world: World, size: int, repeats: int, algorithm: str) -> dict[str,
     comm = COMM_WORLD.Dup()
     numel = size // 4
     calls = max(1, min(_MAX_CALLS, _BYTES_AT_A_TIME // size))
-    values = torch.arange(numel, dtype=torch.float32).remainder_(251)
+    values = torch.arange(numel, dtype=torch.float32, device="cpu").remainder_(251)
 
     def write_values(method: AllReduceMethod) -> None:
         for tensor in method.inputs:

@@ -48,10 +48,10 @@ def methods(world: World, comm: Any, numel: int, calls: int, algorithm: str) -> 
 
     hpcsgd in place and with gradients that are copied into buckets, MPI, gloo, and on one node a memory copy.
     """
-    named = [(f"buffer {i}", torch.empty(numel)) for i in range(calls)]
+    named = [(f"buffer {i}", torch.empty(numel, device="cpu")) for i in range(calls)]
     group = TensorGroup(world, named, 4 * numel / 2**20)
     in_place = list(group.views.values())
-    private, copies = ([torch.empty(numel) for _ in range(calls)] for _ in range(2))
+    private, copies = ([torch.empty(numel, device="cpu") for _ in range(calls)] for _ in range(2))
     # As in training: gradients of at most 1 MiB, copied one by one into buckets of the default size.
     gradients = {
         f"{i} {j}": t for i, flat in enumerate(private) for j, t in enumerate(torch.split(flat, 2**18))

@@ -80,8 +80,10 @@ class _BucketCodec:
         self._values = bucket.flat
         share = numel / problem.flat.numel()
         self._codec: Codec = compressor.codec(Segment(numel, self._terms, 0, share, tensor_extents(bucket)))
-        self._buffers = [torch.zeros(size, dtype=dtype) for size, dtype in self._codec.sum_buffers]
-        self._residual = torch.zeros(numel) if compressor.feedback else None
+        self._buffers = [
+            torch.zeros(size, dtype=dtype, device="cpu") for size, dtype in self._codec.sum_buffers
+        ]
+        self._residual = torch.zeros(numel, device="cpu") if compressor.feedback else None
         self._message: Message | None = None
         self._run: Iterator[Message | None] = iter(())
 

@@ -22,10 +22,10 @@ _SHAPE, _CLASSES, _SEED = (3, 32, 32), 10, 0
 
 def gaussian(world: World) -> list[Tensor]:
     """Independent standard normal samples on each rank, in the shapes of a ResNet-18."""
-    generator = torch.Generator().manual_seed(world.rank)
+    generator = torch.Generator(device="cpu").manual_seed(world.rank)
     with torch.device("meta"):
         shapes = [p.shape for p in _reversed_parameters(_model())]
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
 
 
 def resnet18(world: World) -> list[Tensor]:
@@ -76,9 +76,9 @@ def _cut(tensor: Tensor, elements: int) -> Tensor:
 
 def _batches(world: World) -> Iterator[tuple[Tensor, Tensor]]:
     digits = load("digits").train
-    generator = torch.Generator().manual_seed(1 + world.rank)
+    generator = torch.Generator(device="cpu").manual_seed(1 + world.rank)
     for _ in range(STEPS):
-        x, y = digits.batch(torch.randint(len(digits), (BATCH,), generator=generator))
+        x, y = digits.batch(torch.randint(len(digits), (BATCH,), generator=generator, device="cpu"))
         x = F.interpolate(x, size=_SHAPE[1:], mode="bilinear").expand(-1, *_SHAPE)
         yield (x - x.mean()) / x.std(), y
 

@@ -97,7 +97,9 @@ class _KernelBuffers:
         self.terms = world.size
         self.lanes = lanes_for(levels, self.terms)
         self.tiling = Tiling.of(elements, self.lanes.count, BLOCK)
-        self.x = torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(world.device)
+        self.x = torch.randn(
+            elements, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu"
+        ).to(world.device)
         self.residual, self.out = zeros(elements), zeros(elements)
         self.norms = zeros(self.tiling.rows, torch.uint16)
         self.words = zeros(self.tiling.words, torch.int32 if self.lanes.word == 32 else torch.int64)

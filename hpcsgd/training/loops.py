@@ -1,0 +1,73 @@
+"""The loops over batches of a run: sharded, numbered, and scheduled as its strategy requires."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.training.asynchronous_batches import AsynchronousBatches
+from hpcsgd.training.batches import loaders_of_peers, synchronous_batches
+from hpcsgd.training.epochs import Epochs
+from hpcsgd.training.identity_map import IdentityMap
+from hpcsgd.training.sharding import Sharding
+from hpcsgd.training.virtual_nodes import VirtualNodes
+
+
+class Loops:
+    """Makes the iterators of `run.batches`.
+
+    Parameters
+    ----------
+    context, strategy, virtual_nodes, uneven
+        Those of the run.
+
+    Attributes
+    ----------
+    sharding
+        Replaces plain loaders by sharded ones.
+    """
+
+    def __init__(
+        self, context: StrategyContext, strategy: Strategy, virtual_nodes: VirtualNodes, uneven: str
+    ) -> None:
+        self._context, self._strategy, self._nodes, self._uneven = context, strategy, virtual_nodes, uneven
+        self.sharding = Sharding(context, strategy)
+        self._epochs = Epochs(active=context.peers.size > 1)
+        self._asynchronous = AsynchronousBatches(context, strategy, virtual_nodes, self._epochs)
+        self._warned: IdentityMap[bool] = IdentityMap()
+
+    def batches(
+        self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None, shard: bool | None
+    ) -> Iterator[Any]:
+        """Return an iterator of batches; see `Run.batches`."""
+        return self._iterate(loaders_of_peers(loader, self._context), steps, shard)
+
+    def _iterate(self, loaders: list[Iterable[Any]], steps: int | None, shard: bool | None) -> Iterator[Any]:
+        loop, calls, given = self._context.loop, self._context.world.calls, loaders[0]
+        calls.loop, calls.left, loop.is_open, ended = calls.loop + 1, False, True, False
+        loaders = [self.sharding.shard(loader, shard) for loader in loaders]
+        may_warn = shard is not False and not self._warned.get(given)
+        with closing(self._batches(loaders, steps)) as found:
+            try:
+                for number, batch in enumerate(found):
+                    if number == 0:
+                        may_warn &= bool(loop.equal_peers)
+                        loop.equal_peers = loop.equal_peers if may_warn else []
+                    yield batch
+                ended = True
+            finally:
+                # By `break`, `return` or an exception: the other ranks look at it if they wait for this one.
+                calls.left, loop.is_open = not ended, False
+                if may_warn and not loop.equal_peers:  # the first step of the loop has warned of them
+                    self._warned.set(given, True)
+                loop.equal_peers = []
+
+    def _batches(self, loaders: Sequence[Iterable[Any]], steps: int | None) -> Generator[Any, None, None]:
+        if not self._strategy.synchronous:
+            yield from self._asynchronous.batches(loaders, steps)
+            return
+        for loader in loaders:
+            self._epochs.begin(loader)
+        yield from synchronous_batches(loaders, self._context, self._uneven, steps, self._nodes)
