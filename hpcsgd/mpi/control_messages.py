@@ -5,10 +5,11 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_REQUEST, _REPLY, _NOTIFICATION, _DEPARTURE = 1, 2, 3, 4  # tags
+_REQUEST, _REPLY, _NOTIFICATION, _DEPARTURE, _INTERRUPTION = 1, 2, 3, 4, 5  # tags
 _TIMEOUT = 2.0  # seconds
 
 
@@ -33,11 +34,17 @@ class ControlChannel:
         By rank, the last one received, and its time of `time.monotonic`.
     departures
         By rank that has left, all that it has sent since, see `depart`.
+    absent
+        By rank that has left or is interrupted, the reason, and since when (`time.monotonic`).
+    interruptions
+        By rank, the number of messages of `interrupt` that have been received.
     """
 
     def __init__(self, comm: Any, handle: Callable[[Any], Any]) -> None:
         self.notifications: dict[int, tuple[float, Any]] = {}
         self.departures: dict[int, list[Any]] = {}
+        self.absent: dict[int, tuple[str, float]] = {}
+        self.interruptions: Counter[int] = Counter()
         self.comm = comm
         self._handle = handle
         self._lock = threading.Lock()
@@ -64,6 +71,14 @@ class ControlChannel:
             while self.comm.Iprobe(tag=_DEPARTURE):
                 rank, content = self._receive(_DEPARTURE)
                 self.departures.setdefault(rank, []).append(content)
+                if len(self.departures[rank]) == 1:
+                    self.absent[rank] = content[0], time.monotonic()
+            while self.comm.Iprobe(tag=_INTERRUPTION):
+                rank, reason = self._receive(_INTERRUPTION)
+                self.interruptions[rank] += 1
+                self.absent.pop(rank, None)
+                if reason:
+                    self.absent[rank] = reason, time.monotonic()
             self._sent = [entry for entry in self._sent if not entry[0].Test()]
         finally:
             self._lock.release()
@@ -88,8 +103,13 @@ class ControlChannel:
         with self._lock:
             self._send(rank, _NOTIFICATION, content)
 
+    def interrupt(self, rank: int, reason: str) -> None:
+        """Notify that this rank is interrupted, or with an empty reason that it goes on."""
+        with self._lock:
+            self._send(rank, _INTERRUPTION, reason)
+
     def depart(self, rank: int, content: Any) -> None:
-        """Send a message of a rank that leaves; all of them are kept."""
+        """Send a message of a rank that leaves, the first one with its reason; all of them are kept."""
         with self._lock:
             self._send(rank, _DEPARTURE, content)
 

@@ -92,7 +92,7 @@ class Departure:
         self._others = set(range(size)) - {rank}
         self._release = release
         _present.add(self)
-        self._noticed: dict[int, float] = {}
+        self._interruption, self._interruptions = "", 0
         self._steps = self._leave()
         self._announce_at = 0.0
         self.reason = ""
@@ -112,31 +112,47 @@ class Departure:
         self.reason = reason
         _unfinished.append(self)
 
+    def interrupt(self, reason: str) -> None:
+        """Notify the other ranks that this one is interrupted; with an empty reason, that it goes on."""
+        if reason == self._interruption:
+            return
+        self._interruption, self._interruptions = reason, self._interruptions + 1
+        for rank in self._others:
+            self._channel.interrupt(rank, reason)
+
+    def receive_interruptions(self, gather: Callable[[int], list[int]]) -> None:
+        """Receive all interruptions, for an unreceived message could reach another world; collective."""
+        sent, received = gather(self._interruptions), self._channel.interruptions
+
+        def complete() -> bool:
+            self._channel.poll()
+            return all(received[rank] == sent[rank] for rank in self._others)
+
+        self._waiter.until(complete, "the last interruptions of other ranks")
+
     def check(self) -> None:
-        """Raise in a thread that waits for a rank that has left.
+        """Raise in a thread that waits for a rank that has left, or is interrupted.
 
         Raises
         ------
         RankLeft
             That rank, and its reason.
         """
-        if not self._channel.departures:
+        if not self._channel.absent:
             return
-        now = time.monotonic()
-        for rank in list(self._channel.departures):
-            self._noticed.setdefault(rank, now)
-        wait = self._waiter.waits_for()
+        wait, now = self._waiter.waits_for(), time.monotonic()
         if wait is None:
             return
         started, ranks = wait
         grace = _GRACE_OF_LEFT if self.reason else _GRACE
-        late = [r for r, at in list(self._noticed.items()) if now - max(at, started) > grace]
-        awaited = [r for r in late if ranks is None or r in ranks]
+        absent = list(self._channel.absent.items())
+        late = [rank for rank, (_, since) in absent if now - max(since, started) > grace]
+        awaited = [rank for rank in late if ranks is None or rank in ranks]
         if awaited:
             raise self._error(awaited)
 
     def _error(self, ranks: list[int]) -> RankLeft:
-        reason = self._channel.departures[min(ranks)][0][0]
+        reason = self._channel.absent[min(ranks)][0]
         return RankLeft(
             f"this rank waits for {format_ranks(ranks)}, and the run {reason} there",
             rank=self._rank,

@@ -14,7 +14,7 @@ from hpcsgd.diagnostics import trace_file
 from hpcsgd.diagnostics.activity import this_process
 from hpcsgd.diagnostics.trace import NullTracer, Tracer
 from hpcsgd.errors import DeadlineExceeded, HpcsgdError, RankFailed
-from hpcsgd.mpi import clock_sync, consistency, departure, environment, shutdown, ulfm
+from hpcsgd.mpi import clock_sync, consistency, departure, environment, interactive, shutdown, ulfm
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.node import Node
 from hpcsgd.mpi.rank_calls import RankCalls, different_calls
@@ -80,6 +80,7 @@ class World:
         shutdown.drain_at_exit(runtime)
         if self.size > 1:
             shutdown.abort_on_uncaught_exception()
+            interactive.watch(runtime)
             self.progress.start()
         if folder := environment.trace_folder():
             self.start_trace(folder)
@@ -329,6 +330,7 @@ class World:
             return  # freeing would wait for failed ranks, see `shutdown.exit_process`
         if self._owns_runtime:
             self._runtime.stall_detector.close(self.gather)
+            self._runtime.departure.receive_interruptions(self.gather)
         self.control.barrier("the end of the world")
         self.waiter.hooks.check()
         self.local.release()

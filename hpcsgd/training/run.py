@@ -25,6 +25,7 @@ from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state, peer_states
 from hpcsgd.training.scalars import Scalars
 from hpcsgd.training.stepping import Stepping
+from hpcsgd.training.sync_batchnorm import SyncBatchNorms
 from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
@@ -176,6 +177,7 @@ class Run(Scalars):
         self._stepping.set_steps(0)
         self.strategy.attach(self._context)
         self.world.calls.synchronous &= self.strategy.synchronous
+        self._batchnorms = SyncBatchNorms(model, self._context, self.strategy)
         self._virtual_nodes = nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
         self._buffers = Buffers(nodes, self.strategy, self._context, buffers, buffer_period, local)
         self._stepping.buffers = self._buffers
@@ -370,6 +372,7 @@ class Run(Scalars):
         self._closed = True
         self.world.meet("run.close()")
         self._lifetime.close()
+        self._batchnorms.detach()
         self.world.progress.drain()
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
@@ -390,3 +393,4 @@ class Run(Scalars):
         else:
             self._lifetime.leave_after(error)
             self._stepping.close()
+            self._batchnorms.detach()
