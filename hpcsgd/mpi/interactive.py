@@ -29,11 +29,11 @@ def watch(runtime: Runtime) -> None:
     in_kernel = hasattr(shell, "kernel")
 
     def showtraceback(exc_tuple: Any = None, *arguments: Any, **options: Any) -> None:
-        kind, error, where = exc_tuple or sys.exc_info()
-        if isinstance(error, Exception) and in_kernel:
-            _interrupt(error)
-        elif isinstance(error, Exception) and _open():
-            sys.excepthook(kind, error, where)  # prints it once for all ranks, and ends the job
+        raised: Any = exc_tuple or sys.exc_info()
+        if isinstance(raised[1], Exception) and in_kernel:
+            _interrupt(raised[1])
+        elif isinstance(raised[1], Exception) and _open():
+            sys.excepthook(*raised)  # prints it once for all ranks, and ends the job
         show(exc_tuple, *arguments, **options)
 
     shell.showtraceback = showtraceback

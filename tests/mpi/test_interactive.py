@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,7 @@ class Runtime:
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> Runtime:
+    monkeypatch.setattr(interactive, "_runtimes", weakref.WeakSet())
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[misc]
     runtime: Any = Runtime()
     for _ in range(2):
