@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import warnings
@@ -20,6 +21,15 @@ _SPINS_ON_SHARED_CORES = 200
 
 def check_launcher(MPI: Any) -> None:
     """Raise where the launcher has started more ranks than MPI sees."""
+    other, processes = launcher.other_launcher()
+    if MPI.COMM_WORLD.size == 1 < processes:
+        raise HpcsgdError(
+            f"{other} has started {processes} processes, each of which is rank 0 of 1 to MPI",
+            expected="ranks that MPI sees",
+            got=f"WORLD_SIZE={processes}",
+            do=f"start with `mpiexec -n {processes} python SCRIPT` or srun instead; or, for one rank, unset "
+            "WORLD_SIZE, RANK and LOCAL_RANK",
+        )
     variable, count = launcher.size()
     if MPI.COMM_WORLD.size == 1 < count:
         raise HpcsgdError(
@@ -73,7 +83,7 @@ def device(name: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def share_of_cores(cores: set[int], bindings: list[set[int]]) -> tuple[int, int]:
+def share_of_cores(cores: set[int], bindings: list[set[int]], quota: float = math.inf) -> tuple[int, int]:
     """Return the number of compute threads of a rank, and the spins of its waits in native code.
 
     Parameters
@@ -82,10 +92,49 @@ def share_of_cores(cores: set[int], bindings: list[set[int]]) -> tuple[int, int]
         The cores that this rank may run on.
     bindings
         Those of each rank of the node.
+    quota
+        Cores' worth of time that the container of these ranks has, see `cpu_quota`. Default: no limit.
     """
     sharing = sum(bool(cores & other) for other in bindings)
-    spins = _SPINS_ON_SHARED_CORES if sharing > len(cores) else _SPINS_ON_OWN_CORES
-    return max(1, len(cores) // sharing), spins
+    count = max(1, int(min(len(cores), quota)))
+    spins = _SPINS_ON_SHARED_CORES if sharing > count else _SPINS_ON_OWN_CORES
+    return max(1, count // sharing), spins
+
+
+def cpu_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the cores' worth of time that this process's control group and its parents allow; else infinity.
+
+    Parameters
+    ----------
+    groups
+        File with the control groups of the process.
+    root
+        Where control groups are mounted, of version 1 or 2.
+    """
+    found = [math.inf]
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            mounts = [root / name for name in (controllers, "cpu") if name] if controllers else [root]
+            for mount in mounts:
+                folder = mount / path.lstrip("/")
+                # In a container the path may be that of the host, which is not mounted.
+                found += [_quota(each) for each in (folder, *folder.parents) if each.is_relative_to(mount)]
+    return min(found)
+
+
+def _quota(folder: Path) -> float:
+    with contextlib.suppress(OSError, ValueError):
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        if quota != "max" and int(quota) > 0:
+            return int(quota) / int(period)
+    return math.inf
 
 
 def warn_of_narrow_binding(cores: set[int], bindings: list[set[int]]) -> None:

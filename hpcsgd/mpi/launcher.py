@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+_TORCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
 
 
@@ -26,6 +27,18 @@ def sizes() -> dict[str, int]:
 def starts_only_open_mpi() -> bool:
     """Return whether Open MPI's mpiexec started this process, and no variable of an MPICH launcher is set."""
     return "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_SIZE" not in os.environ
+
+
+def other_launcher() -> tuple[str, int]:
+    """Return the launcher that is not of MPI and has started this process, and its number of processes.
+
+    Such as torchrun and `accelerate launch`, which set these three variables; ("", 0) without one.
+    """
+    values = [os.environ.get(name, "") for name in _TORCH]
+    if not all(value.isdigit() for value in values):
+        return "", 0
+    name = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "the launcher that sets WORLD_SIZE"
+    return name, int(values[0])
 
 
 def _first(names: list[str] | tuple[str, ...]) -> tuple[str, int]:

@@ -49,7 +49,7 @@ class Node:
         self._waiter, self._shared_memory = waiter, shared_memory
         binding = os.sched_getaffinity(0)
         bindings = comm.gather_objects(binding, "the comparison of core bindings")
-        self.threads, self.spins = environment.share_of_cores(binding, bindings)
+        self.threads, self.spins = environment.share_of_cores(binding, bindings, environment.cpu_quota())
         if self.members[0] == 0 == self.rank:
             environment.warn_of_narrow_binding(binding, bindings)
         self._allocator = SharedAllocator(comm)

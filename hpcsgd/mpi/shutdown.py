@@ -24,6 +24,8 @@ _EXIT_DELAY = 1.0  # for the other ranks to finish the operations they began wit
 _DIAGNOSIS_DELAY = 6.0  # for another rank to query all ranks and print its diagnosis
 
 _lost_ranks: list[bool] = []
+#: The rank of MPI_COMM_WORLD that prints errors which all ranks of the last world raise.
+_reporting_rank = [0]
 _running: weakref.WeakSet[Runtime] = weakref.WeakSet()
 _tracers: weakref.WeakSet[NullTracer] = weakref.WeakSet()
 
@@ -84,6 +86,11 @@ def is_reporting_rank() -> bool:
     return launcher.rank() == (ulfm.lowest_alive_rank() if _lost_ranks else 0)
 
 
+def set_reporting_rank(rank: int) -> None:
+    """Set the rank of `MPI.COMM_WORLD` that prints errors which all ranks of a world raise."""
+    _reporting_rank[0] = rank
+
+
 def mark_ranks_lost() -> None:
     """Record that ranks of this job have failed and the others have continued."""
     _lost_ranks.append(True)
@@ -114,8 +121,8 @@ def abort_on_uncaught_exception() -> None:
             time.sleep(_REPORT_DELAY)
         elif rank_failure:
             print(f"hpcsgd: rank {rank}: another rank of this job has died", file=sys.stderr)
-        elif getattr(error, "everywhere", False) and rank != 0:
-            # Rank 0 prints the same error and ends the job; this rank aborts only if rank 0 cannot.
+        elif getattr(error, "everywhere", False) and rank != _reporting_rank[0]:
+            # That rank prints the same error and ends the job; this one aborts only if it cannot.
             time.sleep(_REPORT_DELAY)
         elif issubclass(kind, KeyboardInterrupt):
             print(f"hpcsgd: rank {rank} interrupted", file=sys.stderr)

@@ -56,9 +56,8 @@ class World:
     def __init__(self, comm: Any = None, *, device: str = "auto", timeout: float | None = None) -> None:
         from mpi4py import MPI
 
-        if comm is None:
-            environment.check_launcher(MPI)
-            comm = MPI.COMM_WORLD
+        environment.check_launcher(MPI)
+        comm = MPI.COMM_WORLD if comm is None else comm
         timeout = timeout if timeout is not None else timeout_from_environment()
         departure.settle()
         # The first collective operation, and the first that a rank may fail to reach.
@@ -66,6 +65,7 @@ class World:
         operation = "the start of hpcsgd.World, which all ranks must reach"
         DeadlineWaiter(comm.rank, timeout).until(request.Test, operation)
         private.Set_errhandler(MPI.ERRORS_RETURN)
+        shutdown.set_reporting_rank(min(private.allgather(MPI.COMM_WORLD.rank)))
         self._start(Runtime(private, private.allgather(socket.gethostname()), device, timeout))
 
     def _start(self, runtime: Runtime) -> None:

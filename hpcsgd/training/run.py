@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from hpcsgd.training.run_state import load_peer_state, peer_state, peer_states
 from hpcsgd.training.scalars import Scalars
 from hpcsgd.training.stepping import Stepping
 from hpcsgd.training.sync_batchnorm import SyncBatchNorms
+from hpcsgd.training.threads import ComputeThreads
 from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
@@ -130,8 +130,7 @@ class Run(Scalars):
         self.world: World = World(comm, device=device) if self._owns_world else comm
         self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
         self._closed = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(self.world.local.threads)
+        self._threads = ComputeThreads(self.world)
         common: dict[str, Any] = {
             "bucket_mib": bucket_mib,
             "algorithm": algorithm,
@@ -380,6 +379,7 @@ class Run(Scalars):
         self._buffers.close()
         self.strategy.detach()
         self._stepping.close()
+        self._threads.restore()
         if self._owns_world:
             self.world.close()
 

@@ -1,4 +1,4 @@
-"""Ranks that leave a loop alone, or make a call that the others do not: an error within seconds."""
+"""Ranks that leave a loop alone or call what the others do not, and errors of a part of the job."""
 
 from __future__ import annotations
 
@@ -33,3 +33,16 @@ def test_a_rank_that_leaves_the_loop_alone_is_named(strategy: str, then: str, te
     job = launch(_LOOP.format(strategy=strategy, then=then), 3, timeout=SECONDS)
     check_end(job)
     assert text in job.stderr and "run.any(flag)" in job.stderr, job
+
+
+def test_an_error_in_a_part_of_the_job_is_printed_there() -> None:
+    script = BEGIN + (
+        "from mpi4py import MPI\n"
+        "part = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank > 0)\n"
+        "if MPI.COMM_WORLD.rank == 0: time.sleep(600)\n"
+        "model = torch.nn.Linear(2 + part.rank, 2)\n"
+        "Run(model, torch.optim.SGD(model.parameters(), 0.1), comm=part)\n"
+    )
+    job = launch(script, 3, timeout=SECONDS)
+    check_end(job)
+    assert job.stderr.count("Disagreement: ") == 1 and "rank 1 ends the job" in job.stderr, job
