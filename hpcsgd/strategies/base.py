@@ -115,6 +115,9 @@ class Strategy:
         """Return whether the models of all ranks must be equal at the end of the last step."""
         return False
 
+    def check_consensus(self) -> None:
+        """Raise where there is no consensus now, as peers wait for their models; local."""
+
     def averaged(self) -> AbstractContextManager[None]:
         """Context manager in which the model is the consensus of all peers; collective."""
         return nullcontext()

@@ -54,18 +54,41 @@ class BackwardPass:
 
     def watch(self, module: nn.Module) -> Any:
         """See each pass through the outputs of a module; return the handle of the hook."""
+        return module.register_forward_hook(_OutputHook(self))
 
-        def on_gradient(_: Tensor) -> None:
-            self.enter()
 
-        def after_forward(_: nn.Module, inputs: object, output: object) -> None:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return
-            for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+class _OutputHook:
+    """Forward hook of a module, whose copies and pickled forms have no effect: their passes are not seen.
 
-        return module.register_forward_hook(after_forward)
+    Parameters
+    ----------
+    passes
+        Enters the passes.
+    """
+
+    def __init__(self, passes: BackwardPass) -> None:
+        self._passes = passes
+
+    def __call__(self, module: nn.Module, inputs: object, output: object) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+
+    def _on_gradient(self, gradient: Tensor) -> None:
+        self._passes.enter()
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Any:
+    return _ignore
+
+
+def _ignore(module: nn.Module, inputs: object, output: object) -> None:
+    """Forward hook without effect."""
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -324,6 +324,7 @@ class Run(Scalars):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
+        self.strategy.check_consensus()
         self.world.meet("run.averaged()")
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
@@ -333,6 +334,7 @@ class Run(Scalars):
 
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
+        self.strategy.check_consensus()
         self.world.meet("run.consensus_distance()")
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)

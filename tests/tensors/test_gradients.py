@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -384,3 +386,23 @@ def test_buffers(world: Any, setting: str, expected: Callable[[int, int], float]
             assert torch.allclose(model[1].running_mean, torch.full((3,), value))
             count = world.rank if setting == "local" else 0
             assert int(model[1].num_batches_tracked) == count
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_copy_or_pickle_of_the_model_is_independent(world: Any) -> None:
+    model = Layers((0, 1))
+    with run_of(model, world) as run:
+        backward(model)
+        run.step()
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            before = [p.detach().clone() for p in model.parameters()]
+            gradients = [p.grad for p in model.parameters()]
+            if world.rank == 0:  # no reduction starts, for which others would be needed
+                other.zero_grad()
+                backward(other)
+                torch.optim.SGD(other.parameters(), 0.1).step()
+            assert all(map(torch.equal, model.parameters(), before))
+            assert all(a is b for a, b in zip(gradients, (p.grad for p in model.parameters()), strict=True))
+        backward(model)
+        run.step()
+        assert s.same_everywhere(world, model)

@@ -28,7 +28,7 @@ def named(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def values(net: nn.Module) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 def in_group(parameters: Parameters) -> torch.Tensor:
@@ -38,7 +38,7 @@ def in_group(parameters: Parameters) -> torch.Tensor:
 
 
 def vector(net: nn.Module) -> None:
-    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(net.parameters()) + 1, net.parameters())
+    nn.utils.vector_to_parameters(values(net) + 1, net.parameters())
 
 
 MOVES: dict[str, Callable[[nn.Module], Any]] = {

@@ -175,6 +175,9 @@ class Teleportation(ReplicaStrategy):
             latest = max(models)[0]
             self._latest_holders = tuple(peer for step, peer in models if step == latest)
 
+    def check_consensus(self) -> None:
+        self._check_models_in_place()
+
     def _check_models_in_place(self) -> None:
         if self._complete_step != self.context.step:
             raise HpcsgdError(
