@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -364,28 +363,6 @@ def test_tied_parameters_travel_once(world: Any) -> None:
         total = model.layers[0].weight.sum().item()
         assert len(set(world.gather(total))) == 1
         assert model.layers[1].weight is model.layers[0].weight
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ("broadcast", lambda rank, size: 0.0),
-        ("average", lambda rank, size: (size - 1) / 2),
-        ("local", lambda rank, size: float(rank)),
-    ],
-)
-def test_buffers(world: Any, setting: str, expected: Callable[[int, int], float]) -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    with run_of(model, world, buffers=setting) as run:
-        with torch.no_grad():
-            model[1].running_mean.fill_(world.rank)
-            model[1].num_batches_tracked.fill_(world.rank)
-        with run.averaged():
-            value = expected(world.rank, world.size)
-            assert torch.allclose(model[1].running_mean, torch.full((3,), value))
-            count = world.rank if setting == "local" else 0
-            assert int(model[1].num_batches_tracked) == count
 
 
 @pytest.mark.mpi(min_size=2)

@@ -137,3 +137,25 @@ def test_unequal_buffers_are_named_on_all_ranks(world: Any, change: Callable[[Ki
 def test_a_period_that_cannot_be(world: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(BadOption, match=match):
         run_of(Kinds(), world, **options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("broadcast", lambda rank, size: 0.0),
+        ("average", lambda rank, size: (size - 1) / 2),
+        ("local", lambda rank, size: float(rank)),
+    ],
+)
+def test_statistics_of_batch_norm(world: Any, setting: str, expected: Callable[[int, int], float]) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Run(model, optimizer, comm=world, buffers=setting) as run:
+        with torch.no_grad():
+            model[1].running_mean.fill_(world.rank)
+            model[1].num_batches_tracked.fill_(world.rank)
+        with run.averaged():
+            value = expected(world.rank, world.size)
+            assert torch.allclose(model[1].running_mean, torch.full((3,), value))
+            count = world.rank if setting == "local" else 0
+            assert int(model[1].num_batches_tracked) == count
