@@ -10,11 +10,13 @@ import time
 import traceback
 import weakref
 from types import TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hpcsgd.diagnostics.trace import NullTracer
 from hpcsgd.mpi import launcher, ulfm
-from hpcsgd.mpi.runtime import Runtime
+
+if TYPE_CHECKING:
+    from hpcsgd.mpi.runtime import Runtime
 
 # Seconds, all of them.
 _DRAIN_TIMEOUT = 30.0
