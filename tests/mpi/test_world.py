@@ -112,7 +112,8 @@ def test_a_closed_run_moves_the_model_to_private_memory(world: Any) -> None:
         run.close()
         after = [(p.data_ptr(), p.grad.data_ptr()) for p in model.parameters()]
         moved = 1 if isinstance(strategy, AllReduce) else 0
-        assert all(a[moved] != b[moved] for a, b in zip(after, before, strict=True))
+        if world.size > 1:  # one rank is plain training: nothing of it was shared
+            assert all(a[moved] != b[moved] for a, b in zip(after, before, strict=True))
         assert all(map(torch.equal, model.parameters(), values))
         model.get_parameter("a").sum().backward()  # no hook is left
 

@@ -135,7 +135,8 @@ def _measure(world: World, spec: str, batch: int, repeats: int, steps: int, seed
     # After gloo is shut down: gloo has been seen to hang while an error still refers to its models.
     check_equal(spec, distance)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    return StepResult(spec, seconds, 1 - waited / busy, buffers, gradients)
+    hidden = 1 - waited / busy if busy else 1.0  # one rank exchanges nothing, and waits for nothing
+    return StepResult(spec, seconds, hidden, buffers, gradients)
 
 
 def _timed(name: str, trainer: StepLoop, steps: int) -> Contender:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mpi4py import MPI
 
+from hpcsgd import Run
 from hpcsgd.commands.bench import step
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.strategies import AllReduce
 
 pytestmark = pytest.mark.mpi
 
@@ -30,20 +31,21 @@ def test_a_line_per_model_and_contender(tmp_path: Path, capfd: pytest.CaptureFix
         assert 0 < float(row["min_ms"]) <= float(row["median_ms"]) <= float(row["max_ms"])
     logistic = rows[0]
     assert int(logistic["gradient_bytes"]) == 4 * (3 * 32 * 32 + 1) * 10
-    slack = int(logistic["buffer_bytes"]) - int(logistic["gradient_bytes"])
-    assert 0 <= slack < 2 * 64, "only the padding to cache lines"
+    # One rank is plain training and holds no buffers; elsewhere they have only the padding to cache lines.
+    needed = int(logistic["gradient_bytes"]) if MPI.COMM_WORLD.size > 1 else 0
+    assert 0 <= int(logistic["buffer_bytes"]) - needed < 2 * 64
     assert ("DDP-gloo" in capfd.readouterr().out) == (MPI.COMM_WORLD.rank == 0)
 
 
 def test_diverging_training_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = AllReduce.synchronize
+    right = Run.step
 
-    def wrong(self: AllReduce, weight: float | None = None) -> None:
-        right(self, weight)
-        for bucket in self.gradients.group:
-            bucket.flat.mul_(3)
+    def wrong(self: Run, *arguments: Any) -> Any:
+        for parameter in self.model.parameters():
+            parameter.grad.mul_(3)
+        return right(self, *arguments)
 
-    monkeypatch.setattr(AllReduce, "synchronize", wrong)
+    monkeypatch.setattr(Run, "step", wrong)
     with pytest.raises(HpcsgdError, match="differs between hpcsgd and DDP"):
         step.main(["logistic"], batch=2, repeats=1, steps=1)
     assert not torch.distributed.is_initialized()
