@@ -17,6 +17,14 @@ def defer_sigusr1() -> None:
     signal.signal(signal.SIGUSR1, lambda number, _: _deferred.append(number))
 
 
+def ignore_sigusr1() -> None:
+    """Ignore SIGUSR1 until the process is gone: nothing is left to stop, and MPI is still to be finalised.
+
+    Python resets its own handlers before that, but not this.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 class SignalRecorder:
     """Records SIGTERM and SIGUSR1, and further signals, instead of their default action.
 

@@ -41,6 +41,8 @@ class AllReduce(Strategy):
         #: Factor of this rank's gradients in a step with weights, and whether steps have weights at all.
         self._share: float | None = None
         self._weighted = False
+        #: Whether any rank has a weight above 0 in this step; without, all ranks leave it out.
+        self._counts = True
         #: The gradients of this rank in the first step, to which a weight may be given afterwards.
         self._first_gradients: list[Tensor | None] | None = None
         self._is_first_step = True
@@ -165,6 +167,7 @@ class AllReduce(Strategy):
             self._restore_gradients()
         weights = context.world.gather(weight * context.weight, "the weights of a step")
         total = math.fsum(weights)
+        self._counts = total > 0
         self._share = weights[context.world.rank] / total if total else 0.0
 
     def _restore_gradients(self) -> None:
@@ -195,7 +198,7 @@ class AllReduce(Strategy):
         used = self.gradients.used() & bool(context.weight)
         flags = self._compare_numbers(np.append(used, context.loop.skipped))
         self.gradients.settle(flags[:-1])
-        return self._finite and not flags[-1] and self._share != 0.0
+        return self._finite and not flags[-1] and self._counts
 
     def _compare_numbers(self, flags: np.ndarray | None = None) -> np.ndarray:
         """Check that all ranks are in the same step, and combine the flags of this step's end."""
@@ -216,7 +219,7 @@ class AllReduce(Strategy):
     def _end_step(self) -> None:
         self._finite = True
         self._reductions_before, self._reductions = max(1, self._reductions), 0
-        self._share, self._first_gradients, self._is_first_step = None, None, False
+        self._share, self._first_gradients, self._is_first_step, self._counts = None, None, False, True
 
     def state_dict(self) -> dict[str, Any]:
         return {"reduction": self._reducer.state_dict()}

@@ -191,7 +191,10 @@ class Gradients:
 
         The view itself is never handed out, for its `data` may be replaced.
         """
-        if self._aliases[index].data_ptr() != self._addresses[index]:
+        address = self._addresses[index]
+        if self._aliases[index].data_ptr() != address:
+            if self._views[index].data_ptr() != address:  # `model.share_memory()` moves storages
+                self._views[index] = self.group.renew(self._names[index])
             self._aliases[index] = self._views[index].data
         return self._aliases[index]
 
@@ -227,7 +230,7 @@ class Gradients:
             if self._bucket_of[index] < self._next:
                 continue
             if gradient is None:
-                self._views[index].zero_()
+                self._alias(index).zero_()
             else:
                 self._bind(index, parameter)
         reported, self._next = self._next, 0
@@ -244,7 +247,7 @@ class Gradients:
                 self._versions[index] = alias._version
             elif parameter.grad is graph:
                 # The value is the group's, the derivative this rank's: a further pass averages it.
-                parameter.grad = graph + (self._views[index].to(graph.dtype, copy=True) - graph).detach()
+                parameter.grad = graph + (self._alias(index).to(graph.dtype, copy=True) - graph).detach()
         self._with_graph.clear()
 
     def copies(self) -> list[Tensor | None]:
@@ -287,7 +290,7 @@ class Gradients:
         for index, parameter in enumerate(self._parameters):
             parameter.grad = None
             if self._bucket_of[index] >= self._next:
-                self._views[index].zero_()
+                self._alias(index).zero_()
         for _, parameter in self.sparse:
             parameter.grad = None
         self._fired = [0] * len(self._parameters)
@@ -297,7 +300,7 @@ class Gradients:
         """Move gradients that were replaced since `deliver` into the group."""
         for index, parameter in enumerate(self._parameters):
             if parameter.grad is None:
-                self._views[index].zero_()
+                self._alias(index).zero_()
             else:
                 self._bind(index, parameter)
 

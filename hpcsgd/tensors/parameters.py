@@ -33,7 +33,8 @@ class Parameters:
     copies
         Number of groups, with equal initial values; the module uses one at a time. Default 1.
     alone
-        Whether no other peer has a model, so that parameters that overlap need not be moved. Default False.
+        Whether no other peer has a model, so that parameters that overlap need not be moved, and those that
+        get another form later need not stay. Default False.
 
     Attributes
     ----------
@@ -59,7 +60,7 @@ class Parameters:
         *,
         alone: bool = False,
     ) -> None:
-        self._world = world
+        self._world, self._alone = world, alone
         trained = [(name, p) for name, p in parameters if p.requires_grad]
         overlap, self._same_memory = overlapping(trained), grouped_by_memory(trained)
         ties = [[name for name, _ in same] for same in self._same_memory if len(same) > 1]
@@ -91,13 +92,19 @@ class Parameters:
         Raises
         ------
         HpcsgdError
-            A parameter has another shape, dtype or device, or is now the memory of another one.
+            A parameter has another shape, dtype or device, or is now the memory of another one. Where no
+            other peer has a model, such parameters are left where they are.
         """
         if not self._is_in_place():
             # An exchange in flight reads the group.
             self._world.progress.drain()
             moved = self._moved()
-            self._check_moved(moved)
+            try:
+                self._check_moved(moved)
+            except HpcsgdError:
+                if not self._alone:
+                    raise
+                self._bound, self._objects, moved = [], [], []  # plain training: all stay where they are
             for name, _, parameter in moved:
                 self.group.renew(name).copy_(parameter.data)
             self._bind()

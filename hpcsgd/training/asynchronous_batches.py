@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.training.batch_use import BatchUse
 from hpcsgd.training.batches import (
     check_none_empty,
     equal_peers,
@@ -43,12 +45,16 @@ class AsynchronousBatches:
         self._loaders: list[Iterable[Any]] = []
         self._sources: list[_Source[Any]] = []
         self._taken = 0
+        #: Of the loop in progress, on this rank.
+        self._use, self._limit, self._unused, self._is_over = BatchUse(context, counted=True), None, 0, False
+        self._warned = False
 
     def batches(self, loaders: Sequence[Iterable[Batch]], steps: int | None) -> Iterator[Batch]:
         """Yield batches until `steps` more steps have been taken.
 
         A loader is started again at its end. One that cannot be, such as a generator, then repeats its last
-        batch with weight 0; when all have come to that, the loop ends.
+        batch with weight 0; when all have come to that, the loop ends. A rank that takes no step, as in an
+        evaluation, gets its loader once, or at most `steps` batches.
 
         Parameters
         ----------
@@ -80,13 +86,17 @@ class AsynchronousBatches:
             return
         check_none_empty(has_batch, context)
         lengths = [length for found, *_ in entries for length in found]
+        self._use, self._limit, self._unused = BatchUse(context, counted=True), steps, 0
+        self._is_over, self._steps_before = False, context.loop.steps
+        for source in self._sources:
+            source.begin_epoch(restarts=True)
         try:
             if any(once for _, once, *_ in entries) or (steps is None and None in lengths):
                 yield from self._in_rounds(None if steps is None else context.step + steps)
             else:
                 yield from self._until(context.step + (max(lengths) if steps is None else steps))
         finally:
-            context.loop.batch_used = True
+            self._use.end()
             context.begin_step()
 
     @property
@@ -111,14 +121,38 @@ class AsynchronousBatches:
         context = self._context
         for index in self._strategy.peer_schedule(end):
             self._virtual_nodes.select_peer(index)
-            context.step_taken = False
+            context.step_taken, taken = False, 0
             while not context.step_taken:  # several batches a step if gradients are accumulated
                 batch, is_new = self._sources[index].take()
                 if not is_new:
                     context.set_batches([peer != context.peer for peer in range(context.peers.size)])
-                context.loop.batches += 1
-                self._taken += 1
+                self._use.begin()
+                self._taken, taken = self._taken + 1, taken + 1
                 yield batch
+                self._unused += self._use.is_unused()
+                if context.loop.steps == self._steps_before and self._is_at_end(self._sources[index]):
+                    self._is_over = True
+                    return
+            if taken > 1:
+                self._warn_of_accumulation(taken)
+
+    def _is_at_end(self, source: _Source[Any]) -> bool:
+        """Return whether a loop that has taken no step, such as an evaluation, has had all its batches."""
+        if self._limit is not None:
+            return self._unused >= self._limit
+        return not source.has_more()
+
+    def _warn_of_accumulation(self, batches: int) -> None:
+        """Warn of a loop over the batches of an epoch, which takes a step for each, with several batches."""
+        if self._limit is None and not self._warned and self._context.world.rank == 0:
+            warnings.warn(
+                f"a step has taken {batches} batches, and this loop takes as many steps as the longest loader "
+                "has batches, so it goes through the data several times. Give it the number of steps: "
+                f"run.batches(loader, steps=len(loader) // {batches})",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        self._warned = True
 
     def _in_rounds(self, end: int | None) -> Iterator[Any]:
         """Yield batches in rounds of some steps, until no rank has a new batch, or iteration `end`.
@@ -141,7 +175,7 @@ class AsynchronousBatches:
             yield from self._until(last if end is None else min(last, end))
 
     def _has_new(self) -> bool:
-        if self._is_server:
+        if self._is_server or self._is_over:
             return False
         found = []
         for index, source in enumerate(self._sources):
@@ -182,8 +216,10 @@ class _Source(Generic[Batch]):
 
     def has_new(self) -> bool:
         """Return whether there is a new batch."""
-        if self._restarts:
-            return self.has_next()
+        return self.has_next() if self._restarts else self.has_more()
+
+    def has_more(self) -> bool:
+        """Return whether the loader's end, since `begin_epoch`, is still to come."""
         if not self._ended and self._ahead is _END:
             self._ahead = self._fetch()
         return not self._ended

@@ -42,6 +42,11 @@ class BatchUse:
         self._context.loop.batch_used = False
         self._marks = self._gradients()
 
+    def is_unused(self) -> bool:
+        """Return whether neither a step nor a gradient has followed the last batch."""
+        # The gradients, where they accumulate.
+        return not self._context.loop.batch_used and self._gradients() == self._marks
+
     def check(self) -> None:
         """Check the use of the last batch.
 
@@ -51,7 +56,7 @@ class BatchUse:
             The loop has taken steps, and this rank has taken none and computed no gradient with this batch.
         """
         loop, world = self._context.loop, self._context.world
-        if loop.batch_used or self._gradients() != self._marks:  # the latter where gradients accumulate
+        if not self.is_unused():
             return
         self._unused += 1
         if world.size > 1 and loop.steps > self._steps_before:

@@ -65,7 +65,8 @@ class Loops:
                 loop.equal_peers = []
 
     def _batches(self, loaders: Sequence[Iterable[Any]], steps: int | None) -> Generator[Any, None, None]:
-        if not self._strategy.synchronous:
+        # One peer without a number of steps is plain training.
+        if not self._strategy.synchronous and (self._context.peers.size > 1 or steps is not None):
             yield from self._asynchronous.batches(loaders, steps)
             return
         for loader in loaders:

@@ -39,3 +39,11 @@ def test_a_warning_that_comes_too_early_or_too_late_ends_nothing() -> None:
     signal.raise_signal(signal.SIGUSR1)
     with second.installed():
         assert second.received == signal.SIGUSR1
+
+
+def test_a_warning_after_the_end_finds_no_handler_of_python() -> None:
+    # Python resets its handlers when it ends; MPI is finalised after that.
+    signals.defer_sigusr1()
+    signals.ignore_sigusr1()
+    signal.raise_signal(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN

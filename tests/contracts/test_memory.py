@@ -42,6 +42,9 @@ def test_moved_parameters_are_trained_on_and_the_close_leaves_the_consensus(worl
 def test_another_dtype_is_an_error_in_that_step(world: Any, name: str) -> None:
     run = s.start(next(row for row in s.ROWS if row.name == name), world)
     run.model.float()
+    if world.size == 1:  # plain training
+        run.strategy.check_memory()
+        return
     with pytest.raises(HpcsgdError, match=r"parameter weight has(.|\n)*float64 of shape(.|\n)*float32"):
         run.strategy.check_memory()
 

@@ -114,7 +114,9 @@ def test_a_closed_run_moves_the_model_to_private_memory(world: Any) -> None:
         moved = 1 if isinstance(strategy, AllReduce) else 0
         if world.size > 1:  # one rank is plain training: nothing of it was shared
             assert all(a[moved] != b[moved] for a, b in zip(after, before, strict=True))
-        assert all(map(torch.equal, model.parameters(), values))
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            # The mean of n equal models may differ from each by rounding.
+            torch.testing.assert_close(parameter.detach(), value)
         model.get_parameter("a").sum().backward()  # no hook is left
 
 

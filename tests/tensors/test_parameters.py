@@ -104,6 +104,20 @@ def test_what_cannot_be_taken_in_is_named(alone: Any, change: Callable[[nn.Modul
         parameters.adopt()
 
 
+@pytest.mark.parametrize("change", [change for change, _ in CHANGES.values()], ids=CHANGES)
+def test_where_no_other_model_is_all_may_change(alone: Any, change: Callable[[nn.Module], Any]) -> None:
+    net, plain = model(), model()
+    parameters = Parameters(alone, named(net), alone=True)
+    for each in (net, plain):
+        change(each)
+    for end in (parameters.adopt, parameters.release):
+        end()
+        for each in (net, plain):
+            for parameter in each.parameters():
+                parameter.data += 1
+        assert all(map(torch.equal, net.parameters(), plain.parameters()))
+
+
 def test_parameters_tied_by_storage_stay_tied(alone: Any) -> None:
     net = model()
     tie(net)

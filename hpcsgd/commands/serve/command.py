@@ -91,3 +91,4 @@ def serve(**options: Any) -> None:
     from hpcsgd.commands.serve.service import ServeOptions
 
     execute(ServeOptions(**options))
+    signals.ignore_sigusr1()
