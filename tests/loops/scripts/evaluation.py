@@ -1,0 +1,20 @@
+"""Each epoch ends with the loss of every rank's part of the data."""
+
+import torch
+from task import data, loss, net
+from torch.utils.data import DataLoader
+
+import hpcsgd
+
+model = net()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+run = hpcsgd.Run(model, optimizer)
+for _ in range(2):
+    for x, y in run.batches(DataLoader(data, batch_size=4)):
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        run.step()
+    with run.averaged(), torch.no_grad():
+        losses = [float(loss(model(x), y)) for x, y in run.batches(DataLoader(data, batch_size=4))]
+    assert len(losses) == 24 // run.workers
+run.close()

@@ -1,0 +1,18 @@
+"""A lazy module, which has seen one batch before the run."""
+
+import torch
+from task import data, loss
+from torch.utils.data import DataLoader
+
+import hpcsgd
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.LazyLinear(16), torch.nn.Tanh(), torch.nn.LazyLinear(3))
+model(data[:4][0])
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run = hpcsgd.Run(model, optimizer)
+for x, y in run.batches(DataLoader(data, batch_size=4)):
+    optimizer.zero_grad()
+    loss(model(x), y).backward()
+    run.step()
+run.close()

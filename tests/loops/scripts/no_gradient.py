@@ -1,0 +1,18 @@
+"""The gradient of one layer is thrown away every second step."""
+
+import torch
+from task import data, loss, net
+from torch.utils.data import DataLoader
+
+import hpcsgd
+
+model = net()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+run = hpcsgd.Run(model, optimizer)
+for x, y in run.batches(DataLoader(data, batch_size=4)):
+    optimizer.zero_grad()
+    loss(model(x), y).backward()
+    if run.steps % 2:
+        model[0].weight.grad = model[0].bias.grad = None
+    run.step()
+run.close()

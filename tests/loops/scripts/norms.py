@@ -1,0 +1,18 @@
+"""The norm of the gradient is logged."""
+
+import torch
+from task import data, loss, net
+from torch.utils.data import DataLoader
+
+import hpcsgd
+
+model = net()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+run = hpcsgd.Run(model, optimizer)
+log = []
+for x, y in run.batches(DataLoader(data, batch_size=4)):
+    optimizer.zero_grad()
+    loss(model(x), y).backward()
+    log.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+    run.step()
+run.close()
