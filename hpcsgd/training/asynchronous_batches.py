@@ -46,15 +46,14 @@ class AsynchronousBatches:
         self._sources: list[_Source[Any]] = []
         self._taken = 0
         #: Of the loop in progress, on this rank.
-        self._use, self._limit, self._unused, self._is_over = BatchUse(context, counted=True), None, 0, False
+        self._use, self._limit, self._unused = BatchUse(context, counted=True), None, 0
         self._warned = False
 
     def batches(self, loaders: Sequence[Iterable[Batch]], steps: int | None) -> Iterator[Batch]:
         """Yield batches until `steps` more steps have been taken.
 
         A loader is started again at its end. One that cannot be, such as a generator, then repeats its last
-        batch with weight 0; when all have come to that, the loop ends. A rank that takes no step, as in an
-        evaluation, gets its loader once, or at most `steps` batches.
+        batch with weight 0; when all have come to that, the loop ends.
 
         Parameters
         ----------
@@ -68,7 +67,8 @@ class AsynchronousBatches:
         Raises
         ------
         HpcsgdError
-            On all ranks, if the loaders of some peers have no batch at all, and those of others have.
+            On all ranks, if the loaders of some peers have no batch at all, and those of others have; or a
+            rank has had all batches of its loader, or `steps`, and has taken no step.
         """
         context = self._context
         if [id(loader) for loader in loaders] != [id(loader) for loader in self._loaders]:
@@ -87,7 +87,7 @@ class AsynchronousBatches:
         check_none_empty(has_batch, context)
         lengths = [length for found, *_ in entries for length in found]
         self._use, self._limit, self._unused = BatchUse(context, counted=True), steps, 0
-        self._is_over, self._steps_before = False, context.loop.steps
+        self._steps_before = context.loop.steps
         for source in self._sources:
             source.begin_epoch(restarts=True)
         try:
@@ -131,23 +131,29 @@ class AsynchronousBatches:
                 yield batch
                 self._unused += self._use.is_unused()
                 if context.loop.steps == self._steps_before and self._is_at_end(self._sources[index]):
-                    self._is_over = True
                     return
             if taken > 1:
                 self._warn_of_accumulation(taken)
 
     def _is_at_end(self, source: _Source[Any]) -> bool:
-        """Return whether a loop that has taken no step, such as an evaluation, has had all its batches."""
-        if self._limit is not None:
-            return self._unused >= self._limit
-        return not source.has_more()
+        """Return whether a loop that has taken no step has had its batches; an error with several peers."""
+        if self._unused < self._limit if self._limit is not None else source.has_more():
+            return False
+        if self._context.peers.size == 1:
+            return True
+        raise HpcsgdError(
+            "a loop over run.batches() without run.step(), which ends after a number of steps",
+            rank=self._context.world.global_rank,
+            do="call run.step() in the loop; evaluate under torch.no_grad() or torch.inference_mode(), with "
+            "which a loop has each batch once",
+        )
 
     def _warn_of_accumulation(self, batches: int) -> None:
         """Warn of a loop over the batches of an epoch, which takes a step for each, with several batches."""
         if self._limit is None and not self._warned and self._context.world.rank == 0:
             warnings.warn(
-                f"a step has taken {batches} batches, and this loop takes as many steps as the longest loader "
-                "has batches, so it goes through the data several times. Give it the number of steps: "
+                f"a step has taken {batches} batches, and this loop takes as many steps as the longest "
+                "loader has batches, so it goes through the data several times. Give the number of steps: "
                 f"run.batches(loader, steps=len(loader) // {batches})",
                 RuntimeWarning,
                 stacklevel=5,
@@ -175,7 +181,7 @@ class AsynchronousBatches:
             yield from self._until(last if end is None else min(last, end))
 
     def _has_new(self) -> bool:
-        if self._is_server or self._is_over:
+        if self._is_server:
             return False
         found = []
         for index, source in enumerate(self._sources):

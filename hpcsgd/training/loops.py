@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from typing import Any
 
+import torch
+
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies import Strategy, StrategyContext
 from hpcsgd.training.asynchronous_batches import AsynchronousBatches
 from hpcsgd.training.batches import loaders_of_peers, synchronous_batches
@@ -46,6 +50,7 @@ class Loops:
 
     def _iterate(self, loaders: list[Iterable[Any]], steps: int | None, shard: bool | None) -> Iterator[Any]:
         loop, calls, given = self._context.loop, self._context.world.calls, loaders[0]
+        check_between_loops(self._context, self._strategy, "run.batches()")
         calls.loop, calls.left, loop.is_open, ended = calls.loop + 1, False, True, False
         loaders = [self.sharding.shard(loader, shard) for loader in loaders]
         may_warn = shard is not False and not self._warned.get(given)
@@ -67,8 +72,30 @@ class Loops:
     def _batches(self, loaders: Sequence[Iterable[Any]], steps: int | None) -> Generator[Any, None, None]:
         # One peer without a number of steps is plain training.
         if not self._strategy.synchronous and (self._context.peers.size > 1 or steps is not None):
-            yield from self._asynchronous.batches(loaders, steps)
+            if torch.is_grad_enabled():
+                yield from self._asynchronous.batches(loaders, steps)
+            else:
+                yield from self._evaluation(loaders, steps)
             return
         for loader in loaders:
             self._epochs.begin(loader)
         yield from synchronous_batches(loaders, self._context, self._uneven, steps, self._nodes)
+
+    def _evaluation(self, loaders: Sequence[Iterable[Any]], steps: int | None) -> Iterator[Any]:
+        """Yield each batch once: without gradients there are no steps to be scheduled."""
+        if self._context.world.rank >= self._strategy.workers(self._context.world.size):
+            return
+        for index, loader in enumerate(loaders):
+            self._nodes.select_peer(index)
+            yield from islice(loader, steps)
+        self._nodes.select_peer(0)
+
+
+def check_between_loops(context: StrategyContext, strategy: Strategy, call: str) -> None:
+    """Raise `HpcsgdError` for a collective call in a loop in which ranks take unequal numbers of steps."""
+    if context.peers.size > 1 and context.loop.is_open and not strategy.synchronous:
+        raise HpcsgdError(
+            f"{call} inside a loop of an asynchronous strategy, whose ranks are at different steps",
+            rank=context.world.global_rank,
+            do="call it between two loops: for batches in run.batches(loader, steps=100): ...",
+        )

@@ -318,14 +318,14 @@ class Run(Scalars):
         Disagreement
             On all ranks, with the first parameter or number that differs.
         """
-        self.world.meet("run.check()")
+        self._meet("run.check()")
         self._stepping.check()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
         self.strategy.check_consensus()
-        self.world.meet("run.averaged()")
+        self._meet("run.averaged()")
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         with self._buffers.common(), self.strategy.averaged():
@@ -335,7 +335,7 @@ class Run(Scalars):
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
         self.strategy.check_consensus()
-        self.world.meet("run.consensus_distance()")
+        self._meet("run.consensus_distance()")
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         return self.strategy.consensus_distance()
@@ -358,7 +358,7 @@ class Run(Scalars):
         Disagreement
             The states of the ranks are of different steps.
         """
-        self.world.meet("run.load_state_dict()")
+        self._meet("run.load_state_dict()")
         self.world.check_consistent({"number of steps in the state": state["steps"]})
         self.world.progress.drain()
         for saved, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):

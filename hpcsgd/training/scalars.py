@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.training.loops import check_between_loops
 
 
 class Scalars:
@@ -52,13 +52,12 @@ class Scalars:
         return self.world.busy(activity)
 
     def _gather(self, value: Any, call: str) -> list[Any]:
-        if self.world.size > 1 and self._context.loop.is_open and not self.strategy.synchronous:
-            raise HpcsgdError(
-                f"{call} inside a loop of an asynchronous strategy, whose ranks are at different steps",
-                rank=self.world.global_rank,
-                do="call it between two loops: for batches in run.batches(loader, steps=100): ...",
-            )
-        return self.world.meet(call, value)[: self.strategy.workers(self.world.size)]
+        return self._meet(call, value)[: self.strategy.workers(self.world.size)]
+
+    def _meet(self, call: str, value: Any = None) -> list[Any]:
+        """Return the values of all ranks in a call that all make, outside of asynchronous loops."""
+        check_between_loops(self._context, self.strategy, call)
+        return self.world.meet(call, value)
 
 
 def _number(value: Any) -> float:

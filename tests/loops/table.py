@@ -128,7 +128,7 @@ ROWS = [
     # Steps
     Row("lbfgs"),
     Row("sam"),
-    Row("gan"),
+    Row("gan", lasgd=RUNS),
     Row("two_optimizers"),
     Row("own_optimizer"),
     everywhere("optimizer_step", Refused("HpcsgdError", "was called instead of run.step()")),
@@ -141,7 +141,7 @@ ROWS = [
     Row("saving"),
     Row("pruned_trials"),
     Row("settings_of_the_process"),
-    everywhere("sub_communicator", RUNS),
+    everywhere("sub_communicator", OWN),
     # Drift
     Row("drift_of_a_weight", Refused("Disagreement", "rank 1: 0.bias differs"), RUNS, RUNS),
     Row(

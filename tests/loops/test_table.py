@@ -26,6 +26,8 @@ _TOLERANCES = {EQUAL: {"rtol": 1e-4, "atol": 5e-6}, ROUNDED: {"rtol": 0.03, "ato
 def test_loop(world: Any, row: Row, name: str) -> None:
     if 24 % world.size or world.size > 12:
         pytest.skip("the batches of all data do not divide by the ranks")
+    if world.size > 3 and name != "AllReduce":
+        pytest.skip("the table is that of 1, 2 and 3 ranks; with more only AllReduce has other code")
     strategy, outcome = STRATEGIES[name], row.outcomes[name]
     if isinstance(outcome, Refused) and (world.size > 1 or row.script == "lazy_too_early"):
         with pytest.raises(hpcsgd.HpcsgdError, match=re.escape(outcome.text)) as caught:
@@ -65,7 +67,8 @@ def check_similar(
         if before.is_quantized or not before.numel():
             continue
         moved, other = found[name] - before, expected[name] - before
-        assert bool(moved.any()) == bool(other.any()), name
+        # The mean of three equal models differs from each by rounding.
+        assert (moved.abs().max() > 1e-5) == (other.abs().max() > 1e-5), name
         changes.append((as_real(moved), as_real(other)))
     mine, theirs = (torch.cat(each) for each in zip(*changes, strict=True))
     assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > _SIMILAR

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -213,6 +215,62 @@ def test_one_shot_loaders_with_asynchronous_strategies(world: Any, row: s.Row) -
         if run.workers > 1:
             with pytest.raises(HpcsgdError, match="rank 1: the loader has no batch"):
                 list(run.batches(one_by_one(batches(int(world.rank != 1)))))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("row", ASYNCHRONOUS, ids=lambda row: row.name)
+def test_a_loop_without_steps_has_each_batch_once(world: Any, row: s.Row) -> None:
+    with start(world, row.make()) as run:
+        if run.strategy.synchronous:
+            return
+        count, works = 3 + 2 * world.rank, world.rank < run.workers
+        for kind in (list, iter, one_by_one):
+            with torch.no_grad():
+                assert len(list(run.batches(kind(batches(count))))) == count * works
+                assert len(list(run.batches(kind(batches(count)), steps=2))) == 2 * works
+        for x in run.batches(batches(count, world.rank), steps=4):
+            step(run, x)
+        assert run.steps == 4
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("steps", [None, 2])
+def test_an_asynchronous_loop_that_forgets_its_steps_is_an_error(world: Any, steps: int | None) -> None:
+    run = start(world, LASGD())
+    if world.size == 1:
+        assert len(list(run.batches(batches(3), steps=steps))) == (steps or 3)
+        return
+    with pytest.raises(HpcsgdError, match=r"without run\.step\(\)"):
+        list(run.batches(batches(3), steps=steps))
+
+
+@pytest.mark.mpi
+def test_calls_of_all_ranks_inside_an_asynchronous_loop(world: Any) -> None:
+    with start(world, LASGD()) as run:
+        for x in run.batches(batches(5, world.rank), steps=5):
+            step(run, x)
+            for call in (run.check, run.consensus_distance, lambda: list(run.batches([]))):
+                if world.size == 1:
+                    call()
+                    continue
+                with pytest.raises(HpcsgdError, match="call it between two loops"):
+                    call()
+        assert run.steps == 5
+
+
+@pytest.mark.mpi(min_size=2)
+def test_accumulation_in_an_asynchronous_loop_without_steps_is_a_warning(world: Any) -> None:
+    with start(world, LASGD()) as run:
+        loader = batches(4, world.rank)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for number, x in enumerate(run.batches(loader)):
+                with run.accumulate() if number % 2 == 0 else nullcontext():
+                    run.model(x).square().mean().backward()
+                if number % 2:
+                    run.step()
+        texts = [str(each.message) for each in caught if "steps=len(loader) // 2" in str(each.message)]
+        assert len(texts) == (world.rank == 0)
 
 
 class Stateful(list[Any]):

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 import hpcsgd
 
 model = net()
-model.insert(1, torch.nn.BatchNorm1d(16))
+model.insert(0, torch.nn.BatchNorm1d(8))
 model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 run = hpcsgd.Run(model, optimizer)

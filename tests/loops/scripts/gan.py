@@ -2,6 +2,7 @@
 
 import torch
 from task import data
+from torch.nn.functional import softplus
 from torch.utils.data import DataLoader
 
 import hpcsgd
@@ -13,7 +14,7 @@ c_run = hpcsgd.Run(critic, torch.optim.SGD(critic.parameters(), lr=0.05))
 for real, _ in c_run.batches(DataLoader(data, batch_size=4)):
     fake = generator(real.roll(1, 1))
     c_run.zero_grad()
-    (torch.relu(1 - critic(real)).mean() + torch.relu(1 + critic(fake.detach())).mean()).backward()
+    (softplus(-critic(real)).mean() + softplus(critic(fake.detach())).mean()).backward()
     c_run.step()
     g_run.zero_grad()
     (-critic(fake).mean()).backward()
