@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ class Gradients:
         self._aliases = [view.data for view in self._views]
         buckets = {name: bucket.index for bucket in self.group for name in bucket.names}
         self._bucket_of = [buckets[name] for name in self._names]
+        positions = {name: index for index, name in enumerate(self._names)}
+        self._members = [[positions[name] for name in bucket.names] for bucket in self.group]
         self._versions = [-1] * len(dense)
         #: Gradients of `backward(create_graph=True)`, which further passes differentiate.
         self._with_graph: dict[int, Tensor] = {}
@@ -163,28 +166,27 @@ class Gradients:
         gradient = parameter.grad
         if gradient is None:
             return
-        alias, address = self._aliases[index], self._addresses[index]
-        if gradient is not alias or gradient.data_ptr() != address:
-            self._copy(index, gradient)
+        alias = self._alias(index)
+        if gradient is not alias:
+            self._copy(index, alias, gradient)
             if gradient.requires_grad:
                 self._with_graph[index] = gradient
                 return
-            parameter.grad = alias = self._alias(index)
+            parameter.grad = alias
         self._versions[index] = alias._version
 
-    def _copy(self, index: int, gradient: Tensor) -> None:
-        view = self._views[index]
-        dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
-        if dense.dtype != view.dtype:
+    def _copy(self, index: int, alias: Tensor, gradient: Tensor) -> None:
+        if gradient.dtype != alias.dtype:
             raise HpcsgdError(
                 f"the gradient of {self._names[index]} has another dtype than at the start",
                 rank=self.group.world.global_rank,
-                expected=view.dtype,
-                got=dense.dtype,
+                expected=alias.dtype,
+                got=gradient.dtype,
                 do="convert the model before hpcsgd.Run is created",
             )
-        with torch.no_grad():
-            self._alias(index).copy_(dense)
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        alias.copy_(gradient.detach() if gradient.requires_grad else gradient)
 
     def _alias(self, index: int) -> Tensor:
         """A tensor over the memory of a view, with a version of its own.
@@ -222,17 +224,16 @@ class Gradients:
         if self._unused == "error":
             check_all_used(self.group.world, zip(self._names, self._parameters, strict=True))
         self._running = self.pending = self._first = False
-        for index, parameter in enumerate(self._parameters):
-            gradient = parameter.grad
-            self._used[index] |= gradient is not None
-            if self._fired[index]:
-                self._check_unchanged(index, gradient, late)
-            if self._bucket_of[index] < self._next:
-                continue
-            if gradient is None:
-                self._alias(index).zero_()
+        present = [parameter.grad is not None for parameter in self._parameters]
+        self._used |= np.array(present, np.bool_)
+        for index, fired in enumerate(self._fired):
+            if fired and (late or not present[index]):
+                self._check_unchanged(index, self._parameters[index].grad, late)
+        for index in itertools.chain.from_iterable(self._members[self._next :]):
+            if present[index]:
+                self._bind(index, self._parameters[index])
             else:
-                self._bind(index, parameter)
+                self._alias(index).zero_()
         reported, self._next = self._next, 0
         self._fired = [0] * len(self._parameters)
         for bucket in self.group.buckets[reported:]:
@@ -240,15 +241,19 @@ class Gradients:
 
     def deliver(self) -> None:
         """Make the group's values the gradients of all parameters, also of those that had none."""
-        for index, parameter in enumerate(self._parameters):
-            graph = self._with_graph.get(index)
-            if graph is None:
-                parameter.grad = alias = self._alias(index)
-                self._versions[index] = alias._version
-            elif parameter.grad is graph:
-                # The value is the group's, the derivative this rank's: a further pass averages it.
-                parameter.grad = graph + (self._alias(index).to(graph.dtype, copy=True) - graph).detach()
+        for index, (parameter, alias) in enumerate(zip(self._parameters, self._aliases, strict=True)):
+            if parameter.grad is not alias:
+                self._deliver(index, parameter)
         self._with_graph.clear()
+
+    def _deliver(self, index: int, parameter: Tensor) -> None:
+        graph = self._with_graph.get(index)
+        if graph is None:
+            parameter.grad = alias = self._alias(index)
+            self._versions[index] = alias._version
+        elif parameter.grad is graph:
+            # The value is the group's, the derivative this rank's: a further pass averages it.
+            parameter.grad = graph + (self._alias(index).to(graph.dtype, copy=True) - graph).detach()
 
     def copies(self) -> list[Tensor | None]:
         """Return copies of all gradients, dense and sparse ones."""
