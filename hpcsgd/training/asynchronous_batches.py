@@ -46,7 +46,8 @@ class AsynchronousBatches:
         self._sources: list[_Source[Any]] = []
         self._taken = 0
         #: Of the loop in progress, on this rank.
-        self._use, self._limit, self._unused = BatchUse(context, counted=True), None, 0
+        self._use, self._unused = BatchUse(context, counted=True), 0
+        self._limit: int | None = None
         self._warned = False
 
     def batches(self, loaders: Sequence[Iterable[Batch]], steps: int | None) -> Iterator[Batch]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -98,3 +100,15 @@ class Lifetime:
         if self._open and strategy is not None:
             strategy.disconnect()
         self.close()
+
+
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """Context manager, and decorator, of work that makes many objects, none of which is garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -81,15 +81,16 @@ class RootCopy:
         loads = list(self._loads(piece for tensor in plain for piece in _pieces(tensor, self._limit)))
         if not loads:
             return
-        bucket = self._buffer_of(max(_end(load[-1]) for load in loads))
+        bucket = self._buffer_of(_aligned(max(_end(load[-1]) for load in loads)))
+        views = {dtype: bucket.flat.view(dtype) for dtype in {tensor.dtype for tensor in plain}}
         for load in loads:
             if world.rank == 0:
                 for piece, start in load:
-                    _part(bucket.flat, start, piece).copy_(piece)
+                    _part(views[piece.dtype], start, piece).copy_(piece)
             broadcast(bucket)
             if world.rank > 0:
                 for piece, start in load:
-                    piece.copy_(_part(bucket.flat, start, piece))
+                    piece.copy_(_part(views[piece.dtype], start, piece))
 
     def _buffer_of(self, nbytes: int) -> Bucket:
         if self._buffer is None or self._buffer.nbytes < nbytes:
@@ -102,7 +103,7 @@ class RootCopy:
         """Divide pieces into lists that fit into the buffer."""
         load: list[Piece] = []
         for piece in pieces:
-            start = -(-_end(load[-1]) // ALIGNMENT) * ALIGNMENT if load else 0
+            start = _aligned(_end(load[-1])) if load else 0
             if start + piece.numel() * piece.element_size() > self._limit:
                 yield load
                 load, start = [], 0
@@ -111,13 +112,17 @@ class RootCopy:
             yield load
 
 
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def _end(piece: Piece) -> int:
     return piece[1] + piece[0].numel() * piece[0].element_size()
 
 
 def _part(flat: Tensor, start: int, like: Tensor) -> Tensor:
-    nbytes = like.numel() * like.element_size()
-    return flat[start : start + nbytes].view(like.dtype).view(like.size())
+    """Return the part of a buffer of the tensor's dtype that begins at byte `start`."""
+    return flat.narrow(0, start // like.element_size(), like.numel()).view(like.size())
 
 
 def _pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import step_trace
 from hpcsgd.training.buffers import Buffers, named_buffers
 from hpcsgd.training.choices import check_choices
-from hpcsgd.training.lifetime import Lifetime
+from hpcsgd.training.lifetime import Lifetime, garbage_collection_paused
 from hpcsgd.training.loops import Loops
 from hpcsgd.training.model_copy import check_initialized, copy_from_rank_0
 from hpcsgd.training.optimizers import as_optimizer
@@ -96,6 +96,7 @@ class Run(Scalars):
     #: Makes torch's GradScaler leave unscaling and skipping to `step`, which runs on every rank.
     _step_supports_amp_scaling = True
 
+    @garbage_collection_paused()
     def __init__(
         self,
         model: nn.Module,

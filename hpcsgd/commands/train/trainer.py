@@ -344,6 +344,7 @@ class Trainer:
                 self.evaluate()
         if ended or self._stop_signal is not None or step % plan.checkpoint_every == 0:
             with self.meter.paused(), self.world.tracer.span("checkpoint", "compute"):
+                self.run.check()
                 meta = {"settings": asdict(self.settings), "ranks": self.world.size}
                 self._checkpoints.save(step, self._capture(), meta)
         if not ended and step % plan.snapshot_every == 0:
