@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import config
+
+if not config.CACHE_DIR:  # type: ignore[attr-defined]
+    # Not in the package: pip would leave the folder behind, which hides a later editable installation.
+    _folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    config.CACHE_DIR = str(_folder / "hpcsgd")  # type: ignore[attr-defined]
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -154,7 +154,8 @@ class AllReduce(Strategy):
                 rank=self.context.world.global_rank,
                 do="call run.step(weight=...), or run.skip(), in each step",
             )
-        if self.gradients.pending or (weight is not None and not self._reductions):
+        none_yet = not self._reductions and (weight is not None or self.gradients.are_replaced())
+        if self.gradients.pending or none_yet:
             self._reduce(late=True)
 
     def _set_share(self, weight: float) -> None:

@@ -149,8 +149,9 @@ class Gradients:
         self._running = False
 
     def _end(self) -> None:
-        self._running = False
-        if not self.accumulating:
+        # Without a gradient of a parameter it was a call of torch.autograd.grad.
+        found, self._running = self._running, False
+        if found and not self.accumulating:
             self._on_end()
 
     def _check_not_reported(self, index: int) -> None:
@@ -273,6 +274,11 @@ class Gradients:
         parameters = [*self._parameters, *(p for _, p in self.sparse)]
         for parameter, gradient in zip(parameters, copies, strict=True):
             parameter.grad = gradient
+
+    def are_replaced(self) -> bool:
+        """Return whether a parameter has a gradient that is not part of the group, set without backward."""
+        entries = zip(self._parameters, self._aliases, strict=True)
+        return any(p.grad is not None and p.grad is not alias for p, alias in entries)
 
     def used(self) -> np.ndarray:
         """Return whether each parameter has had a gradient since the last `settle`."""

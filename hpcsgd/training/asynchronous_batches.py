@@ -131,14 +131,21 @@ class AsynchronousBatches:
                 self._taken, taken = self._taken + 1, taken + 1
                 yield batch
                 self._unused += self._use.is_unused()
-                if context.loop.steps == self._steps_before and self._is_at_end(self._sources[index]):
+                if context.loop.steps == self._steps_before and self._is_at_end(self._sources[index], taken):
                     return
             if taken > 1:
                 self._warn_of_accumulation(taken)
 
-    def _is_at_end(self, source: _Source[Any]) -> bool:
-        """Return whether a loop that has taken no step has had its batches; an error with several peers."""
-        if self._unused < self._limit if self._limit is not None else source.has_more():
+    def _is_at_end(self, source: _Source[Any], taken: int) -> bool:
+        """Return whether a loop that has taken no step has had its batches; an error with several peers.
+
+        Those are all batches of the loader, or `steps`; twice the loader's if gradients are accumulated.
+        """
+        if self._limit is not None:
+            at_end = self._unused >= self._limit
+        else:
+            at_end = source.ends() >= (1 if self._unused == taken else 2)
+        if not at_end:
             return False
         if self._context.peers.size == 1:
             return True
@@ -211,7 +218,7 @@ class _Source(Generic[Batch]):
         self._loader, self._epochs = loader, epochs
         self._batches: Iterator[Any] | None = None
         self._ahead = self._last = _END
-        self._ended, self._restarts = False, True
+        self._ends, self._restarts = 0, True
 
     @property
     def ahead(self) -> Any:
@@ -219,17 +226,19 @@ class _Source(Generic[Batch]):
 
     def begin_epoch(self, *, restarts: bool) -> None:
         """Begin to look for new batches: those before the loader's next end, or, with `restarts`, any."""
-        self._ended, self._restarts = False, restarts
+        self._ends, self._restarts = 0, restarts
 
     def has_new(self) -> bool:
         """Return whether there is a new batch."""
-        return self.has_next() if self._restarts else self.has_more()
-
-    def has_more(self) -> bool:
-        """Return whether the loader's end, since `begin_epoch`, is still to come."""
-        if not self._ended and self._ahead is _END:
+        if not self._restarts and not self._ends and self._ahead is _END:
             self._ahead = self._fetch()
-        return not self._ended
+        return self.has_next() if self._restarts else not self._ends
+
+    def ends(self) -> int:
+        """Return how often the loader's end has come since `begin_epoch`, before the next batch."""
+        if self._ahead is _END and self._batches is not None:
+            self._ahead = self._fetch()
+        return self._ends
 
     def has_next(self) -> bool:
         """Return whether there is a batch that is no repetition, after a restart at need."""
@@ -263,5 +272,5 @@ class _Source(Generic[Batch]):
             self._batches = iter(self._loader)
         batch = next(self._batches, _END)
         if batch is _END:
-            self._batches, self._ended = None, True
+            self._batches, self._ends = None, self._ends + 1
         return batch

@@ -70,12 +70,12 @@ class Loops:
                 loop.equal_peers = []
 
     def _batches(self, loaders: Sequence[Iterable[Any]], steps: int | None) -> Generator[Any, None, None]:
+        if not torch.is_grad_enabled():
+            yield from self._evaluation(loaders, steps)
+            return
         # One peer without a number of steps is plain training.
         if not self._strategy.synchronous and (self._context.peers.size > 1 or steps is not None):
-            if torch.is_grad_enabled():
-                yield from self._asynchronous.batches(loaders, steps)
-            else:
-                yield from self._evaluation(loaders, steps)
+            yield from self._asynchronous.batches(loaders, steps)
             return
         for loader in loaders:
             self._epochs.begin(loader)

@@ -378,7 +378,7 @@ class Run(Scalars):
         self.world.progress.drain()
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
-        self._stepping.check()
+        self._stepping.check(ending=True)
         self._buffers.close()
         self.strategy.detach()
         self._stepping.close()

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hpcsgd.errors import BadOption, format_ranks
+from hpcsgd.errors import BadOption, HpcsgdError, format_ranks
 from hpcsgd.strategies import Strategy, StrategyContext
 from hpcsgd.training.buffers import Buffers
 from hpcsgd.training.closures import averaged_closure
 from hpcsgd.training.drift import DriftCheck
 from hpcsgd.training.optimizers import StepWatch, unscale
-from hpcsgd.training.trained_parameters import TrainedParameters, untrained_error
+from hpcsgd.training.trained_parameters import TrainedParameters, replaced_text, untrained_error
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
@@ -107,14 +107,17 @@ class Stepping:
         """Set the number of steps taken."""
         self._context.step = self._world.activity.step = steps
 
-    def check(self, *, equal: bool | None = None) -> None:
+    def check(self, *, equal: bool | None = None, ending: bool = False) -> None:
         """Compare the ranks; collective.
 
         Parameters
         ----------
         equal
             Whether the parameters must be equal. Default: if they must be with this strategy after this step.
+        ending
+            Whether the run ends: parameters of the model that nobody trains are a warning then, not an error.
         """
+        self._check_replaced(ending)
         equal = self._strategy.has_equal_models() if equal is None else equal
         parameters = [(name, p) for name, p in self._trained.named if p.requires_grad]
         self._drift.compare(
@@ -123,6 +126,23 @@ class Stepping:
             parameters if equal else None,
             settings=self._strategy.synchronous,
         )
+
+    def _check_replaced(self, ending: bool) -> None:
+        if (
+            self._world.size == 1
+            or self._strategy.averages_gradients
+            or not (names := self._trained.replaced())
+        ):
+            return
+        if not ending:
+            raise HpcsgdError(
+                replaced_text(names),
+                rank=self._world.global_rank,
+                got=", ".join(names[:5]),
+                do="change parameters in place: load_state_dict without assign=True, p.data.copy_(values)",
+            )
+        text = f"rank {self._world.global_rank}: {replaced_text(names)}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def check_weight(self, weight: float | None) -> None:
         """Check the weight of a step.

@@ -47,7 +47,7 @@ class TrainedParameters:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, local: Sequence[str] = ()) -> None:
-        self._optimizer = optimizer
+        self._model, self._optimizer = model, optimizer
         of_model = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
         buffers = [name.replace("_orig_mod.", "") for name, _ in model.named_buffers()]
         for pattern in local:
@@ -100,6 +100,20 @@ class TrainedParameters:
             if names:
                 self.structure = self._checksum()
         return names
+
+    def replaced(self) -> list[str]:
+        """Return the names of the model's parameters that are other objects than those that are trained."""
+        return [
+            name for name, p in self._model.named_parameters() if p.requires_grad and p not in self._known
+        ]
+
+
+def replaced_text(names: list[str]) -> str:
+    """Return the text about parameters of the model that nobody trains."""
+    return (
+        f"{names[0]} of the model is another parameter than the one that is trained: the models of the ranks "
+        "differ in it"
+    )
 
 
 def untrained_error(names: list[str], rank: int) -> HpcsgdError:

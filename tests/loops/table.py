@@ -68,6 +68,7 @@ def everywhere(script: str, outcome: Outcome) -> Row:
 _WEIGHTS = Refused("BadOption", "LASGD gives all ranks the same weight")
 _UNFROZEN = Refused("HpcsgdError", "is trained now, and was not when the run started")
 _DTYPE = Refused("HpcsgdError", "expected: float32 of shape")
+_REPLACED = Refused("HpcsgdError", "is another parameter than the one that is trained")
 
 ROWS = [
     # Gradients
@@ -80,6 +81,7 @@ ROWS = [
     Row("accumulation", lasgd=RUNS),
     Row("two_passes"),
     Row("gradient_penalty"),
+    Row("gradients_without_backward"),
     Row("scaler"),
     Row("scheduler"),
     everywhere("optimizer_in_backward", Refused("HpcsgdError", "not within a hook of backward")),
@@ -94,6 +96,7 @@ ROWS = [
     Row("unfrozen_later", local=_UNFROZEN, lasgd=_UNFROZEN),
     # Parameters
     Row("new_memory"),
+    Row("new_parameters", EQUAL, _REPLACED, _REPLACED),
     Row("new_dtype", Refused("HpcsgdError", "has another dtype than at the start"), _DTYPE, _DTYPE),
     Row("loss_parameters"),
     Row("second_module"),

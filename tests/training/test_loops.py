@@ -84,6 +84,32 @@ def test_a_loop_of_evaluation_inside_one_of_training(world: Any) -> None:
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(
+    "strategy", [AllReduce, lambda: LocalSGD(2), LASGD], ids=["allreduce", "local", "lasgd"]
+)
+def test_each_sample_is_evaluated_once(world: Any, strategy: Callable[[], Any]) -> None:
+    data = TensorDataset(torch.arange(13.0)[:, None])
+    with start(world, strategy()) as run:
+        for _ in range(2):
+            with run.averaged(), torch.no_grad():
+                seen = [x for (batch,) in run.batches(DataLoader(data, 2)) for x in batch.flatten().tolist()]
+            assert sorted(x for rank in world.gather(seen) for x in rank) == list(range(13))
+
+
+@pytest.mark.mpi
+def test_gradients_accumulate_over_the_end_of_a_loader(world: Any) -> None:
+    with start(world, LASGD()) as run, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = batches(5, world.rank)
+        for _ in range(3):
+            for number, x in enumerate(run.batches(loader), 1):
+                with run.accumulate() if number % 4 else nullcontext():
+                    run.model(x).square().mean().backward()
+                if number % 4 == 0:
+                    run.step()
+
+
+@pytest.mark.mpi
 def test_fewer_batches_than_ranks(world: Any) -> None:
     """A loader of one batch, as full-batch methods have, trains as in one process."""
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
