@@ -30,7 +30,8 @@ from tests.support.kernel_cases import (
     run_case,
 )
 
-pytestmark = pytest.mark.together
+# Its fixture compiles all kernels, twice.
+pytestmark = [pytest.mark.together, pytest.mark.timeout(180)]
 KEY = spec.key(3, 1)
 #: Bits of each scale, and terms.
 PLANS = [((4,), 4), ((2,), 1), ((3,), 40), ((8,), 64), ((16,), 3), ((4, 8), 4), ((2, 5, 9), 3)]
