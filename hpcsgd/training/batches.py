@@ -109,11 +109,11 @@ def _plan(
         return
     lengths_here = [length_of(loader) for loader in loaders]  # before the first batch, which may change it
     batches = [started_late(loader) for loader in loaders]
-    found = None
-    if may_fetch_ahead(loaders, context) and lengths_here != [0]:
+    found, fillers = None, [hasattr(loader, "filler") for loader in loaders]
+    # A sharded loader without a batch has one too: the ranks agree on its order.
+    if may_fetch_ahead(loaders, context) and (lengths_here != [0] or fillers == [True]):
         first, batches[0] = fetch_first(batches[0])
         found = digest(first)
-    fillers = [hasattr(loader, "filler") for loader in loaders]
     entries_here = [(length, filler, found) for length, filler in zip(lengths_here, fillers, strict=True)]
     entries = [each for rank in context.world.meet("run.batches()", entries_here) for each in rank]
     context.loop.equal_peers = equal_peers([each for _, _, each in entries])

@@ -110,13 +110,14 @@ def test_gradients_accumulate_over_the_end_of_a_loader(world: Any) -> None:
 
 
 @pytest.mark.mpi
-def test_fewer_batches_than_ranks(world: Any) -> None:
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_fewer_batches_than_ranks(world: Any, shuffle: bool) -> None:
     """A loader of one batch, as full-batch methods have, trains as in one process."""
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
     with start(world) as run:
         weights = [
             run.weight
-            for (batch,) in run.batches(DataLoader(TensorDataset(x), 5))
+            for (batch,) in run.batches(DataLoader(TensorDataset(x), 5, shuffle=shuffle))
             if step(run, batch) is None
         ]
         assert weights == [1] and run.steps == 1
