@@ -85,10 +85,21 @@ class Loops:
         """Yield each batch once: without gradients there are no steps to be scheduled."""
         if self._context.world.rank >= self._strategy.workers(self._context.world.size):
             return
+        before = self._context.loop.steps
         for index, loader in enumerate(loaders):
             self._nodes.select_peer(index)
-            yield from islice(loader, steps)
+            for batch in islice(loader, steps):
+                yield batch
+                self._check_no_step(before)
         self._nodes.select_peer(0)
+
+    def _check_no_step(self, before: int) -> None:
+        if self._context.peers.size > 1 and self._context.loop.steps != before:
+            raise HpcsgdError(
+                "run.step() in a loop over run.batches() that began under torch.no_grad()",
+                rank=self._context.world.global_rank,
+                do="begin a loop of training with gradients enabled, with torch.no_grad() inside of it",
+            )
 
 
 def check_between_loops(context: StrategyContext, strategy: Strategy, call: str) -> None:

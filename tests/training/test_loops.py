@@ -96,6 +96,16 @@ def test_each_sample_is_evaluated_once(world: Any, strategy: Callable[[], Any]) 
             assert sorted(x for rank in world.gather(seen) for x in rank) == list(range(13))
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("strategy", [AllReduce, LASGD], ids=["allreduce", "lasgd"])
+def test_a_step_in_a_loop_without_gradients_is_an_error(world: Any, strategy: Callable[[], Any]) -> None:
+    run = start(world, strategy())
+    with torch.no_grad(), pytest.raises(HpcsgdError, match="began under"):
+        for x in run.batches(batches(3, world.rank)):
+            with torch.enable_grad():
+                step(run, x)
+
+
 @pytest.mark.mpi
 def test_gradients_accumulate_over_the_end_of_a_loader(world: Any) -> None:
     with start(world, LASGD()) as run, warnings.catch_warnings():
