@@ -158,9 +158,12 @@ class ProcessView:
     def stacks(self, pid: int) -> str:
         """Return the stacks of all Python threads of the process or of one forked from it; "" if unavailable.
 
-        Interrupts system calls of that process.
+        Interrupts system calls of another process. Its threads run while their stacks are read, which can end
+        it: a process that answers is to be asked for its own.
         """
         path = self.info.record_of(pid)
+        if path is not None and pid == os.getpid():
+            return self._own_stacks(path)
         caught = procfs.signals(pid, "SigCgt") - procfs.signals(pid, "SigBlk")
         if path is None or self.info.signal not in caught:
             return ""  # the signal would end the process
@@ -177,6 +180,13 @@ class ProcessView:
             file.seek(start)
             return file.read().decode(errors="replace")
         return ""
+
+    def _own_stacks(self, path: str) -> str:
+        """The stacks of this process, read while it holds Python's lock, so that no other thread runs."""
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            faulthandler.dump_traceback(self.info.fd, all_threads=True)
+            return file.read().decode(errors="replace")
 
 
 @cache

@@ -8,7 +8,9 @@ _THREAD = re.compile(r"(Current thread|Thread) 0x\w+")
 _FRAME = re.compile(r'  File ".*", line \d+ in ')
 _BOOTSTRAP = re.compile(r'/threading.py", line \d+ in (_bootstrap|_bootstrap_inner|run)$')
 _COMMUNICATION = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _execute_jobs$')
-_IDLE = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _next_job$')
+_IDLE = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in (_next_job|_call)$')
+#: The innermost frames of the thread that answers a request for the stacks.
+_ANSWER = re.compile(r'hpcsgd/(mpi/(stall_detector|control_messages)|diagnostics/activity)\.py"')
 _STANDARD_LIBRARY = re.compile(r"/lib/python3[^/]*/(?!site-packages/)")
 _FRAMES = {"main": 16, "communication": 4}
 _FRAMES_OF_OTHERS = 3
@@ -18,7 +20,8 @@ _FRAMES_OF_CHILD = 6  # of a child's main thread
 def summarize(text: str, owner: str = "") -> list[str]:
     """Return the threads of a dump by name, the main one first, each with its innermost frames, latest last.
 
-    Idle communication threads, and threads inside the standard library only, are omitted.
+    Idle communication threads, threads inside the standard library only, and the frames that answer the
+    request for this dump are omitted.
 
     Parameters
     ----------
@@ -31,7 +34,7 @@ def summarize(text: str, owner: str = "") -> list[str]:
     for line in text.splitlines():
         if _THREAD.match(line):
             threads.append([])
-        elif threads and _FRAME.match(line) and not _BOOTSTRAP.search(line):
+        elif threads and _FRAME.match(line) and not (_BOOTSTRAP.search(line) or _ANSWER.search(line)):
             threads[-1].append(line)
     lines = []
     # The interpreter lists the main thread last.

@@ -234,7 +234,10 @@ class StallDetector:
 
     def _details(self, rank: int, stacks: bool, states: Mapping[int, RankState]) -> list[str]:
         silent = rank not in states or states[rank].waits is None
-        lines = self._observe(rank, ("details", rank, stacks, silent), states)
+        request = ("details", rank, stacks, silent)
+        # A rank that answers reads its own stacks: read by a signal, those of running threads can end it.
+        own = {} if silent else self.channel.request([rank], request)
+        lines = own.get(rank) or self._observe(rank, request, states)
         return [f"  {line}" for line in lines or ["no rank on its machine answers"]]
 
     def _inspect(self, view: ProcessView, stacks: bool, silent: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from torch import Tensor
@@ -9,13 +10,15 @@ from torch import Tensor
 
 def package_versions() -> dict[str, object]:
     """Return the versions of the packages that affect results."""
-    found: dict[str, object] = {}
-    for name in ("hpcsgd", "torch", "numpy", "numba"):
-        try:
-            found[f"version of {name}"] = version(name)
-        except PackageNotFoundError:
-            found[f"version of {name}"] = "not installed"
-    return found
+    return {f"version of {name}": _version(name) for name in ("hpcsgd", "torch", "numpy", "numba")}
+
+
+@cache  # parses a file of a hundred lines
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def describe_tensor(name: str, tensor: Tensor) -> str:

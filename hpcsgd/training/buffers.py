@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from hpcsgd.collectives import allreduce
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.mpi.world import World
 from hpcsgd.strategies import Strategy, StrategyContext
 from hpcsgd.tensors.group import SUMMABLE, TensorGroup
 from hpcsgd.tensors.memory import without_repetition
+from hpcsgd.training.drift import checksum
 from hpcsgd.training.model_copy import RootCopy
+from hpcsgd.training.trained_parameters import TrainedParameters
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 Named = list[tuple[str, Tensor]]
@@ -30,14 +33,21 @@ def named_buffers(model: nn.Module, local: Sequence[str] = ()) -> Named:
     ]
 
 
+def has_equal_frozen(strategy: Strategy, world: World) -> bool:
+    """Return whether frozen parameters must be equal on all ranks, as the models that train are."""
+    return strategy.averages_gradients and strategy.workers(world.size) == world.size
+
+
 class Buffers:
     """Makes the buffers of all ranks equal: for an evaluation, every few steps, and at the end.
 
-    Buffers are found by name at each use, so a module may replace them.
+    Buffers are found by name at each use, so a module may replace them. Frozen parameters that a loop changes
+    differently on each rank, as those of a target network that follows the rank's model, are treated as
+    buffers in an evaluation and at the end.
 
     Parameters
     ----------
-    nodes, strategy, context
+    nodes, strategy, context, trained
         Those of the run.
     treatment
         "broadcast" those of rank 0, "average" the floating-point and complex ones, or leave them "local".
@@ -57,6 +67,7 @@ class Buffers:
         nodes: VirtualNodes,
         strategy: Strategy,
         context: StrategyContext,
+        trained: TrainedParameters,
         treatment: str,
         period: int | None = None,
         local: Sequence[str] = (),
@@ -66,6 +77,7 @@ class Buffers:
         self._model, self._nodes, self._context = context.model, nodes, context
         self._workers = strategy.workers(context.world.size)
         self._treatment, self._period, self._local = treatment, period, local
+        self._trained, self._strategy = trained, strategy
         self._root_copy = RootCopy(context.world, context.bucket_mib)
         self._mean: tuple[int, TensorGroup] | None = None
 
@@ -79,11 +91,14 @@ class Buffers:
         if self._is_inactive:
             yield
             return
+        frozen = self._unequal_frozen()
         saved = [
-            (name, b, without_repetition(b).clone()) for name, b in self._of_model() if _is_dense_layout(b)
+            (name, b, without_repetition(b).clone())
+            for name, b in [*self._of_model(), *frozen]
+            if _is_dense_layout(b)
         ]
         try:
-            self.synchronize()
+            self.synchronize(frozen)
             yield
         finally:
             self._restore(saved)
@@ -94,11 +109,13 @@ class Buffers:
             self.synchronize(all_peers=True)
 
     @torch.no_grad()
-    def synchronize(self, *, all_peers: bool = False) -> None:
+    def synchronize(self, frozen: Sequence[tuple[str, Tensor]] = (), *, all_peers: bool = False) -> None:
         """Make the buffers of the peer in place equal on all ranks; collective.
 
         Parameters
         ----------
+        frozen
+            Frozen parameters that are treated as buffers. Default: none.
         all_peers
             Whether all peers of a rank get them. Default False.
 
@@ -109,7 +126,7 @@ class Buffers:
         """
         if self._is_inactive:
             return
-        peers = [self._shared(each) for each in self._nodes.buffers()]
+        peers = [[*self._shared(each), *frozen] for each in self._nodes.buffers()]
         number = self._check_equal_lists(peers)
         first = peers[self._context.current_peer_index]
         averaged = [self._treatment == "average" and _can_be_averaged(b) for _, b in first]
@@ -123,10 +140,20 @@ class Buffers:
 
     def close(self) -> None:
         """Leave common buffers; collective."""
-        self.synchronize()
+        if not self._is_inactive:
+            self.synchronize(self._unequal_frozen())
         # The last views of the shared memory.
         self._mean = None
         self._root_copy = RootCopy(self._context.world)
+
+    def _unequal_frozen(self) -> Named:
+        """The frozen parameters that differ between ranks and may; collective."""
+        world = self._context.world
+        if has_equal_frozen(self._strategy, world):
+            return []
+        frozen = self._trained.frozen()
+        rows = world.gather([checksum(p) for _, p in frozen], "the comparison of frozen parameters")
+        return [each for each, *sums in zip(frozen, *rows, strict=True) if len({*sums}) > 1]
 
     def _of_model(self) -> Named:
         return self._shared(list(self._model.named_buffers()))
@@ -180,7 +207,7 @@ class Buffers:
         present = dict(self._model.named_buffers())
         for name, buffer, value in saved:
             without_repetition(buffer).copy_(value)
-            if present.get(name) is not buffer:
+            if present.get(name) is not buffer and not isinstance(buffer, nn.Parameter):
                 path, _, key = name.rpartition(".")
                 self._model.get_submodule(path)._buffers[key] = buffer
 

@@ -74,10 +74,10 @@ class RootCopy:
         if world.size == 1:
             return
         others = {
-            f"value of {name}, which is not copied,": _digest(t) for name, t in tensors if not _is_plain(t)
+            f"value of {name}, which is not copied,": _digest(t) for name, t in tensors if not is_plain(t)
         }
         world.check_consistent(others)
-        plain = [without_repetition(tensor.detach()) for _, tensor in tensors if _is_plain(tensor)]
+        plain = [without_repetition(tensor.detach()) for _, tensor in tensors if is_plain(tensor)]
         loads = list(self._loads(piece for tensor in plain for piece in _pieces(tensor, self._limit)))
         if not loads:
             return
@@ -139,7 +139,8 @@ def _pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
         yield from torch.split(tensor, limit // row)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is plain memory, or is trained."""
     if tensor.layout != torch.strided or tensor.is_quantized or hasattr(tensor, "__tensor_flatten__"):
         return False
     return tensor.requires_grad or type(tensor) in (Tensor, nn.Parameter)

@@ -179,7 +179,8 @@ class Run(Scalars):
         self.world.calls.synchronous &= self.strategy.synchronous
         self._batchnorms = SyncBatchNorms(model, self._context, self.strategy)
         self._virtual_nodes = nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
-        self._buffers = Buffers(nodes, self.strategy, self._context, buffers, buffer_period, local)
+        shared = nodes, self.strategy, self._context, self._trained
+        self._buffers = Buffers(*shared, buffers, buffer_period, local)
         self._stepping.buffers = self._buffers
         self._loops = Loops(self._context, self.strategy, nodes, uneven)
 

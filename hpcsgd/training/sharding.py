@@ -196,6 +196,9 @@ class _Order:
 class _Part:
     """Every n-th element of a sampler or of a batch sampler.
 
+    With `drop_last`, the last batches that are fewer than the ranks are dropped too, as by one process whose
+    batches are as large as those of all ranks together; but never all of them.
+
     Parameters
     ----------
     whole
@@ -207,12 +210,19 @@ class _Part:
     def __init__(self, whole: Any, first: int, step: int) -> None:
         self.whole, self._first, self._step = whole, first, step
 
+    def _total(self) -> int:
+        total = len(self.whole)
+        drops = getattr(self.whole, "drop_last", False) and total > self._step
+        return total - total % self._step if drops else total
+
     def __len__(self) -> int:
-        return len(range(self._first, len(self.whole), self._step))
+        return len(range(self._first, self._total(), self._step))
 
     def __iter__(self) -> Iterator[Any]:
+        # To the end on all ranks, which agree on the order in the first step of the iteration.
+        total = self._total()
         for index, each in enumerate(self.whole):
-            if index % self._step == self._first:
+            if index < total and index % self._step == self._first:
                 yield each
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError, format_ranks
 from hpcsgd.strategies import Strategy, StrategyContext
-from hpcsgd.training.buffers import Buffers
+from hpcsgd.training.buffers import Buffers, has_equal_frozen
 from hpcsgd.training.closures import averaged_closure
 from hpcsgd.training.drift import DriftCheck
+from hpcsgd.training.model_copy import copy_from_rank_0
 from hpcsgd.training.optimizers import StepWatch, unscale
 from hpcsgd.training.trained_parameters import TrainedParameters, replaced_text, untrained_error
 from hpcsgd.training.virtual_nodes import VirtualNodes
@@ -120,6 +121,8 @@ class Stepping:
         self._check_replaced(ending)
         equal = self._strategy.has_equal_models() if equal is None else equal
         parameters = [(name, p) for name, p in self._trained.named if p.requires_grad]
+        if has_equal_frozen(self._strategy, self._world):
+            parameters += self._trained.frozen()
         self._drift.compare(
             self._context.step,
             self._context.loop.batches,
@@ -178,6 +181,8 @@ class Stepping:
         self._context.loop.structure = self._trained.structure
         if not self._strategy.restart():
             raise untrained_error(names, self._world.global_rank)
+        # Each rank has initialised a new layer by itself.
+        copy_from_rank_0(self._world, [each for each in self._trained.named if each[0] in names])
 
     def _warn_of_equal_data(self) -> None:
         peers, self._context.loop.equal_peers = self._context.loop.equal_peers, []

@@ -8,8 +8,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.training.model_copy import is_plain
 
 Named = tuple[str, nn.Parameter]
 
@@ -77,7 +79,9 @@ class TrainedParameters:
         return [id(p) for group in self._optimizer.param_groups for p in group["params"]]
 
     def _checksum(self) -> int:
-        return zlib.crc32("\n".join(name for name, p in self.named if p.requires_grad).encode())
+        trained = [(name, p) for name, p in self.named if p.requires_grad]
+        forms = [f"{name} {p.dtype} {None if is_lazy(p) else tuple(p.shape)}" for name, p in trained]
+        return zlib.crc32("\n".join(forms).encode())
 
     def new(self) -> list[str]:
         """Return the names of parameters that are trained now and were not at the last call.
@@ -100,6 +104,11 @@ class TrainedParameters:
             if names:
                 self.structure = self._checksum()
         return names
+
+    def frozen(self) -> list[Named]:
+        """Return those of plain memory that have been frozen since the run started."""
+        pairs = zip(self.named, self._trained, strict=True)
+        return [(name, p) for (name, p), trained in pairs if not trained and is_plain(p)]
 
     def replaced(self) -> list[str]:
         """Return the names of the model's parameters that are other objects than those that are trained."""

@@ -134,3 +134,27 @@ def test_a_small_dev_shm_is_a_warning_and_the_result_is_correct() -> None:
 
 def test_a_world_of_one_needs_no_mpiexec() -> None:
     check_end(launch(BEGIN + "train(AllReduce(), 2).close(); train(LocalSGD(2), 3).close()", 1), 0)
+
+
+def test_a_rank_that_answers_reads_its_own_stacks() -> None:
+    """Read by a signal while its threads run, they can end its process."""
+    script = BEGIN + (
+        "import signal, threading\n"
+        "from hpcsgd.diagnostics.activity import this_process\n"
+        "def sleep_in_thread(): done.wait()\n"
+        "world, done, caught = World(), threading.Event(), []\n"
+        "if world.rank:\n"
+        "    signal.signal(this_process().signal, lambda *_: caught.append(1))\n"
+        "    threading.Thread(target=sleep_in_thread).start()\n"
+        "world.gather(None)\n"
+        "if not world.rank:\n"
+        "    detector = world._runtime.stall_detector\n"
+        "    for _ in range(3):\n"
+        "        lines = ''.join(detector._details(1, True, detector._states()))\n"
+        "        assert 'in sleep_in_thread' in lines and 'in gather' in lines, lines\n"
+        "world.gather(None); done.set(); world.close()\n"
+        "print(f'end {len(caught)}\\n', end='', flush=True)\n"
+    )
+    job = launch(script, 2, timeout=SECONDS)
+    check_end(job, 0)
+    assert job.stdout.count("end 0") == 2, job

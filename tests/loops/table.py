@@ -94,6 +94,7 @@ ROWS = [
     Row("unused_head"),
     Row("frozen_later"),
     Row("unfrozen_later", local=_UNFROZEN, lasgd=_UNFROZEN),
+    Row("momentum_encoder"),
     # Parameters
     Row("new_memory"),
     Row("new_parameters", EQUAL, _REPLACED, _REPLACED),
@@ -147,6 +148,7 @@ ROWS = [
     everywhere("sub_communicator", OWN),
     # Drift
     Row("drift_of_a_weight", Refused("Disagreement", "rank 1: 0.bias differs"), RUNS, RUNS),
+    Row("drift_of_a_frozen_weight", Refused("Disagreement", "0.weight differs"), RUNS, RUNS),
     Row(
         "drift_of_a_plateau",
         Refused("Disagreement", "lr of parameter group 0 differs"),

@@ -48,7 +48,8 @@ class Ranks:
         """Generate the mpi tests, in the same order on all ranks, then tests that no other rank has claimed.
 
         A file marked `together` is one unit, for its fixtures are expensive. The units with the longest
-        deadlines start jobs of several processes: half of the ranks begin with these, the others at the end.
+        deadlines start jobs of several processes: as many ranks as there are cores run these, so that a job
+        takes what its deadline allows for; of those half begin with them, and the others at the end.
         """
         yield from filter(is_mpi, items)
         units: dict[str, list[pytest.Item]] = {}
@@ -57,7 +58,10 @@ class Ranks:
                 together = item.get_closest_marker("together")
                 units.setdefault(str(item.path) if together else item.nodeid, []).append(item)
         queue = sorted(units.values(), key=lambda unit: -sum(map(deadline, unit)))
-        for number in range(len(queue))[:: -1 if self.rank % 2 else 1]:
+        runs_jobs = self.rank < len(os.sched_getaffinity(0))
+        for number in range(len(queue))[:: 1 if runs_jobs and self.rank % 2 == 0 else -1]:
+            if not runs_jobs and max(map(deadline, queue[number])) > DEFAULT_TIMEOUT:
+                continue
             try:
                 Path(self.claims, str(number)).touch(exist_ok=False)
             except FileExistsError:

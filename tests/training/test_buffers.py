@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import LASGD, SGP, BadOption, HpcsgdError, LocalSGD, Run
+from hpcsgd import LASGD, SGP, AllReduce, BadOption, Disagreement, HpcsgdError, LocalSGD, Run
 
 pytestmark = pytest.mark.mpi
 
@@ -159,3 +159,50 @@ def test_statistics_of_batch_norm(world: Any, setting: str, expected: Callable[[
             assert torch.allclose(model[1].running_mean, torch.full((3,), value))
             count = world.rank if setting == "local" else 0
             assert int(model[1].num_batches_tracked) == count
+
+
+def add_to_frozen(world: Any, strategy: Any, number: float, **options: Any) -> tuple[nn.Module, Run]:
+    """Return a model whose first layer is frozen, after steps in which each rank adds a number to it."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    nn.init.zeros_(model[0].weight)
+    run = run_of(model, world, strategy, **options)
+    for _ in range(3):
+        run.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        run.step()
+        model[0].weight.data += number
+    return model, run
+
+
+@pytest.mark.parametrize("setting", ["broadcast", "average", "local"])
+def test_frozen_parameters_that_follow_each_rank_are_treated_as_buffers(world: Any, setting: str) -> None:
+    model, run = add_to_frozen(world, LocalSGD(2), world.rank, buffers=setting)
+    own, expected = torch.full((3, 4), 3.0 * world.rank), 3 * expected_numbers(setting, world)[0]
+    with run.averaged():
+        torch.testing.assert_close(model[0].weight.detach(), torch.full((3, 4), float(expected)))
+    torch.testing.assert_close(model[0].weight.detach(), own)
+    assert isinstance(model[0].weight, nn.Parameter) and not list(model.buffers())
+    run.close()
+    torch.testing.assert_close(model[0].weight.detach(), torch.full((3, 4), float(expected)))
+
+
+@pytest.mark.parametrize("call", ["check", "averaged", "close"])
+def test_frozen_parameters_of_equal_models_must_be_equal(world: Any, call: str) -> None:
+    add_to_frozen(world, AllReduce(), 1.0)[1].close()
+    _, run = add_to_frozen(world, AllReduce(), world.rank)
+    if world.size == 1:
+        return run.close()
+    with pytest.raises(Disagreement, match=r"0\.weight differs from that of rank 0 at step 3"):
+        if call == "averaged":
+            with run.averaged():
+                pass
+        else:
+            getattr(run, call)()
+    return None
+
+
+def test_frozen_parameters_of_equal_models_may_be_local(world: Any) -> None:
+    model, run = add_to_frozen(world, AllReduce(), world.rank, local=["0.weight"])
+    run.close()
+    torch.testing.assert_close(model[0].weight.detach(), torch.full((3, 4), 3.0 * world.rank))

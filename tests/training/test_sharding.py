@@ -85,6 +85,22 @@ def test_every_sample_is_taken_once(world: Any, strategy: Callable[[], Any], bat
     assert sorted(samples) == list(range(SAMPLES))
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("strategy", [AllReduce, LASGD], ids=["allreduce", "lasgd"])
+@pytest.mark.parametrize("batches", [1, 7, 12])
+def test_drop_last_drops_what_one_process_with_larger_batches_drops(
+    world: Any, strategy: Callable[[], Any], batches: int
+) -> None:
+    loader = DataLoader(torch.arange(3 * batches + 2), batch_size=3, drop_last=True)
+    with start(world, strategy()) as run:
+        part = run._loops.sharding.shard(loader, None)
+        counts = world.gather((len(part), len(list(part))))
+    if batches >= world.size:
+        assert counts == [(batches // world.size,) * 2] * world.size
+    else:
+        assert sum(drawn for _, drawn in counts) == batches
+
+
 class AlreadyPart(Dataset[Any]):
     def __init__(self, rank: int, ranks: int) -> None:
         self.values = torch.arange(SAMPLES * ranks)[rank::ranks].double()

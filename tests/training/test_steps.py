@@ -298,3 +298,23 @@ def test_two_runs_of_a_gan_share_a_loop(world: Any) -> None:
     for own, plain in zip(*models, strict=True):
         assert_equal(own, plain)
     assert np.isfinite(s.vector(models[0][0])).all()
+
+
+@pytest.mark.mpi
+def test_a_layer_added_later_begins_with_the_values_of_rank_0(world: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Run(model, optimizer, comm=world) as run:
+        for step in range(4):
+            if step == 2:
+                torch.manual_seed(world.rank)
+                model.append(nn.Linear(4, 2))
+                optimizer.add_param_group({"params": list(model[1].parameters())})
+                first = model[1].weight.detach().clone()
+            run.zero_grad()
+            model(torch.full((2, 4), 1.0 + world.rank)).square().sum().backward()
+            run.step()
+            if step == 2:
+                of_rank_0 = world.gather(first)[0] - 0.1 * model[1].weight.grad
+                torch.testing.assert_close(model[1].weight.detach(), of_rank_0)
+        run.check()
