@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -20,10 +21,11 @@ _IDLE_CHECK_INTERVAL = 0.25
 _BUSY_CHECK_INTERVAL = 2.0  # a thread that is never idle checks on other ranks after this long
 _ABANDON_TIMEOUT = 10.0  # for a job to detect that ranks have failed
 #: What a poller returns while it waits for messages.
+POLLER_ENDED = math.inf
 POLL_INTERVAL = 1e-3
 
 #: Does a little work without waiting, and returns the seconds until it is to be called again at the latest: 0
-#: where it made progress.
+#: where it made progress; `POLLER_ENDED` if never again.
 Poller = Callable[[], float]
 
 
@@ -156,7 +158,11 @@ class Progress:
         if not self._polling.acquire(blocking=False):
             return POLL_INTERVAL  # the other thread has called them
         try:
-            return min([self._call(poller) for poller in self._pollers], default=_IDLE_CHECK_INTERVAL)
+            pauses = [self._call(poller) for poller in self._pollers]
+            if POLLER_ENDED in pauses:
+                ended = [pause == POLLER_ENDED for pause in pauses]
+                self._pollers = [poller for poller, end in zip(self._pollers, ended, strict=True) if not end]
+            return min(pauses, default=_IDLE_CHECK_INTERVAL)
         finally:
             self._polling.release()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from hpcsgd.errors import Disagreement, format_ranks
@@ -28,8 +29,12 @@ class RankCalls:
         Number of loops over batches begun.
     left
         Whether the last loop was left before its end.
+    at_end
+        Whether the rank waits for the others at the end of the loop.
     synchronous
         Whether all ranks take every step.
+    background
+        Whether the communication threads do what steps need of other ranks.
     in_step
         Whether a step has begun and not ended.
     """
@@ -39,7 +44,9 @@ class RankCalls:
     steps: int = 0
     loop: int = 0
     left: bool = False
+    at_end: bool = False
     synchronous: bool = True
+    background: bool = False
     in_step: bool = False
 
     def begin_step(self) -> None:
@@ -50,6 +57,15 @@ class RankCalls:
     def end_step(self) -> None:
         """Let the next gradient begin a step."""
         self.in_step = False
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Context in which the rank waits for the others at the end of a loop."""
+        self.at_end = True
+        try:
+            yield
+        finally:
+            self.at_end = False
 
     def copy(self) -> RankCalls:
         """Return a copy, for a message."""
@@ -79,7 +95,9 @@ def different_calls(calls: list[str], ranks: list[int]) -> Disagreement:
     )
 
 
-def certain_mismatch(places: Mapping[int, RankCalls], ranks: list[int]) -> Disagreement | None:
+def certain_mismatch(
+    places: Mapping[int, RankCalls], ranks: list[int], awaited: Mapping[int, tuple[int, ...]] | None = None
+) -> Disagreement | None:
     """Return the error for ranks that can never meet, however long they wait; None: there is none.
 
     Parameters
@@ -88,29 +106,77 @@ def certain_mismatch(places: Mapping[int, RankCalls], ranks: list[int]) -> Disag
         The places of ranks, as far as known; none of them counts as slow.
     ranks
         The number of each rank in the job.
+    awaited
+        The ranks for which each rank waits, where they are known. Default: of none.
     """
+    waits = awaited or {}
     if not all(place.synchronous for place in places.values()):
-        return None  # the ranks may be at different steps
-    for rank, place in places.items():
-        if place.call:
-            passed = [r for r, p in places.items() if p.calls < place.calls and p.steps > place.steps]
-            if passed:
-                return Disagreement(
-                    f"{place.call} was called after {place.steps} steps, and others have begun the next one",
-                    rank=ranks[rank],
-                    expected=f"{format_ranks([ranks[r] for r in passed])} in {place.call} too",
-                    got=f"{format_ranks([ranks[r] for r in passed])} in step {places[passed[0]].steps}",
-                    do=_ON_EVERY_RANK,
-                )
-        if place.left:
-            ahead = [
-                r for r, p in places.items() if p.loop == place.loop and not p.left and p.steps > place.steps
-            ]
-            if ahead:
-                return Disagreement(
-                    f"the loop over run.batches() was left after {place.steps} steps, and other ranks go on",
-                    rank=ranks[rank],
-                    got=f"{format_ranks([ranks[r] for r in ahead])} in step {places[ahead[0]].steps}",
-                    do="leave the loop in the same step on all ranks: if run.any(flag): break",
-                )
-    return None
+        # The ranks may be at different steps.
+        found = (_left_behind(rank, places, waits, ranks) for rank in places)
+    else:
+        found = (_passed_by(rank, places, ranks) or _left_alone(rank, places, ranks) for rank in places)
+    return next((error for error in found if error is not None), None)
+
+
+def _passed_by(rank: int, places: Mapping[int, RankCalls], ranks: list[int]) -> Disagreement | None:
+    """The error for a rank in a call that others have not made, and are beyond."""
+    place = places[rank]
+    passed = [r for r, p in places.items() if p.calls < place.calls and p.steps > place.steps]
+    if not place.call or not passed:
+        return None
+    others = _named(passed, ranks)
+    return Disagreement(
+        f"{place.call} was called after {place.steps} steps, and others have begun the next one",
+        rank=ranks[rank],
+        expected=f"{others} in {place.call} too",
+        got=f"{others} in step {places[passed[0]].steps}",
+        do=_ON_EVERY_RANK,
+    )
+
+
+def _left_alone(rank: int, places: Mapping[int, RankCalls], ranks: list[int]) -> Disagreement | None:
+    """The error for a rank that has left a loop in which others are beyond its steps."""
+    place = places[rank]
+    ahead = [r for r, p in places.items() if p.loop == place.loop and not p.left and p.steps > place.steps]
+    if not place.left or not ahead:
+        return None
+    return Disagreement(
+        f"the loop over run.batches() was left after {place.steps} steps, and other ranks go on",
+        rank=ranks[rank],
+        got=f"{_named(ahead, ranks)} in step {places[ahead[0]].steps}",
+        do="leave the loop in the same step on all ranks: if run.any(flag): break",
+    )
+
+
+def _left_behind(
+    rank: int, places: Mapping[int, RankCalls], waits: Mapping[int, tuple[int, ...]], ranks: list[int]
+) -> Disagreement | None:
+    """The error for a rank that has left a loop and waits in a call, where others wait for it in that loop.
+
+    Those are at its end, or in a step that only ranks that have left can complete.
+    """
+    place = places[rank]
+    if not place.left or not place.call:
+        return None
+    gone = {r for r, p in places.items() if p.left and p.call and p.loop == place.loop}
+    behind = [
+        r
+        for r, p in places.items()
+        if p.loop == place.loop
+        and not p.left
+        and (p.at_end or (p.in_step and not p.background and waits.get(r) and gone.issuperset(waits[r])))
+    ]
+    if not behind:
+        return None
+    where = "at its end" if places[behind[0]].at_end else f"in step {places[behind[0]].steps}"
+    return Disagreement(
+        f"the loop over run.batches() was left for {place.call}, and other ranks wait in it for this one",
+        rank=ranks[rank],
+        got=f"{_named(behind, ranks)} {where}",
+        do="end the loop on all ranks by run.batches(loader, steps=100), and decide between two such loops: "
+        "if run.any(flag): break",
+    )
+
+
+def _named(some: list[int], ranks: list[int]) -> str:
+    return format_ranks([ranks[r] for r in some])

@@ -150,7 +150,8 @@ class StallDetector:
             return
         states = self._states()
         places = {rank: state.calls for rank, state in states.items() if state.calls is not None}
-        error = certain_mismatch(places, list(range(self._size)))
+        awaited = {rank: state.wait.ranks for rank, state in states.items() if state.wait}
+        error = certain_mismatch(places, list(range(self._size)), awaited)
         if error is not None:
             raise error
 

@@ -26,12 +26,16 @@ class Strategy:
         Whether each step uses the mean gradient of all ranks.
     accepts_weights
         Whether the gradients or models of the ranks may have different weights in the mean.
+    averages_in_background
+        Whether the communication threads average beside training: no step waits for a step of another rank,
+        and `state_dict` is collective, for it waits for the end of all averages.
     """
 
     context: StrategyContext
     synchronous = True
     averages_gradients = False
     accepts_weights = False
+    averages_in_background = False
 
     def options(self) -> dict[str, object]:
         """Return the options by name; they must be equal on all ranks."""

@@ -48,13 +48,11 @@ class Buffers:
     Parameters
     ----------
     nodes, strategy, context, trained
-        Those of the run.
+        Those of the run; buffers that a pattern of `trained` names are left alone.
     treatment
         "broadcast" those of rank 0, "average" the floating-point and complex ones, or leave them "local".
     period
         Steps between two synchronisations during training; None: none.
-    local
-        Patterns of names of buffers that are left alone. Default: none.
 
     Raises
     ------
@@ -70,13 +68,12 @@ class Buffers:
         trained: TrainedParameters,
         treatment: str,
         period: int | None = None,
-        local: Sequence[str] = (),
     ) -> None:
         _check_period(period, treatment, strategy)
         assert context.model is not None
         self._model, self._nodes, self._context = context.model, nodes, context
         self._workers = strategy.workers(context.world.size)
-        self._treatment, self._period, self._local = treatment, period, local
+        self._treatment, self._period, self._local = treatment, period, trained.patterns
         self._trained, self._strategy = trained, strategy
         self._root_copy = RootCopy(context.world, context.bucket_mib)
         self._mean: tuple[int, TensorGroup] | None = None

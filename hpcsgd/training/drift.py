@@ -98,7 +98,7 @@ class DriftCheck:
         values += [(name, f"values of checksum {checksum(p):08x}") for name, p in parameters or ()]
         rows = self._world.gather(values, "the comparison of the ranks")
         ranks, index = _first_difference(rows)
-        (name, first), (_, other) = rows[0][index], rows[ranks[0]][index]
+        (name, first), (_, other) = (_entry(rows[rank], index) for rank in (0, ranks[0]))
         numbers = self._world.all.ranks
         return Disagreement(
             f"{name} differs from that of rank {numbers[0]} at step {step}; the ranks were equal at step "
@@ -130,11 +130,15 @@ def _combined(checksums: Iterable[int]) -> int:
 def _first_difference(rows: list[list[tuple[str, object]]]) -> tuple[list[int], int]:
     """Return the ranks that differ from the first one in the first unequal entry, and its index."""
     for index in range(max(map(len, rows))):
-        entries = [row[index] if index < len(row) else None for row in rows]
+        entries = [_entry(row, index) for row in rows]
         ranks = [rank for rank, entry in enumerate(entries) if entry != entries[0]]
         if ranks:
             return ranks, index
     raise AssertionError("equal rows")
+
+
+def _entry(row: list[tuple[str, object]], index: int) -> tuple[str, object]:
+    return row[index] if index < len(row) else ("a parameter that rank 0 has not", "no such parameter")
 
 
 def _plain(value: object) -> object:

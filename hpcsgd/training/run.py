@@ -176,11 +176,9 @@ class Run(Scalars):
         self._context.unscale = self._stepping.unscale
         self._stepping.set_steps(0)
         self.strategy.attach(self._context)
-        self.world.calls.synchronous &= self.strategy.synchronous
         self._batchnorms = SyncBatchNorms(model, self._context, self.strategy)
         self._virtual_nodes = nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
-        shared = nodes, self.strategy, self._context, self._trained
-        self._buffers = Buffers(*shared, buffers, buffer_period, local)
+        self._buffers = Buffers(nodes, self.strategy, self._context, self._trained, buffers, buffer_period)
         self._stepping.buffers = self._buffers
         self._loops = Loops(self._context, self.strategy, nodes, uneven)
 
@@ -343,7 +341,9 @@ class Run(Scalars):
         return self.strategy.consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this rank: model, optimizer, strategy, number of steps."""
+        """Return this rank's state: model, optimizer, strategy, steps; collective with LASGD and AD-PSGD."""
+        if self.strategy.averages_in_background:
+            self._meet("run.state_dict()")
         self.strategy.check_memory()
         trained = self.model, self.optimizer, self._trained
         state = {"steps": self.steps, **peer_state(*trained), "strategy": self.strategy.state_dict()}

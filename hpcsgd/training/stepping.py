@@ -48,6 +48,8 @@ class Stepping:
         self._drift = DriftCheck(self._world, self._optimizer, check_every)
         self._watch = StepWatch(self._optimizer, self._world.global_rank)
         self._watch.allowed = self._world.size == 1
+        self._world.calls.synchronous &= strategy.synchronous
+        self._world.calls.background |= strategy.averages_in_background
         self.scaling: tuple[Tensor | None, Tensor | None] = None, None
 
     def unscale(self) -> bool:
@@ -122,7 +124,7 @@ class Stepping:
         equal = self._strategy.has_equal_models() if equal is None else equal
         parameters = [(name, p) for name, p in self._trained.named if p.requires_grad]
         if has_equal_frozen(self._strategy, self._world):
-            parameters += self._trained.frozen()
+            parameters += [*self._trained.frozen(), *self._trained.replaced()]
         self._drift.compare(
             self._context.step,
             self._context.loop.batches,
@@ -134,7 +136,7 @@ class Stepping:
         if (
             self._world.size == 1
             or self._strategy.averages_gradients
-            or not (names := self._trained.replaced())
+            or not (names := [name for name, _ in self._trained.replaced()])
         ):
             return
         if not ending:

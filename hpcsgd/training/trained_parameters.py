@@ -41,6 +41,8 @@ class TrainedParameters:
         (name, parameter) pairs, trained or frozen, without the local ones and without duplicates.
     outside
         Those of `named` that are not the module's.
+    patterns
+        `local`.
 
     Raises
     ------
@@ -49,7 +51,7 @@ class TrainedParameters:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, local: Sequence[str] = ()) -> None:
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer, self.patterns = model, optimizer, local
         of_model = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
         buffers = [name.replace("_orig_mod.", "") for name, _ in model.named_buffers()]
         for pattern in local:
@@ -110,10 +112,12 @@ class TrainedParameters:
         pairs = zip(self.named, self._trained, strict=True)
         return [(name, p) for (name, p), trained in pairs if not trained and is_plain(p)]
 
-    def replaced(self) -> list[str]:
-        """Return the names of the model's parameters that are other objects than those that are trained."""
+    def replaced(self) -> list[Named]:
+        """Return the model's parameters that are other objects than those that are trained."""
         return [
-            name for name, p in self._model.named_parameters() if p.requires_grad and p not in self._known
+            (name, p)
+            for name, p in self._model.named_parameters()
+            if p.requires_grad and p not in self._known
         ]
 
 

@@ -21,7 +21,7 @@ class Participant:
         self.world, self.rng = world, random.Random(f"{seed} {world.rank}")
         self.tables: list[Any] = []
         self.wanted, self.count, self.idle = 0, 0, True
-        self.control = ControlAllgather(world, self.make_record, self.on_records)
+        self.control = ControlAllgather(world, RECORD, self.make_record, self.on_records)
 
     def make_record(self) -> np.ndarray:
         self.count += 1

@@ -27,6 +27,17 @@ for step, x in enumerate(run.batches([torch.ones(1, 2)] * 9)):
     [
         ("AllReduce()", "time.sleep(600)", "rank 1: the loop over run.batches() was left after 4 steps"),
         ("LocalSGD(1)", "run.close()", "rank 1: run.close() was called after 4 steps"),
+        ("LASGD(2)", "run.close()", "rank 1: the loop over run.batches() was left for run.close()"),
+        (
+            "hpcsgd.ADPSGD('star')",
+            "run.close()",
+            "rank 1: the loop over run.batches() was left for run.close()",
+        ),
+        (
+            "hpcsgd.BackupWorkers()",
+            "run.close()",
+            "rank 1: the loop over run.batches() was left for run.close()",
+        ),
     ],
 )
 def test_a_rank_that_leaves_the_loop_alone_is_named(strategy: str, then: str, text: str) -> None:

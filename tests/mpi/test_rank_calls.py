@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import LASGD, Disagreement, HpcsgdError, Run, World
+from hpcsgd import ADPSGD, LASGD, Disagreement, HpcsgdError, Run, World
 from hpcsgd.mpi.rank_calls import RankCalls, certain_mismatch
 
 
@@ -51,6 +51,51 @@ def test_only_ranks_that_never_meet_are_a_mismatch(places: tuple[RankCalls, ...]
         else:
             with pytest.raises(Disagreement, match=f"rank {7 + order.index(0)}: .*{text}"):
                 raise error  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("last", "awaited", "background", "is_error"),
+    [
+        # Rank 2 waits at the end of the loop that ranks 0 and 1 have left; computes; is in the next loop.
+        ({"at_end": True}, (), True, True),
+        ({}, (), True, False),
+        ({"at_end": True, "loop": 2}, (), True, False),
+        # It waits in a step for ranks that have left; also for one that has not; for what threads do.
+        ({"in_step": True}, (0, 1), False, True),
+        ({"in_step": True}, (1, 3), False, False),
+        ({"in_step": True}, (0, 1), True, False),
+        ({"in_step": True}, (), False, False),
+        ({"in_step": True, "left": True}, (0, 1), False, False),
+    ],
+)
+def test_ranks_of_asynchronous_methods_wait_for_ranks_that_have_left(
+    last: dict[str, Any], awaited: tuple[int, ...], background: bool, is_error: bool
+) -> None:
+    common = {"synchronous": False, "background": background}
+    places = {
+        0: RankCalls(3, "run.close()", 5, 1, True, **common),
+        1: RankCalls(3, "run.close()", 4, 1, True, **common),
+        2: RankCalls(2, "", 6, **{"loop": 1, **common, **last}),
+        3: RankCalls(2, "", 6, 1, **common),
+    }
+    error = certain_mismatch(places, [0, 1, 2, 3], {2: awaited})
+    assert (error is not None) == is_error
+    if error is not None:
+        assert "rank 0: the loop over run.batches() was left for run.close()" in str(error)
+    places[0].call = places[1].call = ""  # they have not come to a call yet, and may be in no hurry
+    assert certain_mismatch(places, [0, 1, 2, 3], {2: awaited}) is None
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("strategy", [LASGD, ADPSGD])
+def test_a_state_that_one_rank_alone_asks_for_is_an_error(world: Any, strategy: Any) -> None:
+    if world.size % 2 and strategy is ADPSGD:
+        pytest.skip("AD-PSGD needs an even ring")
+    with run_of(world, strategy()) as run:
+        train(run, run.batches([torch.ones(1, 2)] * 3))
+        with pytest.raises(Disagreement, match=r"rank 0 in run\.state_dict\(\); ranks? 1.* in run\.any\(\)"):
+            run.state_dict() if world.rank == 0 else run.any(True)
+        assert run.state_dict()["steps"] == 3
 
 
 @pytest.mark.mpi(min_size=2)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import DSGD, LASGD, AllReduce, BadOption, HpcsgdError, LocalSGD, Run
+from hpcsgd import ADPSGD, DSGD, LASGD, AllReduce, BadOption, HpcsgdError, LocalSGD, Run, World
 from hpcsgd.errors import RankLeft
 from hpcsgd.mpi import departure
 
@@ -203,3 +205,29 @@ def test_a_run_that_was_left_is_an_error_where_it_goes_on() -> None:
     run.close()
     model(torch.ones(2, 30)).sum().backward()
     run.optimizer.step()
+
+
+@pytest.mark.parametrize("end", ["dropped", "left"])
+@pytest.mark.parametrize("strategy", [lambda: LASGD(1), lambda: ADPSGD("star")], ids=["lasgd", "adpsgd"])
+def test_asynchronous_runs_leave_nothing_in_a_world_of_the_user(world: Any, strategy: Any, end: str) -> None:
+    with World(timeout=30) as own:
+        for trial in range(3):
+            model = nn.Linear(3, 2)
+            run = Run(model, torch.optim.SGD(model.parameters(), 0.1), strategy(), comm=own)
+            freed = weakref.ref(run.strategy)
+            with contextlib.suppress(Pruned):
+                for step, x in enumerate(run.batches([torch.ones(2, 3)], steps=20)):
+                    run.zero_grad()
+                    model(x).sum().backward()
+                    run.step()
+                    if step == trial:
+                        with run if end == "left" else contextlib.nullcontext():
+                            raise Pruned
+            del run
+            gc.collect()
+            own.progress.until(lambda: not own.progress._pollers, "the end of the pollers")
+            # The communication thread may hold it for another moment.
+            own.progress.until(
+                lambda freed=freed: gc.collect() >= 0 and freed() is None, "the end of the strategy"
+            )
+            assert len(set(own.gather(trial))) == 1

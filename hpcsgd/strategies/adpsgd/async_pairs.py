@@ -19,12 +19,12 @@ import torch
 from hpcsgd.collectives.neighbour_exchange import message_buffers, split_by_bucket
 from hpcsgd.collectives.staging import to_host
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.mpi.progress import POLL_INTERVAL
+from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import TensorGroup
 
 _HEADER, _MODEL = 0, 1  # tags
-_END_OF_STEPS, _MODEL_FOLLOWS = 0, 1  # kinds of a header
+_END_OF_STEPS, _MODEL_FOLLOWS, _END_OF_RUN = 0, 1, 2  # kinds of a header
 
 
 class PairwiseAverager:
@@ -83,6 +83,7 @@ class PairwiseAverager:
         to_host(group, self._replica)
         self._has_correction = False
         self._requesting = False  # a request is due or in flight
+        self._dropped = self._end_is_sent = False
         self._requesters: deque[int] = deque()
         self._partner = world.rank
         self._to_notify: list[int] = []
@@ -143,6 +144,13 @@ class PairwiseAverager:
             request.Cancel()
             request.Wait()
 
+    def abandon(self) -> None:
+        """Stop after the run was dropped or left: local; replies until the neighbours have dropped theirs.
+
+        Called by the garbage collector too: takes no lock and calls no MPI.
+        """
+        self._dropped = True
+
     def _merge(self) -> None:
         if not self._neighbours:
             return
@@ -169,7 +177,20 @@ class PairwiseAverager:
         while self._to_notify:
             self._send_header(self._to_notify[-1], _END_OF_STEPS)
             self._to_notify.pop()
+        if self._dropped and self._has_ended():
+            return POLLER_ENDED
         return 0.0 if next(self._protocol) or arrived else POLL_INTERVAL
+
+    def _has_ended(self) -> bool:
+        """Notify the neighbours of the end once no average is in flight; whether theirs have come too."""
+        if not self._idle():
+            return False
+        if not self._end_is_sent:
+            self._end_is_sent = True
+            for other in self._neighbours:
+                self._send_header(other, _END_OF_RUN)
+            return False
+        return not self._headers
 
     def _post_receive(self, other: int) -> tuple[Any, np.ndarray]:
         header = np.empty(self._world.size + 1, np.int64)
@@ -179,6 +200,9 @@ class PairwiseAverager:
         _, header = self._headers[other]
         with self._lock:
             np.maximum(self.counts, header[:-1], out=self.counts)
+        if header[-1] == _END_OF_RUN:
+            del self._headers[other]
+            return
         self._headers[other] = self._post_receive(other)
         if header[-1] == _END_OF_STEPS:
             self._end_notices[other] += 1

@@ -57,6 +57,7 @@ class ADPSGD(ReplicaStrategy):
             raise unknown("schedule of AD-PSGD", schedule, ("free", "drawn"))
         self.topology, self.schedule = topology, schedule
         self.synchronous = schedule == "drawn"
+        self.averages_in_background = not self.synchronous
 
     def options(self) -> dict[str, object]:
         return {"topology": self.topology, "schedule": self.schedule}
@@ -74,6 +75,11 @@ class ADPSGD(ReplicaStrategy):
         self._pairs.close()
         del self._pairs
         super().detach()
+
+    def disconnect(self) -> None:
+        super().disconnect()
+        if isinstance(pairs := getattr(self, "_pairs", None), AsynchronousPairs):
+            pairs.abandon()
 
     def peer_schedule(self, end: int) -> Iterator[int]:
         assert isinstance(self._pairs, AsynchronousPairs)
@@ -126,8 +132,9 @@ class AsynchronousPairs:
         self._end = end
         while self._averager.steps < end * self._context.peers.size:
             yield 0
-        self._averager.finish()
-        self._averager.quiesce()
+        with self._context.world.calls.ending():
+            self._averager.finish()
+            self._averager.quiesce()
         self._context.step, self._end = end, _NO_TARGET
 
     def step(self, update: Callable[[], None]) -> None:
@@ -148,6 +155,9 @@ class AsynchronousPairs:
 
     def close(self) -> None:
         self._averager.close()
+
+    def abandon(self) -> None:
+        self._averager.abandon()
 
 
 def _check_one_peer_a_rank(context: StrategyContext) -> None:

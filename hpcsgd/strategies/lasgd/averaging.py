@@ -94,7 +94,7 @@ class Averaging:
         self._records: Records = np.zeros(world.size, RECORD).view(np.recarray)
         # A single rank has nothing to average.
         self._control = (
-            ControlAllgather(world, self._make_record, self._on_records) if world.size > 1 else None
+            ControlAllgather(world, RECORD, self._make_record, self._on_records) if world.size > 1 else None
         )
 
     def total_steps(self, *, begun: bool = False) -> int:
@@ -162,6 +162,11 @@ class Averaging:
         self.quiesce()
         if self._control is not None:
             self._control.close()
+
+    def abandon(self) -> None:
+        """Stop after the run was dropped or left; local, also called by the garbage collector."""
+        if self._control is not None:
+            self._control.abandon()
 
     def _enforce_max_lag(self) -> None:
         # A snapshot may be older than the last merge, which is that of the round before.

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.mpi.progress import POLL_INTERVAL
+from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
 from hpcsgd.mpi.world import World
 
 _IDLE_INTERVAL = 60.0  # seconds; `request` makes the thread poll at once
+_ENDING_INTERVAL = 0.05  # seconds, while other ranks have not dropped their run yet
 
 
 class ControlAllgather:
@@ -28,8 +29,10 @@ class ControlAllgather:
     ----------
     world
         The ranks.
+    dtype
+        The structured dtype of a record.
     make_record
-        Returns this rank's record: a structured array of shape (1,).
+        Returns this rank's record, of shape (1,).
     on_records
         Called with the records of all ranks, of shape (ranks,); returns the seconds until the next
         all-gather, or None: idle until `request`. Must be a function of the records alone where its
@@ -44,11 +47,17 @@ class ControlAllgather:
     def __init__(
         self,
         world: World,
+        dtype: np.dtype[Any],
         make_record: Callable[[], np.ndarray],
         on_records: Callable[[np.ndarray], float | None],
     ) -> None:
         world.progress.require_thread_multiple("LASGD needs a communication thread")
-        self._world, self._make_record, self._on_records = world, make_record, on_records
+        self._world = world
+        #: None once this rank has dropped its run, and all ranks know that one has.
+        self._callbacks: tuple[Callable[[], np.ndarray], Callable[[np.ndarray], float | None]] | None
+        self._callbacks = make_record, on_records
+        self._row_dtype = np.dtype([("dropped", np.bool_), ("record", dtype)])
+        self._dropped = False
         self._net = world.control.dup("LASGD control records")
         self._tag = self._net.next_id() % self._net.tag_limit
         self._requested, self._due = False, 0.0
@@ -71,8 +80,15 @@ class ControlAllgather:
         """Stop; only while all ranks are idle."""
         self._world.progress.remove_poller(self._poll)
 
+    def abandon(self) -> None:
+        """Stop after the run was dropped or left: local; the messages end when all ranks have dropped theirs.
+
+        Called by the garbage collector too: takes no lock and calls no MPI.
+        """
+        self._dropped = self._requested = True
+
     def _poll(self) -> float:
-        return next(self._protocol)
+        return next(self._protocol, POLLER_ENDED)
 
     def _repeat(self) -> Generator[float, None, None]:
         while True:
@@ -80,19 +96,36 @@ class ControlAllgather:
                 yield _IDLE_INTERVAL
             while (pause := self._due - time.monotonic()) > 0:
                 yield pause
-            records = yield from self._gather(self._make_record())
+            rows = yield from self._gather(self._row())
+            if rows["dropped"].all():
+                return
             # Reset first: the compute thread may call `request` as soon as `on_records` has an effect.
             self._requested = False
-            pause_or_none = self._on_records(records)
-            if pause_or_none is not None:
-                self._requested, self._due = True, time.monotonic() + pause_or_none
+            next_in = self._react(rows)
+            if next_in is not None:
+                self._requested, self._due = True, time.monotonic() + next_in
             yield 0.0
 
-    def _gather(self, record: np.ndarray) -> Generator[float, None, np.ndarray]:
+    def _row(self) -> np.ndarray:
+        row = np.zeros(1, self._row_dtype)
+        row["dropped"] = self._dropped
+        if self._callbacks is not None:
+            row["record"] = self._callbacks[0]()
+        return row
+
+    def _react(self, rows: np.ndarray) -> float | None:
+        """Return the seconds until the next all-gather; None: idle until `request`."""
+        if rows["dropped"].any():
+            self._callbacks = None  # of no rank from these records on, so that all have begun the same rounds
+            return _ENDING_INTERVAL
+        assert self._callbacks is not None
+        return self._callbacks[1](np.ascontiguousarray(rows["record"]))
+
+    def _gather(self, row: np.ndarray) -> Generator[float, None, np.ndarray]:
         """All-gather by Bruck's algorithm: rows are forwarded over distances 1, 2, 4, ..."""
         rank, size, net = self._world.rank, self._world.size, self._net
-        rows, have = np.empty(size, record.dtype), 1
-        rows[:1] = record
+        rows, have = np.empty(size, row.dtype), 1
+        rows[:1] = row
         while have < size:
             count = min(have, size - have)
             self._source = (rank + have) % size

@@ -57,6 +57,7 @@ class LASGD(ReplicaStrategy):
     """
 
     synchronous = False
+    averages_in_background = True
 
     def __init__(
         self,
@@ -113,6 +114,11 @@ class LASGD(ReplicaStrategy):
         del self._averaging, self._period
         super().detach()
 
+    def disconnect(self) -> None:
+        super().disconnect()
+        if hasattr(self, "_averaging"):
+            self._averaging.abandon()
+
     def peer_schedule(self, end: int) -> Iterator[int]:
         averaging, ranks = self._averaging, self.context.world.size
         averaging.target = end * ranks
@@ -120,7 +126,8 @@ class LASGD(ReplicaStrategy):
             while averaging.steps < end if self._equal_steps else not averaging.is_finished():
                 averaging.begin_step()
                 yield 0
-            averaging.quiesce()
+            with self.context.world.calls.ending():
+                averaging.quiesce()
             self.context.step = end
         finally:
             averaging.target = NO_TARGET
