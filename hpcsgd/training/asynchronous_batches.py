@@ -48,7 +48,7 @@ class AsynchronousBatches:
         #: Of the loop in progress, on this rank.
         self._use, self._unused = BatchUse(context, counted=True), 0
         self._limit: int | None = None
-        self._warned = False
+        self._warned, self._longest = False, 0
 
     def batches(self, loaders: Sequence[Iterable[Batch]], steps: int | None) -> Iterator[Batch]:
         """Yield batches until `steps` more steps have been taken.
@@ -88,6 +88,7 @@ class AsynchronousBatches:
         check_none_empty(has_batch, context)
         lengths = [length for found, *_ in entries for length in found]
         self._use, self._limit, self._unused = BatchUse(context, counted=True), steps, 0
+        self._longest = max((length for length in lengths if length is not None), default=0)
         self._steps_before = context.loop.steps
         for source in self._sources:
             source.begin_epoch(restarts=True)
@@ -162,7 +163,7 @@ class AsynchronousBatches:
             warnings.warn(
                 f"a step has taken {batches} batches, and this loop takes as many steps as the longest "
                 "loader has batches, so it goes through the data several times. Give the number of steps: "
-                f"run.batches(loader, steps=len(loader) // {batches})",
+                f"run.batches(loader, steps={self._longest // batches or '...'})",
                 RuntimeWarning,
                 stacklevel=5,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
@@ -15,7 +16,7 @@ from hpcsgd.training.asynchronous_batches import AsynchronousBatches
 from hpcsgd.training.batches import loaders_of_peers, synchronous_batches
 from hpcsgd.training.epochs import Epochs
 from hpcsgd.training.identity_map import IdentityMap
-from hpcsgd.training.sharding import Sharding
+from hpcsgd.training.sharding import ShardedLoader, Sharding
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
@@ -53,6 +54,7 @@ class Loops:
         check_between_loops(self._context, self._strategy, "run.batches()")
         calls.loop, calls.left, loop.is_open, ended = calls.loop + 1, False, True, False
         loaders = [self.sharding.shard(loader, shard) for loader in loaders]
+        unfinished = 0  # batches since the last step
         may_warn = shard is not False and not self._warned.get(given)
         with closing(self._batches(loaders, steps)) as found:
             try:
@@ -60,14 +62,28 @@ class Loops:
                     if number == 0:
                         may_warn &= bool(loop.equal_peers)
                         loop.equal_peers = loop.equal_peers if may_warn else []
+                    steps = loop.steps
                     yield batch
+                    unfinished = 0 if loop.steps > steps else unfinished + 1
                 ended = True
+                if unfinished and calls.in_step and isinstance(loaders[0], ShardedLoader):
+                    self._warn_of_unfinished_step(given, loaders[0], unfinished)
             finally:
                 # By `break`, `return` or an exception: the other ranks look at it if they wait for this one.
                 calls.left, loop.is_open = not ended, False
                 if may_warn and not loop.equal_peers:  # the first step of the loop has warned of them
                     self._warned.set(given, True)
                 loop.equal_peers = []
+
+    def _warn_of_unfinished_step(self, given: Any, loader: ShardedLoader, batches: int) -> None:
+        if self._context.world.rank == 0:
+            warnings.warn(
+                f"a loop over run.batches() has ended within a step ({batches} of its batches), which the next "
+                f"loop continues: len(loader) is {len(given)}, of which this rank has {len(loader)} batches. "
+                "Count math.ceil(len(loader) / run.workers), here and in schedules",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _batches(self, loaders: Sequence[Iterable[Any]], steps: int | None) -> Generator[Any, None, None]:
         if not torch.is_grad_enabled():

@@ -253,7 +253,7 @@ class Run(Scalars):
 
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""
-        self._context.loop.batch_used = True
+        self._stepping.begin()
         return self.strategy.accumulate()
 
     def synchronize(self, weight: float | None = None) -> None:

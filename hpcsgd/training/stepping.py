@@ -56,6 +56,11 @@ class Stepping:
         """Divide the gradients by the scale of a GradScaler; False: this step must be skipped."""
         return unscale(self._optimizer, *self.scaling)
 
+    def begin(self) -> None:
+        """Record that a step has begun, which uses the current batch."""
+        self._context.loop.batch_used = True
+        self._world.calls.begin_step()
+
     def step(self, nodes: VirtualNodes, closure: Callable[[], Any] | None, weight: float | None) -> Any:
         """Take one step; see `Run.step`."""
         self.check_weight(weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -251,3 +253,22 @@ def test_digests_depend_on_content_alone() -> None:
     assert digest(a.bfloat16()) is not None and digest([a.to_sparse(), a > 2]) is not None
     for nothing in (torch.zeros(4), torch.zeros(0), np.ones((2, 2)), 3, (), None, [torch.ones(3), 1]):
         assert digest(nothing) is None
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("by", ["loader", "rank"])
+def test_an_accumulation_by_the_length_of_the_unsharded_loader_is_a_warning(world: Any, by: str) -> None:
+    loader = DataLoader(data_set(8 * world.size), batch_size=2)  # 4 batches a rank
+    with start(world) as run, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        last = len(loader) if by == "loader" else math.ceil(len(loader) / run.workers)
+        for i, (x, y) in enumerate(run.batches(loader), 1):
+            is_last = i % 3 == 0 or i == last
+            with contextlib.nullcontext() if is_last else run.accumulate():
+                nn.functional.mse_loss(run.model(x), y).backward()
+            if is_last:
+                run.step()
+                run.zero_grad()
+    text = "has ended within a step (1 of its batches)"
+    is_expected = by == "loader" and world.size > 1 and world.rank == 0
+    assert [text in str(each.message) for each in caught] == [True] * is_expected
