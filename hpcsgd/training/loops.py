@@ -78,8 +78,8 @@ class Loops:
     def _warn_of_unfinished_step(self, given: Any, loader: ShardedLoader, batches: int) -> None:
         if self._context.world.rank == 0:
             warnings.warn(
-                f"a loop over run.batches() has ended within a step ({batches} of its batches), which the next "
-                f"loop continues: len(loader) is {len(given)}, of which this rank has {len(loader)} batches. "
+                f"a loop over run.batches() has ended within a step ({batches} of its batches), which the "
+                f"next loop continues: len(loader) is {len(given)}, of which this rank has {len(loader)} batches. "
                 "Count math.ceil(len(loader) / run.workers), here and in schedules",
                 RuntimeWarning,
                 stacklevel=4,
