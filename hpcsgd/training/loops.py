@@ -79,7 +79,7 @@ class Loops:
         if self._context.world.rank == 0:
             warnings.warn(
                 f"a loop over run.batches() has ended within a step ({batches} of its batches), which the "
-                f"next loop continues: len(loader) is {len(given)}, of which this rank has {len(loader)} batches. "
+                f"next loop continues: len(loader) is {len(given)}, of which this rank has {len(loader)}. "
                 "Count math.ceil(len(loader) / run.workers), here and in schedules",
                 RuntimeWarning,
                 stacklevel=4,
