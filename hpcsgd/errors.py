@@ -63,6 +63,16 @@ class RankLeft(HpcsgdError):
     """A rank has left a run or a world, after an exception or without `close()`, and others wait for it."""
 
 
+def rank_left(what: str, rank: int) -> RankLeft:
+    """Return the error of `rank`, which waits for one that has left."""
+    return RankLeft(
+        what,
+        rank=rank,
+        do="catch an exception on all ranks or on none: let it end the program of that rank, or leave the "
+        "run on every rank",
+    )
+
+
 class BadOption(HpcsgdError, ValueError):
     """An unknown option, or a value outside its range; the message lists the valid ones."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.errors import HpcsgdError, RankLeft, format_ranks
+from hpcsgd.errors import HpcsgdError, RankLeft, format_ranks, rank_left
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.control_messages import ControlChannel
 from hpcsgd.mpi.outstanding import MOST_SIGNATURES
@@ -153,12 +153,7 @@ class Departure:
 
     def _error(self, ranks: list[int]) -> RankLeft:
         reason = self._channel.absent[min(ranks)][0]
-        return RankLeft(
-            f"this rank waits for {format_ranks(ranks)}, and the run {reason} there",
-            rank=self._rank,
-            do="catch an exception on all ranks or on none: let it end the program of that rank, or leave "
-            "the run on every rank",
-        )
+        return rank_left(f"this rank waits for {format_ranks(ranks)}, and the run {reason} there", self._rank)
 
     def error(self) -> HpcsgdError:
         """Return the error of operations of this rank after it has left."""

@@ -22,6 +22,9 @@ _CAUSES = (
 )
 
 
+_PIECE = 2**22  # bytes whose checksum is computed at once on a GPU, in eight times as much memory
+
+
 class DriftCheck:
     """Compares parameters, and the numbers in the optimizer's groups, over all ranks.
 
@@ -48,6 +51,10 @@ class DriftCheck:
     def is_due(self, step: int) -> bool:
         """Return whether the ranks are to be compared after a step."""
         return self._world.size > 1 and self.every > 0 and step % self.every == 0
+
+    def number(self, step: int) -> int:
+        """Return the number of comparisons due until a step."""
+        return step // self.every if self.every else 0
 
     def compare(
         self, step: int, batches: int, parameters: Sequence[Named] | None, *, settings: bool = True
@@ -118,9 +125,17 @@ def checksum(tensor: Tensor) -> int:
     if not tensor.numel():
         return 0
     if tensor.device.type != "cpu":
-        bits = tensor.contiguous().view(torch.uint8).to(torch.int64)
-        return int((bits * torch.arange(1, bits.numel() + 1, device=bits.device).view_as(bits)).sum()) % 2**32
+        return checksum_on_device(tensor)
     return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def checksum_on_device(tensor: Tensor) -> int:
+    """Return a weighted sum of a tensor's bytes, computed where the tensor is."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for piece in tensor.contiguous().reshape(-1).view(torch.uint8).split(_PIECE):  # type: ignore[no-untyped-call]
+        weights = torch.arange(1, piece.numel() + 1, device=piece.device)
+        total = 31 * total + (piece * weights).sum()
+    return int(total) % 2**32
 
 
 def _combined(checksums: Iterable[int]) -> int:

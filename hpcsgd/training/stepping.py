@@ -18,6 +18,9 @@ from hpcsgd.training.optimizers import StepWatch, unscale
 from hpcsgd.training.trained_parameters import TrainedParameters, replaced_text, untrained_error
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
+#: A comparison after some steps includes every tenth frozen parameter: they may be most of the model.
+_FROZEN_SHARE = 10
+
 
 class Stepping:
     """Takes the steps of a run.
@@ -103,7 +106,7 @@ class Stepping:
                 self.set_steps(context.step + 1)
                 self.buffers.after_step()
                 if self._drift.is_due(context.step):
-                    self.check()
+                    self.check(every_frozen=_FROZEN_SHARE)
         context.step_taken = loop.batch_used = True
         loop.steps += 1
         context.begin_step()
@@ -115,7 +118,7 @@ class Stepping:
         """Set the number of steps taken."""
         self._context.step = self._world.activity.step = steps
 
-    def check(self, *, equal: bool | None = None, ending: bool = False) -> None:
+    def check(self, *, equal: bool | None = None, ending: bool = False, every_frozen: int = 1) -> None:
         """Compare the ranks; collective.
 
         Parameters
@@ -124,12 +127,15 @@ class Stepping:
             Whether the parameters must be equal. Default: if they must be with this strategy after this step.
         ending
             Whether the run ends: parameters of the model that nobody trains are a warning then, not an error.
+        every_frozen
+            Compare every n-th frozen parameter, others each time. Default 1: all.
         """
         self._check_replaced(ending)
         equal = self._strategy.has_equal_models() if equal is None else equal
         parameters = [(name, p) for name, p in self._trained.named if p.requires_grad]
         if has_equal_frozen(self._strategy, self._world):
-            parameters += [*self._trained.frozen(), *self._trained.replaced()]
+            frozen = [*self._trained.frozen(), *self._trained.replaced()]
+            parameters += frozen[self._drift.number(self._context.step) % every_frozen :: every_frozen]
         self._drift.compare(
             self._context.step,
             self._context.loop.batches,

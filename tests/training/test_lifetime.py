@@ -231,3 +231,21 @@ def test_asynchronous_runs_leave_nothing_in_a_world_of_the_user(world: Any, stra
                 lambda freed=freed: gc.collect() >= 0 and freed() is None, "the end of the strategy"
             )
             assert len(set(own.gather(trial))) == 1
+
+
+def test_a_rank_that_leaves_an_asynchronous_run_alone_in_a_world_of_the_user(world: Any) -> None:
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    with World(timeout=30) as own:
+        model = nn.Linear(3, 2)
+        run = Run(
+            model, torch.optim.SGD(model.parameters(), 0.1), LASGD(1, max_lag=1, trigger="all"), comm=own
+        )
+        with pytest.raises(RankLeft if world.rank else Pruned), run:
+            for step, x in enumerate(run.batches([torch.ones(2, 3)], steps=20)):
+                run.zero_grad()
+                model(x).sum().backward()
+                run.step()
+                if world.rank == 0 and step == 2:
+                    raise Pruned
+        own.progress.until(lambda: not own.progress._pollers, "the end of the pollers")

@@ -183,7 +183,8 @@ class PairwiseAverager:
 
     def _has_ended(self) -> bool:
         """Notify the neighbours of the end once no average is in flight; whether theirs have come too."""
-        if not self._idle():
+        # An active neighbour may send requests until its end, and this rank's end comes after its replies.
+        if not self._idle() or (self._headers and not self._active):
             return False
         if not self._end_is_sent:
             self._end_is_sent = True

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.collectives.staging import on_side_stream, record_event, side_stream
+from hpcsgd.errors import rank_left
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies.lasgd.heartbeat import ControlAllgather
 from hpcsgd.strategies.lasgd.model_delta import ModelDelta
@@ -181,7 +182,9 @@ class Averaging:
     def _until(self, done: Callable[[], bool], what: str) -> None:
         assert self._control is not None
         control = self._control
-        self._world.progress.until(done, what, lambda: control.missing)
+        self._world.progress.until(lambda: done() or control.is_left, what, lambda: control.missing)
+        if not done():
+            raise rank_left(f"{what} never comes: another rank has left the run", self._world.global_rank)
 
     def _merge(self) -> None:
         if self._pending:

@@ -70,6 +70,11 @@ class ControlAllgather:
         """The rank whose message this one waits for, if any."""
         return [] if self._source == self._world.rank else [self._source]
 
+    @property
+    def is_left(self) -> bool:
+        """Whether another rank has dropped or left its run, so that nothing is decided any more."""
+        return self._callbacks is None and not self._dropped
+
     def request(self) -> None:
         """Take part in the next all-gather as soon as all other ranks do."""
         if not self._requested:

@@ -1,0 +1,48 @@
+"""Checksums of parameters, on the host and on a device, and which parameters a comparison includes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hpcsgd import AllReduce, Disagreement, Run
+from hpcsgd.training import drift
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int8, torch.bool])
+@pytest.mark.parametrize("checksum", [drift.checksum, drift.checksum_on_device])
+def test_a_checksum_depends_on_every_element_and_its_place(
+    monkeypatch: pytest.MonkeyPatch, checksum: Any, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(drift, "_PIECE", 16)  # bytes
+    values = torch.arange(30).remainder(2).reshape(5, 6).to(dtype)
+    first = checksum(values)
+    assert first == checksum(values.t().contiguous().t())
+    for index in range(30):
+        other = values.clone()
+        other.view(-1)[index] = 1 - int(index % 2)
+        assert checksum(other) != first
+    swapped = values.flatten().roll(1).view_as(values)
+    assert checksum(swapped) != first
+    # Elements of different pieces.
+    parts = values.flatten()
+    assert checksum(torch.cat([parts[:10] * 0, parts[10:]])) != checksum(
+        torch.cat([parts[:20], parts[20:] * 0])
+    )
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ten_comparisons_include_every_frozen_parameter(world: Any) -> None:
+    frozen = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(13)).requires_grad_(False)
+    model = nn.ModuleDict({"frozen": frozen, "trained": nn.Linear(1, 1)})
+    run = Run(model, torch.optim.SGD(model.parameters(), 0.1), AllReduce(), comm=world, check_every=2)
+    model["frozen"][7].weight.data += world.rank
+    with pytest.raises(Disagreement, match=r"frozen\.7\.weight differs from that of rank 0 at step 14"):
+        for _ in range(40):
+            run.zero_grad()
+            model["trained"](torch.ones(1, 1)).sum().backward()
+            run.step()
+    assert run.steps == 14
