@@ -53,7 +53,8 @@ class Sharding:
         self._workers = strategy.workers(context.world.size)
         self._worker = context.world.rank % self._workers
         self._synchronous = strategy.synchronous
-        self._sharded: IdentityMap[ShardedLoader] = IdentityMap()
+        #: By loader, its settings and its part: users may change a loader between two epochs.
+        self._sharded: IdentityMap[tuple[list[Any], ShardedLoader]] = IdentityMap()
         self._fingerprints: IdentityMap[tuple[object, ...]] = IdentityMap()
 
     def shard(self, loader: Iterable[Any], shard: bool | None) -> Iterable[Any]:
@@ -84,10 +85,12 @@ class Sharding:
             shard = others[0][-1] is not None and len({each[-1] for each in others}) == 1
         if not shard or plain is None:  # the loader of a server is never used
             return loader
-        if (sharded := self._sharded.get(loader)) is None:
-            sharded = self._make(loader, plain)
-            self._sharded.set(loader, sharded)
-        return sharded
+        settings = [*plain, *(getattr(loader, name, None) for name in _ARGUMENTS)]
+        known = self._sharded.get(loader)
+        if known is None or any(a is not b and a != b for a, b in zip(known[0], settings, strict=True)):
+            known = settings, self._make(loader, plain)
+            self._sharded.set(loader, known)
+        return known[1]
 
     def _check(self, others: list[tuple[str, bool | None, bool, object]]) -> None:
         if len({shard for _, shard, _, _ in others}) > 1:

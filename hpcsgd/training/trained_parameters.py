@@ -5,9 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hpcsgd.errors import BadOption, HpcsgdError
@@ -18,8 +18,9 @@ Named = tuple[str, nn.Parameter]
 
 def plain_module(model: nn.Module) -> nn.Module:
     """Return the module inside of a compiled one."""
-    inside = getattr(model, "_orig_mod", model)
-    assert isinstance(inside, nn.Module)
+    # Not by getattr, which a wrapper may pass on to a compiled module inside of it.
+    inside = model._modules.get("_orig_mod", model)
+    assert inside is not None
     return inside
 
 
@@ -71,10 +72,10 @@ class TrainedParameters:
 
     def _of_optimizer(self) -> list[Named]:
         return [
-            (f"optimizer.param_groups.{number}.{index}", p)
+            (f"optimizer.param_groups.{number}.{index}", cast(nn.Parameter, p))
             for number, group in enumerate(self._optimizer.param_groups)
             for index, p in enumerate(group["params"])
-            if isinstance(p, nn.Parameter)
+            if isinstance(p, Tensor)
         ]
 
     def _ids(self) -> list[int]:

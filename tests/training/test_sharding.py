@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from hpcsgd import LASGD, AllReduce, BadOption, HpcsgdError, LocalSGD, Run
 from hpcsgd.training.digests import digest
@@ -272,3 +280,15 @@ def test_an_accumulation_by_the_length_of_the_unsharded_loader_is_a_warning(worl
     text = "has ended within a step (1 of its batches)"
     is_expected = by == "loader" and world.size > 1 and world.rank == 0
     assert [text in str(each.message) for each in caught] == [True] * is_expected
+
+
+@pytest.mark.mpi
+def test_a_loader_that_is_changed_between_two_epochs(world: Any) -> None:
+    loader = DataLoader(data_set(12 * world.size), batch_size=2)
+    with start(world) as run:
+        assert train(run, run.batches(loader)) == 6
+        loader.batch_sampler.batch_size = 3  # type: ignore[union-attr]
+        assert train(run, run.batches(loader)) == 4
+        seen = []
+        loader.collate_fn = lambda samples: seen.append(len(samples)) or default_collate(samples)
+        assert train(run, run.batches(loader)) == 4 and set(seen) == {3}

@@ -318,3 +318,37 @@ def test_a_layer_added_later_begins_with_the_values_of_rank_0(world: Any) -> Non
                 of_rank_0 = world.gather(first)[0] - 0.1 * model[1].weight.grad
                 torch.testing.assert_close(model[1].weight.detach(), of_rank_0)
         run.check()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("strategy", [AllReduce, lambda: LocalSGD(1)], ids=["allreduce", "local"])
+def test_a_plain_tensor_that_only_the_optimizer_holds_is_trained(world: Any, strategy: Any) -> None:
+    model, scale = net(), torch.full((2,), float(world.rank), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([*model.parameters(), scale], 0.1)
+    with Run(model, optimizer, strategy(), comm=world) as run:
+        for step in range(3):
+            run.zero_grad()
+            x, y = batch(world.rank, step)
+            (nn.functional.mse_loss(model(x), y) * (-scale).exp().sum() + scale.sum()).backward()
+            run.step()
+    assert len({tuple(each.tolist()) for each in world.gather(scale.detach())}) == 1
+    assert scale.is_leaf and not torch.equal(scale.detach(), torch.zeros(2, dtype=torch.float64))
+
+
+def test_the_state_of_a_wrapper_that_passes_names_on_to_a_compiled_module(alone: Any) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.compile(nn.Linear(2, 2), backend="eager")
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+    model = Wrapper()
+    with Run(model, torch.optim.SGD(model.parameters(), 0.1), comm=alone) as run:
+        names = {name.replace("_orig_mod.", "") for name in run.state_dict()["model"]}
+        assert names == {"scale", "inner.weight", "inner.bias"}
