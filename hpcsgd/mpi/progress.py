@@ -20,9 +20,8 @@ from hpcsgd.mpi.waiting import DeadlineWaiter
 _IDLE_CHECK_INTERVAL = 0.25
 _BUSY_CHECK_INTERVAL = 2.0  # a thread that is never idle checks on other ranks after this long
 _ABANDON_TIMEOUT = 10.0  # for a job to detect that ranks have failed
-#: What a poller returns while it waits for messages.
-POLLER_ENDED = math.inf
-POLL_INTERVAL = 1e-3
+#: What a poller returns while it waits for messages, and when it is not to be called any more.
+POLL_INTERVAL, POLLER_ENDED = 1e-3, math.inf
 
 #: Does a little work without waiting, and returns the seconds until it is to be called again at the latest: 0
 #: where it made progress; `POLLER_ENDED` if never again.

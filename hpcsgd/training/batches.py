@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -87,17 +88,23 @@ def synchronous_batches(
                 return
             index = context.current_peer_index
             if batch is not _END:
-                last[index] = batch
+                last[index] = _without_changes(batch, context)
             elif last[index] is _END:
                 # Of peers without any batch, or resumed after their last: only the loader can supply one.
                 last[index] = loaders[index].filler()  # type: ignore[attr-defined]
             context.set_batches(has_batch)
             use.begin()
-            yield last[index]  # type: ignore[misc]
+            yield batch if batch is not _END else _without_changes(last[index], context)  # type: ignore[misc]
             use.check()
     finally:
         use.end()
         context.begin_step()
+
+
+def _without_changes(batch: Any, context: StrategyContext) -> Any:
+    """Return a shallow copy of a dictionary or list, which the loop may change before it is repeated."""
+    is_changeable = context.peers.size > 1 and isinstance(batch, MutableMapping | list)
+    return copy.copy(batch) if is_changeable else batch
 
 
 def _plan(

@@ -153,7 +153,7 @@ def _first_difference(rows: list[list[tuple[str, object]]]) -> tuple[list[int], 
 
 
 def _entry(row: list[tuple[str, object]], index: int) -> tuple[str, object]:
-    return row[index] if index < len(row) else ("a parameter that rank 0 has not", "no such parameter")
+    return row[index] if index < len(row) else ("a parameter", "no such parameter")
 
 
 def _plain(value: object) -> object:

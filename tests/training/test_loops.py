@@ -358,3 +358,13 @@ def test_an_identity_map_holds_no_keys() -> None:
     assert [found.get(key) for key in (a, b, c, Key())] == ["a", "b", "c", None]
     del a, key
     assert len(found._entries) == 2
+
+
+@pytest.mark.mpi
+def test_a_repeated_batch_is_as_the_loader_made_it(world: Any) -> None:
+    """Loops may take entries out of a batch, as those of Hugging Face's models."""
+    own = [{"x": torch.ones(1, 2)} for _ in range(1 if world.rank else 3)]
+    with start(world, AllReduce()) as run:
+        for batch in run.batches(own):
+            step(run, batch.pop("x"))
+        assert run.steps == 3 and not own[0]
