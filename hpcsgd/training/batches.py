@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from copy import copy as shallow_copy  # of objects of the user, whose classes are unknown
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -104,7 +104,7 @@ def synchronous_batches(
 def _without_changes(batch: Any, context: StrategyContext) -> Any:
     """Return a shallow copy of a dictionary or list, which the loop may change before it is repeated."""
     is_changeable = context.peers.size > 1 and isinstance(batch, MutableMapping | list)
-    return copy.copy(batch) if is_changeable else batch
+    return shallow_copy(batch) if is_changeable else batch
 
 
 def _plan(
