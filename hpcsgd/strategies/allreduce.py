@@ -47,6 +47,7 @@ class AllReduce(Strategy):
         self._first_gradients: list[Tensor | None] | None = None
         self._is_first_step = True
         self._collect_gradients()
+        context.on_new_weights = self._average_so_far
 
     def _collect_gradients(self) -> None:
         context = self.context
@@ -77,6 +78,7 @@ class AllReduce(Strategy):
 
     def disconnect(self) -> None:
         super().disconnect()
+        self.context.on_new_weights = None
         if hasattr(self, "gradients"):
             self.gradients.disconnect()
 
@@ -104,10 +106,11 @@ class AllReduce(Strategy):
             self.gradients.accumulating = False
 
     def bucket_ready(self, bucket: Bucket) -> None:
-        if self.context.weight == 0:
+        share = self.context.batch_weight if self._share is None else self._share
+        if share == 0:
             bucket.flat.zero_()
-        elif self._share is not None:
-            bucket.flat.mul_(self._share)
+        elif share != 1:
+            bucket.flat.mul_(share)
         self._reducer.start(bucket, self._scale(), self._reduction_number())
 
     def _scale(self) -> float:
@@ -127,6 +130,13 @@ class AllReduce(Strategy):
             self._first_gradients = self.gradients.copies()
         self._reduce(late=False)
 
+    def _average_so_far(self) -> None:
+        """Average what a step has accumulated, before a batch of which other ranks have one of their own."""
+        if self._weighted or not self._collects:
+            return
+        if any(self.context.world.gather(self.gradients.pending, "the batches of a step")):
+            self._reduce(late=True)
+
     def _reduce(self, *, late: bool) -> None:
         self.gradients.finish(late=late)
         self._finite &= self._reducer.finish()
@@ -138,7 +148,7 @@ class AllReduce(Strategy):
     def _reduce_rows(self) -> None:
         """Average the sparse gradients."""
         parameters = [p for _, p in self.gradients.sparse]
-        share = self.context.weight * (1.0 if self._share is None else self._share)
+        share = self.context.batch_weight if self._share is None else self._share
         local = [None if p.grad is None or not share else p.grad * share for p in parameters]
         for p, total in zip(parameters, sum_rows(self.context.world, local, self._scale()), strict=True):
             p.grad = total

@@ -59,6 +59,19 @@ class LoopState:
     is_open: bool = False
 
 
+@dataclass(eq=False)
+class OpenLoop:
+    """A loop over batches that is in progress, which may be inside of another one.
+
+    Attributes
+    ----------
+    has_batch
+        For each peer, whether the current batch of the loop is one of its own.
+    """
+
+    has_batch: list[bool]
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class StrategyContext:
     """The input of a strategy: given to `Strategy.attach`, and updated by `Run` during training.
@@ -88,7 +101,12 @@ class StrategyContext:
     step_taken
         Whether this peer has taken the step for which it got its last batch.
     has_batch
-        For each peer, whether it has a batch of its own in this step (else it repeats one with weight 0).
+        For each peer, whether it has a batch of its own in this step (else it repeats one with weight 0): of
+        several batches of one step, whether the first is.
+    has_current
+        The same of the current batch.
+    on_new_weights
+        Called on all ranks before `has_current` changes within a step; None: not needed.
     loop
         The state of the user's loop.
     """
@@ -113,9 +131,12 @@ class StrategyContext:
     current_peer_index: int = field(default=0, init=False)
     step_taken: bool = field(default=False, init=False)
     has_batch: list[bool] = field(init=False)
+    has_current: list[bool] = field(init=False)
+    on_new_weights: Callable[[], None] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.peers = Peers(self.world, self.virtual_nodes)
+        self._open_loops: list[OpenLoop] = []
         self.begin_step()
 
     def on(self, world: World) -> StrategyContext:
@@ -133,9 +154,14 @@ class StrategyContext:
         return int(self.has_batch[self.peer])
 
     @property
+    def batch_weight(self) -> int:
+        """1 if the current batch is one of this peer's own, else 0."""
+        return int(self.has_current[self.peer])
+
+    @property
     def contributors(self) -> int:
-        """Number of peers with a batch of their own in this step."""
-        return sum(self.has_batch)
+        """Number of peers whose current batch is one of their own."""
+        return sum(self.has_current)
 
     def reject(self, method: str, *, compression: bool = False, virtual_nodes: bool = False) -> None:
         """Raise on all ranks if the run uses a feature that a method does not support.
@@ -178,11 +204,39 @@ class StrategyContext:
             )
 
     def begin_step(self) -> None:
-        """Reset `has_batch` for the next step."""
-        self.has_batch = [True] * self.peers.size
-        self._batches_set = False
+        """Begin the next step, with the current batch until another one is taken."""
+        self.has_batch = self.has_current = self._of_open_loop()
+        self._is_decided = self._has_taken = False
 
-    def set_batches(self, has_batch: list[bool]) -> None:
-        """Record which peers have a batch; of the batches of one step only the first call has an effect."""
-        if not self._batches_set:
-            self.has_batch, self._batches_set = has_batch, True
+    def begin_loop(self) -> OpenLoop:
+        """Begin a loop over batches, of which the next step is."""
+        self._open_loops.append(OpenLoop([True] * self.peers.size))
+        self._is_decided = False
+        return self._open_loops[-1]
+
+    def set_batches(self, loop: OpenLoop, has_batch: list[bool]) -> None:
+        """Record which peers have the next batch of a loop; collective where it changes within a step."""
+        loop.has_batch = has_batch
+        self._change_current(has_batch)
+        self._has_taken = True
+        if not self._is_decided:
+            self.has_batch, self._is_decided = has_batch, True
+
+    def end_loop(self, loop: OpenLoop, *, completed: bool = False) -> None:
+        """Go on with the loop around a loop, or with none; collective if the loop is completed."""
+        if loop not in self._open_loops:
+            return
+        self._open_loops.remove(loop)
+        outside = self._of_open_loop()
+        if completed:
+            self._change_current(outside)
+        self.has_batch = self.has_current = outside
+        self._is_decided = bool(self._open_loops)
+
+    def _of_open_loop(self) -> list[bool]:
+        return self._open_loops[-1].has_batch if self._open_loops else [True] * self.peers.size
+
+    def _change_current(self, has_batch: list[bool]) -> None:
+        if self.on_new_weights and self._has_taken and has_batch != self.has_current:
+            self.on_new_weights()
+        self.has_current = has_batch

@@ -92,6 +92,7 @@ class AsynchronousBatches:
         self._steps_before = context.loop.steps
         for source in self._sources:
             source.begin_epoch(restarts=True)
+        self._loop = loop = context.begin_loop()
         try:
             if any(once for _, once, *_ in entries) or (steps is None and None in lengths):
                 yield from self._in_rounds(None if steps is None else context.step + steps)
@@ -99,7 +100,7 @@ class AsynchronousBatches:
                 yield from self._until(context.step + (max(lengths) if steps is None else steps))
         finally:
             self._use.end()
-            context.begin_step()
+            context.end_loop(loop)
 
     @property
     def _is_server(self) -> bool:
@@ -126,8 +127,8 @@ class AsynchronousBatches:
             context.step_taken, taken = False, 0
             while not context.step_taken:  # several batches a step if gradients are accumulated
                 batch, is_new = self._sources[index].take()
-                if not is_new:
-                    context.set_batches([peer != context.peer for peer in range(context.peers.size)])
+                others = range(context.peers.size)
+                context.set_batches(self._loop, [is_new or peer != context.peer for peer in others])
                 self._use.begin()
                 self._taken, taken = self._taken + 1, taken + 1
                 yield batch

@@ -81,24 +81,26 @@ def synchronous_batches(
         warn_of_forks(loader)
     plan = _plan(loaders, context, uneven == "join", nodes)
     use, last = BatchUse(context, counted=steps is not None), [_END] * len(loaders)
+    loop = context.begin_loop()
     try:
         while steps is None or context.current_peer_index or use.steps < steps:
             batch, has_batch = next(plan, (_END, None))
             if has_batch is None or (uneven == "stop" and not all(has_batch)):
-                return
+                break
             index = context.current_peer_index
             if batch is not _END:
                 last[index] = _without_changes(batch, context)
             elif last[index] is _END:
                 # Of peers without any batch, or resumed after their last: only the loader can supply one.
                 last[index] = loaders[index].filler()  # type: ignore[attr-defined]
-            context.set_batches(has_batch)
+            context.set_batches(loop, has_batch)
             use.begin()
             yield batch if batch is not _END else _without_changes(last[index], context)  # type: ignore[misc]
             use.check()
+        context.end_loop(loop, completed=True)
     finally:
         use.end()
-        context.begin_step()
+        context.end_loop(loop)
 
 
 def _without_changes(batch: Any, context: StrategyContext) -> Any:

@@ -205,7 +205,7 @@ class Run(Scalars):
     @property
     def weight(self) -> int:
         """1 if the current batch is a new one, 0 if it repeats the last one because others have more."""
-        return self._context.weight
+        return self._context.batch_weight
 
     def each_peer(self) -> Iterator[int]:
         """Put every peer of this rank in place, one after the other, for example to seed its generators."""

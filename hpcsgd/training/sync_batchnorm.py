@@ -127,7 +127,7 @@ class _Normalize(torch.autograd.Function):
         module: nn.Module,
         link: SyncBatchNorms,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        counts = bool(link.context.weight) and input.numel() > 0
+        counts = bool(link.context.batch_weight) and input.numel() > 0
         mean, variance, count = _statistics(input if counts else input[:0], module, link)
         wide = torch.promote_types(input.dtype, torch.float32)
         shape = [1, -1, *[1] * (input.dim() - 2)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from hpcsgd.errors import HpcsgdError
+from hpcsgd import HpcsgdError, Run
 from hpcsgd.strategies import StrategyContext
 from hpcsgd.training.batches import synchronous_batches
 
@@ -91,8 +91,40 @@ def test_leaving_the_loop_resets_the_weight() -> None:
     context.begin_step()
     next(batches)
     assert context.weight == 0
+    assert (context.weight, context.batch_weight) == (0, 0)
     batches.close()
-    assert (context.weight, context.contributors) == (1, 2)
+    assert (context.weight, context.batch_weight, context.contributors) == (1, 1, 2)
+
+
+def test_a_batch_of_several_steps_has_its_weight_in_each() -> None:
+    context, found = context_among([(2, False)]), []
+    for _ in synchronous_batches([["a"]], context, "join"):
+        for _ in range(2):
+            found.append((context.weight, context.batch_weight, context.contributors))
+            context.begin_step()
+    assert found == [(1, 1, 2)] * 2 + [(0, 0, 1)] * 2
+
+
+def test_a_loop_inside_of_a_loop_has_weights_of_its_own() -> None:
+    context, found = context_among([(2, False)]), []
+    for _ in synchronous_batches([["a"]], context, "join"):
+        inside = context_among([(1, False)])
+        inner = synchronous_batches([["b"]], context, "join")
+        context.world.meet = inside.world.meet
+        for _ in inner:
+            found.append(context.weight)
+        found.append((context.weight, context.batch_weight))
+        context.begin_step()
+    assert found == [1, (1, 1), 1, (0, 0)]
+
+
+def test_weights_that_change_within_a_step_are_told_of_before() -> None:
+    context, found = context_among([(3, False)]), []
+    context.on_new_weights = lambda: found.append(list(context.has_current))
+    for count, _ in enumerate(synchronous_batches([["a", "b"]], context, "join"), 1):
+        if count == 1:
+            context.begin_step()
+    assert found == [[True, True], [False, True]]
 
 
 @pytest.mark.parametrize(
@@ -110,3 +142,45 @@ def test_forked_workers_cause_a_warning(
         assert len(steps(context_among([(2, False)]), loader)) == 2
     assert [w.category for w in caught] == [RuntimeWarning] * warned
     assert all("forkserver" in str(w.message) for w in caught)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_repeated_batch_has_weight_0_in_every_step_and_after_a_loop_inside(world: Any) -> None:
+    model = torch.nn.Linear(2, 1)
+    own = [torch.ones(1, 2)] * (2 if world.rank == 0 else 1)
+    found = []
+    with Run(model, torch.optim.SGD(model.parameters(), 0.1), comm=world) as run:
+        for x in run.batches(own):
+            for each in (x, x, *run.batches([x]), x):
+                run.zero_grad()
+                run.model(each).sum().backward()
+                found.append(run.weight)
+                run.step()
+        assert run.weight == 1
+    last = 1 if world.rank == 0 else 0
+    assert found == [1] * 4 + [last] * 4
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("late", ["in the loop", "after the loop", "in the next loop"])
+def test_accumulated_batches_count_once_each(world: Any, late: str) -> None:
+    """Rank r has r + 1 batches, and one step has all: each turn is the mean of those that have one."""
+    rows = torch.arange(1.0, 1.0 + world.size * world.size).reshape(world.size, world.size)
+    model = torch.nn.Linear(1, 1, bias=False)
+    batches = rows[world.rank, : world.rank + 1].reshape(-1, 1, 1)
+    with Run(model, torch.optim.SGD(model.parameters(), 1.0), comm=world) as run:
+        before = model.weight.item()
+        for number, x in enumerate(run.batches(list(batches)), 1):
+            with run.accumulate():
+                run.model(x).sum().backward()
+            if late == "in the loop" and number == world.size:
+                run.step()
+        expected = sum(rows[turn:, turn].mean().item() for turn in range(world.size))
+        if late == "in the next loop":
+            expected += 1.0
+            for x in run.batches([torch.ones(1, 1)]):
+                run.model(x).sum().backward()
+                run.step()
+        elif late == "after the loop":
+            run.step()
+        assert model.weight.item() - before == pytest.approx(-expected, rel=1e-4)
