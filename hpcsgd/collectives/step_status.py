@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from hpcsgd.errors import Disagreement, HpcsgdError
+from hpcsgd.mpi.rank_calls import EQUAL_PASSES
 from hpcsgd.mpi.world import World
 
 #: Numbers that are equal on all ranks in each step, and the remedy where they are not.
@@ -14,8 +15,7 @@ REMEDIES = {
     "number of steps": "call run.step(), or run.skip(), once for each batch on every rank",
     "number of batches": "call run.step(), or run.skip() where a batch is left out, once for each batch on "
     "every rank",
-    "number of backward passes in this step": "run equally many backward passes on every rank, or all of a "
-    "step but the last inside `with run.accumulate():`",
+    "number of backward passes in this step": EQUAL_PASSES,
     "list of trained parameters": "freeze, unfreeze and add parameters in the same step on every rank",
     "use of run.step(weight=...)": "pass a weight on every rank or on none",
 }

@@ -12,6 +12,11 @@ _ON_EVERY_RANK = (
     "make each of these calls on every rank, in the same step; agree on conditions by run.any(flag)"
 )
 
+EQUAL_PASSES = (
+    "run equally many backward passes on every rank, or all of a step but the last inside `with "
+    "run.accumulate():`"
+)
+
 
 @dataclass
 class RankCalls:
@@ -37,6 +42,10 @@ class RankCalls:
         Whether the communication threads do what steps need of other ranks.
     in_step
         Whether a step has begun and not ended.
+    passes
+        Number of backward passes of which the gradients have been averaged, the one in progress included.
+    completing
+        Whether the gradients of this step are complete, and the rank waits for the others to say so.
     """
 
     calls: int = 0
@@ -48,6 +57,8 @@ class RankCalls:
     synchronous: bool = True
     background: bool = False
     in_step: bool = False
+    passes: int = 0
+    completing: bool = False
 
     def begin_step(self) -> None:
         """Count a step, at its first gradient or at `run.step()`."""
@@ -66,6 +77,15 @@ class RankCalls:
             yield
         finally:
             self.at_end = False
+
+    @contextmanager
+    def completed(self) -> Iterator[None]:
+        """Context in which the gradients of a step are complete on this rank."""
+        self.completing = True
+        try:
+            yield
+        finally:
+            self.completing = False
 
     def copy(self) -> RankCalls:
         """Return a copy, for a message."""
@@ -114,7 +134,8 @@ def certain_mismatch(
         # The ranks may be at different steps.
         found = (_left_behind(rank, places, waits, ranks) for rank in places)
     else:
-        found = (_passed_by(rank, places, ranks) or _left_alone(rank, places, ranks) for rank in places)
+        checks = (_passed_by, _left_alone, _completed_early)
+        found = (error for rank in places for check in checks if (error := check(rank, places, ranks)))
     return next((error for error in found if error is not None), None)
 
 
@@ -145,6 +166,24 @@ def _left_alone(rank: int, places: Mapping[int, RankCalls], ranks: list[int]) ->
         rank=ranks[rank],
         got=f"{_named(ahead, ranks)} in step {places[ahead[0]].steps}",
         do="leave the loop in the same step on all ranks: if run.any(flag): break",
+    )
+
+
+def _completed_early(
+    rank: int, places: Mapping[int, RankCalls], ranks: list[int]
+) -> Disagreement | None:
+    """The error for a rank that has run all backward passes of a step, of which others run more."""
+    place = places[rank]
+    more = [
+        r for r, p in places.items() if p.in_step and p.steps == place.steps and p.passes > place.passes
+    ]
+    if not place.completing or not more:
+        return None
+    return Disagreement(
+        f"step {place.steps} has more backward passes on other ranks than on this one",
+        rank=ranks[rank],
+        got=f"{places[more[0]].passes - place.passes} more on {_named(more, ranks)}",
+        do=EQUAL_PASSES,
     )
 
 

@@ -138,6 +138,7 @@ class AllReduce(Strategy):
             self._reduce(late=True)
 
     def _reduce(self, *, late: bool) -> None:
+        self.context.world.calls.passes += 1
         self.gradients.finish(late=late)
         self._finite &= self._reducer.finish()
         self.gradients.deliver()
@@ -207,7 +208,8 @@ class AllReduce(Strategy):
         while self._reductions < (self._reductions_before if context.loop.skipped else 1):
             self._reduce(late=True)
         used = self.gradients.used() & bool(context.weight)
-        flags = self._compare_numbers(np.append(used, context.loop.skipped))
+        with context.world.calls.completed():
+            flags = self._compare_numbers(np.append(used, context.loop.skipped))
         self.gradients.settle(flags[:-1])
         return self._finite and not flags[-1] and self._counts
 

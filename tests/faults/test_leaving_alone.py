@@ -46,6 +46,21 @@ def test_a_rank_that_leaves_the_loop_alone_is_named(strategy: str, then: str, te
     assert text in job.stderr and "run.any(flag)" in job.stderr, job
 
 
+def test_unequal_numbers_of_backward_passes_are_named() -> None:
+    script = BEGIN + (
+        "model = torch.nn.Linear(2, 2)\n"
+        "run = Run(model, torch.optim.SGD(model.parameters(), 0.1))\n"
+        "for step in range(4):\n"
+        "    for _ in range(2 if step == 2 and run.world.rank == 0 else 1):\n"
+        "        model(torch.ones(1, 2)).sum().backward()\n"
+        "    run.step()\n"
+    )
+    job = launch(script, 2, timeout=SECONDS)
+    check_end(job)
+    text = "rank 1: step 3 has more backward passes on other ranks than on this one"
+    assert text in job.stderr and "run.accumulate()" in job.stderr, job
+
+
 def test_an_error_in_a_part_of_the_job_is_printed_there() -> None:
     script = BEGIN + (
         "from mpi4py import MPI\n"

@@ -25,6 +25,9 @@ def train(run: Run, batches: Any) -> None:
         run.step()
 
 
+_ONE_MORE: dict[str, Any] = {"in_step": True, "passes": 7}
+
+
 @pytest.mark.parametrize(
     ("places", "text"),
     [
@@ -39,6 +42,16 @@ def train(run: Run, batches: Any) -> None:
         ((RankCalls(1, "", 5, 1, True), RankCalls(1, "", 6, 1, True)), None),
         # Rank 1 is in the next loop, and waits for rank 0, which is slow.
         ((RankCalls(1, "", 5, 1, True), RankCalls(2, "", 6, 2)), None),
+        # Rank 0 has run all its backward passes of step 5, rank 1 runs one more; or is in the next step.
+        (
+            (RankCalls(1, "", 5, in_step=True, passes=6, completing=True), RankCalls(1, "", 5, **_ONE_MORE)),
+            "step 5 has more backward passes on other ranks",
+        ),
+        ((RankCalls(1, "", 5, in_step=True, passes=6), RankCalls(1, "", 5, **_ONE_MORE)), None),
+        (
+            (RankCalls(1, "", 5, in_step=True, passes=6, completing=True), RankCalls(1, "", 6, **_ONE_MORE)),
+            None,
+        ),
         # Ranks of an asynchronous method are at different steps.
         ((RankCalls(3, "run.close()", 5, synchronous=False), RankCalls(2, "", 6)), None),
     ],
