@@ -169,14 +169,10 @@ def _left_alone(rank: int, places: Mapping[int, RankCalls], ranks: list[int]) ->
     )
 
 
-def _completed_early(
-    rank: int, places: Mapping[int, RankCalls], ranks: list[int]
-) -> Disagreement | None:
+def _completed_early(rank: int, places: Mapping[int, RankCalls], ranks: list[int]) -> Disagreement | None:
     """The error for a rank that has run all backward passes of a step, of which others run more."""
     place = places[rank]
-    more = [
-        r for r, p in places.items() if p.in_step and p.steps == place.steps and p.passes > place.passes
-    ]
+    more = [r for r, p in places.items() if p.in_step and p.steps == place.steps and p.passes > place.passes]
     if not place.completing or not more:
         return None
     return Disagreement(

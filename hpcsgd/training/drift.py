@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from hpcsgd.training.trained_parameters import Named
 
 _CAUSES = (
     "a weight that one rank changes by itself, an Embedding with max_norm, a gradient that is changed on one "
-    "rank or by a random number, a second optimizer, a schedule that follows the loss or the steps of one "
-    "rank (ReduceLROnPlateau: pass run.mean(loss))"
+    "rank or by a random number, a second optimizer, one that uses the graph of p.grad (AdaHessian), "
+    "a schedule that follows the loss or the steps of one rank (ReduceLROnPlateau: pass run.mean(loss))"
 )
 
 
@@ -46,6 +47,7 @@ class DriftCheck:
     def __init__(self, world: World, optimizer: Any, every: int) -> None:
         self._world, self._optimizer, self.every = world, optimizer, every
         self._status = StepStatus(world)
+        self._estimates: set[tuple[int, str]] = set()
         self.equal_step = 0
 
     def is_due(self, step: int) -> bool:
@@ -55,6 +57,27 @@ class DriftCheck:
     def number(self, step: int) -> int:
         """Return the number of comparisons due until a step."""
         return step // self.every if self.every else 0
+
+    @contextmanager
+    def of_own_step(self) -> Iterator[None]:
+        """Context of an optimizer's step on this rank's gradients alone.
+
+        Numbers of the groups that it changes (the step size of Prodigy or D-Adaptation) are estimates of this
+        rank, and may differ from now on.
+        """
+        before = self._numbers()
+        yield
+        after = self._numbers()
+        if before != after:
+            self._estimates |= {key for key, value in after.items() if before.get(key) != value}
+
+    def _numbers(self) -> dict[tuple[int, str], object]:
+        return {
+            (number, key): value._version if isinstance(value, Tensor) else value
+            for number, group in enumerate(self._optimizer.param_groups)
+            for key, value in group.items()
+            if key != "params"
+        }
 
     def compare(
         self, step: int, batches: int, parameters: Sequence[Named] | None, *, settings: bool = True
@@ -83,28 +106,33 @@ class DriftCheck:
         if settings:
             values = self._settings()
             numbers |= {"settings": zlib.crc32(repr(values).encode()), "step": step, "batches": batches}
-        if self._status.are_equal(numbers, f"the comparison of the ranks at step {step}"):
-            self.equal_step = step
-            return
-        raise self._difference(step, batches, parameters if numbers["parameters"] else None, settings)
+        if not self._status.are_equal(numbers, f"the comparison of the ranks at step {step}"):
+            # A number that one rank has not changed yet is an estimate too.
+            self._estimates = set().union(*self._world.gather(self._estimates, "the numbers of optimizers"))
+            error = self._difference(step, batches, parameters if numbers["parameters"] else None, settings)
+            if error is not None:
+                raise error
+        self.equal_step = step
 
     def _settings(self) -> list[tuple[str, object]]:
         return [
             (f"{key} of parameter group {number}", _plain(value))
             for number, group in enumerate(self._optimizer.param_groups)
             for key, value in group.items()
-            if key != "params"
+            if key != "params" and (number, key) not in self._estimates
         ]
 
     def _difference(
         self, step: int, batches: int, parameters: Sequence[Named] | None, settings: bool
-    ) -> Disagreement:
+    ) -> Disagreement | None:
         values: list[tuple[str, object]] = []
         if settings:
             values += [("number of steps", step), ("number of batches", batches), *self._settings()]
         values += [(name, f"values of checksum {checksum(p):08x}") for name, p in parameters or ()]
         rows = self._world.gather(values, "the comparison of the ranks")
         ranks, index = _first_difference(rows)
+        if not ranks:
+            return None
         (name, first), (_, other) = (_entry(rows[rank], index) for rank in (0, ranks[0]))
         numbers = self._world.all.ranks
         return Disagreement(
@@ -143,13 +171,13 @@ def _combined(checksums: Iterable[int]) -> int:
 
 
 def _first_difference(rows: list[list[tuple[str, object]]]) -> tuple[list[int], int]:
-    """Return the ranks that differ from the first one in the first unequal entry, and its index."""
+    """Return the ranks that differ from the first one in the first unequal entry, and its index; or none."""
     for index in range(max(map(len, rows))):
         entries = [_entry(row, index) for row in rows]
         ranks = [rank for rank, entry in enumerate(entries) if entry != entries[0]]
         if ranks:
             return ranks, index
-    raise AssertionError("equal rows")
+    return [], 0
 
 
 def _entry(row: list[tuple[str, object]], index: int) -> tuple[str, object]:

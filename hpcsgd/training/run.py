@@ -20,6 +20,7 @@ from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime, garbage_collection_paused
 from hpcsgd.training.loops import Loops
 from hpcsgd.training.model_copy import check_initialized, copy_from_rank_0
+from hpcsgd.training.optimizer_state import copy_optimizer_state
 from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state, peer_states
 from hpcsgd.training.scalars import Scalars
@@ -33,7 +34,7 @@ from hpcsgd.training.virtual_nodes import VirtualNodes
 class Run(Scalars):
     """Trains one model on all ranks.
 
-    The model of rank 0 is copied to all ranks; the optimizer may already have state. Call `run.step()`
+    The model of rank 0 is copied to all ranks, and its optimizer's state where they differ. Call `run.step()`
     instead of `optimizer.step()` and iterate over `run.batches(loader)` instead of `loader`. With a strategy
     that averages gradients, those are the mean when `backward()` returns. With one rank this is plain
     training, bit for bit.
@@ -72,8 +73,7 @@ class Run(Scalars):
         With compression, NaN or infinity in a gradient is an "error" that names parameter, rank and step
         (default), or all ranks "skip" the step, as GradScaler needs.
     virtual_nodes
-        Total number of peers of a gossip strategy, a multiple of the number of ranks; the result is that of
-        one rank for each. Default: one a rank.
+        Total number of peers of a gossip strategy, a multiple of the number of ranks. Default: one a rank.
     local
         Patterns of names, such as "head.*", of parameters and buffers that each rank has by itself.
     sparse
@@ -162,6 +162,7 @@ class Run(Scalars):
             }
         )
         copy_from_rank_0(self.world, [*parameters, *common_buffers], bucket_mib)
+        copy_optimizer_state(self.world, self.optimizer, parameters, self.strategy, bucket_mib)
         self._context = StrategyContext(
             world=self.world,
             parameters=parameters,
@@ -232,8 +233,7 @@ class Run(Scalars):
         Parameters
         ----------
         loader
-            The batches of this rank, or a torch DataLoader that is to be sharded; with virtual nodes a list
-            of loaders, one for each peer of this rank.
+            This rank's batches, or a torch DataLoader to be sharded; with virtual nodes one for each peer.
         steps
             Number of steps; at most, with a synchronous strategy. Default: the batches of the longest loader
             of all ranks; of loaders without a length, until each has been at its end.

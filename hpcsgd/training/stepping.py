@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -72,13 +73,18 @@ class Stepping:
 
         def update() -> None:
             if self.unscale():
-                with self._world.tracer.span("update", "compute"):
+                with self._world.tracer.span("update", "compute"), self._own_step():
                     results.append(self._optimizer.step(*evaluations))
 
         loop = self._context.loop
         loop.weight, loop.has_closure = weight, closure is not None
         self._take(update, nodes)
         return results[0] if closure and results else None
+
+    def _own_step(self) -> AbstractContextManager[None]:
+        """Context of the optimizer's step, which is this rank's own where its gradients are."""
+        is_common = self._world.size == 1 or self._strategy.averages_gradients
+        return nullcontext() if is_common or not self._strategy.synchronous else self._drift.of_own_step()
 
     def skip(self, nodes: VirtualNodes) -> None:
         """Leave one step out; see `Run.skip`."""

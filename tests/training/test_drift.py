@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import AllReduce, Disagreement, Run
+from hpcsgd import DSGD, LASGD, AllReduce, Disagreement, LocalSGD, Run
 from hpcsgd.training import drift
 
 
@@ -46,3 +46,50 @@ def test_ten_comparisons_include_every_frozen_parameter(world: Any) -> None:
             model["trained"](torch.ones(1, 1)).sum().backward()
             run.step()
     assert run.steps == 14
+
+
+class Estimating(torch.optim.SGD):
+    """Keeps an estimate in its group, as Prodigy and D-Adaptation do; from the second step on."""
+
+    def step(self, closure: Any = None) -> Any:
+        group = self.param_groups[0]
+        group["k"] = group.get("k", 0) + 1
+        if group["k"] > 1:
+            group["d"] = group.get("d", 0.0) + float(group["params"][0].grad.sum())
+        return super().step(closure)
+
+
+def train(run: Run, steps: int, value: float) -> None:
+    for _ in range(steps):
+        run.zero_grad()
+        (value * run.model(torch.ones(1, 2))).sum().backward()
+        run.step()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("strategy", [AllReduce, lambda: LocalSGD(2), lambda: LASGD(2), DSGD])
+def test_estimates_of_an_optimizer_differ_where_ranks_take_steps_of_their_own(
+    world: Any, strategy: Any
+) -> None:
+    model = nn.Linear(2, 1)
+    with Run(model, Estimating(model.parameters(), 0.01), strategy(), comm=world, check_every=1) as run:
+        train(run, 5, world.rank + 1.0)
+        with run.averaged():
+            pass
+        is_equal = len({*world.gather(run.optimizer.param_groups[0]["d"])}) == 1
+        assert is_equal == (world.size == 1 or isinstance(run.strategy, AllReduce))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_numbers_that_the_loop_changes_are_compared_beside_estimates(world: Any) -> None:
+    model = nn.Linear(2, 1)
+    run = Run(model, Estimating(model.parameters(), 0.01), LocalSGD(2), comm=world)
+    train(run, 3, world.rank + 1.0)
+    run.check()
+    run.optimizer.param_groups[0]["lr"] = 0.01 * (1 + world.rank)
+    with pytest.raises(
+        Disagreement, match=r"lr of parameter group 0 differs .* the ranks were equal at step 3"
+    ):
+        run.check()
+    run.optimizer.param_groups[0]["lr"] = 0.01
+    run.close()
