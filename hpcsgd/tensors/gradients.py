@@ -100,7 +100,8 @@ class Gradients:
             p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             for p, hook in hooks
         ]
-        if model is not None:
+        # Scripted modules have no hooks; their passes are seen when they reach a parameter.
+        if trained and model is not None and not isinstance(model, torch.jit.ScriptModule):
             self._hooks.append(self._pass.watch(model))
 
     def _begin(self) -> None:

@@ -27,7 +27,7 @@ from hpcsgd.training.scalars import Scalars
 from hpcsgd.training.stepping import Stepping
 from hpcsgd.training.sync_batchnorm import SyncBatchNorms
 from hpcsgd.training.threads import ComputeThreads
-from hpcsgd.training.trained_parameters import TrainedParameters, sparse_rows
+from hpcsgd.training.trained_parameters import TrainedParameters
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
@@ -169,7 +169,7 @@ class Run(Scalars):
             compress=compress,
             optimizer=self.optimizer,
             model=model,
-            sparse_rows=sparse_rows(model) if sparse == "rows" else (),
+            sparse_rows=self._trained.with_sparse_gradients() if sparse == "rows" else (),
             **common,
         )
         self._context.loop.structure = self._trained.structure

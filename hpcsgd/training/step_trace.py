@@ -49,7 +49,9 @@ def _traced_passes(model: nn.Module, trace: NullTracer) -> Iterator[None]:
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: trace.record("backward", "compute", started, time.perf_counter()))
 
-    hooks = (model.register_forward_pre_hook(before), model.register_forward_hook(after))
+    hooks = []
+    if not isinstance(model, torch.jit.ScriptModule):  # which has no hooks
+        hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
     try:
         yield
     finally:

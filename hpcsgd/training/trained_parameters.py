@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -113,6 +114,16 @@ class TrainedParameters:
         pairs = zip(self.named, self._trained, strict=True)
         return [(name, p) for (name, p), trained in pairs if not trained and is_plain(p)]
 
+    def with_sparse_gradients(self) -> set[str]:
+        """Return the names of parameters with sparse gradients: of such embeddings, or in a SparseAdam."""
+        optimizers = getattr(self._optimizer, "optimizers", [self._optimizer])
+        sparse = [each for each in optimizers if isinstance(each, torch.optim.SparseAdam)]
+        found = {p for each in sparse for group in each.param_groups for p in group["params"]}
+        for module in self._model.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+                found.add(module.weight)
+        return {name for name, p in self.named if p in found}
+
     def replaced(self) -> list[Named]:
         """Return the model's parameters that are other objects than those that are trained."""
         return [
@@ -140,12 +151,3 @@ def untrained_error(names: list[str], rank: int) -> HpcsgdError:
         do="unfreeze parameters and add them to the optimizer before hpcsgd.Run is created, or close the run "
         "then and create another one; strategy AllReduce takes them in",
     )
-
-
-def sparse_rows(model: nn.Module) -> set[str]:
-    """Return the names of the parameters of embeddings whose gradients are sparse."""
-    return {
-        f"{prefix}.weight".lstrip(".").replace("_orig_mod.", "")
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-    }
