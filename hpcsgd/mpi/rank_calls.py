@@ -45,7 +45,7 @@ class RankCalls:
     passes
         Number of backward passes of which the gradients have been averaged, the one in progress included.
     completing
-        Whether the gradients of this step are complete, and the rank waits for the others to say so.
+        Whether the gradients of this step are complete, and the rank waits for those of the others.
     """
 
     calls: int = 0
