@@ -78,8 +78,8 @@ class AllReduce(Strategy):
 
     def disconnect(self) -> None:
         super().disconnect()
-        self.context.on_new_weights = None
         if hasattr(self, "gradients"):
+            self.context.on_new_weights = None
             self.gradients.disconnect()
 
     def restart(self) -> bool:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpcsgd.errors import BadOption
 
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 
@@ -72,6 +75,11 @@ class _OutputHook:
     def __call__(self, module: nn.Module, inputs: object, output: object) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
+        if DistributedDataParallel._active_ddp_module is not None:
+            raise BadOption(
+                "the model is called inside DistributedDataParallel, which averages its gradients by itself",
+                do="call the module itself in the loop, without DistributedDataParallel around it",
+            )
         for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from hpcsgd.collectives import broadcast
@@ -20,21 +21,58 @@ Named = Sequence[tuple[str, Tensor]]
 Piece = tuple[Tensor, int]
 
 
-def check_initialized(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Check that no parameter or buffer waits for a first batch, as those of lazy modules do.
+def check_trainable(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], ranks: int) -> None:
+    """Check that the tensors of a model can be compared and copied, and that nothing else averages gradients.
+
+    Parameters
+    ----------
+    model
+        The model.
+    tensors
+        Its (name, tensor) pairs that all ranks have in common.
+    ranks
+        Number of ranks; one alone needs none of this but shapes.
 
     Raises
     ------
     BadOption
-        A tensor has no shape yet.
+        A tensor waits for a first batch, as those of lazy modules do; is on the meta device; is a DTensor; or
+        the model is wrapped in DistributedDataParallel.
     """
     for name, tensor in tensors:
-        if is_lazy(tensor):
-            raise BadOption(
-                f"{name} of a lazy module has no shape yet",
-                do="run one batch through the model before Run, and before the optimizer is created",
-                everywhere=True,
-            )
+        problem = _problem(tensor, ranks)
+        if problem:
+            raise BadOption(f"{name} {problem[0]}", do=problem[1].format(name=name), everywhere=True)
+    if ranks > 1 and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise BadOption(
+            "the model is wrapped in DistributedDataParallel, which averages gradients by itself",
+            do="pass the module inside, model.module, to Run, and use it in the loop; with Accelerate do not "
+            "prepare the model",
+            everywhere=True,
+        )
+
+
+def _problem(tensor: Tensor, ranks: int) -> tuple[str, str] | None:
+    """Return why a tensor cannot be compared and copied, and what to do; None: it can be."""
+    if is_lazy(tensor):
+        return (
+            "of a lazy module has no shape yet",
+            "run one batch through the model before Run, and before the optimizer is created",
+        )
+    if ranks == 1:
+        return None
+    if tensor.is_meta:
+        return (
+            "is on the meta device, and has no values",
+            "call model.to_empty(device='cpu') and give it values before Run, or leave it to each rank: "
+            "Run(..., local=[{name!r}])",
+        )
+    if hasattr(tensor, "device_mesh"):
+        return (
+            "is a DTensor, which torch.distributed shards (FSDP, tensor parallelism)",
+            "pass the model without fully_shard() or parallelize_module(): each rank has a whole model",
+        )
+    return None
 
 
 def copy_from_rank_0(world: World, tensors: Named, bucket_mib: float = DEFAULT_BUCKET_MIB) -> None:

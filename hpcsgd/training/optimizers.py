@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
@@ -108,7 +109,7 @@ class StepWatch:
                 "not within a hook of backward",
             )
 
-        hooked = [each for each in optimizers if hasattr(each, "register_step_pre_hook")]
+        hooked = [each for each in map(_inside, optimizers) if hasattr(each, "register_step_pre_hook")]
         references = [weakref.ref(each) for each in hooked]
         self._hooks = [each.register_step_pre_hook(check) for each in hooked]
 
@@ -116,6 +117,15 @@ class StepWatch:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _inside(optimizer: Any) -> Any:
+    """Return the optimizer inside of a wrapper that has its methods and no hooks, as Accelerate's."""
+    while isinstance(optimizer, torch.optim.Optimizer) and not hasattr(
+        optimizer, "_optimizer_step_pre_hooks"
+    ):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
 
 
 def unscale(optimizer: Any, found_inf: Tensor | None, scale: Tensor | None) -> bool:

@@ -19,7 +19,7 @@ from hpcsgd.training.buffers import Buffers, named_buffers
 from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime, garbage_collection_paused
 from hpcsgd.training.loops import Loops
-from hpcsgd.training.model_copy import check_initialized, copy_from_rank_0
+from hpcsgd.training.model_copy import check_trainable, copy_from_rank_0
 from hpcsgd.training.optimizer_state import copy_optimizer_state
 from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state, peer_states
@@ -142,7 +142,7 @@ class Run(Scalars):
             "wait": wait,
         }
         common_buffers = named_buffers(model, local)
-        check_initialized([*parameters, *common_buffers])
+        check_trainable(model, [*parameters, *common_buffers], self.world.size)
         self.world.check_consistent(
             {
                 **package_versions(),

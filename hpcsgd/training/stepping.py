@@ -78,6 +78,8 @@ class Stepping:
 
         loop = self._context.loop
         loop.weight, loop.has_closure = weight, closure is not None
+        if not loop.steps and not loop.has_closure:
+            self._warn_without_gradients()
         self._take(update, nodes)
         return results[0] if closure and results else None
 
@@ -213,6 +215,17 @@ class Stepping:
                 "shard by run.worker of run.workers; run.batches(loader, shard=False) where it is intended",
                 RuntimeWarning,
                 stacklevel=5,
+            )
+
+    def _warn_without_gradients(self) -> None:
+        trained = [p for _, p in self._trained.named if p.requires_grad]
+        if self._world.size > 1 and trained and all(p.grad is None for p in trained):
+            warnings.warn(
+                f"rank {self._world.global_rank}: no parameter of the run has a gradient in its first step. "
+                "Call loss.backward() before run.step(), and train the parameters of run.model: others, in a "
+                "dictionary of your own, are not averaged",
+                RuntimeWarning,
+                stacklevel=4,
             )
 
     def close(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from hpcsgd import BadOption, Disagreement, Run
+from hpcsgd import BadOption, Disagreement, LocalSGD, Run
 from hpcsgd.training.model_copy import RootCopy, copy_from_rank_0
 
 _MIB = 1 / 1024
@@ -78,3 +80,69 @@ def test_lazy_modules_need_a_batch_first(alone: Any) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
     with pytest.raises(BadOption, match=r"1\.weight of a lazy module(.|\n)*run one batch"):
         Run(model, torch.optim.SGD(model[0].parameters(), 0.1), comm=alone)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of torch.distributed that this rank has for itself."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def step(run: Run, model: nn.Module) -> None:
+    model(torch.ones(1, 2)).sum().backward()
+    run.step()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("strategy", [None, LocalSGD(2)])
+def test_a_model_in_distributed_data_parallel_is_refused(
+    world: Any, process_group: None, strategy: Any
+) -> None:
+    model = DistributedDataParallel(nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    if world.size == 1:
+        with Run(model, optimizer, strategy, comm=world) as run:
+            step(run, model)
+        return
+    with pytest.raises(BadOption, match=r"(?s)wrapped in DistributedDataParallel.*pass the module inside"):
+        Run(model, optimizer, strategy, comm=world)
+    with Run(model.module, optimizer, strategy, comm=world) as run:
+        step(run, model.module)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("before", [True, False])
+def test_gradients_that_two_average_are_an_error(world: Any, process_group: None, before: bool) -> None:
+    model = nn.Linear(2, 1)
+    wrapped = DistributedDataParallel(model) if before else None
+    run = Run(model, torch.optim.SGD(model.parameters(), 0.1), comm=world)
+    wrapped = wrapped or DistributedDataParallel(model)
+    with pytest.raises(BadOption, match="called inside DistributedDataParallel"):
+        step(run, wrapped)
+    step(run, model)
+    run.close()
+
+
+@pytest.mark.mpi
+def test_tensors_without_values_are_refused_unless_local(world: Any) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(2, 1), "head": nn.Linear(2, 1, device="meta")})
+    optimizer = torch.optim.SGD(model.body.parameters(), 0.1)
+    if world.size > 1:
+        with pytest.raises(
+            BadOption, match=r"(?s)head\.weight is on the meta device.*local=\['head\.weight'\]"
+        ):
+            Run(model, optimizer, comm=world)
+    with Run(model, optimizer, comm=world, local=["head.*"] if world.size > 1 else []) as run:
+        step(run, model["body"])
+
+
+@pytest.mark.mpi(min_size=2)
+def test_sharded_tensors_are_refused(world: Any, process_group: None) -> None:
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    model = nn.Linear(2, 1)
+    model.weight = nn.Parameter(distribute_tensor(model.weight.data, init_device_mesh("cpu", (1,))))
+    with pytest.raises(BadOption, match=r"(?s)weight is a DTensor.*without fully_shard"):
+        Run(model, torch.optim.SGD(model.parameters(), 0.1), comm=world)

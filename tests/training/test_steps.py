@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -176,6 +177,20 @@ def test_an_optimizer_that_lacks_a_method_is_an_error(alone: Any) -> None:
 
     with pytest.raises(BadOption, match="lacks zero_grad, state_dict, load_state_dict"):
         Run(net(), Half(), comm=alone)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("strategy", [AllReduce, lambda: LocalSGD(2)], ids=["allreduce", "local"])
+def test_a_first_step_without_any_gradient_is_a_warning(world: Any, strategy: Callable[[], Any]) -> None:
+    model = net()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Run(model, sgd(model), strategy(), comm=world) as run:
+            run.step()
+            run.step()
+    texts = [str(each.message) for each in caught if each.category is RuntimeWarning]
+    assert len(texts) == (world.size > 1)
+    assert all("no parameter of the run has a gradient in its first step" in each for each in texts)
 
 
 @pytest.mark.mpi

@@ -1,0 +1,50 @@
+"""Optimizers that are wrapped in others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hpcsgd import HpcsgdError, Run
+
+
+class Wrapped(torch.optim.Optimizer):
+    """A wrapper that is no optimizer of its own, as that of Accelerate."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> Any:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_optimizer_inside_of_a_wrapper_is_watched(world: Any) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = Wrapped(torch.optim.SGD(model.parameters(), 0.1))
+    with Run(model, optimizer, comm=world) as run:
+        model(torch.ones(1, 2)).sum().backward()
+        with pytest.raises(HpcsgdError, match=r"optimizer\.step\(\) was called instead of run\.step"):
+            optimizer.step()
+        run.step()
+    optimizer.step()
