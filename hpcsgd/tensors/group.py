@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -268,7 +267,7 @@ def _real_dtype(tensor: Tensor) -> torch.dtype:
 
 def _aligned(tensor: Tensor) -> int:
     """Return the bytes that a tensor occupies in the buffer."""
-    return math.ceil(tensor.numel() * tensor.element_size() / ALIGNMENT) * ALIGNMENT
+    return -(tensor.numel() * tensor.element_size() // -ALIGNMENT) * ALIGNMENT
 
 
 def _view(flat: Tensor, position: int, like: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ def with_own_storage(view: Tensor) -> Tensor:
 
 def without_repetition(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that an expanded one repeats: its dimensions of stride 0 have size 1."""
+    if 0 not in tensor.stride():
+        return tensor
     for dimension, (size, stride) in enumerate(zip(tensor.size(), tensor.stride(), strict=True)):
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dimension, 0, 1)

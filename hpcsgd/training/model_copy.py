@@ -17,8 +17,6 @@ from hpcsgd.tensors.group import ALIGNMENT, DEFAULT_BUCKET_MIB, Bucket, TensorGr
 from hpcsgd.tensors.memory import without_repetition
 
 Named = Sequence[tuple[str, Tensor]]
-#: A tensor or part of one, and its first byte in the buffer.
-Piece = tuple[Tensor, int]
 
 
 def check_trainable(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], ranks: int) -> None:
@@ -111,24 +109,27 @@ class RootCopy:
         world = self._world
         if world.size == 1:
             return
-        others = {
-            f"value of {name}, which is not copied,": _digest(t) for name, t in tensors if not is_plain(t)
-        }
+        plain: dict[torch.dtype, list[Tensor]] = {}
+        others = {}
+        for name, tensor in tensors:
+            if is_plain(tensor):
+                plain.setdefault(tensor.dtype, []).append(without_repetition(tensor.detach()))
+            else:
+                others[f"value of {name}, which is not copied,"] = _digest(tensor)
         world.check_consistent(others)
-        plain = [without_repetition(tensor.detach()) for _, tensor in tensors if is_plain(tensor)]
-        loads = list(self._loads(piece for tensor in plain for piece in _pieces(tensor, self._limit)))
+        # A load is of one dtype, so that one call copies all of its pieces.
+        loads = [load for each in plain.values() for load in _loads(each, self._limit)]
         if not loads:
             return
-        bucket = self._buffer_of(_aligned(max(_end(load[-1]) for load in loads)))
-        views = {dtype: bucket.flat.view(dtype) for dtype in {tensor.dtype for tensor in plain}}
+        bucket = self._buffer_of(_aligned(max(_nbytes(load) for load in loads)))
         for load in loads:
+            flat = bucket.flat[: _nbytes(load)].view(load[0].dtype)
+            parts = torch._utils._unflatten_dense_tensors(flat, load)  # type: ignore[no-untyped-call]
             if world.rank == 0:
-                for piece, start in load:
-                    _part(views[piece.dtype], start, piece).copy_(piece)
+                torch._foreach_copy_(parts, load)
             broadcast(bucket)
             if world.rank > 0:
-                for piece, start in load:
-                    piece.copy_(_part(views[piece.dtype], start, piece))
+                torch._foreach_copy_(load, parts)
 
     def _buffer_of(self, nbytes: int) -> Bucket:
         if self._buffer is None or self._buffer.nbytes < nbytes:
@@ -137,30 +138,29 @@ class RootCopy:
             self._buffer = TensorGroup(self._world, [("model of rank 0", template)]).buckets[0]
         return self._buffer
 
-    def _loads(self, pieces: Iterator[Tensor]) -> Iterator[list[Piece]]:
-        """Divide pieces into lists that fit into the buffer."""
-        load: list[Piece] = []
-        for piece in pieces:
-            start = _aligned(_end(load[-1])) if load else 0
-            if start + piece.numel() * piece.element_size() > self._limit:
+
+def _loads(tensors: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Divide tensors of one dtype into lists of pieces of at most `limit` bytes."""
+    load: list[Tensor] = []
+    nbytes = 0
+    for tensor in tensors:
+        for piece in _pieces(tensor, limit):
+            size = piece.numel() * piece.element_size()
+            if nbytes + size > limit:
                 yield load
-                load, start = [], 0
-            load.append((piece, start))
-        if load:
-            yield load
+                load, nbytes = [], 0
+            load.append(piece)
+            nbytes += size
+    if load:
+        yield load
+
+
+def _nbytes(load: Sequence[Tensor]) -> int:
+    return sum(piece.numel() for piece in load) * load[0].element_size()
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _end(piece: Piece) -> int:
-    return piece[1] + piece[0].numel() * piece[0].element_size()
-
-
-def _part(flat: Tensor, start: int, like: Tensor) -> Tensor:
-    """Return the part of a buffer of the tensor's dtype that begins at byte `start`."""
-    return flat.narrow(0, start // like.element_size(), like.numel()).view(like.size())
 
 
 def _pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
