@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 if TYPE_CHECKING:
     from hpcsgd.compress import Compressor
     from hpcsgd.tensors.gradients import Named
+
+#: The contexts of this process that follow loops over batches of each other.
+_followers: weakref.WeakSet[StrategyContext] = weakref.WeakSet()
 
 
 @dataclass
@@ -107,6 +111,8 @@ class StrategyContext:
         The same of the current batch.
     on_new_weights
         Called on all ranks before `has_current` changes within a step; None: not needed.
+    follows
+        Number of peers, and the ranks: this context has the weights of loops of other runs with the same.
     loop
         The state of the user's loop.
     """
@@ -133,10 +139,12 @@ class StrategyContext:
     has_batch: list[bool] = field(init=False)
     has_current: list[bool] = field(init=False)
     on_new_weights: Callable[[], None] | None = field(default=None, init=False)
+    follows: tuple[int, ...] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.peers = Peers(self.world, self.virtual_nodes)
         self._open_loops: list[OpenLoop] = []
+        self._followed = [True] * self.peers.size
         self.begin_step()
 
     def on(self, world: World) -> StrategyContext:
@@ -208,6 +216,11 @@ class StrategyContext:
         self.has_batch = self.has_current = self._of_open_loop()
         self._is_decided = self._has_taken = False
 
+    def follow(self) -> None:
+        """Share the weights of batches with other synchronous runs of this process on the same ranks."""
+        self.follows = self.peers.size, *self.world.all.ranks
+        _followers.add(self)
+
     def begin_loop(self) -> OpenLoop:
         """Begin a loop over batches, of which the next step is."""
         self._open_loops.append(OpenLoop([True] * self.peers.size))
@@ -221,6 +234,7 @@ class StrategyContext:
         self._has_taken = True
         if not self._is_decided:
             self.has_batch, self._is_decided = has_batch, True
+        self._tell_followers(has_batch)
 
     def end_loop(self, loop: OpenLoop, *, completed: bool = False) -> None:
         """Go on with the loop around a loop, or with none; collective if the loop is completed."""
@@ -232,9 +246,18 @@ class StrategyContext:
             self._change_current(outside)
         self.has_batch = self.has_current = outside
         self._is_decided = bool(self._open_loops)
+        self._tell_followers(outside)
+
+    def _tell_followers(self, has_batch: list[bool]) -> None:
+        """Give the weights of this loop to runs that have none of their own, as the second one of a GAN."""
+        if self.follows is None:
+            return
+        for other in list(_followers):
+            if other.follows == self.follows and other is not self and not other._open_loops:
+                other._followed = other.has_batch = other.has_current = has_batch
 
     def _of_open_loop(self) -> list[bool]:
-        return self._open_loops[-1].has_batch if self._open_loops else [True] * self.peers.size
+        return self._open_loops[-1].has_batch if self._open_loops else self._followed
 
     def _change_current(self, has_batch: list[bool]) -> None:
         if self.on_new_weights and self._has_taken and has_batch != self.has_current:

@@ -42,6 +42,8 @@ class Loops:
         self._epochs = Epochs(active=context.peers.size > 1)
         self._asynchronous = AsynchronousBatches(context, strategy, virtual_nodes, self._epochs)
         self._warned: IdentityMap[bool] = IdentityMap()
+        if strategy.synchronous and context.peers.size > 1:
+            context.follow()
 
     def batches(
         self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None, shard: bool | None

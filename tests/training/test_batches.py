@@ -184,3 +184,22 @@ def test_accumulated_batches_count_once_each(world: Any, late: str) -> None:
         elif late == "after the loop":
             run.step()
         assert model.weight.item() - before == pytest.approx(-expected, rel=1e-4)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_second_run_has_the_weights_of_the_loop_of_the_first(world: Any) -> None:
+    models = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    runs = [Run(m, torch.optim.SGD(m.parameters(), 1.0), comm=world) for m in models]
+    before = [m.weight.item() for m in models]
+    own = [torch.full((1, 1), world.rank + 1.0)] * (1 if world.rank else 2)
+    for x in runs[0].batches(own):
+        for run in runs:
+            run.zero_grad()
+            run.model(x).sum().backward()
+            assert run.weight == runs[0].weight
+            run.step()
+    expected = 1.0 + (1.0 + world.size) / 2
+    for run, start in zip(runs, before, strict=True):
+        assert run.weight == 1
+        assert start - run.model.weight.item() == pytest.approx(expected, rel=1e-5)
+        run.close()
