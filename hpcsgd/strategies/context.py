@@ -234,7 +234,7 @@ class StrategyContext:
         self._has_taken = True
         if not self._is_decided:
             self.has_batch, self._is_decided = has_batch, True
-        self._tell_followers(has_batch)
+        self._share_with_followers(has_batch)
 
     def end_loop(self, loop: OpenLoop, *, completed: bool = False) -> None:
         """Go on with the loop around a loop, or with none; collective if the loop is completed."""
@@ -246,9 +246,9 @@ class StrategyContext:
             self._change_current(outside)
         self.has_batch = self.has_current = outside
         self._is_decided = bool(self._open_loops)
-        self._tell_followers(outside)
+        self._share_with_followers(outside)
 
-    def _tell_followers(self, has_batch: list[bool]) -> None:
+    def _share_with_followers(self, has_batch: list[bool]) -> None:
         """Give the weights of this loop to runs that have none of their own, as the second one of a GAN."""
         if self.follows is None:
             return
