@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.mpi.progress import POLL_INTERVAL
+from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
 from hpcsgd.server import tcp_link
 from hpcsgd.server.protocol import (
     MAX_JSON_BYTES,
@@ -91,7 +91,7 @@ class Connection:
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._secret, self._nonce = "", ""
-        self._admitted = self._closing = self._closed = False
+        self._admitted = self._closing = self._closed = self._abandoned = False
         self._pending: dict[tuple[bool, int], Request] = {}
         self._notifications: dict[MessageType, tuple[Header, np.ndarray | None]] = {}
         self._disconnected_at, self._reason = time.monotonic(), "no reply"
@@ -125,6 +125,10 @@ class Connection:
             if not self._admitted:
                 self._disconnect("the client has closed the connection")
 
+    def abandon(self) -> None:
+        """Stop without a message after the run was dropped; takes no lock: the garbage collector calls it."""
+        self._abandoned = True
+
     @property
     def closed(self) -> bool:
         return self._closed
@@ -132,6 +136,10 @@ class Connection:
     def pump(self) -> float:
         """Send and receive without blocking; returns the seconds until the next call (see `Progress`)."""
         with self._lock:
+            if self._abandoned:
+                if self._link is not None:
+                    self._link.close()
+                return POLLER_ENDED
             if self._closed:
                 return _IDLE_INTERVAL
             if self._link is None:

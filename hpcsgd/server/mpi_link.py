@@ -11,7 +11,6 @@ from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.server.protocol import FINAL_TYPES, HEADER_BYTES, Handler, Header, Link
 
-_HEADER_TAG, _BODY_TAG = 0, 1
 _MAX_RECEIVES = 2  # messages of one link that are received at the same time
 
 
@@ -21,9 +20,11 @@ class MPILink(Link):
     Parameters
     ----------
     communicator
-        Used by links alone; any two of its ranks have at most one.
+        Used by links alone.
     peer
         Rank of the other side.
+    number
+        Number of the link among those of the two ranks, one a run, from 0; equal on both.
     handler, name, traffic
         See `Link`.
     """
@@ -34,12 +35,16 @@ class MPILink(Link):
         self,
         communicator: Communicator,
         peer: int,
+        number: int,
         handler: Handler,
         name: str,
         traffic: Traffic | None = None,
     ) -> None:
         super().__init__(handler, name, traffic)
         self._communicator, self._peer = communicator, peer
+        self._header_tag, self._body_tag = (
+            (2 * number + kind) % (communicator.tag_limit - 1) for kind in (0, 1)
+        )
         self._outgoing: deque[tuple[Any, object]] = deque()
         self._header_buffer = np.empty(HEADER_BYTES, np.uint8)
         self._header_request: Any = None
@@ -48,9 +53,9 @@ class MPILink(Link):
 
     def _queue(self, header: Header, body: np.ndarray | None) -> None:
         packed = np.frombuffer(header.pack(), np.uint8)
-        self._outgoing.append((self._communicator.isend(packed, self._peer, _HEADER_TAG), packed))
+        self._outgoing.append((self._communicator.isend(packed, self._peer, self._header_tag), packed))
         if body is not None:
-            self._outgoing.append((self._communicator.isend(body, self._peer, _BODY_TAG), body))
+            self._outgoing.append((self._communicator.isend(body, self._peer, self._body_tag), body))
 
     def pump(self) -> bool:
         moved = False
@@ -62,7 +67,7 @@ class MPILink(Link):
         while self._header_posted() and self._header_request.Test():
             self._header_request = None
             header, body = self._receive_header(self._header_buffer.data)
-            request = self._communicator.irecv(body, self._peer, _BODY_TAG) if body.size else None
+            request = self._communicator.irecv(body, self._peer, self._body_tag) if body.size else None
             self._incoming.append((header, body, request))
             moved = True
         while self._incoming and (self._incoming[0][2] is None or self._incoming[0][2].Test()):
@@ -76,7 +81,7 @@ class MPILink(Link):
         final = bool(self._incoming) and self._incoming[-1][0].type in FINAL_TYPES
         due = not self._closed and not final and len(self._incoming) < _MAX_RECEIVES
         if self._header_request is None and due:
-            self._header_request = self._communicator.irecv(self._header_buffer, self._peer, _HEADER_TAG)
+            self._header_request = self._communicator.irecv(self._header_buffer, self._peer, self._header_tag)
         return self._header_request is not None
 
     @property

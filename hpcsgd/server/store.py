@@ -344,6 +344,11 @@ class Store:
             progress.remove_poller(connection.pump)
         self._connections = []
 
+    def abandon(self) -> None:
+        """Stop after the run was dropped or left: local, without a message to the servers."""
+        for connection in self._connections:
+            connection.abandon()
+
     def _wait_until_closed(self) -> None:
         self._world.waiter.until(
             lambda: all(c.closed for c in self._connections), "the closing of server sessions"

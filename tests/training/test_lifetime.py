@@ -16,7 +16,19 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import ADPSGD, DSGD, LASGD, AllReduce, BadOption, HpcsgdError, LocalSGD, Run, World
+from hpcsgd import (
+    ADPSGD,
+    DSGD,
+    LASGD,
+    AllReduce,
+    BackupWorkers,
+    BadOption,
+    HpcsgdError,
+    LocalSGD,
+    ParameterServer,
+    Run,
+    World,
+)
 from hpcsgd.errors import RankLeft
 from hpcsgd.mpi import departure
 
@@ -231,6 +243,31 @@ def test_asynchronous_runs_leave_nothing_in_a_world_of_the_user(world: Any, stra
                 lambda freed=freed: gc.collect() >= 0 and freed() is None, "the end of the strategy"
             )
             assert len(set(own.gather(trial))) == 1
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [ParameterServer, lambda: ParameterServer("async"), lambda: ParameterServer("elastic"), BackupWorkers],
+    ids=["ps-sync", "ps-async", "ps-elastic", "backup"],
+)
+def test_runs_that_are_dropped_after_their_loop_leave_nothing_in_a_world_of_the_user(
+    world: Any, strategy: Any
+) -> None:
+    with World(timeout=30) as own:
+        for _ in range(3):
+            model = nn.Linear(3, 2)
+            run = Run(model, torch.optim.SGD(model.parameters(), 0.1), strategy(), comm=own)
+            for x in run.batches([torch.ones(2, 3)], steps=2):
+                run.zero_grad()
+                model(x).sum().backward()
+                run.step()
+            freed = weakref.ref(run.strategy)
+            del run
+            gc.collect()
+            own.progress.until(lambda: not own.progress._pollers, "the end of the pollers")
+            own.progress.until(
+                lambda freed=freed: gc.collect() >= 0 and freed() is None, "the end of the strategy"
+            )
 
 
 def test_a_rank_that_leaves_an_asynchronous_run_alone_in_a_world_of_the_user(world: Any) -> None:

@@ -74,10 +74,10 @@ def _over_mpi(world: World, mib: float, repeats: int, listen: Path) -> dict[str,
     alone, net = world.split(world.rank), world.control.dup("parameter server")
     seconds: dict[str, np.ndarray] = {}
     if world.rank == 0:
-        seconds = _time_requests(alone, MPIConnector(net, 1, world.traffic), mib, repeats)
+        seconds = _time_requests(alone, MPIConnector(net, 1, 0, world.traffic), mib, repeats)
     else:
         server = Server(_POLICY)
-        server.add_link(MPILink(net, 0, server, "rank 0", world.traffic))
+        server.add_link(MPILink(net, 0, 0, server, "rank 0", world.traffic))
         while server.links:
             world.waiter.until(lambda: server.pump(server.links) > 0, "requests of rank 0")
     alone.close()

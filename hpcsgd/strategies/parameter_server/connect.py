@@ -24,16 +24,17 @@ class MPIConnector:
 
     Parameters
     ----------
-    communicator, rank, traffic
+    communicator, rank, number, traffic
         See `MPILink`.
     """
 
-    def __init__(self, communicator: Communicator, rank: int, traffic: Traffic) -> None:
-        self._communicator, self._rank, self._traffic = communicator, rank, traffic
+    def __init__(self, communicator: Communicator, rank: int, number: int, traffic: Traffic) -> None:
+        self._communicator, self._rank, self._number, self._traffic = communicator, rank, number, traffic
         self.server_name = f"the server on rank {rank}"
 
     def open(self, handler: Handler) -> tuple[Link, str]:
-        return MPILink(self._communicator, self._rank, handler, self.server_name, self._traffic), ""
+        link = MPILink(self._communicator, self._rank, self._number, handler, self.server_name, self._traffic)
+        return link, ""
 
 
 class TCPConnector:

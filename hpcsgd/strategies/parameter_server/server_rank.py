@@ -29,8 +29,8 @@ class ServerRole(Strategy):
         Context of the whole run.
     policy, index, count
         See `Server`.
-    communicator
-        Communicator of the links, see `MPILink`.
+    communicator, number
+        See `MPILink`.
     gateways
         Ranks of the groups' gateways, which connect to this server.
     groups
@@ -46,11 +46,12 @@ class ServerRole(Strategy):
         index: int,
         count: int,
         communicator: Communicator,
+        number: int,
         gateways: Sequence[int],
         groups: int,
     ) -> None:
         self._run, self._groups = run, groups
-        self._communicator, self._gateways = communicator, gateways
+        self._communicator, self._number, self._gateways = communicator, number, gateways
         self.server = Server(policy, index, count)
         self._utilization, self._reported_staleness = Utilization(), Counter[int]()
         self._leases_checked_at = 0.0
@@ -60,9 +61,10 @@ class ServerRole(Strategy):
         from hpcsgd.kernels.sums import server_update
 
         server_update.warm_up()
+        communicator, traffic = self._communicator, context.world.traffic
         for rank in self._gateways:
-            name = f"rank {self._communicator.ranks[rank]}"
-            self.server.add_link(MPILink(self._communicator, rank, self.server, name, context.world.traffic))
+            name = f"rank {communicator.ranks[rank]}"
+            self.server.add_link(MPILink(communicator, rank, self._number, self.server, name, traffic))
         self._serve(lambda: self.server.pauses >= len(self._gateways))
 
     def peer_schedule(self, end: int) -> Iterator[int]:

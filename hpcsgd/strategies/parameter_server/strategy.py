@@ -161,12 +161,15 @@ class ParameterServer(Strategy):
         group = groups if is_server else world.rank * groups // workers
         self._group_world = world.split(group)
         communicator = world.control.dup("parameter server")
+        number = communicator.next_id()
         are_gateways = world.gather(not is_server and self._group_world.node == 0)
         if is_server:
             gateways = [rank for rank, is_gateway in enumerate(are_gateways) if is_gateway]
             index = world.rank - workers
-            return ServerRole(self.context, policy, index, self.servers, communicator, gateways, groups)
-        connectors = [MPIConnector(communicator, rank, world.traffic) for rank in range(workers, world.size)]
+            count = self.servers
+            return ServerRole(self.context, policy, index, count, communicator, number, gateways, groups)
+        servers = range(workers, world.size)
+        connectors = [MPIConnector(communicator, rank, number, world.traffic) for rank in servers]
         name = f"group {group:0{len(str(groups - 1))}d}"
         return self._make_worker(list(connectors), name, groups)
 

@@ -212,6 +212,11 @@ class Worker(AllReduce):
         super().check_memory()
         self.parameters.adopt()
 
+    def disconnect(self) -> None:
+        super().disconnect()
+        if hasattr(self, "_store"):
+            self._store.abandon()
+
     def detach(self) -> None:
         self._store.close()
         del self._store, self._quota
