@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -34,9 +35,10 @@ def folder_of(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Each module that a file imports, and whether the import runs when the file is imported."""
-    yield from _imports(ast.parse(path.read_text()), True)
+@cache
+def imports(module: str) -> list[tuple[str, bool]]:
+    """Each module that a module imports, and whether the import runs when the module is imported."""
+    return list(_imports(ast.parse(MODULES[module].read_text()), True))
 
 
 def _imports(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
@@ -56,9 +58,6 @@ def _imports(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
             yield from _imports(child, at_import and not inside)
 
 
-IMPORTS = {module: list(imports(path)) for module, path in MODULES.items()}
-
-
 def test_floors_are_what_ls_shows() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
     entries = folders | {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
@@ -72,14 +71,14 @@ def test_folder_imports_only_from_those_before_it(floor: str) -> None:
     wrong = [
         f"{module} imports {used}"
         for module in MODULES
-        for used, _ in IMPORTS[module]
+        for used, _ in imports(module)
         if folder_of(module) == floor and used.split(".")[0] == "hpcsgd" and folder_of(used) in above
     ]
     assert not wrong
 
 
 def test_no_circle_inside_a_folder() -> None:
-    graph = {m: {used for used, _ in uses if used in MODULES and used != m} for m, uses in IMPORTS.items()}
+    graph = {m: {used for used, _ in imports(m) if used in MODULES and used != m} for m in MODULES}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -88,7 +87,7 @@ def test_no_circle_inside_a_folder() -> None:
 
 def test_mpi4py_is_imported_where_it_may_be_and_only_when_used() -> None:
     for module, path in MODULES.items():
-        found = [at_import for used, at_import in IMPORTS[module] if used.split(".")[0] == "mpi4py"]
+        found = [at_import for used, at_import in imports(module) if used.split(".")[0] == "mpi4py"]
         relative = path.relative_to(PACKAGE).as_posix()
         assert not found or relative.startswith(tuple(f"{folder}/" for folder in MAY_USE_MPI)), module
         assert not any(found), f"{module}: the import of mpi4py.MPI initialises MPI"
@@ -96,6 +95,6 @@ def test_mpi4py_is_imported_where_it_may_be_and_only_when_used() -> None:
 
 def test_numba_is_imported_by_kernels_and_kernels_only_when_used() -> None:
     for module in MODULES:
-        for used, at_import in IMPORTS[module] if folder_of(module) != "kernels" else ():
+        for used, at_import in imports(module) if folder_of(module) != "kernels" else ():
             assert used.split(".")[0] not in ("numba", "llvmlite"), module
             assert not (at_import and used.startswith("hpcsgd.kernels")), f"{module}: that imports numba"

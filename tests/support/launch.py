@@ -20,17 +20,28 @@ _LAUNCHERS = ("PMI", "PMIX", "HYDRA", "OMPI", "MPI", "PRTE", "MPIR")
 _MARK = "HPCSGD_TEST_JOB"
 _EXIT_TIMEOUT = 3.0  # seconds for the ranks of a job to exit after mpiexec
 
-#: The start of every script: replaces the compiler, which takes as long to import as the rest of torch and
-#: which optimizers import to disable it for themselves.
+#: The start of every script: imports torch without the compiler, which takes as long as the rest of it and
+#: which optimizers import to disable it for themselves. Nor does garbage collection traverse the modules,
+#: again and again at the start, and at the end.
 UNCOMPILED = """
-import sys, types
+import gc, sys, types
 sys.modules["torch._dynamo"] = types.SimpleNamespace(
     disable=lambda function, *_, **__: function, graph_break=lambda *_, **__: None
 )
+gc.disable()
+import torch
+gc.freeze()
+gc.enable()
 """
-#: The start of a script that calls `hpcsgd`; importing TensorBoard would take longer than short runs.
+#: The start of a script that calls `hpcsgd`, without what takes longer to import than short runs last:
+#: TensorBoard, and scikit-learn, of which runs use the file of digits.
 CLI = """
-import sys
+import importlib.util, numpy, sys, types
+def load_digits(return_X_y):
+    folder = importlib.util.find_spec("sklearn").submodule_search_locations[0]
+    table = numpy.loadtxt(folder + "/datasets/data/digits.csv.gz", delimiter=",")
+    return table[:, :-1], table[:, -1].astype(int)
+sys.modules["sklearn.datasets"] = types.SimpleNamespace(load_digits=load_digits)
 sys.modules["torch.utils.tensorboard"] = None
 from hpcsgd.commands.cli import main
 """
