@@ -81,10 +81,11 @@ def test_peers_have_the_bits_of_ranks_wherever_they_live(
             return everything(run)
 
     real = final(world, None)
-    same(real, final(alone, world.size))
     double = final(world, 2 * world.size)
-    same(double, final(alone, 2 * world.size))
     same(double, final(world_of(2, False), 2 * world.size))
+    if world.rank == 0:  # All have the states of all; one simulates them, and has the cores.
+        same(real, final(alone, world.size))
+        same(double, final(alone, 2 * world.size))
 
 
 @pytest.mark.mpi

@@ -38,6 +38,8 @@ def test_loop(world: Any, row: Row, name: str) -> None:
     found = with_hpcsgd(row.script, strategy, world)
     if outcome not in (OWN, *([RUNS] if world.size == 1 else [])):
         check_same_everywhere(world, found)
+        if world.rank:
+            return  # The others leave the cores to rank 0, whose model is theirs too.
     if world.size == 1:
         check_equal(found, without_hpcsgd(row.script, 1), rtol=0, atol=0)
     elif outcome in _TOLERANCES:
