@@ -336,23 +336,18 @@ class Store:
 
     def close(self) -> None:
         """Close the sessions; collective. Servers that cannot be reached are not waited for."""
-        progress = self._world.progress
+        progress, waiter, what = self._world.progress, self._world.waiter, "the closing of server sessions"
         for connection in self._connections:
             connection.start_close()
-        progress.run("the closing of server sessions", self._wait_until_closed)
+        progress.run(what, lambda: waiter.until(lambda: all(c.closed for c in self._connections), what))
         for connection in self._connections:
             progress.remove_poller(connection.pump)
         self._connections = []
 
     def abandon(self) -> None:
-        """Stop after the run was dropped or left: local, without a message to the servers."""
+        """Stop without a message to the servers, after the run was dropped or left; local."""
         for connection in self._connections:
             connection.abandon()
-
-    def _wait_until_closed(self) -> None:
-        self._world.waiter.until(
-            lambda: all(c.closed for c in self._connections), "the closing of server sessions"
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """State of this rank; the servers' state is not included."""
