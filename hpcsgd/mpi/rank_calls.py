@@ -14,7 +14,7 @@ _ON_EVERY_RANK = (
 
 EQUAL_PASSES = (
     "run equally many backward passes on every rank, or all of a step but the last inside `with "
-    "run.accumulate():`"
+    "run.accumulate():`; run.skip() takes part in as many as the step before had"
 )
 
 

@@ -16,8 +16,9 @@ from hpcsgd.collectives.step_status import REMEDIES, StepStatus
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import StrategyContext
-from hpcsgd.tensors.gradients import Gradients, check_all_used
+from hpcsgd.tensors.gradients import Gradients
 from hpcsgd.tensors.group import Bucket
+from hpcsgd.tensors.unused import check_all_used
 
 
 class AllReduce(Strategy):
@@ -46,8 +47,12 @@ class AllReduce(Strategy):
         #: The gradients of this rank in the first step, to which a weight may be given afterwards.
         self._first_gradients: list[Tensor | None] | None = None
         self._is_first_step = True
+        #: Gradients of this step that were set aside, with their factors; and whether a rank may have such.
+        self._aside: list[tuple[list[Tensor | None], float]] = []
+        self._first_aside = self._aside
+        self._has_aside, self._first_is_own = False, True
         self._collect_gradients()
-        context.on_new_weights = self._average_so_far
+        context.on_new_weights = self._set_aside
 
     def _collect_gradients(self) -> None:
         context = self.context
@@ -111,11 +116,16 @@ class AllReduce(Strategy):
             bucket.flat.zero_()
         elif share != 1:
             bucket.flat.mul_(share)
+        if self._has_aside:
+            bucket.flat.mul_(1.0 / self.context.contributors)
+            for taken, factor in self._aside:
+                self.gradients.add(bucket, taken, factor)
         self._reducer.start(bucket, self._scale(), self._reduction_number())
 
     def _scale(self) -> float:
         """Factor of the sum of all ranks."""
-        return 1.0 / self.context.contributors if self._share is None else 1.0
+        is_scaled = self._share is not None or self._has_aside
+        return 1.0 if is_scaled else 1.0 / self.context.contributors
 
     def _reduction_number(self) -> int | None:
         """Number of this step's reductions, the key of their random numbers; None: the run's step."""
@@ -127,15 +137,18 @@ class AllReduce(Strategy):
         if self._weighted or self.context.wait == "step":
             return
         if self._is_first_step and not self._reductions:
-            self._first_gradients = self.gradients.copies()
+            self._first_gradients, self._first_aside = self.gradients.copies(), self._aside
+            self._first_is_own = bool(self.context.batch_weight)
         self._reduce(late=False)
 
-    def _average_so_far(self) -> None:
-        """Average what a step has accumulated, before a batch of which other ranks have one of their own."""
-        if self._weighted or not self._collects:
+    def _set_aside(self) -> None:
+        """Set the gradients of a step aside, before others whose batches count with other weights."""
+        if not self._collects:
             return
-        if any(self.context.world.gather(self.gradients.pending, "the batches of a step")):
-            self._reduce(late=True)
+        self._has_aside = True
+        if self.gradients.pending:
+            factor = self.context.batch_weight / self.context.contributors
+            self._aside.append((self.gradients.take(), factor))
 
     def _reduce(self, *, late: bool) -> None:
         self.context.world.calls.passes += 1
@@ -145,12 +158,19 @@ class AllReduce(Strategy):
         if self.gradients.sparse:
             self._reduce_rows()
         self._reductions += 1
+        self._aside, self._has_aside = [], False
 
     def _reduce_rows(self) -> None:
         """Average the sparse gradients."""
         parameters = [p for _, p in self.gradients.sparse]
         share = self.context.batch_weight if self._share is None else self._share
         local = [None if p.grad is None or not share else p.grad * share for p in parameters]
+        if self._has_aside:
+            share = 1.0 / self.context.contributors
+            local = [None if each is None else each * share for each in local]
+            for taken, factor in self._aside:
+                rows = taken[-len(parameters) :]
+                local = [_sum(mine, each, factor) for mine, each in zip(local, rows, strict=True)]
         for p, total in zip(parameters, sum_rows(self.context.world, local, self._scale()), strict=True):
             p.grad = total
 
@@ -166,7 +186,7 @@ class AllReduce(Strategy):
                 do="call run.step(weight=...), or run.skip(), in each step",
             )
         none_yet = not self._reductions and (weight is not None or self.gradients.are_replaced())
-        if self.gradients.pending or none_yet:
+        if self.gradients.pending or none_yet or self._has_aside:
             self._reduce(late=True)
 
     def _set_share(self, weight: float) -> None:
@@ -175,12 +195,32 @@ class AllReduce(Strategy):
         self._weighted, self.gradients.overlap = True, False
         # First, so that a rank without a weight is found before the others wait for its weight.
         self._compare_numbers()
+        is_own = bool(context.batch_weight)
         if self._reductions:
             self._restore_gradients()
-        weights = context.world.gather(weight * context.weight, "the weights of a step")
+            is_own = self._first_is_own
+        weight *= self._take_own_back(is_own)
+        weights = context.world.gather(weight, "the weights of a step")
         total = math.fsum(weights)
         self._counts = total > 0
         self._share = weights[context.world.rank] / total if total else 0.0
+
+    def _take_own_back(self, is_own: bool) -> bool:
+        """Take back what was set aside of this rank's own batches; return whether this step has any.
+
+        Parameters
+        ----------
+        is_own
+            Whether the gradients that are in place are of such a batch.
+        """
+        aside = self._aside or self._first_aside
+        if aside and not is_own:
+            self.gradients.take()
+        own = [taken for taken, factor in aside if factor]
+        for taken in own:
+            self.gradients.put_back(taken)
+        self._aside, self._first_aside, self._has_aside = [], [], False
+        return bool(own) or is_own
 
     def _restore_gradients(self) -> None:
         """Undo the average without weights, which only the first step allows."""
@@ -203,21 +243,33 @@ class AllReduce(Strategy):
             return self._finite and not context.loop.skipped
         if context.loop.skipped and not self._reductions:
             self.gradients.zero()
+            self._aside = []
         self.synchronize(0.0 if context.loop.skipped and self._weighted else context.loop.weight)
         # A rank that leaves a step out takes part in as many reductions as the others are likely to need.
         while self._reductions < (self._reductions_before if context.loop.skipped else 1):
             self._reduce(late=True)
-        used = self.gradients.used() & bool(context.weight)
+        used, by_hand = (
+            each & bool(context.weight) for each in (self.gradients.used(), self.gradients.set_by_hand())
+        )
         with context.world.calls.completed():
-            flags = self._compare_numbers(np.append(used, context.loop.skipped))
-        self.gradients.settle(flags[:-1])
+            flags = self._compare_numbers(np.concatenate([used, by_hand, [context.loop.skipped]]))
+        used, by_hand = flags[:-1].reshape(2, -1)
+        if by_hand.any() and not flags[-1]:
+            self._reduce_some(by_hand)
+        self.gradients.settle(used | by_hand)
         return self._finite and not flags[-1] and self._counts
+
+    def _reduce_some(self, by_hand: np.ndarray) -> None:
+        """Average gradients that the loop has set since the end of backward."""
+        for bucket in self.gradients.collect_some(by_hand):
+            self.bucket_ready(bucket)
+        self._finite &= self._reducer.finish()
 
     def _compare_numbers(self, flags: np.ndarray | None = None) -> np.ndarray:
         """Check that all ranks are in the same step, and combine the flags of this step's end."""
         context = self.context
         if flags is None:
-            flags = np.zeros(len(self.gradients.used()) + 1, np.bool_)
+            flags = np.zeros(2 * len(self.gradients.used()) + 1, np.bool_)
         loop = context.loop
         values = (context.step, loop.batches, self._reductions, loop.structure, self._weighted)
         numbers = dict(zip(REMEDIES, values, strict=True))
@@ -232,6 +284,7 @@ class AllReduce(Strategy):
     def _end_step(self) -> None:
         self._finite = True
         self._reductions_before, self._reductions = max(1, self._reductions), 0
+        self._aside, self._first_aside, self._has_aside = [], [], False
         self._share, self._first_gradients, self._is_first_step, self._counts = None, None, False, True
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,3 +292,10 @@ class AllReduce(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._reducer.load_state_dict(state["reduction"])
+
+
+def _sum(mine: Tensor | None, other: Tensor | None, factor: float) -> Tensor | None:
+    """Return a gradient plus a multiple of another one, of which either may not exist."""
+    if other is None:
+        return mine
+    return other * factor if mine is None else mine + other * factor

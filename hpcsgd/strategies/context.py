@@ -228,7 +228,7 @@ class StrategyContext:
         return self._open_loops[-1]
 
     def set_batches(self, loop: OpenLoop, has_batch: list[bool]) -> None:
-        """Record which peers have the next batch of a loop; collective where it changes within a step."""
+        """Record which peers have the next batch of a loop."""
         loop.has_batch = has_batch
         self._change_current(has_batch)
         self._has_taken = True
@@ -236,15 +236,14 @@ class StrategyContext:
             self.has_batch, self._is_decided = has_batch, True
         self._share_with_followers(has_batch)
 
-    def end_loop(self, loop: OpenLoop, *, completed: bool = False) -> None:
-        """Go on with the loop around a loop, or with none; collective if the loop is completed."""
+    def end_loop(self, loop: OpenLoop) -> None:
+        """Go on with the loop around a loop, or with none."""
         if loop not in self._open_loops:
             return
         self._open_loops.remove(loop)
         outside = self._of_open_loop()
-        if completed:
-            self._change_current(outside)
-        self.has_batch = self.has_current = outside
+        self._change_current(outside)
+        self.has_batch = outside
         self._is_decided = bool(self._open_loops)
         self._share_with_followers(outside)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.backward_pass import BackwardPass
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, Bucket, TensorGroup
+from hpcsgd.tensors.unused import check_all_used
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -78,6 +79,7 @@ class Gradients:
         self.accumulating, self.overlap, self.pending = False, True, False
         self._on_ready, self._on_end, self._unused = on_ready, on_end, unused
         self._names, self._parameters = [name for name, _ in dense], [p for _, p in dense]
+        self._all = [*self._parameters, *(p for _, p in self.sparse)]
         self._views = [self.group.views[name] for name in self._names]
         self._addresses = [view.data_ptr() for view in self._views]
         self._aliases = [view.data for view in self._views]
@@ -90,7 +92,7 @@ class Gradients:
         self._with_graph: dict[int, Tensor] = {}
         #: Parameters with several gradients in one pass.
         self._repeated: set[int] = set()
-        self._used = np.zeros(len(dense), np.bool_)
+        self._used, self._has_fired = (np.zeros(len(dense), np.bool_) for _ in range(2))
         self._first, self._next, self._running, self._overlapped = True, 0, False, False
         self._fired = [0] * len(self._parameters)
         self._pass = BackwardPass(self._end, self._check_ended)
@@ -116,6 +118,7 @@ class Gradients:
         def on_gradient(parameter: Tensor) -> None:
             nested = self._enter()
             self._fired[index] += 1
+            self._has_fired[index] = True
             repeated = nested or self._fired[index] > 1
             if repeated:
                 self._check_not_reported(index)
@@ -224,7 +227,8 @@ class Gradients:
             a `late` call; or it was removed within backward.
         """
         if self._unused == "error":
-            check_all_used(self.group.world, zip(self._names, self._parameters, strict=True))
+            rows = zip(self._names, self._parameters, self._used, strict=True)
+            check_all_used(self.group.world, ((name, p) for name, p, used in rows if not used))
         self._running = self.pending = self._first = False
         present = [parameter.grad is not None for parameter in self._parameters]
         self._used |= np.array(present, np.bool_)
@@ -259,8 +263,30 @@ class Gradients:
 
     def copies(self) -> list[Tensor | None]:
         """Return copies of all gradients, dense and sparse ones."""
-        parameters = [*self._parameters, *(p for _, p in self.sparse)]
-        return [None if p.grad is None else p.grad.detach().clone() for p in parameters]
+        return [None if p.grad is None else p.grad.detach().clone() for p in self._all]
+
+    def take(self) -> list[Tensor | None]:
+        """Return the gradients, as `copies`, and begin with none; the parameters count as used."""
+        taken = self.copies()
+        self._used |= [gradient is not None for gradient in taken[: len(self._parameters)]]
+        self.zero()
+        self.pending = False
+        return taken
+
+    def add(self, bucket: Bucket, taken: list[Tensor | None], factor: float) -> None:
+        """Add a multiple of gradients that were taken to a bucket that is ready."""
+        for index in self._members[bucket.index]:
+            gradient = taken[index]
+            if gradient is not None:
+                self._views[index].add_(gradient, alpha=factor)  # not the alias, whose version counts changes
+
+    def put_back(self, taken: list[Tensor | None]) -> None:
+        """Add gradients that were taken to those since."""
+        for parameter, gradient in zip(self._all, taken, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._fired = [0] * len(self._parameters)
+        self.pending = True
 
     def restore(self, copies: list[Tensor | None]) -> None:
         """Replace all gradients by those of `copies`.
@@ -272,8 +298,7 @@ class Gradients:
         """
         for index, parameter in enumerate(self._parameters):
             self._check_unchanged(index, parameter.grad, late=True)
-        parameters = [*self._parameters, *(p for _, p in self.sparse)]
-        for parameter, gradient in zip(parameters, copies, strict=True):
+        for parameter, gradient in zip(self._all, copies, strict=True):
             parameter.grad = gradient
 
     def are_replaced(self) -> bool:
@@ -285,17 +310,33 @@ class Gradients:
         """Return whether each parameter has had a gradient since the last `settle`."""
         return self._used.copy()
 
-    def settle(self, used: np.ndarray) -> None:
-        """Remove the gradients of parameters that no rank has used: optimizers then leave these as they are.
+    def set_by_hand(self) -> np.ndarray:
+        """Return for each parameter whether its gradient is from no backward pass since the last `settle`."""
+        found = np.zeros(len(self._parameters), np.bool_)
+        for index in np.flatnonzero(~self._has_fired).tolist():
+            gradient = self._parameters[index].grad
+            if gradient is None or index in self._with_graph:
+                continue
+            is_same = gradient is self._aliases[index] and gradient._version == self._versions[index]
+            found[index] = not is_same and bool(gradient.any())  # clipping changes zeros too
+        return found
 
-        Parameters
-        ----------
-        used
-            The result of `used`, combined over all ranks.
-        """
+    def collect_some(self, chosen: np.ndarray) -> list[Bucket]:
+        """Move the gradients of chosen parameters into the group, and return their buckets."""
+        for index in np.flatnonzero(chosen).tolist():
+            self._bind(index, self._parameters[index])
+            if self._parameters[index].grad is None:
+                self._alias(index).zero_()
+                self._deliver(index, self._parameters[index])
+        return [
+            self.group.buckets[number] for number in sorted({*np.array(self._bucket_of)[chosen].tolist()})
+        ]
+
+    def settle(self, used: np.ndarray) -> None:
+        """Remove the gradients of parameters that no rank has `used`: optimizers leave these as they are."""
         for index in np.flatnonzero(~used):
             self._parameters[index].grad = None
-        self._used[:] = False
+        self._used[:] = self._has_fired[:] = False
 
     def zero(self) -> None:
         """Discard all gradients of this rank: they count as zeros."""
@@ -350,18 +391,6 @@ class Gradients:
                 do="call run.synchronize() (with weights: run.synchronize(weight=...)) after backward(), and "
                 "change the gradients then",
             )
-
-
-def check_all_used(world: World, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise `HpcsgdError` where a trained parameter has no gradient."""
-    missing = [name for name, p in parameters if p.requires_grad and p.grad is None]
-    if missing:
-        raise HpcsgdError(
-            f"parameters without a gradient: {', '.join(missing)}",
-            rank=world.global_rank,
-            got="unused='error'",
-            do="use them in the loss, freeze them, or let them contribute zeros (unused='zeros')",
-        )
 
 
 def _template(parameter: nn.Parameter) -> Tensor:

@@ -97,7 +97,6 @@ def synchronous_batches(
             use.begin()
             yield batch if batch is not _END else _without_changes(last[index], context)  # type: ignore[misc]
             use.check()
-        context.end_loop(loop, completed=True)
     finally:
         use.end()
         context.end_loop(loop)

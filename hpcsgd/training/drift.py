@@ -67,13 +67,16 @@ class DriftCheck:
         """
         before = self._numbers()
         yield
-        after = self._numbers()
-        if before != after:
-            self._estimates |= {key for key, value in after.items() if before.get(key) != value}
+        for key, (value, state) in self._numbers().items():
+            former, state_before = before.get(key, (None, None))
+            is_replaced = isinstance(value, Tensor) and value is not former
+            if is_replaced or state != state_before:
+                self._estimates.add(key)
 
-    def _numbers(self) -> dict[tuple[int, str], object]:
+    def _numbers(self) -> dict[tuple[int, str], tuple[object, object]]:
+        """Return each value in the groups, with what shows a change of it in place."""
         return {
-            (number, key): value._version if isinstance(value, Tensor) else value
+            (number, key): (value, value._version if isinstance(value, Tensor) else _plain(value))
             for number, group in enumerate(self._optimizer.param_groups)
             for key, value in group.items()
             if key != "params"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zlib
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import Strategy
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
@@ -73,6 +75,7 @@ def copy_optimizer_state(
         _copy(world, with_state, parameters, outlines, tensors, receives=receives, bucket_mib=bucket_mib)
 
 
+@torch.no_grad()
 def _copy(
     world: World,
     optimizers: Sequence[Any],
@@ -84,8 +87,16 @@ def _copy(
     bucket_mib: float,
 ) -> None:
     groups = [[_numbers(group) for group in each.param_groups] for each in optimizers]
-    sent = (outlines, groups) if world.rank == 0 else None
-    outlines, groups = world.gather(sent, "the optimizer state of rank 0")[0]
+    sent = _pickled((outlines, groups)) if world.rank == 0 else None
+    received = world.gather(sent, "the optimizer state of rank 0")[0]
+    if received is None:
+        raise BadOption(
+            "the optimizer state of rank 0 cannot be copied to the others, as a part of it cannot be pickled",
+            expected="the same state on every rank, or one that can be pickled",
+            do="load the state of the optimizer on every rank before Run",
+            everywhere=True,
+        )
+    outlines, groups = pickle.loads(received)
     named, states = dict(parameters), []
     if world.rank > 0:
         tensors = []
@@ -96,12 +107,23 @@ def _copy(
     if world.rank == 0 or not receives:
         return
     for each, state, of_rank_0 in zip(optimizers, states, groups, strict=True):
-        for key, own in _keys(each.state, parameters):
+        for key, own in list(_keys(each.state, parameters)):
             if key not in state:
                 del each.state[own]
         each.state.update({named.get(key, key): value for key, value in state.items()})
-        for group, numbers in zip(each.param_groups, of_rank_0, strict=True):
-            group.update(numbers)
+        for group, numbers in zip(each.param_groups, of_rank_0, strict=False):  # some may be local
+            for key, value in numbers.items():
+                if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
+
+
+def _pickled(value: object) -> bytes | None:
+    try:
+        return pickle.dumps(value)
+    except Exception:  # whatever the objects of a user raise
+        return None
 
 
 def _keys(state: MutableMapping[Any, Any], parameters: Sequence[Named]) -> Iterator[tuple[str, Any]]:
@@ -163,6 +185,15 @@ def _text(outline: Any) -> str:
 
 
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of a parameter group that are numbers, texts, or tuples of them."""
+    """Return the entries of a parameter group that are numbers, also in tensors, texts, or lists of them."""
     kinds = (int, float, str, tuple, list, type(None))
-    return {key: each for key, each in group.items() if key != "params" and isinstance(each, kinds)}
+    numbers = {key: each for key, each in group.items() if key != "params" and isinstance(each, kinds)}
+    small = {key: each for key, each in group.items() if isinstance(each, Tensor) and each.numel() < 100}
+    return numbers | {key: each.detach().cpu() for key, each in small.items()}
+
+
+def group_sizes(optimizer: Any, parameters: Sequence[Named]) -> list[int]:
+    """Return the numbers of the given parameters in the optimizer's groups, without groups of none."""
+    common = {p for _, p in parameters}
+    sizes = (sum(p in common for p in group["params"]) for group in optimizer.param_groups)
+    return [size for size in sizes if size]

@@ -20,7 +20,7 @@ from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime, garbage_collection_paused
 from hpcsgd.training.loops import Loops
 from hpcsgd.training.model_copy import check_trainable, copy_from_rank_0
-from hpcsgd.training.optimizer_state import copy_optimizer_state
+from hpcsgd.training.optimizer_state import copy_optimizer_state, group_sizes
 from hpcsgd.training.optimizers import as_optimizer
 from hpcsgd.training.run_state import load_peer_state, peer_state, peer_states
 from hpcsgd.training.scalars import Scalars
@@ -77,8 +77,7 @@ class Run(Scalars):
     local
         Patterns of names, such as "head.*", of parameters and buffers that each rank has by itself.
     sparse
-        Treatment of the sparse gradients of `Embedding(sparse=True)` by strategies that average gradients:
-        the "rows" of all ranks are gathered (default), or gradients become "dense".
+        Sparse gradients, where gradients are averaged, are gathered as "rows" (default) or become "dense".
     wait
         When gradients are the mean: after each "backward" pass (default), or from `synchronize` or "step" on.
     check_every
@@ -149,6 +148,7 @@ class Run(Scalars):
                 "strategy": type(self.strategy).__name__,
                 **{f"strategy option {k}": v for k, v in self.strategy.options().items()},
                 "optimizer": type(optimizer).__name__,
+                "list of sizes of parameter groups": group_sizes(self.optimizer, parameters),
                 **common,
                 "buffers": buffers,
                 "buffer_period": buffer_period,

@@ -203,3 +203,43 @@ def test_a_second_run_has_the_weights_of_the_loop_of_the_first(world: Any) -> No
         assert run.weight == 1
         assert start - run.model.weight.item() == pytest.approx(expected, rel=1e-5)
         run.close()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("left", ["completed", "left by break"])
+def test_gradients_of_a_loop_inside_have_its_weights(world: Any, left: str) -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    with Run(model, torch.optim.SGD(model.parameters(), 1.0), comm=world) as run:
+        before = model.weight.item()
+        outer = [torch.full((1, 1), 10.0 + world.rank)] * (1 if world.rank else 2)
+        inner = [torch.full((1, 1), 1.0 + world.rank)] * (3 if left == "left by break" else 2)
+        for x in run.batches(outer):
+            run.zero_grad()
+            for number, y in enumerate(run.batches(inner), 1):
+                with run.accumulate():
+                    model(y).sum().backward()
+                if number == 2:
+                    break
+            model(x).sum().backward()
+            run.step()
+        mean = (world.size - 1) / 2
+        expected = 2 * 2 * (1 + mean) + 10 + mean + 10
+        assert before - model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_weights_of_accumulated_batches_leave_repeated_ones_out(world: Any) -> None:
+    """From the first step on: rank r has r + 1 batches, of a sample each, and weighs as many samples."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    with Run(model, torch.optim.SGD(model.parameters(), 1.0), comm=world) as run:
+        for _ in range(3):
+            before, samples = model.weight.item(), 0
+            run.zero_grad()
+            for x in run.batches([torch.full((1, 1), 1.0 + world.rank)] * (world.rank + 1)):
+                samples += run.weight * len(x)
+                with run.accumulate():
+                    (model(x).sum() / (world.rank + 1)).backward()
+            run.step(weight=samples)
+            counts = range(1, world.size + 1)
+            expected = sum(n * n for n in counts) / sum(counts)
+            assert before - model.weight.item() == pytest.approx(expected, rel=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -55,7 +56,11 @@ class Estimating(torch.optim.SGD):
         group = self.param_groups[0]
         group["k"] = group.get("k", 0) + 1
         if group["k"] > 1:
-            group["d"] = group.get("d", 0.0) + float(group["params"][0].grad.sum())
+            seen = group["params"][0].grad.sum().clone()
+            group["d"] = group.get("d", 0.0) + float(seen)
+            group["new"] = seen  # another tensor in each step
+            group.setdefault("history", []).append(float(seen))
+            group["array"] = np.full(3, float(seen))
         return super().step(closure)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import LASGD, AllReduce, LocalSGD, Run
+from hpcsgd import LASGD, AllReduce, BadOption, Disagreement, LocalSGD, Run
 
 pytestmark = pytest.mark.mpi
 
@@ -152,3 +152,44 @@ def test_an_optimizer_without_a_state_by_parameter_is_left_alone(world: Any) -> 
     model = network()
     with Run(model, Plain(model.parameters()), comm=world) as run:
         run.step()
+
+
+def test_a_tensor_learning_rate_is_copied_in_place(world: Any) -> None:
+    model, optimizer = trained(torch.optim.Adam)
+    rate = torch.tensor(0.01 if world.rank == 0 else 0.03)
+    optimizer.param_groups[0]["lr"] = rate
+    if world.rank > 0:
+        optimizer.state.clear()
+    with Run(model, optimizer, comm=world):
+        assert optimizer.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(0.01)
+
+
+def test_a_state_that_cannot_be_pickled_is_an_error_on_all_ranks(world: Any) -> None:
+    model, optimizer = trained(torch.optim.SGD, momentum=0.9)
+    if world.rank == 0:
+        optimizer.state[model[0].weight]["rule"] = lambda: 0
+    if world.size == 1:
+        Run(model, optimizer, comm=world).close()
+        return
+    with pytest.raises(BadOption, match=r"(?s)cannot be pickled.*on every rank before Run"):
+        Run(model, optimizer, comm=world)
+
+
+def test_texts_that_rank_0_does_not_have_are_removed(world: Any) -> None:
+    model, optimizer = trained(torch.optim.SGD, momentum=0.9)
+    if world.rank > 0:
+        optimizer.state["calls"], optimizer.state["more"] = 3, 4  # type: ignore[index]
+    with Run(model, optimizer, comm=world):
+        assert world.size == 1 or "calls" not in optimizer.state
+
+
+def test_groups_of_other_sizes_are_an_error(world: Any) -> None:
+    model = network()
+    parts = [list(model[0].parameters()), list(model[2].parameters())]
+    groups = [{"params": each} for each in parts] if world.rank == 0 else [{"params": [*parts[0], *parts[1]]}]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    if world.size == 1:
+        Run(model, optimizer, comm=world).close()
+        return
+    with pytest.raises(Disagreement, match="list of sizes of parameter groups"):
+        Run(model, optimizer, comm=world)

@@ -367,3 +367,28 @@ def test_the_state_of_a_wrapper_that_passes_names_on_to_a_compiled_module(alone:
     with Run(model, torch.optim.SGD(model.parameters(), 0.1), comm=alone) as run:
         names = {name.replace("_orig_mod.", "") for name in run.state_dict()["model"]}
         assert names == {"scale", "inner.weight", "inner.bias"}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_that_the_loop_sets_after_backward_are_averaged(world: Any, keep: bool) -> None:
+    """Of parameters that backward does not reach, such as master weights; unused ones stay without any."""
+    models = [nn.Linear(2, 1, bias=False) for _ in range(3)]
+    trained, master, unused = models
+    optimizer = torch.optim.SGD([p for m in models for p in m.parameters()], 1.0, weight_decay=0.5)
+    with Run(nn.ModuleList(models), optimizer, comm=world) as run:
+        last = unused.weight.detach().clone()
+        for _ in range(3):
+            before = master.weight.detach().clone()
+            run.optimizer.zero_grad(set_to_none=not keep)
+            trained(torch.full((1, 2), world.rank + 1.0)).sum().backward()
+            own = torch.full((1, 2), 2.0 * world.rank)
+            if keep and master.weight.grad is not None:
+                master.weight.grad.add_(own)
+            else:
+                master.weight.grad = own
+            nn.utils.clip_grad_norm_(unused.weight, 1.0)
+            run.step()
+            torch.testing.assert_close(before * 0.5 - (world.size - 1.0), master.weight.detach())
+        if not keep:
+            assert torch.equal(unused.weight, last)
