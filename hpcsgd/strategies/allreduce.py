@@ -261,9 +261,10 @@ class AllReduce(Strategy):
 
     def _reduce_some(self, by_hand: np.ndarray) -> None:
         """Average gradients that the loop has set since the end of backward."""
-        for bucket in self.gradients.collect_some(by_hand):
+        for bucket in self.gradients.collect(by_hand):
             self.bucket_ready(bucket)
         self._finite &= self._reducer.finish()
+        self.gradients.deliver(by_hand)
 
     def _compare_numbers(self, flags: np.ndarray | None = None) -> np.ndarray:
         """Check that all ranks are in the same step, and combine the flags of this step's end."""

@@ -55,9 +55,11 @@ class BackwardPass:
         self._outer = -1
         self._on_end()
 
-    def watch(self, module: nn.Module) -> Any:
-        """See each pass through the outputs of a module; return the handle of the hook."""
-        return module.register_forward_hook(_OutputHook(self))
+    def watch(self, module: nn.Module) -> list[Any]:
+        """See each pass through the outputs of a module, if it is not a scripted one; return the handles."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return []  # it has no hooks: a pass is seen when it reaches a parameter
+        return [module.register_forward_hook(_OutputHook(self))]
 
 
 class _OutputHook:

@@ -92,6 +92,8 @@ class Gradients:
         self._with_graph: dict[int, Tensor] = {}
         #: Parameters with several gradients in one pass.
         self._repeated: set[int] = set()
+        #: Gradients that were taken, in which those are dropped that the loop throws away (`zero_grad`).
+        self._taken: list[list[Tensor | None]] = []
         self._used, self._has_fired = (np.zeros(len(dense), np.bool_) for _ in range(2))
         self._first, self._next, self._running, self._overlapped = True, 0, False, False
         self._fired = [0] * len(self._parameters)
@@ -102,9 +104,8 @@ class Gradients:
             p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             for p, hook in hooks
         ]
-        # Scripted modules have no hooks; their passes are seen when they reach a parameter.
-        if trained and model is not None and not isinstance(model, torch.jit.ScriptModule):
-            self._hooks.append(self._pass.watch(model))
+        if trained and model is not None:
+            self._hooks += self._pass.watch(model)
 
     def _begin(self) -> None:
         """Begin a pass."""
@@ -123,6 +124,8 @@ class Gradients:
             if repeated:
                 self._check_not_reported(index)
                 self._repeated.add(index)
+            if self._taken:
+                self._drop_thrown_away(index, parameter)
             self._bind(index, parameter)
             if self._overlapped and not self.accumulating and index not in self._repeated:
                 self._mark_complete(index)
@@ -230,6 +233,7 @@ class Gradients:
             rows = zip(self._names, self._parameters, self._used, strict=True)
             check_all_used(self.group.world, ((name, p) for name, p, used in rows if not used))
         self._running = self.pending = self._first = False
+        self._settle_taken()
         present = [parameter.grad is not None for parameter in self._parameters]
         self._used |= np.array(present, np.bool_)
         for index, fired in enumerate(self._fired):
@@ -245,10 +249,10 @@ class Gradients:
         for bucket in self.group.buckets[reported:]:
             self._on_ready(bucket)
 
-    def deliver(self) -> None:
-        """Make the group's values the gradients of all parameters, also of those that had none."""
+    def deliver(self, chosen: np.ndarray | None = None) -> None:
+        """Make the group's values the gradients of all or chosen parameters, also of those that had none."""
         for index, (parameter, alias) in enumerate(zip(self._parameters, self._aliases, strict=True)):
-            if parameter.grad is not alias:
+            if parameter.grad is not alias and (chosen is None or chosen[index]):
                 self._deliver(index, parameter)
         self._with_graph.clear()
 
@@ -266,22 +270,35 @@ class Gradients:
         return [None if p.grad is None else p.grad.detach().clone() for p in self._all]
 
     def take(self) -> list[Tensor | None]:
-        """Return the gradients, as `copies`, and begin with none; the parameters count as used."""
+        """Return the gradients, as `copies`, and begin with zeros; the parameters count as used."""
         taken = self.copies()
-        self._used |= [gradient is not None for gradient in taken[: len(self._parameters)]]
         self.zero()
-        self.pending = False
+        for index, gradient in enumerate(taken[: len(self._parameters)]):
+            if gradient is not None:
+                self._used[index] = True
+                self._deliver(index, self._parameters[index])
+        self._taken, self.pending = [*self._taken, taken], False
         return taken
+
+    def _settle_taken(self) -> None:
+        for index, parameter in enumerate(self._parameters if self._taken else ()):
+            self._drop_thrown_away(index, parameter)
+        self._taken = []
+
+    def _drop_thrown_away(self, index: int, parameter: Tensor) -> None:
+        if parameter.grad is not self._aliases[index]:
+            for taken in self._taken:
+                taken[index] = None
 
     def add(self, bucket: Bucket, taken: list[Tensor | None], factor: float) -> None:
         """Add a multiple of gradients that were taken to a bucket that is ready."""
         for index in self._members[bucket.index]:
-            gradient = taken[index]
-            if gradient is not None:
+            if (gradient := taken[index]) is not None:
                 self._views[index].add_(gradient, alpha=factor)  # not the alias, whose version counts changes
 
     def put_back(self, taken: list[Tensor | None]) -> None:
         """Add gradients that were taken to those since."""
+        self._settle_taken()
         for parameter, gradient in zip(self._all, taken, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -289,13 +306,7 @@ class Gradients:
         self.pending = True
 
     def restore(self, copies: list[Tensor | None]) -> None:
-        """Replace all gradients by those of `copies`.
-
-        Raises
-        ------
-        HpcsgdError
-            A gradient was changed since `deliver`.
-        """
+        """Replace all gradients by those of `copies`; an error if one was changed since `deliver`."""
         for index, parameter in enumerate(self._parameters):
             self._check_unchanged(index, parameter.grad, late=True)
         for parameter, gradient in zip(self._all, copies, strict=True):
@@ -315,22 +326,10 @@ class Gradients:
         found = np.zeros(len(self._parameters), np.bool_)
         for index in np.flatnonzero(~self._has_fired).tolist():
             gradient = self._parameters[index].grad
-            if gradient is None or index in self._with_graph:
-                continue
             is_same = gradient is self._aliases[index] and gradient._version == self._versions[index]
-            found[index] = not is_same and bool(gradient.any())  # clipping changes zeros too
+            if gradient is not None and not is_same and index not in self._with_graph:
+                found[index] = bool(gradient.any())  # clipping changes zeros too
         return found
-
-    def collect_some(self, chosen: np.ndarray) -> list[Bucket]:
-        """Move the gradients of chosen parameters into the group, and return their buckets."""
-        for index in np.flatnonzero(chosen).tolist():
-            self._bind(index, self._parameters[index])
-            if self._parameters[index].grad is None:
-                self._alias(index).zero_()
-                self._deliver(index, self._parameters[index])
-        return [
-            self.group.buckets[number] for number in sorted({*np.array(self._bucket_of)[chosen].tolist()})
-        ]
 
     def settle(self, used: np.ndarray) -> None:
         """Remove the gradients of parameters that no rank has `used`: optimizers leave these as they are."""
@@ -349,13 +348,15 @@ class Gradients:
         self._fired = [0] * len(self._parameters)
         self._with_graph.clear()
 
-    def collect(self) -> None:
-        """Move gradients that were replaced since `deliver` into the group."""
-        for index, parameter in enumerate(self._parameters):
-            if parameter.grad is None:
+    def collect(self, chosen: np.ndarray | None = None) -> list[Bucket]:
+        """Move gradients set since `deliver` into the group, all or those chosen; return their buckets."""
+        indices = np.flatnonzero(np.ones(len(self._parameters)) if chosen is None else chosen).tolist()
+        for index in indices:
+            if self._parameters[index].grad is None:
                 self._alias(index).zero_()
             else:
-                self._bind(index, parameter)
+                self._bind(index, self._parameters[index])
+        return [self.group.buckets[number] for number in sorted({self._bucket_of[i] for i in indices})]
 
     def release(self) -> None:
         """Remove the hooks and copy every gradient to memory of its own."""

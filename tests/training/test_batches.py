@@ -243,3 +243,26 @@ def test_weights_of_accumulated_batches_leave_repeated_ones_out(world: Any) -> N
             counts = range(1, world.size + 1)
             expected = sum(n * n for n in counts) / sum(counts)
             assert before - model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_accumulated_gradients_that_are_thrown_away_do_not_come_back(world: Any, weighted: bool) -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    with Run(model, torch.optim.SGD(model.parameters(), 1.0), comm=world) as run:
+        for _ in range(2):
+            before = model.weight.item()
+            own = [torch.full((1, 1), 5.0), torch.full((1, 1), 7.0)][: 1 if world.rank else 2]
+            for number, x in enumerate(run.batches(own)):
+                with run.accumulate():
+                    model(x).sum().backward()
+                if number == 0:
+                    taken = model.weight.grad.item()
+            # Only rank 0 has a second batch: those before it have been set aside.
+            run.zero_grad()
+            with run.accumulate():
+                (2 * model.weight).sum().backward()
+            run.step(weight=1.0 if weighted else None)
+            assert taken == 5.0
+            assert before - model.weight.item() == pytest.approx(2.0)
+            run.zero_grad()
