@@ -127,8 +127,8 @@ class AsynchronousBatches:
             context.step_taken, taken = False, 0
             while not context.step_taken:  # several batches a step if gradients are accumulated
                 batch, is_new = self._sources[index].take()
-                others = range(context.peers.size)
-                context.set_batches(self._loop, [is_new or peer != context.peer for peer in others])
+                every = range(context.peers.size)
+                context.set_batches(self._loop, [is_new or peer != context.peer for peer in every])
                 self._use.begin()
                 self._taken, taken = self._taken + 1, taken + 1
                 yield batch
