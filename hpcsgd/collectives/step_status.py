@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from hpcsgd.errors import Disagreement, HpcsgdError
-from hpcsgd.mpi.rank_calls import EQUAL_PASSES
+from hpcsgd.mpi.rank_calls import EQUAL_PASSES, RankCalls
 from hpcsgd.mpi.world import World
 
 #: Numbers that are equal on all ranks in each step, and the remedy where they are not.
@@ -61,6 +61,31 @@ class StepStatus:
     def are_equal(self, numbers: Mapping[str, int], operation: str) -> bool:
         """Return whether numbers of 64 bits are equal on all ranks; collective."""
         return self._combine(numbers, np.zeros(0, np.bool_), operation)[0]
+
+    def of_others(self) -> RankCalls | None:
+        """Return the place of a rank that takes this step, for one that leaves it out; None: no rank does.
+
+        Waits until that rank has completed its backward passes, or has begun one more than this rank has
+        taken part in.
+        """
+        world, found = self._world, list[RankCalls]()
+        others = [rank for rank in world.all.ranks if rank != world.global_rank]
+
+        def is_known() -> bool:
+            found.clear()
+            while others:
+                place = world.place(others[0])
+                if place is None or not place.in_step or place.steps != world.calls.steps:
+                    return False
+                if not place.skipping:
+                    found.append(place)
+                    return place.completing or place.passes > world.calls.passes
+                others.pop(0)
+            return True
+
+        operation = f"the backward passes of other ranks in step {world.activity.step}"
+        world.progress.until(is_known, operation, lambda: others[:1])
+        return found[0] if found else None
 
     def _combine(
         self, numbers: Mapping[str, int], flags: np.ndarray, operation: str

@@ -11,6 +11,7 @@ from typing import Any
 
 _REQUEST, _REPLY, _NOTIFICATION, _DEPARTURE, _INTERRUPTION = 1, 2, 3, 4, 5  # tags
 _TIMEOUT = 2.0  # seconds
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 50e-6, 5e-3  # seconds between two looks for replies
 
 
 class ControlChannel:
@@ -58,6 +59,8 @@ class ControlChannel:
         if not self._lock.acquire(blocking=False):
             return
         try:
+            if not self._sent and not self.comm.Iprobe():
+                return
             while self.comm.Iprobe(tag=_REQUEST):
                 source, (number, request) = self._receive(_REQUEST)
                 self._send(source, _REPLY, (number, self._handle(request)))
@@ -92,10 +95,11 @@ class ControlChannel:
                 self._replies = {}
                 for rank in others:
                     self._send(rank, _REQUEST, (self._number, request))
-            deadline = time.monotonic() + timeout
+            deadline, pause = time.monotonic() + timeout, _SHORTEST_PAUSE
             while len(self._replies) < len(others) and time.monotonic() < deadline:
+                time.sleep(pause)
                 self.poll()
-                time.sleep(0.005)
+                pause = min(2 * pause, _LONGEST_PAUSE)
             return dict(self._replies)
 
     def notify(self, rank: int, content: Any) -> None:

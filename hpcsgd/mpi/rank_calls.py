@@ -14,7 +14,7 @@ _ON_EVERY_RANK = (
 
 EQUAL_PASSES = (
     "run equally many backward passes on every rank, or all of a step but the last inside `with "
-    "run.accumulate():`; run.skip() takes part in as many as the step before had"
+    "run.accumulate():`, or call run.skip()"
 )
 
 
@@ -29,7 +29,7 @@ class RankCalls:
     call
         The collective call in which the rank waits for the others; "": none.
     steps
-        Number of steps begun.
+        Number of steps begun since the last run of the world was made.
     loop
         Number of loops over batches begun.
     left
@@ -43,9 +43,15 @@ class RankCalls:
     in_step
         Whether a step has begun and not ended.
     passes
-        Number of backward passes of which the gradients have been averaged, the one in progress included.
+        Number of backward passes since then of which the gradients have been averaged, the one in progress
+        included.
     completing
-        Whether the gradients of this step are complete, and the rank waits for those of the others.
+        Whether the rank waits for the others in an exchange of the status of this step, after its backward
+        passes.
+    skipping
+        Whether the rank leaves this step out, and takes part in the backward passes of the others.
+    weighted
+        Whether the ranks have weights in a step.
     """
 
     calls: int = 0
@@ -59,6 +65,13 @@ class RankCalls:
     in_step: bool = False
     passes: int = 0
     completing: bool = False
+    skipping: bool = False
+    weighted: bool = False
+
+    def begin_run(self) -> None:
+        """Count from 0 on all ranks, which may have taken unequal numbers of steps before an error."""
+        self.steps = self.passes = 0
+        self.in_step = False
 
     def begin_step(self) -> None:
         """Count a step, at its first gradient or at `run.step()`."""
@@ -67,7 +80,7 @@ class RankCalls:
 
     def end_step(self) -> None:
         """Let the next gradient begin a step."""
-        self.in_step = False
+        self.in_step = self.skipping = self.weighted = False
 
     @contextmanager
     def ending(self) -> Iterator[None]:
@@ -80,7 +93,7 @@ class RankCalls:
 
     @contextmanager
     def completed(self) -> Iterator[None]:
-        """Context in which the gradients of a step are complete on this rank."""
+        """Context in which the rank waits for the others in an exchange of the status of this step."""
         self.completing = True
         try:
             yield

@@ -59,6 +59,7 @@ class Runtime:
         self.is_open = True
         self.waiter.hooks = WaitHooks(
             check=self._check,
+            answer=self.stall_detector.channel.poll,
             poll=self.progress.poll,
             is_background=self.progress.in_background,
             explain=self.stall_detector.explain,

@@ -106,6 +106,11 @@ class StallDetector:
         """Unmap the activity records of other processes."""
         self._views.clear()
 
+    def place(self, rank: int) -> RankCalls | None:
+        """Return the place of another rank in its program; None where it does not answer."""
+        state = self.channel.request([rank], ("state", None)).get(rank)
+        return state.calls if state else None
+
     def explain(self, seconds: float) -> str | None:
         """Return the state of each rank, after a wait of `seconds`; None where another rank reports it."""
         if not self._is_reporter("explain", seconds):

@@ -68,6 +68,8 @@ class WaitHooks:
     ----------
     check
         Called a few times a second: exchanges control messages, and raises where ranks have failed.
+    answer
+        Answers the requests of other ranks.
     poll
         Does a little of the rank's background communication; returns whether there was any.
     is_background
@@ -85,6 +87,7 @@ class WaitHooks:
     """
 
     check: Callable[[], None] = lambda: None
+    answer: Callable[[], None] = lambda: None
     poll: Callable[[], bool] = lambda: False
     is_background: Callable[[], bool] = lambda: False
     explain: Callable[[float], str | None] = lambda seconds: ""
@@ -158,6 +161,7 @@ class DeadlineWaiter:
         checked, warn_at = started, started + self.warn_after
         compare_at, deadline = started + _COMPARE_AFTER, _Deadline(self, started, self.timeout)
         while not done():
+            self.hooks.answer()
             if self.hooks.poll():
                 continue
             now = time.monotonic()

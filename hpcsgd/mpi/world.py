@@ -229,6 +229,10 @@ class World:
         """The place of this rank in its program, by which ranks find out that they never meet."""
         return self._runtime.stall_detector.calls
 
+    def place(self, global_rank: int) -> RankCalls | None:
+        """Return the place of another rank in its program; None where it does not answer in some seconds."""
+        return self._runtime.stall_detector.place(global_rank)
+
     def meet(self, call: str, value: object = None) -> list[Any]:
         """Return the values of all ranks, as `gather` does, for a call that every rank must make.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from hpcsgd.collectives.peers import Peers
-from hpcsgd.errors import BadOption
+from hpcsgd.errors import BadOption, format_ranks
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 
@@ -144,6 +145,7 @@ class StrategyContext:
     def __post_init__(self) -> None:
         self.peers = Peers(self.world, self.virtual_nodes)
         self._open_loops: list[OpenLoop] = []
+        self._has_warned = False
         self._followed = [True] * self.peers.size
         self.begin_step()
 
@@ -229,12 +231,29 @@ class StrategyContext:
 
     def set_batches(self, loop: OpenLoop, has_batch: list[bool]) -> None:
         """Record which peers have the next batch of a loop."""
+        if has_batch != self.has_current and not self.loop.batch_used and len(self._open_loops) > 1:
+            self._warn_of_two_loops(has_batch)
         loop.has_batch = has_batch
         self._change_current(has_batch)
         self._has_taken = True
         if not self._is_decided:
             self.has_batch, self._is_decided = has_batch, True
         self._share_with_followers(has_batch)
+
+    def _warn_of_two_loops(self, has_batch: list[bool]) -> None:
+        """Warn that a batch of two loops, of which one is not its own, decides the weight of a peer."""
+        if self.world.rank or self._has_warned:
+            return
+        self._has_warned = True
+        peers = [peer for peer, has in enumerate(has_batch) if has != self.has_current[peer]]
+        ranks = sorted({self.world.all.ranks[peer // self.peers.per_rank] for peer in peers})
+        warnings.warn(
+            f"two loops over run.batches() have a batch each in one step, and {format_ranks(ranks)} a new "
+            "one in one of them only, for their lengths differ: its weight is that of the loop that took its "
+            "batch last (run.weight). Give all ranks equally many batches, or pass uneven='stop' to Run",
+            RuntimeWarning,
+            stacklevel=6,
+        )
 
     def end_loop(self, loop: OpenLoop) -> None:
         """Go on with the loop around a loop, or with none."""

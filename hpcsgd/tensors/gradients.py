@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
+from hpcsgd.tensors import misuse
 from hpcsgd.tensors.backward_pass import BackwardPass
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, Bucket, TensorGroup
-from hpcsgd.tensors.unused import check_all_used
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -39,8 +38,6 @@ class Gradients:
         Called at the end of a backward pass, before `backward()` returns; not while `accumulating`.
     bucket_mib
         Size of a bucket in MiB. Default 4.
-    unused
-        Treatment of a parameter without a gradient: "zeros" (default), or "error".
     rows
         Names of parameters with sparse gradients, which are not part of the group. Default: none.
     model
@@ -56,6 +53,9 @@ class Gradients:
         Whether buckets are reported while backward runs. Default True.
     pending
         Whether gradients have been computed that no `finish` has reported yet.
+    on_discard
+        Called at the begin and the end of a pass with the indices of the gradients that the loop has removed,
+        replaced or zeroed since the last one. Default: none.
     sparse
         The parameters with sparse gradients.
     """
@@ -67,7 +67,6 @@ class Gradients:
         on_ready: Callable[[Bucket], None],
         on_end: Callable[[], None] = lambda: None,
         bucket_mib: float = DEFAULT_BUCKET_MIB,
-        unused: str = "zeros",
         *,
         rows: Collection[str] = (),
         model: nn.Module | None = None,
@@ -76,8 +75,10 @@ class Gradients:
         dense = [(name, p) for name, p in trained if name not in rows]
         self.sparse = [(name, p) for name, p in trained if name in rows]
         self.group = TensorGroup(world, [(name, _template(p)) for name, p in dense], bucket_mib)
+        self._rank = world.global_rank
         self.accumulating, self.overlap, self.pending = False, True, False
-        self._on_ready, self._on_end, self._unused = on_ready, on_end, unused
+        self._on_ready, self._on_end = on_ready, on_end
+        self.on_discard: Callable[[list[int]], None] | None = None
         self._names, self._parameters = [name for name, _ in dense], [p for _, p in dense]
         self._all = [*self._parameters, *(p for _, p in self.sparse)]
         self._views = [self.group.views[name] for name in self._names]
@@ -92,8 +93,6 @@ class Gradients:
         self._with_graph: dict[int, Tensor] = {}
         #: Parameters with several gradients in one pass.
         self._repeated: set[int] = set()
-        #: Gradients that were taken, in which those are dropped that the loop throws away (`zero_grad`).
-        self._taken: list[list[Tensor | None]] = []
         self._used, self._has_fired = (np.zeros(len(dense), np.bool_) for _ in range(2))
         self._first, self._next, self._running, self._overlapped = True, 0, False, False
         self._fired = [0] * len(self._parameters)
@@ -107,8 +106,9 @@ class Gradients:
         if trained and model is not None:
             self._hooks += self._pass.watch(model)
 
-    def _begin(self) -> None:
-        """Begin a pass."""
+    def _begin(self, first: int | None) -> None:
+        """Begin a pass, in which a parameter has got its gradient."""
+        self.report_discarded(first)
         self.group.world.calls.begin_step()
         self._running = True
         self._overlapped = self.overlap and not self._first
@@ -117,15 +117,13 @@ class Gradients:
 
     def _make_hook(self, index: int) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:
-            nested = self._enter()
+            nested = self._enter(index)
             self._fired[index] += 1
             self._has_fired[index] = True
             repeated = nested or self._fired[index] > 1
             if repeated:
                 self._check_not_reported(index)
                 self._repeated.add(index)
-            if self._taken:
-                self._drop_thrown_away(index, parameter)
             self._bind(index, parameter)
             if self._overlapped and not self.accumulating and index not in self._repeated:
                 self._mark_complete(index)
@@ -135,24 +133,19 @@ class Gradients:
     def _on_rows(self, parameter: Tensor) -> None:
         self._enter()
 
-    def _enter(self) -> bool:
+    def _enter(self, index: int | None = None) -> bool:
         """Begin a pass with its first gradient; return whether it is inside another pass."""
         nested = self._pass.enter()
         if not self._running:
             self._check_ended()
-            self._begin()
+            self._begin(index)
         self.pending = True
         return nested
 
     def _check_ended(self) -> None:
         """Check, before a new pass, that the last one has left no bucket between report and `finish`."""
         if self._next:
-            raise HpcsgdError(
-                "a new backward pass, while gradients of the last one are being reduced",
-                rank=self.group.world.global_rank,
-                do="after an exception within backward() call run.skip(), which leaves the step out on all "
-                "ranks; with wait='step' call run.synchronize() or run.step() after each backward()",
-            )
+            raise misuse.not_finished(self._rank)
         self._running = False
 
     def _end(self) -> None:
@@ -163,11 +156,7 @@ class Gradients:
 
     def _check_not_reported(self, index: int) -> None:
         if self._bucket_of[index] < self._next:
-            raise HpcsgdError(
-                f"{self._names[index]} got one more gradient in a backward pass after its bucket was reduced",
-                rank=self.group.world.global_rank,
-                do="use torch.utils.checkpoint with use_reentrant=False",
-            )
+            raise misuse.late_gradient(self._names[index], self._rank)
 
     def _bind(self, index: int, parameter: Tensor) -> None:
         """Move the parameter's gradient into the group, if it is not there."""
@@ -185,13 +174,7 @@ class Gradients:
 
     def _copy(self, index: int, alias: Tensor, gradient: Tensor) -> None:
         if gradient.dtype != alias.dtype:
-            raise HpcsgdError(
-                f"the gradient of {self._names[index]} has another dtype than at the start",
-                rank=self.group.world.global_rank,
-                expected=alias.dtype,
-                got=gradient.dtype,
-                do="convert the model before hpcsgd.Run is created",
-            )
+            raise misuse.other_dtype(self._names[index], alias.dtype, gradient.dtype, self._rank)
         if gradient.is_sparse:
             gradient = gradient.to_dense()
         alias.copy_(gradient.detach() if gradient.requires_grad else gradient)
@@ -226,14 +209,11 @@ class Gradients:
         Raises
         ------
         HpcsgdError
-            A parameter has no gradient, and `unused` is "error"; a gradient was changed between backward and
-            a `late` call; or it was removed within backward.
+            A gradient was changed between backward and a `late` call; or it was removed within backward.
         """
-        if self._unused == "error":
-            rows = zip(self._names, self._parameters, self._used, strict=True)
-            check_all_used(self.group.world, ((name, p) for name, p, used in rows if not used))
         self._running = self.pending = self._first = False
-        self._settle_taken()
+        self.report_discarded()
+        self.on_discard = None
         present = [parameter.grad is not None for parameter in self._parameters]
         self._used |= np.array(present, np.bool_)
         for index, fired in enumerate(self._fired):
@@ -248,6 +228,11 @@ class Gradients:
         self._fired = [0] * len(self._parameters)
         for bucket in self.group.buckets[reported:]:
             self._on_ready(bucket)
+
+    @property
+    def is_reporting(self) -> bool:
+        """Whether buckets have been reported of a pass that no `finish` has completed yet."""
+        return self._next > 0
 
     def deliver(self, chosen: np.ndarray | None = None) -> None:
         """Make the group's values the gradients of all or chosen parameters, also of those that had none."""
@@ -269,37 +254,41 @@ class Gradients:
         """Return copies of all gradients, dense and sparse ones."""
         return [None if p.grad is None else p.grad.detach().clone() for p in self._all]
 
-    def take(self) -> list[Tensor | None]:
-        """Return the gradients, as `copies`, and begin with zeros; the parameters count as used."""
-        taken = self.copies()
+    def begin_again(self) -> None:
+        """Begin with zeros in place of all gradients; the parameters count as used."""
+        present = [index for index, p in enumerate(self._parameters) if p.grad is not None]
         self.zero()
-        for index, gradient in enumerate(taken[: len(self._parameters)]):
-            if gradient is not None:
-                self._used[index] = True
-                self._deliver(index, self._parameters[index])
-        self._taken, self.pending = [*self._taken, taken], False
-        return taken
+        for index in present:
+            self._used[index] = True
+            self._alias(index).fill_(-0.0)  # changes no sum, and is not what `zero_grad` leaves
+            self._deliver(index, self._parameters[index])
+        self.pending = False
 
-    def _settle_taken(self) -> None:
-        for index, parameter in enumerate(self._parameters if self._taken else ()):
-            self._drop_thrown_away(index, parameter)
-        self._taken = []
+    def report_discarded(self, first: int | None = None) -> None:
+        """Call `on_discard` now, in a pass that has begun with the gradient of parameter `first`."""
+        if self.on_discard is not None:
+            indices = range(len(self._parameters))
+            self.on_discard([index for index in indices if self._is_discarded(index, index == first)])
 
-    def _drop_thrown_away(self, index: int, parameter: Tensor) -> None:
-        if parameter.grad is not self._aliases[index]:
-            for taken in self._taken:
-                taken[index] = None
+    def _is_discarded(self, index: int, has_added: bool) -> bool:
+        """Whether the loop has thrown a gradient away, to which this pass may have added already."""
+        gradient, alias = self._parameters[index].grad, self._aliases[index]
+        if gradient is not alias:
+            has_graph = gradient is not None and gradient.requires_grad
+            return not (has_graph and (has_added or gradient is self._with_graph.get(index)))
+        if alias._version <= self._versions[index] + has_added:
+            return False
+        return has_added or not _has_sign_or_value(alias)
 
-    def add(self, bucket: Bucket, taken: list[Tensor | None], factor: float) -> None:
-        """Add a multiple of gradients that were taken to a bucket that is ready."""
+    def add(self, bucket: Bucket, other: Sequence[Tensor | None], factor: float) -> None:
+        """Add a multiple of other gradients, from `copies`, to a bucket that is ready."""
         for index in self._members[bucket.index]:
-            if (gradient := taken[index]) is not None:
+            if (gradient := other[index]) is not None:
                 self._views[index].add_(gradient, alpha=factor)  # not the alias, whose version counts changes
 
-    def put_back(self, taken: list[Tensor | None]) -> None:
-        """Add gradients that were taken to those since."""
-        self._settle_taken()
-        for parameter, gradient in zip(self._all, taken, strict=True):
+    def put_back(self, other: Sequence[Tensor | None]) -> None:
+        """Add other gradients, from `copies`, to the present ones."""
+        for parameter, gradient in zip(self._all, other, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._fired = [0] * len(self._parameters)
@@ -320,6 +309,11 @@ class Gradients:
     def used(self) -> np.ndarray:
         """Return whether each parameter has had a gradient since the last `settle`."""
         return self._used.copy()
+
+    def unused(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that have had no gradient before this pass since the last `settle`."""
+        rows = zip(self._names, self._parameters, self._used, strict=True)
+        yield from ((name, p) for name, p, used in rows if not used)
 
     def set_by_hand(self) -> np.ndarray:
         """Return for each parameter whether its gradient is from no backward pass since the last `settle`."""
@@ -371,27 +365,24 @@ class Gradients:
             hook.remove()
         self._hooks = []
         # They refer to the strategy, which refers to this object and its memory.
-        self._on_ready = self._on_end = self._pass = None  # type: ignore[assignment]
+        self._on_ready = self._on_end = self._pass = self.on_discard = None  # type: ignore[assignment]
 
     def _check_unchanged(self, index: int, gradient: Tensor | None, late: bool) -> None:
         """Check that a gradient is the one that backward has left."""
         if gradient is None and not late:
-            raise HpcsgdError(
-                f"the gradient of {self._names[index]} was removed within backward",
-                rank=self.group.world.global_rank,
-                do="call run.step() after backward(), and no optimizer in a hook of backward",
-            )
+            raise misuse.removed_gradient(self._names[index], self._rank)
         if not late or gradient is None or index in self._with_graph:
             return
         if gradient is self._aliases[index] and gradient._version == self._versions[index]:
             return
         if bool(gradient.any()):
-            raise HpcsgdError(
-                f"the gradient of {self._names[index]} was changed before it was averaged",
-                rank=self.group.world.global_rank,
-                do="call run.synchronize() (with weights: run.synchronize(weight=...)) after backward(), and "
-                "change the gradients then",
-            )
+            raise misuse.changed_gradient(self._names[index], self._rank)
+
+
+def _has_sign_or_value(tensor: Tensor) -> bool:
+    """Return whether a tensor has any value but +0."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return bool(real.any() or torch.signbit(real).any())
 
 
 def _template(parameter: nn.Parameter) -> Tensor:

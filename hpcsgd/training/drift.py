@@ -19,7 +19,8 @@ from hpcsgd.training.trained_parameters import Named
 _CAUSES = (
     "a weight that one rank changes by itself, an Embedding with max_norm, a gradient that is changed on one "
     "rank or by a random number, a second optimizer, one that uses the graph of p.grad (AdaHessian), "
-    "a schedule that follows the loss or the steps of one rank (ReduceLROnPlateau: pass run.mean(loss))"
+    "a schedule that follows the loss or the steps of one rank (ReduceLROnPlateau: pass run.mean(loss)), or "
+    "whose state one rank alone has loaded"
 )
 
 

@@ -52,6 +52,7 @@ class Stepping:
         self._drift = DriftCheck(self._world, self._optimizer, check_every)
         self._watch = StepWatch(self._optimizer, self._world.global_rank)
         self._watch.allowed = self._world.size == 1
+        self._world.calls.begin_run()
         self._world.calls.synchronous &= strategy.synchronous
         self._world.calls.background |= strategy.averages_in_background
         self.scaling: tuple[Tensor | None, Tensor | None] = None, None

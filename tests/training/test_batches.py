@@ -206,6 +206,24 @@ def test_a_second_run_has_the_weights_of_the_loop_of_the_first(world: Any) -> No
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("shorter", [1, 0])
+def test_batches_of_two_loops_of_other_lengths_are_a_warning(world: Any, shorter: int) -> None:
+    model = torch.nn.Linear(1, 1)
+    longer = [torch.ones(1, 1)] * 3
+    lengths = slice(3 - shorter * world.rank // max(1, world.size - 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Run(model, torch.optim.SGD(model.parameters(), 0.1), comm=world) as run:
+            for x, y in zip(run.batches(longer[lengths]), run.batches(longer), strict=True):
+                run.zero_grad()
+                model(x + y).sum().backward()
+                run.step()
+    texts = [str(each.message) for each in caught if "two loops" in str(each.message)]
+    assert len(texts) == (shorter if world.rank == 0 else 0)
+    assert all(f"rank {world.size - 1} a new one in one of them only" in text for text in texts)
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("left", ["completed", "left by break"])
 def test_gradients_of_a_loop_inside_have_its_weights(world: Any, left: str) -> None:
     model = torch.nn.Linear(1, 1, bias=False)
@@ -246,23 +264,28 @@ def test_weights_of_accumulated_batches_leave_repeated_ones_out(world: Any) -> N
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("left", [None, 0.0], ids=["no gradient", "zeros"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_accumulated_gradients_that_are_thrown_away_do_not_come_back(world: Any, weighted: bool) -> None:
+def test_accumulated_gradients_that_are_thrown_away_do_not_come_back(
+    world: Any, weighted: bool, left: float | None
+) -> None:
     model = torch.nn.Linear(1, 1, bias=False)
-    with Run(model, torch.optim.SGD(model.parameters(), 1.0), comm=world) as run:
+    other = torch.nn.Parameter(torch.zeros(()))  # the gradient of the second one in backward comes later
+    with Run(model, torch.optim.SGD([*model.parameters(), other], 1.0), comm=world) as run:
         for _ in range(2):
-            before = model.weight.item()
+            before = model.weight.item(), other.item()
             own = [torch.full((1, 1), 5.0), torch.full((1, 1), 7.0)][: 1 if world.rank else 2]
             for number, x in enumerate(run.batches(own)):
                 with run.accumulate():
-                    model(x).sum().backward()
+                    (other * 3 + model(x).sum()).backward()
                 if number == 0:
                     taken = model.weight.grad.item()
             # Only rank 0 has a second batch: those before it have been set aside.
-            run.zero_grad()
+            run.zero_grad(set_to_none=left is None)
             with run.accumulate():
-                (2 * model.weight).sum().backward()
+                (other + 2 * model.weight.sum()).backward()
             run.step(weight=1.0 if weighted else None)
             assert taken == 5.0
-            assert before - model.weight.item() == pytest.approx(2.0)
+            changes = before[0] - model.weight.item(), before[1] - other.item()
+            assert changes == pytest.approx((2.0, 1.0))
             run.zero_grad()

@@ -1,4 +1,4 @@
-"""`run.step`, `run.skip`: weights, closures, steps left out, several optimizers, local parameters, drift."""
+"""`run.step`: weights, closures, several optimizers, local parameters, drift."""
 
 from __future__ import annotations
 
@@ -114,30 +114,6 @@ def test_lbfgs_is_that_of_one_process_on_all_data(world: Any) -> None:
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
         assert evaluations[0] == evaluations[1]
         assert run.steps == 3 and s.same_everywhere(world, model)
-
-
-@pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("when", ["before backward", "after backward"])
-@pytest.mark.parametrize("strategy", [AllReduce, lambda: LocalSGD(2)], ids=["allreduce", "local"])
-def test_a_step_that_one_rank_leaves_out(world: Any, strategy: Callable[[], Any], when: str) -> None:
-    model, plain = net(), net()
-    optimizer = sgd(plain, momentum=0.9)
-    with Run(model, sgd(model, momentum=0.9), strategy(), comm=world) as run:
-        for step, (x, y) in enumerate(run.batches([batch(world.rank, step) for step in range(6)])):
-            skips = world.rank == world.size - 1 and step == 2
-            run.zero_grad()
-            loss = nn.functional.mse_loss(model(x), y)
-            if not skips or when == "after backward":
-                (loss * float("nan") if skips else loss).backward()
-            run.skip() if skips else run.step()
-            if step != 2:
-                optimizer.zero_grad()
-                loss_of(plain, *((rank, step, 3) for rank in range(world.size))).backward()
-                optimizer.step()
-        assert run.steps == 6 and world.gather(run.steps) == [6] * world.size
-        assert s.same_everywhere(world, model)
-        if strategy is AllReduce:
-            assert_equal(model, plain)
 
 
 @pytest.mark.mpi

@@ -1,0 +1,157 @@
+"""`run.skip`: a step that some ranks leave out, with any number of backward passes on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hpcsgd import LocalSGD, Run
+from hpcsgd.compress import QSGDMaxNorm
+from tests.support import strategy_rows as s
+
+STEPS, LATE = 7, 4
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+
+def loss_of(model: nn.Module, step: int, *ranks: int) -> torch.Tensor:
+    """The mean loss of one process over the batches of ranks."""
+    generators = [torch.Generator().manual_seed(1000 * rank + step) for rank in ranks]
+    x = torch.cat([torch.randn(3, 4, generator=each, dtype=torch.float64) for each in generators])
+    y = torch.cat([torch.randn(3, 2, generator=each, dtype=torch.float64) for each in generators])
+    return nn.functional.mse_loss(model(x), y)
+
+
+def who_skips(step: int, size: int) -> list[int]:
+    """The first step is left out, one in the middle, one by all ranks, and one by rank 0."""
+    return {0: [size - 1], 2: [size - 1], 3: list(range(size)), LATE: [0]}.get(step, [])
+
+
+class Loop:
+    """A training loop, which plain training of one process follows.
+
+    Parameters
+    ----------
+    passes
+        Backward passes of a step.
+    weight
+        Weight of every rank, if any.
+    accumulates
+        Whether all passes of a step but the last are inside `run.accumulate()`.
+    closure
+        Whether the optimizer computes the gradients.
+    """
+
+    def __init__(
+        self,
+        passes: Callable[[int], int] = lambda step: 1,
+        *,
+        weight: float | None = None,
+        accumulates: bool = False,
+        closure: bool = False,
+        **options: Any,
+    ) -> None:
+        self._passes, self._weight, self._closure, self.options = passes, weight, closure, options
+        self._accumulates = accumulates
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self._closure:
+            return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+        return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+
+    def step_of(self, run: Run, step: int) -> None:
+        run.zero_grad()
+        rank, size = run.world.rank, run.world.size
+        if rank in who_skips(step, size):
+            if step == LATE and not self._closure and not self._accumulates:
+                (loss_of(run.model, step, rank) * float("nan")).backward()
+            run.skip()
+        elif self._closure:
+            run.step(lambda: self._evaluate(run, step, rank))
+        else:
+            for number in range(self._passes(step)):
+                loss = (1.0 + number) * loss_of(run.model, step, rank)
+                if self._accumulates and number < self._passes(step) - 1:
+                    with run.accumulate():
+                        loss.backward()
+                else:
+                    loss.backward()
+            run.step(weight=self._weight)
+
+    @staticmethod
+    def _evaluate(run: Any, step: int, *ranks: int, model: nn.Module | None = None) -> torch.Tensor:
+        run.zero_grad()
+        loss = loss_of(model or run.model, step, *ranks)
+        loss.backward()
+        return loss
+
+    def plain(self, size: int) -> nn.Module:
+        """Return the model of one process that trains on all batches."""
+        model, ranks = net(), range(size)
+        optimizer = self.optimizer(model)
+        for step in range(STEPS):
+            if who_skips(step, size):
+                continue
+            if self._closure:
+                optimizer.step(lambda step=step: self._evaluate(optimizer, step, *ranks, model=model))
+                continue
+            optimizer.zero_grad()
+            for number in range(self._passes(step)):
+                ((1.0 + number) * loss_of(model, step, *ranks)).backward()
+            optimizer.step()
+        return model
+
+
+LOOPS = {
+    "one pass": Loop(),
+    "two passes": Loop(lambda step: 2),
+    "a second pass in some steps": Loop(lambda step: 2 if step in (0, LATE, LATE + 1) else 1),
+    "accumulated": Loop(lambda step: 3, accumulates=True),
+    "weights": Loop(weight=2.0),
+    "closure": Loop(closure=True),
+    "all used": Loop(unused="error"),
+    "late average": Loop(wait="step"),
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", LOOPS)
+def test_all_ranks_leave_out_a_step_that_some_skip(world: Any, kind: str) -> None:
+    loop, model = LOOPS[kind], net()
+    with Run(model, loop.optimizer(model), comm=world, **loop.options) as run:
+        for step in range(STEPS):
+            loop.step_of(run, step)
+        assert run.steps == STEPS
+    assert s.same_everywhere(world, model)
+    if world.rank == 0:
+        for p, q in zip(model.parameters(), loop.plain(world.size).parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_skipped_step_with_compression_leaves_equal_models(world: Any) -> None:
+    loop, model = LOOPS["a second pass in some steps"], net()
+    with Run(model, loop.optimizer(model), comm=world, compress=QSGDMaxNorm(bits=8), nonfinite="skip") as run:
+        for step in range(STEPS):
+            before = [p.detach().clone() for p in model.parameters()]
+            loop.step_of(run, step)
+            has_changed = not all(map(torch.equal, model.parameters(), before))
+            assert has_changed != bool(who_skips(step, world.size))
+    assert s.same_everywhere(world, model)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_local_sgd_leaves_a_step_out_on_one_rank(world: Any) -> None:
+    loop, model = LOOPS["one pass"], net()
+    with Run(model, loop.optimizer(model), LocalSGD(2), comm=world) as run:
+        for step in range(STEPS):
+            loop.step_of(run, step)
+        assert run.steps == STEPS and world.gather(run.steps) == [STEPS] * world.size
+    assert s.same_everywhere(world, model)
