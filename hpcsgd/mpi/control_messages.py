@@ -59,7 +59,8 @@ class ControlChannel:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            if not self._sent and not self.comm.Iprobe():
+            # The first call of a library may only receive what the second one finds.
+            if not (self._sent or self.comm.Iprobe() or self.comm.Iprobe()):
                 return
             while self.comm.Iprobe(tag=_REQUEST):
                 source, (number, request) = self._receive(_REQUEST)

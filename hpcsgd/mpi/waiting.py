@@ -151,6 +151,7 @@ class DeadlineWaiter:
             if done():
                 return
             if time.monotonic() - started > _LONGEST_SPIN:
+                self.hooks.answer()  # a further look may last again
                 break
         os.sched_yield()
         if not done():
