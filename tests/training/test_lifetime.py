@@ -250,9 +250,11 @@ def test_asynchronous_runs_leave_nothing_in_a_world_of_the_user(world: Any, stra
     [ParameterServer, lambda: ParameterServer("async"), lambda: ParameterServer("elastic"), BackupWorkers],
     ids=["ps-sync", "ps-async", "ps-elastic", "backup"],
 )
+@pytest.mark.parametrize("per_node", ["0", "1"], ids=["one node", "nodes of one rank"])
 def test_runs_that_are_dropped_after_their_loop_leave_nothing_in_a_world_of_the_user(
-    world: Any, strategy: Any
+    world: Any, strategy: Any, per_node: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HPCSGD_RANKS_PER_NODE", per_node)
     with World(timeout=30) as own:
         for _ in range(3):
             model = nn.Linear(3, 2)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcsgd.mpi.node import NATIVE_WAIT_SLICE
-from hpcsgd.mpi.progress import POLL_INTERVAL
+from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser, words_needed
 
@@ -137,6 +137,7 @@ class MessageAgreement:
         self._requests: list[tuple[Any, np.ndarray]] = []
         self._reply = np.zeros(2 + world.size + len(edges), np.int32)
         self._replies: list[tuple[Any, np.ndarray]] = []
+        self._abandoned = False
         #: The closer of rank 0, and on every rank a copy of its state as of the last reply.
         self._closer, self._mirror = (IterationCloser(world.size, edges, backups) for _ in range(2))
         if world.rank == 0:
@@ -158,6 +159,9 @@ class MessageAgreement:
         return self._net.irecv(request, rank, self._request_tag), request
 
     def _poll(self) -> float:
+        if self._abandoned and not self._replies:
+            self._cancel_requests()
+            return POLLER_ENDED
         busy = False
         for rank, (received, request) in enumerate(self._requests):
             if not received.Test():
@@ -194,6 +198,14 @@ class MessageAgreement:
             self._world.progress.remove_poller(self._poll)
             for sent, _ in self._replies:
                 self._net.wait(sent, CLOSE_OF_ITERATION)
-            for received, _ in self._requests:
-                received.Cancel()
-                self._net.wait(received, CLOSE_OF_ITERATION)
+            self._cancel_requests()
+
+    def abandon(self) -> None:
+        """Stop after the run was dropped or left; local: without locks and MPI, for the garbage collector."""
+        self._abandoned = True
+
+    def _cancel_requests(self) -> None:
+        for received, _ in self._requests:
+            received.Cancel()
+            received.Wait()
+        self._requests = []

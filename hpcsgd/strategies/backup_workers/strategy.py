@@ -11,7 +11,12 @@ from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.staging import after_compute, wait_for_compute
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies import delays as delay_specs
-from hpcsgd.strategies.backup_workers.agreement import CLOSE_OF_ITERATION, Agreement, make_agreement
+from hpcsgd.strategies.backup_workers.agreement import (
+    CLOSE_OF_ITERATION,
+    Agreement,
+    MessageAgreement,
+    make_agreement,
+)
 from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser, fixed_backups
 from hpcsgd.strategies.backup_workers.virtual_time import VirtualTime
 from hpcsgd.strategies.context import StrategyContext
@@ -86,6 +91,11 @@ class BackupWorkers(ReplicaStrategy):
         self._end: int | None = None
         self.virtual_seconds = 0.0
         self.record: deque[tuple[int, list[int]]] = deque(maxlen=10_000)
+
+    def disconnect(self) -> None:
+        super().disconnect()
+        if isinstance(iterations := getattr(self, "_iterations", None), MessageAgreement):
+            iterations.abandon()
 
     def detach(self) -> None:
         self._iterations.close()
