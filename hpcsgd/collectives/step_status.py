@@ -13,8 +13,8 @@ from hpcsgd.mpi.world import World
 #: Numbers that are equal on all ranks in each step, and the remedy where they are not.
 REMEDIES = {
     "number of steps": "call run.step(), or run.skip(), once for each batch on every rank",
-    "number of batches": "call run.step(), or run.skip() where a batch is left out, once for each batch on "
-    "every rank",
+    "number of batches": "take equally many batches in each step on every rank: call run.step(), or "
+    "run.skip() where the step is left out; one of several batches of a step is left out by going on",
     "number of backward passes in this step": EQUAL_PASSES,
     "list of trained parameters": "freeze, unfreeze and add parameters in the same step on every rank",
     "use of run.step(weight=...)": "pass a weight on every rank or on none",
@@ -104,12 +104,15 @@ class StepStatus:
         rows = self._world.gather(dict(numbers), "the comparison of a step")
         for name in numbers:
             values = [row[name] for row in rows]
-            ranks = [rank for rank, value in enumerate(values) if value != values[0]]
+            # The first rank of the majority is right.
+            right = max(range(len(values)), key=lambda rank: (values.count(values[rank]), -rank))
+            ranks = [rank for rank, value in enumerate(values) if value != values[right]]
             if ranks:
+                reference = self._world.all.ranks[right]
                 return Disagreement(
-                    f"the {name} differs from that of rank 0, in step {self._world.activity.step}",
+                    f"the {name} differs from that of rank {reference}, in step {self._world.activity.step}",
                     rank=[self._world.all.ranks[rank] for rank in ranks],
-                    expected=f"{values[0]} (rank {self._world.all.ranks[0]})",
+                    expected=f"{values[right]} (rank {reference})",
                     got=f"{values[ranks[0]]} (rank {self._world.all.ranks[ranks[0]]})",
                     do=REMEDIES[name],
                     everywhere=True,

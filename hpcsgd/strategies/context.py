@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 #: The contexts of this process that follow loops over batches of each other.
 _followers: weakref.WeakSet[StrategyContext] = weakref.WeakSet()
+_KEPT_BATCHES = (
+    "several steps after the end of a loop over run.batches(), in which ranks without a batch have repeated "
+    "one: of batches that were kept (list, itertools.cycle) those count in full now. Keep batches of the "
+    "loader instead: run.batches(itertools.cycle(loader), steps=100)"
+)
 
 
 @dataclass
@@ -145,7 +151,9 @@ class StrategyContext:
     def __post_init__(self) -> None:
         self.peers = Peers(self.world, self.virtual_nodes)
         self._open_loops: list[OpenLoop] = []
-        self._has_warned = False
+        self._warnings: set[str] = set()
+        self._taken_ahead: list[list[bool]] = []
+        self._steps_allowed = math.inf
         self._followed = [True] * self.peers.size
         self.begin_step()
 
@@ -215,6 +223,10 @@ class StrategyContext:
 
     def begin_step(self) -> None:
         """Begin the next step, with the current batch until another one is taken."""
+        self._taken_ahead = self._taken_ahead[1:]
+        self._steps_allowed -= not self._open_loops
+        if self._steps_allowed < 0:
+            self.warn_once("kept batches", _KEPT_BATCHES, level=1)
         self.has_batch = self.has_current = self._of_open_loop()
         self._is_decided = self._has_taken = False
 
@@ -225,6 +237,7 @@ class StrategyContext:
 
     def begin_loop(self) -> OpenLoop:
         """Begin a loop over batches, of which the next step is."""
+        self._taken_ahead, self._steps_allowed = [], math.inf
         self._open_loops.append(OpenLoop([True] * self.peers.size))
         self._is_decided = False
         return self._open_loops[-1]
@@ -240,20 +253,39 @@ class StrategyContext:
             self.has_batch, self._is_decided = has_batch, True
         self._share_with_followers(has_batch)
 
+    def warn_once(self, kind: str, text: str, *, level: int = 0) -> None:
+        """Warn of a kind of problem, once a run and on rank 0 alone, at the line of the loop over batches.
+
+        Parameters
+        ----------
+        kind, text
+            The kind, and the warning.
+        level
+            Number of calls between `synchronous_batches` and this one. Default 0.
+        """
+        if self.world.rank == 0 and kind not in self._warnings:
+            self._warnings.add(kind)
+            warnings.warn(text, RuntimeWarning, stacklevel=5 + level)
+
     def _warn_of_two_loops(self, has_batch: list[bool]) -> None:
         """Warn that a batch of two loops, of which one is not its own, decides the weight of a peer."""
-        if self.world.rank or self._has_warned:
-            return
-        self._has_warned = True
         peers = [peer for peer, has in enumerate(has_batch) if has != self.has_current[peer]]
         ranks = sorted({self.world.all.ranks[peer // self.peers.per_rank] for peer in peers})
-        warnings.warn(
+        self.warn_once(
+            "two loops",
             f"two loops over run.batches() have a batch each in one step, and {format_ranks(ranks)} a new "
             "one in one of them only, for their lengths differ: its weight is that of the loop that took its "
             "batch last (run.weight). Give all ranks equally many batches, or pass uneven='stop' to Run",
-            RuntimeWarning,
-            stacklevel=6,
+            level=2,
         )
+
+    def set_taken_ahead(self, has_batch: Sequence[list[bool]]) -> None:
+        """Record which peers have batches that a loop has taken, and uses after its end: one a step.
+
+        For loops in which some peers have repeated batches.
+        """
+        self._taken_ahead = list(has_batch)
+        self._steps_allowed = len(self._taken_ahead) + 1  # one for a rest of accumulated gradients
 
     def end_loop(self, loop: OpenLoop) -> None:
         """Go on with the loop around a loop, or with none."""
@@ -275,6 +307,8 @@ class StrategyContext:
                 other._followed = other.has_batch = other.has_current = has_batch
 
     def _of_open_loop(self) -> list[bool]:
+        if self._taken_ahead and not self._open_loops:
+            return self._taken_ahead[0]
         return self._open_loops[-1].has_batch if self._open_loops else self._followed
 
     def _change_current(self, has_batch: list[bool]) -> None:

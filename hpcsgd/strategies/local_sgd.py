@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.collectives.step_status import StepStatus
-from hpcsgd.errors import BadOption
+from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
 
@@ -126,8 +126,22 @@ class LocalSGD(ReplicaStrategy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps_since_average, self._steps_of_rank = int(state["since"]), list(state["own_steps"])
+        self._steps_since_average = int(state["since"])
+        self._steps_of_rank = self._of_ranks(list(state["own_steps"]))
         self._weight = state.get("weight")
         for before, saved in zip(self._last_average, state["average_before"], strict=True):
             before.copy_(saved)
         self._reducer.load_state_dict(state["reduction"])
+
+    def _of_ranks(self, steps: list[int]) -> list[int]:
+        """Return the steps of each rank since the last average, from a state of any number of ranks."""
+        size = self.context.world.size
+        if len(steps) != size and any(steps):
+            raise HpcsgdError(
+                f"a state of local SGD from {len(steps)} ranks, {max(steps)} steps after an average",
+                rank=self.context.world.global_rank,
+                expected=f"{size} ranks, or a state right after an average",
+                do=f"save the state after a multiple of {self.period} steps",
+                everywhere=True,
+            )
+        return steps if len(steps) == size else [0] * size

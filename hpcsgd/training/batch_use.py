@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies.context import StrategyContext
 
 _SAMPLES = 16  # parameters, evenly spaced, whose gradients show a backward pass
 _FEW_SAMPLES = 2  # where the strategy nearly always sees it: of checkpoints inside others it does not
+_MOST_AHEAD = 1024  # batches
 
 
 class BatchUse:
-    """Counts the steps of a loop over batches, and finds batches of which nothing was made.
+    """Counts the steps of a loop over batches, and those that it takes before it uses them.
 
     Parameters
     ----------
@@ -22,19 +22,26 @@ class BatchUse:
     Attributes
     ----------
     steps
-        Steps of this loop; a batch without gradients counts as one, as in evaluation.
+        Steps of this loop; before the first one, each batch without gradients counts as one, as in
+        evaluation.
+    ahead
+        Number of batches that the loop has taken before it used the first one: so many it is ahead.
+    has_used
+        Whether the loop has used a batch.
     """
 
     def __init__(self, context: StrategyContext, *, counted: bool) -> None:
         self._context = context
-        self._first_step, self._steps_before, self._unused = context.step, context.loop.steps, 0
+        self._first_step = context.step
+        self.ahead, self.has_used = 0, False
         trained = [p for _, p in context.parameters if p.requires_grad]
         every = -(-len(trained) // (_FEW_SAMPLES if context.loop.sees_backward else _SAMPLES)) or 1
         self._samples = trained[::every] if counted or context.world.size > 1 else []
 
     @property
     def steps(self) -> int:
-        return self._context.step - self._first_step + self._unused
+        taken = self._context.step - self._first_step
+        return taken if self.has_used else max(taken, self.ahead)
 
     def begin(self) -> None:
         """Record that a batch is handed out."""
@@ -48,25 +55,13 @@ class BatchUse:
         return not self._context.loop.batch_used and self._gradients() == self._marks
 
     def check(self) -> None:
-        """Check the use of the last batch.
-
-        Raises
-        ------
-        HpcsgdError
-            The loop has taken steps, and this rank has taken none and computed no gradient with this batch.
-        """
-        loop, world = self._context.loop, self._context.world
+        """Record whether the loop has used the last batch."""
         if not self.is_unused():
-            return
-        self._unused += 1
-        if world.size > 1 and loop.steps > self._steps_before:
-            raise HpcsgdError(
-                "took its next batch without run.step() or run.skip() after the last one",
-                rank=world.global_rank,
-                expected="a step in each turn of the loop: the other ranks wait in theirs",
-                got=f"none with batch {loop.batches}, after {self._context.step} steps",
-                do="call run.skip() where a batch is left out, so that all ranks leave the step out",
-            )
+            self.has_used = True
+        elif self.has_used:
+            self.ahead = 0  # it leaves batches out, or takes several at once
+        else:
+            self.ahead += 1
 
     def end(self) -> None:
         """End the loop, which may be inside of another one."""
@@ -74,3 +69,62 @@ class BatchUse:
 
     def _gradients(self) -> list[tuple[int, int]]:
         return [(id(p.grad), 0 if p.grad is None else p.grad._version) for p in self._samples]
+
+
+class UsedBatches:
+    """Finds which peers have the batch that the loop uses: if it looks ahead, not the one that it takes.
+
+    A loop looks ahead if the ranks have taken equally many batches before they used the first one, and have
+    used one for each since.
+
+    Parameters
+    ----------
+    context, use
+        The context of the run, and the use of its batches.
+    """
+
+    def __init__(self, context: StrategyContext, use: BatchUse) -> None:
+        self._context, self._use = context, use
+        self._recent: list[list[bool]] = []
+        self._ahead, self._has_changed, self._has_ended = 0, False, False
+
+    def take(self, has_batch: list[bool]) -> list[bool]:
+        """Return which peers have the batch that is used next; collective where `has_batch` changes."""
+        changes = bool(self._recent) and has_batch != self._recent[-1]
+        kept = min(max(self._use.ahead, self._ahead), _MOST_AHEAD)
+        self._recent = [*self._recent[len(self._recent) - kept :], has_batch]
+        if changes:
+            self._has_changed = True
+            self._agree()
+            if self._ahead and self._use.has_used:
+                self._context.warn_once("look-ahead", _text(self._ahead), level=1)
+        # A loop that has used none may be an evaluation, with `run.weight`.
+        return self._recent[-1 - self._ahead] if self._use.has_used else has_batch
+
+    def are_enough(self, steps: int) -> bool:
+        """Return whether the loop has the batches of `steps` steps; collective before the last one."""
+        if self._use.steps == steps - 1 and self._use.has_used and not self._has_ended:
+            self._has_ended = True
+            self._agree()
+            return self._ahead > 0
+        return self._use.steps >= steps
+
+    def end(self) -> None:
+        """Record at the end of the loop which peers have the batches that it has not used; collective."""
+        if self._has_changed:
+            self._agree()
+            self._context.set_taken_ahead(self._recent[len(self._recent) - self._ahead :])
+
+    def _agree(self) -> None:
+        """Set the number of batches that the loop is ahead, 0 if it differs between ranks."""
+        numbers = self._context.world.meet("the comparison of batches taken", self._use.ahead)
+        is_ahead = len(set(numbers)) == 1 and numbers[0] < len(self._recent) + 1 and numbers[0] <= _MOST_AHEAD
+        self._ahead = numbers[0] if is_ahead else 0
+
+
+def _text(ahead: int) -> str:
+    return (
+        f"the loop took {ahead + 1} batches before its first step, and then one a step: each step has the "
+        f"weight of the batch that was taken {ahead} earlier. If the loop leaves out a batch instead, call "
+        "run.skip(); a wrapper that looks ahead is better inside: run.batches(wrapper(loader))"
+    )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.strategies.context import StrategyContext
-from hpcsgd.training.batch_use import BatchUse
+from hpcsgd.training.batch_use import BatchUse, UsedBatches
 from hpcsgd.training.digests import digest
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
@@ -75,15 +75,15 @@ def synchronous_batches(
     ------
     HpcsgdError
         A loader has no batch at all where others have some, or yields another number of batches than its
-        `len()`; or this rank takes its next batch without having used the last one.
+        `len()`.
     """
     for loader in loaders:
         warn_of_forks(loader)
     plan = _plan(loaders, context, uneven == "join", nodes)
     use, last = BatchUse(context, counted=steps is not None), [_END] * len(loaders)
-    loop = context.begin_loop()
+    loop, used = context.begin_loop(), UsedBatches(context, use)
     try:
-        while steps is None or context.current_peer_index or use.steps < steps:
+        while steps is None or context.current_peer_index or not used.are_enough(steps):
             batch, has_batch = next(plan, (_END, None))
             if has_batch is None or (uneven == "stop" and not all(has_batch)):
                 break
@@ -93,10 +93,11 @@ def synchronous_batches(
             elif last[index] is _END:
                 # Of peers without any batch, or resumed after their last: only the loader can supply one.
                 last[index] = loaders[index].filler()  # type: ignore[attr-defined]
-            context.set_batches(loop, has_batch)
+            context.set_batches(loop, used.take(has_batch))
             use.begin()
             yield batch if batch is not _END else _without_changes(last[index], context)  # type: ignore[misc]
             use.check()
+        used.end()
     finally:
         use.end()
         context.end_loop(loop)

@@ -82,6 +82,22 @@ class Buffers:
     def _is_inactive(self) -> bool:
         return self._treatment == "local" or self._context.peers.size == 1
 
+    def of_training(self) -> Named:
+        """Return the buffers that training may use, and that nothing makes equal until its end.
+
+        There are none with a period. Statistics of normalisation, which training does not use, are left out.
+        """
+        if self._is_inactive or self._period is not None or not self._strategy.averages_gradients:
+            return []
+        statistics = {
+            id(buffer)
+            for module in self._model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for buffer in module.buffers(recurse=False)
+        }
+        named = self._of_model()
+        return [(name, b) for name, b in named if id(b) not in statistics and _is_dense_layout(b)]
+
     @contextmanager
     def common(self) -> Iterator[None]:
         """Context with common buffers, at the end of which each rank has its own back; collective."""

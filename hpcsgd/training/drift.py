@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ _CAUSES = (
 
 _PIECE = 2**22  # bytes whose checksum is computed at once on a GPU, in eight times as much memory
 
+NamedBuffers = Sequence[tuple[str, Tensor]]
+
 
 class DriftCheck:
     """Compares parameters, and the numbers in the optimizer's groups, over all ranks.
@@ -49,7 +52,13 @@ class DriftCheck:
         self._world, self._optimizer, self.every = world, optimizer, every
         self._status = StepStatus(world)
         self._estimates: set[tuple[int, str]] = set()
+        self._marks: dict[str, tuple[int, int]] = {}
+        self._has_warned = False
         self.equal_step = 0
+
+    def begin(self, buffers: NamedBuffers) -> None:
+        """Begin with buffers that training may use."""
+        self._marks = _marks(buffers)
 
     def is_due(self, step: int) -> bool:
         """Return whether the ranks are to be compared after a step."""
@@ -84,7 +93,13 @@ class DriftCheck:
         }
 
     def compare(
-        self, step: int, batches: int, parameters: Sequence[Named] | None, *, settings: bool = True
+        self,
+        step: int,
+        batches: int,
+        parameters: Sequence[Named] | None,
+        *,
+        settings: bool = True,
+        buffers: NamedBuffers = (),
     ) -> None:
         """Compare the ranks; collective.
 
@@ -96,6 +111,8 @@ class DriftCheck:
             Parameters that must be equal; None: those of the ranks differ.
         settings
             Whether learning rates, steps and batches must be equal. Default True.
+        buffers
+            Buffers of which those that have changed should be equal: else a warning. Default: none.
 
         Raises
         ------
@@ -104,7 +121,9 @@ class DriftCheck:
         """
         if self._world.size == 1:
             return
-        numbers = {"parameters": 0, "settings": 0, "step": 0, "batches": 0}
+        numbers = {"parameters": 0, "settings": 0, "step": 0, "batches": 0, "buffers": 0}
+        if not self._has_warned and (changed := self._changed(buffers)):
+            numbers["buffers"] = _combined(checksum(b) for _, b in changed)
         if parameters is not None:
             numbers["parameters"] = _combined(checksum(p) for _, p in parameters)
         if settings:
@@ -116,7 +135,29 @@ class DriftCheck:
             error = self._difference(step, batches, parameters if numbers["parameters"] else None, settings)
             if error is not None:
                 raise error
+            if not self._has_warned:
+                self._warn_of_buffers(buffers)
         self.equal_step = step
+
+    def _changed(self, buffers: NamedBuffers) -> NamedBuffers:
+        """Return the buffers that have been written or replaced since the start."""
+        marks = _marks(buffers)
+        return [(name, b) for name, b in buffers if self._marks.get(name) != marks[name]]
+
+    def _warn_of_buffers(self, buffers: NamedBuffers) -> None:
+        """Warn, once and on one rank, of buffers that differ; collective."""
+        rows = self._world.gather({name: checksum(b) for name, b in buffers}, "the comparison of buffers")
+        names = [name for name, value in rows[0].items() if any(row.get(name) != value for row in rows)]
+        self._has_warned = bool(names)
+        if names and self._world.rank == 0:
+            warnings.warn(
+                f"buffer {names[0]} differs between the ranks in training ({len(names)} in all), where "
+                "DistributedDataParallel sends those of rank 0 in each forward pass. If the loss depends on "
+                "it, pass buffer_period=1 to Run, or update it from all ranks' values; if each rank has its "
+                f"own, local=[{names[0]!r}]",
+                RuntimeWarning,
+                stacklevel=6,
+            )
 
     def _settings(self) -> list[tuple[str, object]]:
         return [
@@ -168,6 +209,10 @@ def checksum_on_device(tensor: Tensor) -> int:
         weights = torch.arange(1, piece.numel() + 1, device=piece.device)
         total = 31 * total + (piece * weights).sum()
     return int(total) % 2**32
+
+
+def _marks(buffers: NamedBuffers) -> dict[str, tuple[int, int]]:
+    return {name: (id(buffer), buffer._version) for name, buffer in buffers}
 
 
 def _combined(checksums: Iterable[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -95,7 +96,6 @@ class StepWatch:
     def __init__(self, optimizer: Any, rank: int) -> None:
         self.allowed = False
         this = weakref.ref(self)
-        optimizers = optimizer.optimizers if isinstance(optimizer, OptimizerList) else [optimizer]
 
         def check(stepped: Any, args: Any, kwargs: Any) -> None:
             watch = this()
@@ -109,7 +109,9 @@ class StepWatch:
                 "not within a hook of backward",
             )
 
-        hooked = [each for each in map(_inside, optimizers) if hasattr(each, "register_step_pre_hook")]
+        hooked = [
+            each for each in map(_inside, _single(optimizer)) if hasattr(each, "register_step_pre_hook")
+        ]
         references = [weakref.ref(each) for each in hooked]
         self._hooks = [each.register_step_pre_hook(check) for each in hooked]
 
@@ -117,6 +119,10 @@ class StepWatch:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _single(optimizer: Any) -> list[Any]:
+    return optimizer.optimizers if isinstance(optimizer, OptimizerList) else [optimizer]
 
 
 def _inside(optimizer: Any) -> Any:
@@ -141,8 +147,33 @@ def unscale(optimizer: Any, found_inf: Tensor | None, scale: Tensor | None) -> b
     if found_inf is not None and bool(found_inf):
         return False
     if scale is not None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale)
+        scaler = _calling_scaler()
+        for each in _single(optimizer):
+            if not _has_unscaled(scaler, each):
+                _divide_gradients(each, scale)
     return True
+
+
+def _divide_gradients(optimizer: Any, scale: Tensor) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
+
+
+def _calling_scaler() -> Any:
+    """Return the GradScaler whose `step` calls this function, which it does not pass on."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _has_unscaled(scaler: Any, optimizer: Any) -> bool:
+    """Return whether the loop has called `scaler.unscale_(optimizer)` in this step, not `unscale_(run)`."""
+    states = getattr(scaler, "_per_optimizer_states", {})
+    found = [states.get(id(each), {}) for each in (optimizer, _inside(optimizer))]
+    return any(state.get("found_inf_per_device") for state in found)

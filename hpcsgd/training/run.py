@@ -180,7 +180,7 @@ class Run(Scalars):
         self._batchnorms = SyncBatchNorms(model, self._context, self.strategy)
         self._virtual_nodes = nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
         self._buffers = Buffers(nodes, self.strategy, self._context, self._trained, buffers, buffer_period)
-        self._stepping.buffers = self._buffers
+        self._stepping.watch(self._buffers)
         self._loops = Loops(self._context, self.strategy, nodes, uneven)
 
     @property

@@ -37,11 +37,7 @@ class Stepping:
     ----------
     scaling
         `found_inf` and `grad_scale` of a GradScaler, during its call of `run.step`.
-    buffers
-        The buffers of the run, which set it.
     """
-
-    buffers: Buffers
 
     def __init__(
         self, strategy: Strategy, context: StrategyContext, trained: TrainedParameters, check_every: int
@@ -56,6 +52,11 @@ class Stepping:
         self._world.calls.synchronous &= strategy.synchronous
         self._world.calls.background |= strategy.averages_in_background
         self.scaling: tuple[Tensor | None, Tensor | None] = None, None
+
+    def watch(self, buffers: Buffers) -> None:
+        """Compare and synchronise the buffers of the run from now on."""
+        self._buffers = buffers
+        self._drift.begin(buffers.of_training())
 
     def unscale(self) -> bool:
         """Divide the gradients by the scale of a GradScaler; False: this step must be skipped."""
@@ -113,7 +114,7 @@ class Stepping:
             nodes.select_peer((context.current_peer_index + 1) % context.peers.per_rank)
             if context.current_peer_index == 0:
                 self.set_steps(context.step + 1)
-                self.buffers.after_step()
+                self._buffers.after_step()
                 if self._drift.is_due(context.step):
                     self.check(every_frozen=_FROZEN_SHARE)
         context.step_taken = loop.batch_used = True
@@ -140,8 +141,10 @@ class Stepping:
             Compare every n-th frozen parameter, others each time. Default 1: all.
         """
         self._check_replaced(ending)
-        equal = self._strategy.has_equal_models() if equal is None else equal
-        parameters = [(name, p) for name, p in self._trained.named if p.requires_grad]
+        if equal is None:
+            # At the end a method with models of the ranks' own puts their consensus in place.
+            equal = self._strategy.has_equal_models() and (self._strategy.averages_gradients or not ending)
+        parameters = self._trained.trained()
         if has_equal_frozen(self._strategy, self._world):
             frozen = [*self._trained.frozen(), *self._trained.replaced()]
             parameters += frozen[self._drift.number(self._context.step) % every_frozen :: every_frozen]
@@ -150,6 +153,7 @@ class Stepping:
             self._context.loop.batches,
             parameters if equal else None,
             settings=self._strategy.synchronous,
+            buffers=self._buffers.of_training(),
         )
 
     def _check_replaced(self, ending: bool) -> None:
@@ -201,8 +205,9 @@ class Stepping:
             return
         self._context.parameters = self._trained.named
         self._context.loop.structure = self._trained.structure
-        if not self._strategy.restart():
-            raise untrained_error(names, self._world.global_rank)
+        with self._trained.unfrozen():
+            if not self._strategy.restart():
+                raise untrained_error(names, self._world.global_rank)
         # Each rank has initialised a new layer by itself.
         copy_from_rank_0(self._world, [each for each in self._trained.named if each[0] in names])
 

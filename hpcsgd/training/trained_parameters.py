@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -108,6 +109,22 @@ class TrainedParameters:
             if names:
                 self.structure = self._checksum()
         return names
+
+    def trained(self) -> list[Named]:
+        """Return the parameters that are trained, or have been."""
+        return [pair for pair, trained in zip(self.named, self._trained, strict=True) if trained]
+
+    @contextmanager
+    def unfrozen(self) -> Iterator[None]:
+        """Context in which those that have been trained are so again: they may be unfrozen later."""
+        frozen = [p for _, p in self.trained() if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
 
     def frozen(self) -> list[Named]:
         """Return those of plain memory that have been frozen since the run started."""

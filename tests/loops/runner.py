@@ -76,6 +76,8 @@ def without_hpcsgd(script: str, ranks: int) -> dict[str, torch.Tensor]:
     """Return what the script trains in one process, with batches as large as those of all ranks together."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hpcsgd, "Run", Plain)
+        for name in ("step", "unscale_"):
+            patch.setattr(torch.amp.GradScaler, name, _of_one(getattr(torch.amp.GradScaler, name)))
         patch.setattr(data, "DataLoader", functools.partial(_whole_batches, data.DataLoader, ranks))
         return _execute(script, patch)
 
@@ -104,6 +106,11 @@ class Untrained(Plain):
 
     def batches(self, loader: Any, steps: int | None = None) -> Iterator[Any]:
         return iter(())
+
+
+def _of_one(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a GradScaler that takes a plain run as its only optimizer."""
+    return lambda scaler, each: method(scaler, each.optimizers[0] if isinstance(each, Plain) else each)
 
 
 def _whole_batches(loader: Any, ranks: int, dataset: Any, batch_size: int, **options: Any) -> Any:

@@ -84,6 +84,7 @@ ROWS = [
     Row("gradient_penalty"),
     Row("gradients_without_backward"),
     Row("scaler"),
+    Row("scaler_of_optimizer"),
     Row("scheduler"),
     everywhere("optimizer_in_backward", Refused("HpcsgdError", "not within a hook of backward")),
     # Layers that are shared, frozen or unused
@@ -95,6 +96,7 @@ ROWS = [
     Row("unused_head"),
     Row("frozen_later"),
     Row("unfrozen_later", local=_UNFROZEN, lasgd=_UNFROZEN),
+    Row("alternating_layers", local=_UNFROZEN, lasgd=_UNFROZEN),
     Row("momentum_encoder"),
     # Parameters
     Row("new_memory"),
@@ -132,6 +134,7 @@ ROWS = [
     everywhere("empty_shard", Refused("HpcsgdError", "the loader has no batch at all")),
     everywhere("same_data", RUNS),
     Row("evaluation"),
+    Row("look_ahead"),
     Row("loop_inside", lasgd=Refused("HpcsgdError", "call it between two loops")),
     # Steps
     Row("lbfgs"),

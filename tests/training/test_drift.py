@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -98,3 +99,63 @@ def test_numbers_that_the_loop_changes_are_compared_beside_estimates(world: Any)
         run.check()
     run.optimizer.param_groups[0]["lr"] = 0.01
     run.close()
+
+
+class Codebook(nn.Module):
+    """Its output depends on a buffer that each forward pass changes, as a codebook; and normalises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("mask", torch.ones(2))
+        self.register_buffer("codes", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.codes.mul_(0.9).add_(x.mean(0))
+        return (self.norm(x) + self.codes) * self.scale * self.mask
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(
+    ("options", "is_warned"), [({}, True), ({"local": ["codes"]}, False), ({"buffer_period": 1}, False)]
+)
+def test_a_buffer_that_differs_in_training_is_a_warning(
+    world: Any, options: dict[str, Any], is_warned: bool
+) -> None:
+    """Statistics of BatchNorm differ too, and training does not use them."""
+    model = Codebook()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Run(
+            model, torch.optim.SGD(model.parameters(), 0.1), comm=world, check_every=2, **options
+        ) as run:
+            for step in range(6):
+                run.zero_grad()
+                run.model(torch.randn(4, 2) + world.rank).square().mean().backward()
+                run.step()
+                if step == 1:
+                    texts = [str(each.message) for each in caught if "buffer" in str(each.message)]
+                    assert len(texts) == (is_warned and world.rank == 0)
+    texts = [str(each.message) for each in caught if "differs between the ranks" in str(each.message)]
+    assert len(texts) == (is_warned and world.rank == 0)
+    assert all(
+        text.startswith("buffer codes differs between the ranks in training (1 in all)") for text in texts
+    )
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("steps", [3, 4])
+def test_models_of_the_ranks_may_change_between_the_last_average_and_the_end(world: Any, steps: int) -> None:
+    """As by `optimizer.eval()` of schedule-free optimizers; the consensus is put in place."""
+    model = nn.Linear(2, 1)
+    with Run(model, torch.optim.SGD(model.parameters(), 0.1), LocalSGD(2), comm=world) as run:
+        for _ in range(steps):
+            run.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            run.step()
+        before = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.add_(world.rank)
+    torch.testing.assert_close(model.weight.detach(), before + (world.size - 1) / 2)

@@ -368,3 +368,19 @@ def test_gradients_that_the_loop_sets_after_backward_are_averaged(world: Any, ke
             torch.testing.assert_close(before * 0.5 - (world.size - 1.0), master.weight.detach())
         if not keep:
             assert torch.equal(unused.weight, last)
+
+
+@pytest.mark.mpi
+def test_a_state_of_local_sgd_from_another_number_of_ranks(world: Any) -> None:
+    model = net()
+    with Run(model, sgd(model), LocalSGD(2), comm=world) as run:
+        state = run.state_dict()
+        state["strategy"]["own_steps"] = [0] * (world.size + 1)
+        run.load_state_dict(state)
+        loss_of(model, (world.rank, 0, 3)).backward()
+        run.step()
+        state["strategy"]["own_steps"] = [1] * (world.size + 1)
+        with pytest.raises(HpcsgdError, match=r"1 steps after an average\n(.*\n)*.*a multiple of 2 steps"):
+            run.load_state_dict(state)
+        run.step()
+    assert s.same_everywhere(world, model)
