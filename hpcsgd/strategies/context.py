@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 #: The contexts of this process that follow loops over batches of each other.
 _followers: weakref.WeakSet[StrategyContext] = weakref.WeakSet()
 _KEPT_BATCHES = (
-    "several steps after the end of a loop over run.batches(), in which ranks without a batch have repeated "
-    "one: of batches that were kept (list, itertools.cycle) those count in full now. Keep batches of the "
-    "loader instead: run.batches(itertools.cycle(loader), steps=100)"
+    "steps after the end of a loop over run.batches(), in which ranks without a batch have repeated one: of "
+    "batches that were kept (list, itertools.cycle) such may count in full. Iterate over run.batches(loader) "
+    "again in each epoch, and use each batch when it is taken"
 )
 
 
@@ -279,13 +279,21 @@ class StrategyContext:
             level=2,
         )
 
-    def set_taken_ahead(self, has_batch: Sequence[list[bool]]) -> None:
+    def set_taken_ahead(self, has_batch: Sequence[list[bool]], *, are_all: bool) -> None:
         """Record which peers have batches that a loop has taken, and uses after its end: one a step.
 
         For loops in which some peers have repeated batches.
+
+        Parameters
+        ----------
+        has_batch
+            Of each such batch, for each peer, whether it is one of its own.
+        are_all
+            Whether the loop has used none.
         """
         self._taken_ahead = list(has_batch)
-        self._steps_allowed = len(self._taken_ahead) + 1  # one for a rest of accumulated gradients
+        # One for a rest of accumulated gradients.
+        self._steps_allowed = 0 if are_all else len(self._taken_ahead) + 1
 
     def end_loop(self, loop: OpenLoop) -> None:
         """Go on with the loop around a loop, or with none."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
 from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.tensors.backward_pass import tensors_in
 
 _SAMPLES = 16  # parameters, evenly spaced, whose gradients show a backward pass
 _FEW_SAMPLES = 2  # where the strategy nearly always sees it: of checkpoints inside others it does not
 _MOST_AHEAD = 1024  # batches
+_MOST_REMEMBERED = 16  # batches, of which the model may get one
 
 
 class BatchUse:
@@ -26,14 +34,20 @@ class BatchUse:
         evaluation.
     ahead
         Number of batches that the loop has taken before it used the first one: so many it is ahead.
+    is_known
+        Whether that is certain, as the model got tensors of a batch.
     has_used
         Whether the loop has used a batch.
+    collects
+        Whether the loop has used a batch before, and not the last one.
     """
 
     def __init__(self, context: StrategyContext, *, counted: bool) -> None:
         self._context = context
         self._first_step = context.step
-        self.ahead, self.has_used = 0, False
+        self.ahead, self.has_used, self.collects, self.is_known = 0, False, False, False
+        self._addresses: list[set[int]] = []
+        self._hook: Any = None
         trained = [p for _, p in context.parameters if p.requires_grad]
         every = -(-len(trained) // (_FEW_SAMPLES if context.loop.sees_backward else _SAMPLES)) or 1
         self._samples = trained[::every] if counted or context.world.size > 1 else []
@@ -43,8 +57,10 @@ class BatchUse:
         taken = self._context.step - self._first_step
         return taken if self.has_used else max(taken, self.ahead)
 
-    def begin(self) -> None:
+    def begin(self, batch: object = None) -> None:
         """Record that a batch is handed out."""
+        if not self.has_used:
+            self._addresses = [*self._addresses[1 - _MOST_REMEMBERED :], _addresses(batch)]
         self._context.loop.batches += 1
         self._context.loop.batch_used = False
         self._marks = self._gradients()
@@ -56,19 +72,52 @@ class BatchUse:
 
     def check(self) -> None:
         """Record whether the loop has used the last batch."""
-        if not self.is_unused():
+        is_unused = self.is_unused()
+        self.collects = is_unused and self.has_used
+        if not is_unused:
             self.has_used = True
         elif self.has_used:
             self.ahead = 0  # it leaves batches out, or takes several at once
         else:
             self.ahead += 1
+            self._watch_model()
+
+    def _watch_model(self) -> None:
+        """Find out which of the last batches the model gets in its next forward pass."""
+        model = self._context.model
+        if self._hook is not None or model is None or self._context.peers.size == 1:
+            return
+
+        def find(module: nn.Module, args: object, kwargs: object) -> None:
+            self._end_watch()
+            got = _addresses((args, kwargs))
+            places = [place for place, each in enumerate(reversed(self._addresses)) if got & each]
+            if places:
+                self.ahead, self.is_known = places[0], True
+
+        with contextlib.suppress(RuntimeError):  # TorchScript has no such hooks
+            self._hook = model.register_forward_pre_hook(find, with_kwargs=True)
+
+    def _end_watch(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
     def end(self) -> None:
         """End the loop, which may be inside of another one."""
+        self._end_watch()
         self._context.loop.batch_used = True
 
     def _gradients(self) -> list[tuple[int, int]]:
         return [(id(p.grad), 0 if p.grad is None else p.grad._version) for p in self._samples]
+
+
+def _addresses(value: object) -> set[int]:
+    return {each.data_ptr() for each in tensors_in(value) if _has_memory(each)}
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.layout == torch.strided and tensor.numel() > 0
 
 
 class UsedBatches:
@@ -96,8 +145,10 @@ class UsedBatches:
         if changes:
             self._has_changed = True
             self._agree()
-            if self._ahead and self._use.has_used:
+            if self._ahead and self._use.has_used and not self._use.is_known:
                 self._context.warn_once("look-ahead", _text(self._ahead), level=1)
+            if self._use.collects:
+                self._context.warn_once("collected batches", _COLLECTED, level=1)
         # A loop that has used none may be an evaluation, with `run.weight`.
         return self._recent[-1 - self._ahead] if self._use.has_used else has_batch
 
@@ -113,7 +164,8 @@ class UsedBatches:
         """Record at the end of the loop which peers have the batches that it has not used; collective."""
         if self._has_changed:
             self._agree()
-            self._context.set_taken_ahead(self._recent[len(self._recent) - self._ahead :])
+            taken_ahead = self._recent[len(self._recent) - self._ahead :]
+            self._context.set_taken_ahead(taken_ahead, are_all=not self._use.has_used)
 
     def _agree(self) -> None:
         """Set the number of batches that the loop is ahead, 0 if it differs between ranks."""
@@ -122,9 +174,16 @@ class UsedBatches:
         self._ahead = numbers[0] if is_ahead else 0
 
 
+_COLLECTED = (
+    "a step uses several batches that were taken before it, and ranks that have run out repeat one of them: "
+    "all have the weight of the last one. Run a backward pass with each batch when it is taken, or pass "
+    "uneven='stop' to Run"
+)
+
+
 def _text(ahead: int) -> str:
     return (
         f"the loop took {ahead + 1} batches before its first step, and then one a step: each step has the "
         f"weight of the batch that was taken {ahead} earlier. If the loop leaves out a batch instead, call "
-        "run.skip(); a wrapper that looks ahead is better inside: run.batches(wrapper(loader))"
+        "run.skip() for it"
     )

@@ -94,8 +94,9 @@ def synchronous_batches(
                 # Of peers without any batch, or resumed after their last: only the loader can supply one.
                 last[index] = loaders[index].filler()  # type: ignore[attr-defined]
             context.set_batches(loop, used.take(has_batch))
-            use.begin()
-            yield batch if batch is not _END else _without_changes(last[index], context)  # type: ignore[misc]
+            given = batch if batch is not _END else _without_changes(last[index], context)
+            use.begin(given)
+            yield given  # type: ignore[misc]
             use.check()
         used.end()
     finally:

@@ -26,6 +26,7 @@ _CAUSES = (
 
 
 _PIECE = 2**22  # bytes whose checksum is computed at once on a GPU, in eight times as much memory
+_SMALL = 4096  # bytes of a buffer that is always compared
 
 NamedBuffers = Sequence[tuple[str, Tensor]]
 
@@ -140,9 +141,12 @@ class DriftCheck:
         self.equal_step = step
 
     def _changed(self, buffers: NamedBuffers) -> NamedBuffers:
-        """Return the buffers that have been written or replaced since the start."""
+        """Return the buffers that have been written or replaced since the start; and small ones.
+
+        What fused kernels write changes no version.
+        """
         marks = _marks(buffers)
-        return [(name, b) for name, b in buffers if self._marks.get(name) != marks[name]]
+        return [(n, b) for n, b in buffers if self._marks.get(n) != marks[n] or b.nbytes <= _SMALL]
 
     def _warn_of_buffers(self, buffers: NamedBuffers) -> None:
         """Warn, once and on one rank, of buffers that differ; collective."""
