@@ -30,8 +30,7 @@ class BatchUse:
     Attributes
     ----------
     steps
-        Steps of this loop; before the first one, each batch without gradients counts as one, as in
-        evaluation.
+        Steps of this loop.
     ahead
         Number of batches that the loop has taken before it used the first one: so many it is ahead.
     is_known
@@ -48,14 +47,14 @@ class BatchUse:
         self.ahead, self.has_used, self.collects, self.is_known = 0, False, False, False
         self._addresses: list[set[int]] = []
         self._hook: Any = None
+        self._is_needed = counted or context.world.size > 1
         trained = [p for _, p in context.parameters if p.requires_grad]
         every = -(-len(trained) // (_FEW_SAMPLES if context.loop.sees_backward else _SAMPLES)) or 1
-        self._samples = trained[::every] if counted or context.world.size > 1 else []
+        self._samples = trained[::every] if self._is_needed else []
 
     @property
     def steps(self) -> int:
-        taken = self._context.step - self._first_step
-        return taken if self.has_used else max(taken, self.ahead)
+        return self._context.step - self._first_step
 
     def begin(self, batch: object = None) -> None:
         """Record that a batch is handed out."""
@@ -85,7 +84,7 @@ class BatchUse:
     def _watch_model(self) -> None:
         """Find out which of the last batches the model gets in its next forward pass."""
         model = self._context.model
-        if self._hook is not None or model is None or self._context.peers.size == 1:
+        if self._hook is not None or model is None or not self._is_needed:
             return
 
         def find(module: nn.Module, args: object, kwargs: object) -> None:
@@ -135,7 +134,9 @@ class UsedBatches:
     def __init__(self, context: StrategyContext, use: BatchUse) -> None:
         self._context, self._use = context, use
         self._recent: list[list[bool]] = []
-        self._ahead, self._has_changed, self._has_ended = 0, False, False
+        self._ahead, self._has_changed, self._is_last = 0, False, False
+        #: Number of batches of which no rank has used any; 0 if one has used one.
+        self._unused, self._is_known = 0, False
 
     def take(self, has_batch: list[bool]) -> list[bool]:
         """Return which peers have the batch that is used next; collective where `has_batch` changes."""
@@ -145,7 +146,7 @@ class UsedBatches:
         if changes:
             self._has_changed = True
             self._agree()
-            if self._ahead and self._use.has_used and not self._use.is_known:
+            if self._ahead and self._use.has_used and not self._is_known:
                 self._context.warn_once("look-ahead", _text(self._ahead), level=1)
             if self._use.collects:
                 self._context.warn_once("collected batches", _COLLECTED, level=1)
@@ -153,12 +154,17 @@ class UsedBatches:
         return self._recent[-1 - self._ahead] if self._use.has_used else has_batch
 
     def are_enough(self, steps: int) -> bool:
-        """Return whether the loop has the batches of `steps` steps; collective before the last one."""
-        if self._use.steps == steps - 1 and self._use.has_used and not self._has_ended:
-            self._has_ended = True
+        """Return whether the loop has the batches of `steps` steps; collective.
+
+        In a loop without steps each batch without gradients counts as one, as in evaluation.
+        """
+        taken = self._use.steps
+        if taken == 0 or (taken == steps - 1 and not self._is_last):
+            self._is_last = taken == steps - 1
             self._agree()
-            return self._ahead > 0
-        return self._use.steps >= steps
+        if taken == 0:
+            return self._unused >= steps
+        return taken + (self._is_last and self._ahead > 0 and self._is_known) >= steps
 
     def end(self) -> None:
         """Record at the end of the loop which peers have the batches that it has not used; collective."""
@@ -168,10 +174,14 @@ class UsedBatches:
             self._context.set_taken_ahead(taken_ahead, are_all=not self._use.has_used)
 
     def _agree(self) -> None:
-        """Set the number of batches that the loop is ahead, 0 if it differs between ranks."""
-        numbers = self._context.world.meet("the comparison of batches taken", self._use.ahead)
-        is_ahead = len(set(numbers)) == 1 and numbers[0] < len(self._recent) + 1 and numbers[0] <= _MOST_AHEAD
+        """Set the number of batches that the loop is ahead, 0 if it differs between ranks; collective."""
+        use = self._use
+        here = use.ahead, use.has_used, use.is_known
+        rows = self._context.world.meet("the comparison of batches taken", here)
+        numbers, used, known = zip(*rows, strict=True)
+        is_ahead = len(set(numbers)) == 1 and numbers[0] <= min(len(self._recent), _MOST_AHEAD)
         self._ahead = numbers[0] if is_ahead else 0
+        self._unused, self._is_known = 0 if any(used) else min(numbers), all(known)
 
 
 _COLLECTED = (
