@@ -52,7 +52,7 @@ class AllReduce(Strategy):
         self._first: tuple[list[Tensor | None], SetAside, bool] | None = None
         self._is_first_step = True
         self._collect_gradients()
-        context.on_new_weights = self._set_aside
+        context.batches.on_change = self._set_aside
 
     def _collect_gradients(self) -> None:
         context = self.context
@@ -86,7 +86,7 @@ class AllReduce(Strategy):
     def disconnect(self) -> None:
         super().disconnect()
         if hasattr(self, "gradients"):
-            self.context.on_new_weights = None
+            self.context.batches.on_change = None
             self.gradients.disconnect()
 
     def restart(self) -> bool:

@@ -78,7 +78,7 @@ class LocalSGD(ReplicaStrategy):
             self._weight = (self._weight or 0.0) + weight * self.context.weight
         self._steps_since_average += 1
         self._steps_of_rank = [
-            a + b for a, b in zip(self._steps_of_rank, self.context.has_batch, strict=True)
+            a + b for a, b in zip(self._steps_of_rank, self.context.batches.of_step, strict=True)
         ]
         if self._steps_since_average == self.period:
             self._average()

@@ -92,7 +92,7 @@ class AsynchronousBatches:
         self._steps_before = context.loop.steps
         for source in self._sources:
             source.begin_epoch(restarts=True)
-        self._loop = loop = context.begin_loop()
+        self._loop = loop = context.batches.begin_loop()
         try:
             if any(once for _, once, *_ in entries) or (steps is None and None in lengths):
                 yield from self._in_rounds(None if steps is None else context.step + steps)
@@ -100,7 +100,7 @@ class AsynchronousBatches:
                 yield from self._until(context.step + (max(lengths) if steps is None else steps))
         finally:
             self._use.end()
-            context.end_loop(loop)
+            context.batches.end_loop(loop)
 
     @property
     def _is_server(self) -> bool:
@@ -128,7 +128,7 @@ class AsynchronousBatches:
             while not context.step_taken:  # several batches a step if gradients are accumulated
                 batch, is_new = self._sources[index].take()
                 every = range(context.peers.size)
-                context.set_batches(self._loop, [is_new or peer != context.peer for peer in every])
+                context.batches.set(self._loop, [is_new or peer != context.peer for peer in every])
                 self._use.begin()
                 self._taken, taken = self._taken + 1, taken + 1
                 yield batch
@@ -146,7 +146,7 @@ class AsynchronousBatches:
         if self._limit is not None:
             at_end = self._unused >= self._limit
         else:
-            at_end = source.ends() >= (1 if self._unused == taken else 2)
+            at_end = source.passes() >= (1 if self._unused == taken else 2)
         if not at_end:
             return False
         if self._context.peers.size == 1:
@@ -221,6 +221,8 @@ class _Source(Generic[Batch]):
         self._batches: Iterator[Any] | None = None
         self._ahead = self._last = _END
         self._ends, self._restarts = 0, True
+        #: Batches taken since the loader was started, and whether the epoch has begun after some of them.
+        self._taken, self._begins_inside = 0, False
 
     @property
     def ahead(self) -> Any:
@@ -229,6 +231,7 @@ class _Source(Generic[Batch]):
     def begin_epoch(self, *, restarts: bool) -> None:
         """Begin to look for new batches: those before the loader's next end, or, with `restarts`, any."""
         self._ends, self._restarts = 0, restarts
+        self._begins_inside = self._batches is not None and self._taken > 0
 
     def has_new(self) -> bool:
         """Return whether there is a new batch."""
@@ -236,11 +239,11 @@ class _Source(Generic[Batch]):
             self._ahead = self._fetch()
         return self.has_next() if self._restarts else not self._ends
 
-    def ends(self) -> int:
-        """Return how often the loader's end has come since `begin_epoch`, before the next batch."""
+    def passes(self) -> int:
+        """Return how often all batches of the loader have come since `begin_epoch`."""
         if self._ahead is _END and self._batches is not None:
             self._ahead = self._fetch()
-        return self._ends
+        return self._ends - self._begins_inside
 
     def has_next(self) -> bool:
         """Return whether there is a batch that is no repetition, after a restart at need."""
@@ -257,7 +260,7 @@ class _Source(Generic[Batch]):
         """Return the next batch, and whether it is no repetition."""
         is_new = self.has_next()
         if is_new:
-            self._last, self._ahead = self._ahead, _END
+            self._last, self._ahead, self._taken = self._ahead, _END, self._taken + 1
         elif not self.can_repeat():
             raise HpcsgdError(
                 "the loader has no batch at all",
@@ -271,7 +274,7 @@ class _Source(Generic[Batch]):
     def _fetch(self) -> Any:
         if self._batches is None:
             self._epochs.begin(self._loader)
-            self._batches = iter(self._loader)
+            self._batches, self._taken = iter(self._loader), 0
         batch = next(self._batches, _END)
         if batch is _END:
             self._batches, self._ends = None, self._ends + 1

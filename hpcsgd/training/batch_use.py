@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hpcsgd.strategies.batch_weights import OpenLoop
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.tensors.backward_pass import tensors_in
 
@@ -26,6 +28,8 @@ class BatchUse:
         The context of the run.
     counted
         Whether the loop ends after a number of steps.
+    on_found
+        Called when `ahead` has become certain, in the first forward pass. Default: not.
 
     Attributes
     ----------
@@ -41,8 +45,14 @@ class BatchUse:
         Whether the loop has used a batch before, and not the last one.
     """
 
-    def __init__(self, context: StrategyContext, *, counted: bool) -> None:
-        self._context = context
+    def __init__(
+        self,
+        context: StrategyContext,
+        *,
+        counted: bool,
+        on_found: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._context, self.on_found = context, on_found
         self._first_step = context.step
         self.ahead, self.has_used, self.collects, self.is_known = 0, False, False, False
         self._addresses: list[set[int]] = []
@@ -57,7 +67,7 @@ class BatchUse:
         return self._context.step - self._first_step
 
     def begin(self, batch: object = None) -> None:
-        """Record that a batch is handed out."""
+        """Record that a batch is handed out; None: a repeated one."""
         if not self.has_used:
             self._addresses = [*self._addresses[1 - _MOST_REMEMBERED :], _addresses(batch)]
         self._context.loop.batches += 1
@@ -93,6 +103,7 @@ class BatchUse:
             places = [place for place, each in enumerate(reversed(self._addresses)) if got & each]
             if places:
                 self.ahead, self.is_known = places[0], True
+                self.on_found()
 
         with contextlib.suppress(RuntimeError):  # TorchScript has no such hooks
             self._hook = model.register_forward_pre_hook(find, with_kwargs=True)
@@ -127,12 +138,13 @@ class UsedBatches:
 
     Parameters
     ----------
-    context, use
-        The context of the run, and the use of its batches.
+    context, use, loop
+        The context of the run, the use of its batches, and its loop.
     """
 
-    def __init__(self, context: StrategyContext, use: BatchUse) -> None:
-        self._context, self._use = context, use
+    def __init__(self, context: StrategyContext, use: BatchUse, loop: OpenLoop) -> None:
+        self._context, self._use, self._loop = context, use, loop
+        use.on_found = self._set_first
         self._recent: list[list[bool]] = []
         self._ahead, self._has_changed, self._is_last = 0, False, False
         #: Number of batches of which no rank has used any; 0 if one has used one.
@@ -146,12 +158,18 @@ class UsedBatches:
         if changes:
             self._has_changed = True
             self._agree()
-            if self._ahead and self._use.has_used and not self._is_known:
-                self._context.warn_once("look-ahead", _text(self._ahead), level=1)
             if self._use.collects:
-                self._context.warn_once("collected batches", _COLLECTED, level=1)
+                self._context.batches.warn_once("collected batches", _COLLECTED, level=1)
+        if self._has_changed and self._ahead and self._use.has_used and not self._is_known:
+            self._context.batches.warn_once("look-ahead", _text(self._ahead), level=1)
         # A loop that has used none may be an evaluation, with `run.weight`.
         return self._recent[-1 - self._ahead] if self._use.has_used else has_batch
+
+    def _set_first(self) -> None:
+        """Give the first batch that is used, which was taken before others, its own weights; collective."""
+        if self._has_changed:
+            self._agree()
+            self._context.batches.set(self._loop, self._recent[-1 - self._ahead])
 
     def are_enough(self, steps: int) -> bool:
         """Return whether the loop has the batches of `steps` steps; collective.
@@ -171,7 +189,7 @@ class UsedBatches:
         if self._has_changed:
             self._agree()
             taken_ahead = self._recent[len(self._recent) - self._ahead :]
-            self._context.set_taken_ahead(taken_ahead, are_all=not self._use.has_used)
+            self._context.batches.set_taken_ahead(taken_ahead, are_all=not self._use.has_used)
 
     def _agree(self) -> None:
         """Set the number of batches that the loop is ahead, 0 if it differs between ranks; collective."""

@@ -61,7 +61,7 @@ def synchronous_batches(
     loaders
         One for each local peer; batches are yielded for one peer after the other.
     context
-        Its `has_batch` is set before each batch.
+        Its `batches` are set before each batch.
     uneven
         "join": a peer without further batches repeats its last one with weight 0, so that the user's
         loop, schedulers and counters advance equally on all ranks. "stop": the epoch ends for all peers
@@ -81,7 +81,8 @@ def synchronous_batches(
         warn_of_forks(loader)
     plan = _plan(loaders, context, uneven == "join", nodes)
     use, last = BatchUse(context, counted=steps is not None), [_END] * len(loaders)
-    loop, used = context.begin_loop(), UsedBatches(context, use)
+    loop = context.batches.begin_loop()
+    used = UsedBatches(context, use, loop)
     try:
         while steps is None or context.current_peer_index or not used.are_enough(steps):
             batch, has_batch = next(plan, (_END, None))
@@ -93,15 +94,15 @@ def synchronous_batches(
             elif last[index] is _END:
                 # Of peers without any batch, or resumed after their last: only the loader can supply one.
                 last[index] = loaders[index].filler()  # type: ignore[attr-defined]
-            context.set_batches(loop, used.take(has_batch))
+            context.batches.set(loop, used.take(has_batch))
             given = batch if batch is not _END else _without_changes(last[index], context)
-            use.begin(given)
+            use.begin(batch if batch is not _END else None)
             yield given  # type: ignore[misc]
             use.check()
         used.end()
     finally:
         use.end()
-        context.end_loop(loop)
+        context.batches.end_loop(loop)
 
 
 def _without_changes(batch: Any, context: StrategyContext) -> Any:

@@ -43,7 +43,7 @@ class Loops:
         self._asynchronous = AsynchronousBatches(context, strategy, virtual_nodes, self._epochs)
         self._warned: IdentityMap[bool] = IdentityMap()
         if strategy.synchronous and context.peers.size > 1:
-            context.follow()
+            context.batches.follow()
 
     def batches(
         self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None, shard: bool | None

@@ -119,7 +119,7 @@ class Stepping:
                     self.check(every_frozen=_FROZEN_SHARE)
         context.step_taken = loop.batch_used = True
         loop.steps += 1
-        context.begin_step()
+        context.batches.begin_step()
         self._world.calls.end_step()
         self._world.activity.step = context.step
         self._world.tracer.end_step(number)

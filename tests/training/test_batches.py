@@ -46,7 +46,7 @@ def steps(context: Any, loader: Any, uneven: str = "join") -> list[tuple[str, in
     found = []
     for batch in synchronous_batches([loader], context, uneven):
         found.append((batch, context.weight, context.contributors))
-        context.begin_step()
+        context.batches.begin_step()
     return found
 
 
@@ -80,7 +80,7 @@ def test_the_first_batch_of_a_step_decides_its_weight() -> None:
     for count, _ in enumerate(synchronous_batches([["a"]], context, "join"), 1):
         weights.append(context.weight)
         if count % 2 == 0:
-            context.begin_step()
+            context.batches.begin_step()
     assert weights == [1, 1, 0, 0]
 
 
@@ -88,7 +88,7 @@ def test_leaving_the_loop_resets_the_weight() -> None:
     context = context_among([(4, False)])
     batches: Any = synchronous_batches([["a"]], context, "join")
     assert [next(batches), next(batches)] == ["a", "a"]
-    context.begin_step()
+    context.batches.begin_step()
     next(batches)
     assert context.weight == 0
     assert (context.weight, context.batch_weight) == (0, 0)
@@ -101,7 +101,7 @@ def test_a_batch_of_several_steps_has_its_weight_in_each() -> None:
     for _ in synchronous_batches([["a"]], context, "join"):
         for _ in range(2):
             found.append((context.weight, context.batch_weight, context.contributors))
-            context.begin_step()
+            context.batches.begin_step()
     assert found == [(1, 1, 2)] * 2 + [(0, 0, 1)] * 2
 
 
@@ -114,16 +114,16 @@ def test_a_loop_inside_of_a_loop_has_weights_of_its_own() -> None:
         for _ in inner:
             found.append(context.weight)
         found.append((context.weight, context.batch_weight))
-        context.begin_step()
+        context.batches.begin_step()
     assert found == [1, (1, 1), 1, (0, 0)]
 
 
 def test_weights_that_change_within_a_step_are_told_of_before() -> None:
     context, found = context_among([(3, False)]), []
-    context.on_new_weights = lambda: found.append(list(context.has_current))
+    context.batches.on_change = lambda: found.append(list(context.batches.current))
     for count, _ in enumerate(synchronous_batches([["a", "b"]], context, "join"), 1):
         if count == 1:
-            context.begin_step()
+            context.batches.begin_step()
     assert found == [[True, True], [False, True]]
 
 

@@ -19,6 +19,8 @@ from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser, words
 Edges = Sequence[tuple[int, int]]
 #: Name of the wait in errors.
 CLOSE_OF_ITERATION = "the close of an iteration of backup workers"
+_LEFT = -1  # in place of the end of a loop, in the last request of a rank that has dropped the run
+_LOOK_INTERVAL = 0.1  # seconds between two looks whether this rank has
 
 
 class Agreement(Protocol):
@@ -142,7 +144,10 @@ class MessageAgreement:
         self._closer, self._mirror = (IterationCloser(world.size, edges, backups) for _ in range(2))
         if world.rank == 0:
             self._requests = [self._post_receive(rank) for rank in range(world.size)]
-            world.progress.add_poller(self._poll)
+        #: On rank 0: the ranks that have dropped the run, and wait for no reply any more.
+        self._left: set[int] = set()
+        self._leaving: Any = None
+        world.progress.add_poller(self._poll if world.rank == 0 else self._leave_if_abandoned)
 
     def join(self, end: int) -> tuple[int, list[int]] | None:
         net = self._net
@@ -158,15 +163,28 @@ class MessageAgreement:
         request = np.zeros(1, np.int32)
         return self._net.irecv(request, rank, self._request_tag), request
 
+    def _leave_if_abandoned(self) -> float:
+        """Send rank 0 that this rank has dropped the run."""
+        if not self._abandoned:
+            return _LOOK_INTERVAL
+        if self._leaving is None:
+            end = np.array([_LEFT], np.int32)
+            self._leaving = self._net.comm.Isend(end, 0, self._request_tag), end
+        return POLLER_ENDED if self._leaving[0].Test() else POLL_INTERVAL
+
     def _poll(self) -> float:
-        if self._abandoned and not self._replies:
+        if self._abandoned and len(self._left) == self._world.size - 1 and not self._replies:
             self._cancel_requests()
             return POLLER_ENDED
         busy = False
         for rank, (received, request) in enumerate(self._requests):
-            if not received.Test():
+            if rank in self._left or not received.Test():
                 continue
-            busy, self._requests[rank] = True, self._post_receive(rank)
+            busy = True
+            if request[0] == _LEFT:
+                self._left.add(rank)
+                continue
+            self._requests[rank] = self._post_receive(rank)
             entered = self._closer.mark_done([rank], int(request[0]))
             if entered is None:
                 self._send_reply(-1, [rank])
@@ -194,8 +212,9 @@ class MessageAgreement:
     def close(self) -> None:
         # Rank 0 may close before the last rank has sent its last request.
         self._world.gather(None, "the end of an agreement")
+        self._world.progress.remove_poller(self._poll)
+        self._world.progress.remove_poller(self._leave_if_abandoned)
         if self._world.rank == 0:
-            self._world.progress.remove_poller(self._poll)
             for sent, _ in self._replies:
                 self._net.wait(sent, CLOSE_OF_ITERATION)
             self._cancel_requests()
@@ -205,7 +224,8 @@ class MessageAgreement:
         self._abandoned = True
 
     def _cancel_requests(self) -> None:
-        for received, _ in self._requests:
-            received.Cancel()
-            received.Wait()
+        for rank, (received, _) in enumerate(self._requests):
+            if rank not in self._left:
+                received.Cancel()
+                received.Wait()
         self._requests = []
