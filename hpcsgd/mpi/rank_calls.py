@@ -71,7 +71,7 @@ class RankCalls:
     def begin_run(self) -> None:
         """Count from 0 on all ranks, which may have taken unequal numbers of steps before an error."""
         self.steps = self.passes = 0
-        self.in_step = False
+        self.end_step()
 
     def begin_step(self) -> None:
         """Count a step, at its first gradient or at `run.step()`."""

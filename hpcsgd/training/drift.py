@@ -216,7 +216,8 @@ def checksum_on_device(tensor: Tensor) -> int:
 
 
 def _marks(buffers: NamedBuffers) -> dict[str, tuple[int, int]]:
-    return {name: (id(buffer), buffer._version) for name, buffer in buffers}
+    # Tensors made in inference mode have no version.
+    return {name: (id(b), 0 if b.is_inference() else b._version) for name, b in buffers}
 
 
 def _combined(checksums: Iterable[int]) -> int:
