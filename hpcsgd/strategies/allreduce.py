@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -20,6 +21,9 @@ from hpcsgd.tensors.gradients import Gradients
 from hpcsgd.tensors.group import Bucket
 from hpcsgd.tensors.misuse import check_all_used
 from hpcsgd.tensors.set_aside import SetAside
+
+#: The runs of this process that average gradients: a backward pass may compute those of several.
+_attached: weakref.WeakSet[AllReduce] = weakref.WeakSet()
 
 
 class AllReduce(Strategy):
@@ -52,7 +56,6 @@ class AllReduce(Strategy):
         self._first: tuple[list[Tensor | None], SetAside, bool] | None = None
         self._is_first_step = True
         self._collect_gradients()
-        context.batches.on_change = self._set_aside
 
     def _collect_gradients(self) -> None:
         context = self.context
@@ -68,6 +71,8 @@ class AllReduce(Strategy):
             model=context.model,
         )
         self._aside = SetAside(self.gradients)
+        context.batches.on_change = self._set_aside
+        _attached.add(self)
         self._reducer = make_reducer(
             self.gradients.group,
             context.algorithm,
@@ -79,19 +84,24 @@ class AllReduce(Strategy):
     def detach(self) -> None:
         self.context.world.progress.drain()
         self.gradients.release()
-        self._first = None
+        self._first = self.context.batches.on_change = None
+        _attached.discard(self)
         # The last views of the shared memory, which can then be freed.
         del self.gradients, self._reducer, self._aside
 
     def disconnect(self) -> None:
         super().disconnect()
+        _attached.discard(self)
         if hasattr(self, "gradients"):
             self.context.batches.on_change = None
             self.gradients.disconnect()
 
     def restart(self) -> bool:
+        if self.context.loop.skipped:
+            self._follow_others()
         # First, so that a rank whose parameters differ is found before the others wait for it.
-        self._compare_numbers(np.zeros(2 * len(self.gradients.used()) + 1, np.bool_))
+        with self.context.world.calls.completed():
+            self._compare_numbers(np.zeros(2 * len(self.gradients.used()) + 1, np.bool_))
         if self._aside.on_any_rank:
             self.synchronize(self.context.loop.weight)
         AllReduce.detach(self)
@@ -256,12 +266,28 @@ class AllReduce(Strategy):
             self._aside.clear()
         if self.gradients.is_reporting:
             self._reduce(late=True)
-        while place := self._status.of_others():
+        others = [each for each in _attached if each._has_ranks_of(self)]
+        while place := self._status.of_others(lambda: any(each._is_behind() for each in others)):
+            for other in others:
+                if other._is_behind():
+                    other._reduce(late=True)
             if place.completing:
                 if place.weighted:
                     self._begin_weights()
                 return
-            self._reduce(late=True)
+            if place.passes > self.context.world.calls.passes:
+                self._reduce(late=True)
+
+    def _has_ranks_of(self, other: AllReduce) -> bool:
+        """Whether this is another run with the same ranks, as that of the critic of a GAN."""
+        worlds = self.context.world, other.context.world
+        return worlds[0].calls is not worlds[1].calls and worlds[0].all.ranks == worlds[1].all.ranks
+
+    def _is_behind(self) -> bool:
+        """Whether other ranks average a backward pass in which this rank takes no part."""
+        world = self.context.world
+        places = [world.place(rank) for rank in world.all.ranks if rank != world.global_rank]
+        return any(place.passes > world.calls.passes for place in places if place is not None)
 
     def _reduce_some(self, by_hand: np.ndarray) -> None:
         """Average gradients that the loop has set since the end of backward."""
@@ -297,11 +323,12 @@ class AllReduce(Strategy):
         return not self._left_out
 
     def _end_step(self) -> None:
+        self._is_first_step &= self._left_out  # weights may begin after steps that were left out
         self._finite, self._left_out, self._reductions = True, False, 0
         if self._aside.on_any_rank:
             self._aside.clear()
             self._aside = SetAside(self.gradients)
-        self._share, self._first, self._is_first_step, self._counts = None, None, False, True
+        self._share, self._first, self._counts = None, None, True
 
     def state_dict(self) -> dict[str, Any]:
         return {"reduction": self._reducer.state_dict()}

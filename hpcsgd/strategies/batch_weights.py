@@ -192,7 +192,14 @@ class BatchWeights:
             return
         for other in list(_followers):
             if other._follows == self._follows and other is not self and not other._open_loops:
-                other._followed = other.of_step = other.current = has_batch
+                other._follow_to(has_batch)
+
+    def _follow_to(self, has_batch: list[bool]) -> None:
+        self._followed = has_batch
+        self._change_current(has_batch)
+        self._has_taken = True
+        if not self._is_decided:
+            self.of_step, self._is_decided = has_batch, True
 
     def _of_open_loop(self) -> list[bool]:
         if self._taken_ahead and not self._open_loops:

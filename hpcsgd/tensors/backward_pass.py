@@ -90,10 +90,11 @@ class _OutputHook:
         self._passes.enter()
 
     def __reduce__(self) -> Any:
-        return _no_hook, ()
+        return no_hook, ()
 
 
-def _no_hook() -> Any:
+def no_hook() -> Any:
+    """Return a hook without effect, in place of a copy of one."""
     return _ignore
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpcsgd.strategies.batch_weights import OpenLoop
 from hpcsgd.strategies.context import StrategyContext
-from hpcsgd.tensors.backward_pass import tensors_in
+from hpcsgd.tensors.backward_pass import no_hook, tensors_in
 
 _SAMPLES = 16  # parameters, evenly spaced, whose gradients show a backward pass
 _FEW_SAMPLES = 2  # where the strategy nearly always sees it: of checkpoints inside others it does not
@@ -97,16 +97,17 @@ class BatchUse:
         if self._hook is not None or model is None or not self._is_needed:
             return
 
-        def find(module: nn.Module, args: object, kwargs: object) -> None:
-            self._end_watch()
-            got = _addresses((args, kwargs))
-            places = [place for place, each in enumerate(reversed(self._addresses)) if got & each]
-            if places:
-                self.ahead, self.is_known = places[0], True
-                self.on_found()
-
         with contextlib.suppress(RuntimeError):  # TorchScript has no such hooks
-            self._hook = model.register_forward_pre_hook(find, with_kwargs=True)
+            self._hook = model.register_forward_pre_hook(_InputHook(self), with_kwargs=True)
+
+    def find(self, inputs: object) -> None:
+        """Find the batch of which the model gets a tensor."""
+        self._end_watch()
+        got = _addresses(inputs)
+        places = [place for place, each in enumerate(reversed(self._addresses)) if got & each]
+        if places:
+            self.ahead, self.is_known = places[0], True
+            self.on_found()
 
     def _end_watch(self) -> None:
         if self._hook is not None:
@@ -120,6 +121,25 @@ class BatchUse:
 
     def _gradients(self) -> list[tuple[int, int]]:
         return [(id(p.grad), 0 if p.grad is None else p.grad._version) for p in self._samples]
+
+
+class _InputHook:
+    """Forward pre-hook of the model, whose copies and pickled forms have no effect.
+
+    Parameters
+    ----------
+    use
+        Gets the inputs.
+    """
+
+    def __init__(self, use: BatchUse) -> None:
+        self._use = use
+
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+        self._use.find((args, kwargs))
+
+    def __reduce__(self) -> Any:
+        return no_hook, ()
 
 
 def _addresses(value: object) -> set[int]:

@@ -148,8 +148,12 @@ def unscale(optimizer: Any, found_inf: Tensor | None, scale: Tensor | None) -> b
         return False
     if scale is not None:
         scaler = _calling_scaler()
-        for each in _single(optimizer):
-            if not _has_unscaled(scaler, each):
+        records = [(each, _records(scaler, each)) for each in _single(optimizer)]
+        # The loop may have made gradients finite since.
+        if any(bool(record) for _, found in records for record in found):
+            return False
+        for each, found in records:
+            if not found:
                 _divide_gradients(each, scale)
     return True
 
@@ -172,8 +176,11 @@ def _calling_scaler() -> Any:
     return None
 
 
-def _has_unscaled(scaler: Any, optimizer: Any) -> bool:
-    """Return whether the loop has called `scaler.unscale_(optimizer)` in this step, not `unscale_(run)`."""
+def _records(scaler: Any, optimizer: Any) -> list[Tensor]:
+    """Return what `scaler.unscale_(optimizer)` has recorded in this step; empty: it was not called.
+
+    `unscale_(run)` has another record.
+    """
     states = getattr(scaler, "_per_optimizer_states", {})
     found = [states.get(id(each), {}) for each in (optimizer, _inside(optimizer))]
-    return any(state.get("found_inf_per_device") for state in found)
+    return [record for state in found for record in state.get("found_inf_per_device", {}).values()]

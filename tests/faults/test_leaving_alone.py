@@ -14,7 +14,7 @@ _LOOP = (
     + """
 model = torch.nn.Linear(2, 2)
 run = Run(model, torch.optim.SGD(model.parameters(), 0.1), {strategy})
-for step, x in enumerate(run.batches([torch.ones(1, 2)] * 9)):
+for step, x in enumerate(run.batches([torch.ones(1, 2)] * 100)):
     if step == 4 and run.world.rank == 1: break
     run.zero_grad(); model(x).sum().backward(); run.step()
 {then}

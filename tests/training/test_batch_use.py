@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -156,3 +158,18 @@ def test_batches_are_collected_before_a_step(world: Any, strategy: Any) -> None:
             run.step()
     assert run.steps == 3 and len(found) == 6
     run.close()
+
+
+@pytest.mark.mpi
+def test_copies_of_the_model_made_while_a_batch_is_unused(world: Any) -> None:
+    run = start(world, AllReduce())
+    for number, x in enumerate(run.batches([torch.ones(2, 4).double()] * 3)):
+        if number == 1:
+            copies = [copy.deepcopy(run.model), pickle.loads(pickle.dumps(run.model))]
+        if number:
+            run.zero_grad()
+            run.model(x).sum().backward()
+            run.step()
+    run.close()
+    for each in copies:
+        each(torch.ones(3, 4).double())

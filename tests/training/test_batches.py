@@ -206,6 +206,25 @@ def test_a_second_run_has_the_weights_of_the_loop_of_the_first(world: Any) -> No
 
 
 @pytest.mark.mpi(min_size=2)
+def test_a_second_run_accumulates_batches_by_the_weights_of_the_first(world: Any) -> None:
+    models = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    runs = [Run(m, torch.optim.SGD(m.parameters(), 1.0), comm=world) for m in models]
+    before = [m.weight.item() for m in models]
+    own = [torch.full((1, 1), world.rank + 1.0)] * (1 if world.rank else 2)
+    for x in runs[0].batches(own):
+        for run in runs:
+            with run.accumulate():
+                run.model(x).sum().backward()
+    for run in runs:
+        run.step()
+    expected = 1.0 + (1.0 + world.size) / 2
+    changes = [start - m.weight.item() for m, start in zip(models, before, strict=True)]
+    assert changes == pytest.approx([expected, expected], rel=1e-5)
+    for run in runs:
+        run.close()
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("shorter", [1, 0])
 def test_batches_of_two_loops_of_other_lengths_are_a_warning(world: Any, shorter: int) -> None:
     model = torch.nn.Linear(1, 1)

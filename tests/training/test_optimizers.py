@@ -48,3 +48,26 @@ def test_the_optimizer_inside_of_a_wrapper_is_watched(world: Any) -> None:
             optimizer.step()
         run.step()
     optimizer.step()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("overflows", [False, True])
+def test_an_overflow_that_the_optimizer_s_scaler_has_seen_leaves_the_step_out(
+    world: Any, overflows: bool
+) -> None:
+    """Also where the loop makes the gradients finite before the step."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with Run(model, optimizer, comm=world) as run:
+        before = model.bias.item()
+        loss = model(torch.ones(1, 2)).sum()
+        scaler.scale(loss * float("inf") if overflows else loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_value_(model.parameters(), 0.5)
+        for p in model.parameters():
+            torch.nan_to_num_(p.grad)
+        scaler.step(run)
+        scaler.update()
+    assert before - model.bias.item() == (0.0 if overflows else 0.5)
+    assert scaler.get_scale() == (2.0 if overflows else 4.0)

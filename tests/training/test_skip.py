@@ -136,6 +136,63 @@ def test_all_ranks_leave_out_a_step_that_some_skip(world: Any, kind: str) -> Non
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("skipping", ["last", "all"])
+def test_weights_after_a_first_step_that_was_left_out(world: Any, skipping: str) -> None:
+    model = nn.Linear(1, 1, bias=False).double()
+    with Run(model, torch.optim.SGD(model.parameters(), 1.0), comm=world) as run:
+        before = model.weight.item()
+        for step in range(3):
+            run.zero_grad()
+            if step == 0 and (skipping == "all" or world.rank == world.size - 1):
+                run.skip()
+                continue
+            model(torch.full((1, 1), 1.0 + world.rank).double()).sum().backward()
+            run.step(weight=1.0 + world.rank)
+    counts = range(1, world.size + 1)
+    mean = sum(n * n for n in counts) / sum(counts)
+    assert before - model.weight.item() == pytest.approx(2 * mean)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_skipped_step_whose_backward_pass_reaches_another_run(world: Any, rank: int) -> None:
+    """The pass of a generator computes gradients of the critic too, which its step throws away."""
+    models = [nn.Linear(1, 1, bias=False).double() for _ in range(2)]
+    runs = [Run(m, torch.optim.SGD(m.parameters(), 0.1)) for m in models]
+    before = [m.weight.item() for m in models]
+    for step in range(4):
+        runs[1].zero_grad()
+        models[1](torch.ones(1, 1).double()).sum().backward()
+        runs[1].step()
+        runs[0].zero_grad()
+        if step == 1 and world.rank == rank % world.size:
+            runs[0].skip()
+        else:
+            (models[0].weight + 0 * models[1].weight).sum().backward()
+            runs[0].step()
+    changes = [start - m.weight.item() for m, start in zip(models, before, strict=True)]
+    for run in runs:
+        run.close()
+    assert changes == pytest.approx([0.3, 0.4])
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("when", ["before backward", "after backward"])
+def test_a_skipped_step_in_which_a_layer_is_unfrozen(world: Any, when: str) -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
+    model[0].requires_grad_(False)
+    with Run(model, torch.optim.SGD(model.parameters(), 0.1), comm=world) as run:
+        for step in range(4):
+            model[0].requires_grad_(step >= 2)
+            run.zero_grad()
+            skips = step == 2 and world.rank == 0
+            if not skips or when == "after backward":
+                model(torch.ones(1, 1).double()).sum().backward()
+            run.skip() if skips else run.step()
+    assert run.steps == 4 and s.same_everywhere(world, model)
+
+
+@pytest.mark.mpi(min_size=2)
 def test_a_skipped_step_with_compression_leaves_equal_models(world: Any) -> None:
     loop, model = LOOPS["a second pass in some steps"], net()
     with Run(model, loop.optimizer(model), comm=world, compress=QSGDMaxNorm(bits=8), nonfinite="skip") as run:
