@@ -108,7 +108,7 @@ class BatchWeights:
         if self._steps_allowed < 0:
             self.warn_once("kept batches", _KEPT_BATCHES, level=1)
         self.of_step = self.current = self._of_open_loop()
-        self._is_decided = self._has_taken = False
+        self._is_decided, self._has_taken = False, bool(self._taken_ahead)
 
     def follow(self) -> None:
         """Share the weights with other synchronous runs of this process on the same ranks."""
@@ -175,6 +175,12 @@ class BatchWeights:
         # One for a rest of accumulated gradients.
         self._steps_allowed = 0 if are_all else len(self._taken_ahead) + 1
 
+    def end_use(self) -> None:
+        """Go on with the next of the batches that were taken ahead, within a step."""
+        if len(self._taken_ahead) > 1 and not self._open_loops:
+            self._taken_ahead = self._taken_ahead[1:]
+            self._change_current(self._taken_ahead[0])
+
     def end_loop(self, loop: OpenLoop) -> None:
         """Go on with the loop around a loop, or with none."""
         if loop not in self._open_loops:
@@ -182,6 +188,7 @@ class BatchWeights:
         self._open_loops.remove(loop)
         outside = self._of_open_loop()
         self._change_current(outside)
+        self._has_taken |= bool(self._taken_ahead)
         self.of_step = outside
         self._is_decided = bool(self._open_loops)
         self._share_with_followers(outside)

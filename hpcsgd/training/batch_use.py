@@ -101,7 +101,9 @@ class BatchUse:
             self._hook = model.register_forward_pre_hook(_InputHook(self), with_kwargs=True)
 
     def find(self, inputs: object) -> None:
-        """Find the batch of which the model gets a tensor."""
+        """Find the batch of which the model gets a tensor, in the first forward pass of training."""
+        if not torch.is_grad_enabled():
+            return
         self._end_watch()
         got = _addresses(inputs)
         places = [place for place, each in enumerate(reversed(self._addresses)) if got & each]

@@ -253,8 +253,7 @@ class Run(Scalars):
 
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""
-        self._stepping.begin()
-        return self.strategy.accumulate()
+        return self._stepping.accumulate()
 
     def synchronize(self, weight: float | None = None) -> None:
         """Complete the average of the gradients.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -62,10 +62,14 @@ class Stepping:
         """Divide the gradients by the scale of a GradScaler; False: this step must be skipped."""
         return unscale(self._optimizer, *self.scaling)
 
-    def begin(self) -> None:
-        """Record that a step has begun, which uses the current batch."""
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Context of backward passes with the current batch that only add to the gradients."""
         self._context.loop.batch_used = True
         self._world.calls.begin_step()
+        with self._strategy.accumulate():
+            yield
+        self._context.batches.end_use()
 
     def step(self, nodes: VirtualNodes, closure: Callable[[], Any] | None, weight: float | None) -> Any:
         """Take one step; see `Run.step`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -173,3 +174,37 @@ def test_copies_of_the_model_made_while_a_batch_is_unused(world: Any) -> None:
     run.close()
     for each in copies:
         each(torch.ones(3, 4).double())
+
+
+def change(world: Any, ahead: int, accumulated: int) -> float:
+    """The change of a weight in two epochs of uneven shards, by a loop that takes batches ahead."""
+    model = nn.Linear(1, 1, bias=False).double()
+    own = [torch.full((1, 1), 10.0 * world.rank + 1.0 + n).double() for n in range(4 if world.rank else 5)]
+    with Run(model, torch.optim.SGD(model.parameters(), 1.0), comm=world) as run:
+        before, number = model.weight.item(), 0
+        for _ in range(2):
+            waiting: list[torch.Tensor] = []
+            batches = iter(run.batches(own))
+            while (x := next(batches, None)) is not None or waiting:
+                waiting += [] if x is None else [x]
+                if x is not None and len(waiting) <= ahead:
+                    continue
+                if number % accumulated == 0:
+                    run.zero_grad()
+                number += 1
+                is_last = number % accumulated == 0
+                with contextlib.nullcontext() if is_last else run.accumulate():
+                    run.model(waiting.pop(0)).sum().backward()
+                if is_last:
+                    run.step()
+    return before - model.weight.item()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.filterwarnings("ignore")
+def test_a_loop_that_looks_ahead_accumulates_as_one_that_does_not(
+    world: Any, ahead: int, accumulated: int
+) -> None:
+    assert change(world, ahead, accumulated) == pytest.approx(change(world, 0, accumulated))
