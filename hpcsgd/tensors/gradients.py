@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors import misuse
 from hpcsgd.tensors.backward_pass import BackwardPass
+from hpcsgd.tensors.gradient_values import WithValue, is_not_plus_zero
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, Bucket, TensorGroup
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -248,7 +249,7 @@ class Gradients:
             self._versions[index] = alias._version
         elif parameter.grad is graph:
             # The value is the group's, the derivative this rank's: a further pass averages it.
-            parameter.grad = graph + (self._alias(index).to(graph.dtype, copy=True) - graph).detach()
+            parameter.grad = WithValue.apply(graph, self._alias(index))  # type: ignore[no-untyped-call]
 
     def copies(self) -> list[Tensor | None]:
         """Return copies of all gradients, dense and sparse ones."""
@@ -278,7 +279,7 @@ class Gradients:
             return not (has_graph and (has_added or gradient is self._with_graph.get(index)))
         if alias._version <= self._versions[index] + has_added:
             return False
-        return has_added or not _has_sign_or_value(alias)
+        return has_added or not is_not_plus_zero(alias)
 
     def add(self, bucket: Bucket, other: Sequence[Tensor | None], factor: float) -> None:
         """Add a multiple of other gradients, from `copies`, to a bucket that is ready."""
@@ -377,12 +378,6 @@ class Gradients:
             return
         if bool(gradient.any()):
             raise misuse.changed_gradient(self._names[index], self._rank)
-
-
-def _has_sign_or_value(tensor: Tensor) -> bool:
-    """Return whether a tensor has any value but +0."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return bool(real.any() or torch.signbit(real).any())
 
 
 def _template(parameter: nn.Parameter) -> Tensor:

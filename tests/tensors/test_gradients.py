@@ -146,6 +146,8 @@ def test_a_derivative_of_the_mean_gradient(world: Any) -> None:
     plain.load_state_dict(model.state_dict())
     with run_of(model, world):
         model(data(world.rank, 0, 0)).sum().backward(create_graph=True)
+        values = world.gather([p.grad.tolist() for p in model.parameters()])
+        assert values == [values[0]] * world.size  # in all bits
         penalty = sum(p.grad.square().sum() for p in model.parameters())
         for p in model.parameters():
             p.grad = None
