@@ -182,6 +182,8 @@ class UsedBatches:
             self._agree()
             if self._use.collects:
                 self._context.batches.warn_once("collected batches", _COLLECTED, level=1)
+        if self._context.peers.per_rank > 1 and self._use.ahead and self._use.has_used:
+            self._context.batches.warn_once("batches of virtual nodes", _VIRTUAL, level=1)
         if self._has_changed and self._ahead and self._use.has_used and not self._is_known:
             self._context.batches.warn_once("look-ahead", _text(self._ahead), level=1)
         # A loop that has used none may be an evaluation, with `run.weight`.
@@ -228,6 +230,11 @@ _COLLECTED = (
     "a step uses several batches that were taken before it, and ranks that have run out repeat one of them: "
     "all have the weight of the last one. Run a backward pass with each batch when it is taken, or pass "
     "uneven='stop' to Run"
+)
+
+_VIRTUAL = (
+    "with virtual nodes a batch belongs to the peer in place, and this loop takes batches before it uses the "
+    "last one: they train other peers than their own. Use each batch when it is taken"
 )
 
 
