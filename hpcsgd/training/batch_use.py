@@ -176,7 +176,7 @@ class UsedBatches:
         """Return which peers have the batch that is used next; collective where `has_batch` changes."""
         changes = bool(self._recent) and has_batch != self._recent[-1]
         kept = min(max(self._use.ahead, self._ahead), _MOST_AHEAD)
-        self._recent = [*self._recent[len(self._recent) - kept :], has_batch]
+        self._recent = [*self._recent[max(0, len(self._recent) - kept) :], has_batch]
         if changes:
             self._has_changed = True
             self._agree()
@@ -187,13 +187,17 @@ class UsedBatches:
         if self._has_changed and self._ahead and self._use.has_used and not self._is_known:
             self._context.batches.warn_once("look-ahead", _text(self._ahead), level=1)
         # A loop that has used none may be an evaluation, with `run.weight`.
-        return self._recent[-1 - self._ahead] if self._use.has_used else has_batch
+        return self._used_now() if self._use.has_used else has_batch
+
+    def _used_now(self) -> list[bool]:
+        # The model may get a batch that is older than those remembered here.
+        return self._recent[max(0, len(self._recent) - 1 - self._ahead)]
 
     def _set_first(self) -> None:
         """Give the first batch that is used, which was taken before others, its own weights; collective."""
         if self._has_changed:
             self._agree()
-            self._context.batches.set(self._loop, self._recent[-1 - self._ahead])
+            self._context.batches.set(self._loop, self._used_now())
 
     def are_enough(self, steps: int) -> bool:
         """Return whether the loop has the batches of `steps` steps; collective.
