@@ -186,12 +186,17 @@ def test_accumulated_batches_count_once_each(world: Any, late: str) -> None:
         assert model.weight.item() - before == pytest.approx(-expected, rel=1e-4)
 
 
-@pytest.mark.mpi(min_size=2)
-def test_a_second_run_has_the_weights_of_the_loop_of_the_first(world: Any) -> None:
+def two_runs(world: Any) -> tuple[list[Run], list[torch.Tensor]]:
+    """Return two runs of one loop, as of a GAN, and its batches: rank 0 has one more."""
     models = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
     runs = [Run(m, torch.optim.SGD(m.parameters(), 1.0), comm=world) for m in models]
-    before = [m.weight.item() for m in models]
-    own = [torch.full((1, 1), world.rank + 1.0)] * (1 if world.rank else 2)
+    return runs, [torch.full((1, 1), world.rank + 1.0)] * (1 if world.rank else 2)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_second_run_has_the_weights_of_the_loop_of_the_first(world: Any) -> None:
+    runs, own = two_runs(world)
+    before = [run.model.weight.item() for run in runs]
     for x in runs[0].batches(own):
         for run in runs:
             run.zero_grad()
@@ -207,10 +212,8 @@ def test_a_second_run_has_the_weights_of_the_loop_of_the_first(world: Any) -> No
 
 @pytest.mark.mpi(min_size=2)
 def test_a_second_run_accumulates_batches_by_the_weights_of_the_first(world: Any) -> None:
-    models = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
-    runs = [Run(m, torch.optim.SGD(m.parameters(), 1.0), comm=world) for m in models]
-    before = [m.weight.item() for m in models]
-    own = [torch.full((1, 1), world.rank + 1.0)] * (1 if world.rank else 2)
+    runs, own = two_runs(world)
+    before = [run.model.weight.item() for run in runs]
     for x in runs[0].batches(own):
         for run in runs:
             with run.accumulate():
@@ -218,7 +221,7 @@ def test_a_second_run_accumulates_batches_by_the_weights_of_the_first(world: Any
     for run in runs:
         run.step()
     expected = 1.0 + (1.0 + world.size) / 2
-    changes = [start - m.weight.item() for m, start in zip(models, before, strict=True)]
+    changes = [start - run.model.weight.item() for run, start in zip(runs, before, strict=True)]
     assert changes == pytest.approx([expected, expected], rel=1e-5)
     for run in runs:
         run.close()
