@@ -119,6 +119,12 @@ class Strategy:
         """Return whether the models of all ranks must be equal at the end of the last step."""
         return False
 
+    def quiesce(self) -> None:
+        """Wait until nothing is averaged in the background, nor will be before the next step; collective.
+
+        Jobs of the background come in an order of their own: other collective operations may not meet them.
+        """
+
     def check_consensus(self) -> None:
         """Raise where there is no consensus now, as peers wait for their models; local."""
 

@@ -20,6 +20,32 @@ if TYPE_CHECKING:
 
 #: The lifetime of the run that trains a parameter, or did until it was dropped.
 _trained_by: Any = WeakTensorKeyDictionary()
+#: The lifetimes of the runs of a world.
+_runs_of: weakref.WeakKeyDictionary[World, weakref.WeakSet[Lifetime]] = weakref.WeakKeyDictionary()
+
+
+def world_of_run(comm: Any, device: str, strategy: Strategy) -> World:
+    """Return the world of a new run: `comm`, or a duplicate; collective.
+
+    What a run averages in the background comes in an order of its own, which other communication of the same
+    world, such as that of a second run, would meet in another order on each rank.
+
+    Parameters
+    ----------
+    comm
+        None, an mpi4py communicator, or a world.
+    device
+        The device of a world that is made.
+    strategy
+        The strategy of the run.
+    """
+    if not isinstance(comm, World):
+        return World(comm, device=device)
+    others = [each for each in _runs_of.get(comm, ()) if each.is_open]
+    mixes = bool(others) and any((strategy.averages_in_background, *(o.in_background for o in others)))
+    if any(comm.gather(mixes, "the comparison of the open runs")):
+        return World(comm.all.comm, device=device, timeout=comm.timeout)
+    return comm
 
 
 class Lifetime:
@@ -50,6 +76,8 @@ class Lifetime:
         self, run: Run, strategy: Strategy, world: World, owns_world: bool, parameters: Named
     ) -> None:
         self._strategy = weakref.ref(strategy)
+        #: Whether the run averages in the background.
+        self.in_background = strategy.averages_in_background
         self._world = world if owns_world else None
         self._open = True
         trainable = [(name, p) for name, p in parameters if p.requires_grad]
@@ -57,6 +85,7 @@ class Lifetime:
             self._check_unclaimed(trainable)
         for _, parameter in trainable:
             _trained_by[parameter] = self
+        _runs_of.setdefault(world, weakref.WeakSet()).add(self)
         weakref.finalize(run, self._drop).atexit = False
 
     def _check_unclaimed(self, trainable: Named) -> None:

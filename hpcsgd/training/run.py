@@ -17,7 +17,7 @@ from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import step_trace
 from hpcsgd.training.buffers import Buffers, named_buffers
 from hpcsgd.training.choices import check_choices
-from hpcsgd.training.lifetime import Lifetime, garbage_collection_paused
+from hpcsgd.training.lifetime import Lifetime, garbage_collection_paused, world_of_run
 from hpcsgd.training.loops import Loops
 from hpcsgd.training.model_copy import check_trainable, copy_from_rank_0
 from hpcsgd.training.optimizer_state import copy_optimizer_state, group_sizes
@@ -126,8 +126,8 @@ class Run(Scalars):
         parameters = self._trained.named
         self.strategy = strategy or AllReduce()
         device = str(parameters[0][1].device if parameters else "cpu")
-        self._owns_world = not isinstance(comm, World)
-        self.world: World = World(comm, device=device) if self._owns_world else comm
+        self.world: World = world_of_run(comm, device, self.strategy)
+        self._owns_world = self.world is not comm
         self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
         self._closed = False
         self._threads = ComputeThreads(self.world)
@@ -317,14 +317,14 @@ class Run(Scalars):
         Disagreement
             On all ranks, with the first parameter or number that differs.
         """
-        self._meet("run.check()")
+        self._meet_quiescent("run.check()")
         self._stepping.check()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
         self.strategy.check_consensus()
-        self._meet("run.averaged()")
+        self._meet_quiescent("run.averaged()")
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         with self._buffers.common(), self.strategy.averaged():
@@ -334,7 +334,7 @@ class Run(Scalars):
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
         self.strategy.check_consensus()
-        self._meet("run.consensus_distance()")
+        self._meet_quiescent("run.consensus_distance()")
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)
         return self.strategy.consensus_distance()
@@ -342,7 +342,7 @@ class Run(Scalars):
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state: model, optimizer, strategy, steps; collective with LASGD and AD-PSGD."""
         if self.strategy.averages_in_background:
-            self._meet("run.state_dict()")
+            self._meet_quiescent("run.state_dict()")
         self.strategy.check_memory()
         trained = self.model, self.optimizer, self._trained
         state = {"steps": self.steps, **peer_state(*trained), "strategy": self.strategy.state_dict()}
@@ -359,7 +359,7 @@ class Run(Scalars):
         Disagreement
             The states of the ranks are of different steps.
         """
-        self._meet("run.load_state_dict()")
+        self._meet_quiescent("run.load_state_dict()")
         self.world.check_consistent({"number of steps in the state": state["steps"]})
         self.world.progress.drain()
         for saved, _ in zip(state.get("peers", [state]), self.each_peer(), strict=True):
@@ -375,6 +375,7 @@ class Run(Scalars):
         self.world.meet("run.close()")
         self._lifetime.close()
         self._batchnorms.detach()
+        self.strategy.quiesce()
         self.world.progress.drain()
         self.strategy.check_memory()
         self._virtual_nodes.select_peer(0)

@@ -59,6 +59,11 @@ class Scalars:
         check_between_loops(self._context, self.strategy, call)
         return self.world.meet(call, value)
 
+    def _meet_quiescent(self, call: str) -> None:
+        """Meet the other ranks in a call, and wait for the end of what is averaged in the background."""
+        self._meet(call)
+        self.strategy.quiesce()
+
 
 def _number(value: Any) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import random
@@ -16,6 +17,7 @@ from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNo
 from hpcsgd.collectives import allreduce
 from hpcsgd.strategies.lasgd.averaging import Averaging
 from hpcsgd.strategies.lasgd.statistics import RoundTotals
+from hpcsgd.training.drift import DriftCheck
 from tests.support.async_runs import (
     Job,
     check_averages_within_a_loop,
@@ -214,6 +216,25 @@ def test_averaged_within_a_loop_waits_for_rounds_in_flight(world: Any) -> None:
     job = Job(world, LASGD(1))
     with slow_service(world, world.rank), job.run:
         check_averages_within_a_loop(job, lambda _: time.sleep(2e-3 * (world.rank % 3)), atol=1e-12)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_are_compared_while_no_round_can_begin(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare, compared = DriftCheck.compare, []
+
+    def while_quiescent(*arguments: Any, **options: Any) -> None:
+        mine = averaging(job)
+        compared.append(mine._control._requested or mine._in_flight)  # type: ignore[union-attr]
+        compare(*arguments, **options)
+
+    monkeypatch.setattr(DriftCheck, "compare", while_quiescent)
+    job = Job(world, LASGD(1))
+    for call in (job.run.check, job.run.averaged, job.run.close):
+        job.train(2)
+        job.step(*loader(world.rank)[0])  # after the loop, as one that looks a batch ahead
+        with call() or contextlib.nullcontext():
+            pass
+    assert compared == [False] * 3
 
 
 @pytest.mark.mpi

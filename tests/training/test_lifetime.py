@@ -207,6 +207,31 @@ def test_a_parameter_is_trained_by_one_open_run(world: Any) -> None:
         train(run)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "own"),
+    [(LASGD, LASGD, True), (LASGD, AllReduce, True), (AllReduce, LASGD, True), (AllReduce, AllReduce, False)],
+)
+def test_a_run_beside_averages_in_the_background_has_a_world_of_its_own(
+    world: Any, first: Any, second: Any, own: bool
+) -> None:
+    one, other = (
+        Run(model, torch.optim.SGD(model.parameters(), 0.1), strategy(), comm=world)
+        for model, strategy in ((nn.Linear(2, 1), first), (nn.Linear(2, 1), second))
+    )
+    assert one.world is world
+    assert (other.world is not world) == own
+    assert (other.world.rank, other.world.size) == (world.rank, world.size)
+    for _ in range(5):
+        for run in (one, other):
+            run.zero_grad()
+            run.model(torch.ones(1, 2)).sum().backward()
+            run.step()
+    for run in (one, other):
+        run.close()
+    with Run(other.model, other.optimizer, second(), comm=world) as alone:
+        assert alone.world is world
+
+
 def test_a_run_that_was_left_is_an_error_where_it_goes_on() -> None:
     model = nn.Linear(30, 30)
     with pytest.raises(Pruned), start(model, AllReduce()) as run:

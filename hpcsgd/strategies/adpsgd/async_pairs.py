@@ -136,8 +136,7 @@ class PairwiseAverager:
         self._world.gather(None, "a new start of averages in pairs")
 
     def close(self) -> None:
-        """Stop to reply; collective."""
-        self.quiesce()
+        """Stop to reply; collective, after `quiesce`."""
         self._world.progress.remove_poller(self._poll)
         self._world.gather(None, "the close of averages in pairs")
         for request, _ in self._headers.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -88,16 +87,11 @@ class ADPSGD(ReplicaStrategy):
     def step(self, update: Callable[[], None]) -> None:
         self._pairs.step(update)
 
-    def averaged(self) -> AbstractContextManager[None]:
+    def quiesce(self) -> None:
         self._pairs.quiesce()
-        return super().averaged()
-
-    def consensus_distance(self) -> float:
-        self._pairs.quiesce()
-        return super().consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; with the schedule "free" collective, and only between two loops over batches."""
+        """Return the state; with the schedule "free" only while quiescent."""
         return self._pairs.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,11 +140,9 @@ class AsynchronousPairs:
         self._averager.quiesce()
 
     def state_dict(self) -> dict[str, Any]:
-        self._averager.quiesce()
         return {"steps": torch.from_numpy(self._averager.counts.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._averager.quiesce()
         self._averager.reset(state["steps"].tolist())
 
     def close(self) -> None:

@@ -159,8 +159,7 @@ class Averaging:
             self._merge()
 
     def close(self) -> None:
-        """Quiesce for good; collective."""
-        self.quiesce()
+        """Stop; only while quiescent."""
         if self._control is not None:
             self._control.close()
 
@@ -253,8 +252,7 @@ class Averaging:
     # While quiescent.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this rank; collective."""
-        self.quiesce()
+        """Return the state of this rank."""
         return {
             "steps": self._records.steps.tolist(),
             "shot_at": self._snapshot_step,
@@ -264,8 +262,7 @@ class Averaging:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned; collective."""
-        self.quiesce()
+        """Restore the state that `state_dict` returned."""
         self._records = np.zeros(self._world.size, RECORD).view(np.recarray)
         self._records.steps = self._records.steps_begun = state["steps"]
         self._steps_begun = state["steps"][self._world.rank]

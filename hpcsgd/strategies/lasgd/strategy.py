@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from hpcsgd.collectives.reducer import make_reducer
@@ -145,20 +144,15 @@ class LASGD(ReplicaStrategy):
         damped = self.merge == "damped" and not self._equal_steps
         return damping(records, self.max_lag) if damped else 1.0
 
-    def averaged(self) -> AbstractContextManager[None]:
+    def quiesce(self) -> None:
         self._averaging.quiesce()
-        return super().averaged()
-
-    def consensus_distance(self) -> float:
-        self._averaging.quiesce()
-        return super().consensus_distance()
 
     def metrics(self) -> dict[str, Any]:
         """Return the current period, and the statistics of `RoundStatistics.metrics`."""
         return {"period": self._period.steps, **self._averaging.statistics.metrics()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; collective."""
+        """Return the state; only while quiescent."""
         return {**self._averaging.state_dict(), "period": self._period.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
