@@ -13,7 +13,7 @@ from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.shared_memory import SharedAllocator, SharedMemory
 from hpcsgd.mpi.waiting import DeadlineWaiter
 
-NATIVE_WAIT_SLICE = 50_000  # microseconds that a wait in native code may last before it returns to Python
+NATIVE_WAIT_SLICE = 5_000  # microseconds that a wait in native code may last before it returns to Python
 _SLOT_BYTES = 16 * 1024  # above, reading the messages of all ranks costs more than a second barrier
 
 

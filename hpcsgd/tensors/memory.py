@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -44,6 +45,25 @@ def without_repetition(tensor: Tensor) -> Tensor:
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dimension, 0, 1)
     return tensor
+
+
+@torch.no_grad()
+def overwrite(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into tensors of one dtype, which may be conjugate views or made in inference mode."""
+    if not any(each.is_conj() or each.is_neg() or _is_of_inference(each) for each in targets):
+        torch._foreach_copy_(list(targets), list(values))
+        return
+    for target, value in zip(targets, values, strict=True):
+        with torch.inference_mode() if _is_of_inference(target) else nullcontext():
+            target.copy_(value)
+
+
+def _is_of_inference(tensor: Tensor) -> bool:
+    """Whether it was made in inference mode; `is_inference()` forgets that when `tensor.data` is set."""
+    try:
+        return tensor._version < 0
+    except RuntimeError:
+        return True
 
 
 def place(tensor: Tensor) -> tuple[object, ...]:

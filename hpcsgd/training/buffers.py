@@ -15,7 +15,7 @@ from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import Strategy, StrategyContext
 from hpcsgd.tensors.group import SUMMABLE, TensorGroup
-from hpcsgd.tensors.memory import without_repetition
+from hpcsgd.tensors.memory import overwrite, without_repetition
 from hpcsgd.training.drift import checksum
 from hpcsgd.training.model_copy import RootCopy
 from hpcsgd.training.trained_parameters import TrainedParameters
@@ -149,7 +149,7 @@ class Buffers:
         for peer in peers if all_peers else ():
             for (_, target), (_, source) in zip(peer, first, strict=True):
                 if target is not source and _is_dense_layout(target):
-                    without_repetition(target).copy_(without_repetition(source))
+                    _overwrite(target, without_repetition(source))
 
     def close(self) -> None:
         """Leave common buffers; collective."""
@@ -211,7 +211,7 @@ class Buffers:
         allreduce(group, 1.0 / self._workers, self._context.algorithm)
         for name, buffer in first:
             if name in group.views:
-                without_repetition(buffer).copy_(group.views[name])
+                _overwrite(buffer, group.views[name])
         if self._period is None:
             self._mean = None
 
@@ -219,10 +219,14 @@ class Buffers:
     def _restore(self, saved: list[tuple[str, Tensor, Tensor]]) -> None:
         present = dict(self._model.named_buffers())
         for name, buffer, value in saved:
-            without_repetition(buffer).copy_(value)
+            _overwrite(buffer, value)
             if present.get(name) is not buffer and not isinstance(buffer, nn.Parameter):
                 path, _, key = name.rpartition(".")
                 self._model.get_submodule(path)._buffers[key] = buffer
+
+
+def _overwrite(buffer: Tensor, value: Tensor) -> None:
+    overwrite([without_repetition(buffer)], [value])
 
 
 def _is_dense_layout(buffer: Tensor) -> bool:

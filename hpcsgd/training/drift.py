@@ -198,7 +198,7 @@ class DriftCheck:
 
 def checksum(tensor: Tensor) -> int:
     """Return a checksum of a tensor's bits; on a GPU one that needs no copy to the host."""
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     if not tensor.numel():
         return 0
     if tensor.device.type != "cpu":

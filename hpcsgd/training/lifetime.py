@@ -24,11 +24,11 @@ _trained_by: Any = WeakTensorKeyDictionary()
 _runs_of: weakref.WeakKeyDictionary[World, weakref.WeakSet[Lifetime]] = weakref.WeakKeyDictionary()
 
 
-def world_of_run(comm: Any, device: str, strategy: Strategy) -> World:
-    """Return the world of a new run: `comm`, or a duplicate; collective.
+def world_of_run(comm: Any, device: str) -> World:
+    """Return the world of a new run: `comm`, or a duplicate of a world that has an open run; collective.
 
-    What a run averages in the background comes in an order of its own, which other communication of the same
-    world, such as that of a second run, would meet in another order on each rank.
+    Ranks follow each other's place in a run by that in its world. And what a run averages in the background
+    comes in an order of its own, which another run of the world would meet in another order on each rank.
 
     Parameters
     ----------
@@ -36,14 +36,18 @@ def world_of_run(comm: Any, device: str, strategy: Strategy) -> World:
         None, an mpi4py communicator, or a world.
     device
         The device of a world that is made.
-    strategy
-        The strategy of the run.
     """
     if not isinstance(comm, World):
         return World(comm, device=device)
-    others = [each for each in _runs_of.get(comm, ()) if each.is_open]
-    mixes = bool(others) and any((strategy.averages_in_background, *(o.in_background for o in others)))
-    if any(comm.gather(mixes, "the comparison of the open runs")):
+
+    def has_run() -> bool:
+        return any(each.is_open for each in _runs_of.get(comm, ()))
+
+    if comm.size == 1:
+        return comm
+    if has_run():
+        gc.collect()  # a dropped run may be part of a reference cycle
+    if any(comm.gather(has_run(), "the search for open runs")):
         return World(comm.all.comm, device=device, timeout=comm.timeout)
     return comm
 
@@ -76,8 +80,6 @@ class Lifetime:
         self, run: Run, strategy: Strategy, world: World, owns_world: bool, parameters: Named
     ) -> None:
         self._strategy = weakref.ref(strategy)
-        #: Whether the run averages in the background.
-        self.in_background = strategy.averages_in_background
         self._world = world if owns_world else None
         self._open = True
         trainable = [(name, p) for name, p in parameters if p.requires_grad]

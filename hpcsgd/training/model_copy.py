@@ -14,7 +14,7 @@ from hpcsgd.collectives import broadcast
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import ALIGNMENT, DEFAULT_BUCKET_MIB, Bucket, TensorGroup
-from hpcsgd.tensors.memory import without_repetition
+from hpcsgd.tensors.memory import overwrite, without_repetition
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -126,10 +126,10 @@ class RootCopy:
             flat = bucket.flat[: _nbytes(load)].view(load[0].dtype)
             parts = torch._utils._unflatten_dense_tensors(flat, load)  # type: ignore[no-untyped-call]
             if world.rank == 0:
-                torch._foreach_copy_(parts, load)
+                overwrite(parts, load)
             broadcast(bucket)
             if world.rank > 0:
-                torch._foreach_copy_(load, parts)
+                overwrite(load, parts)
 
     def _buffer_of(self, nbytes: int) -> Bucket:
         if self._buffer is None or self._buffer.nbytes < nbytes:

@@ -126,7 +126,7 @@ class Run(Scalars):
         parameters = self._trained.named
         self.strategy = strategy or AllReduce()
         device = str(parameters[0][1].device if parameters else "cpu")
-        self.world: World = world_of_run(comm, device, self.strategy)
+        self.world: World = world_of_run(comm, device)
         self._owns_world = self.world is not comm
         self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
         self._closed = False

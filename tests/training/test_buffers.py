@@ -22,7 +22,10 @@ class Kinds(nn.Module):
         self.linear = nn.Linear(4, 3)
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("brain", torch.zeros(2, dtype=torch.bfloat16), persistent=False)
-        self.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+        self.register_buffer("phase", torch.zeros(2, dtype=torch.complex64).conj())
+        self.register_buffer("sine", torch.zeros(2, dtype=torch.complex64).conj().imag)
+        with torch.inference_mode():
+            self.register_buffer("cache", torch.zeros(2))
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("wide", torch.zeros(3, 1).expand(3, 4))
         self.register_buffer("none", None)
@@ -31,6 +34,9 @@ class Kinds(nn.Module):
         self.mean = torch.full((3,), float(rank))  # another tensor, as modules may
         self.brain.fill_(rank)
         self.phase.fill_(rank * 1j)
+        self.sine.fill_(rank)
+        with torch.inference_mode():
+            self.cache.fill_(rank)
         self.count.fill_(rank)
         self.wide[:, :1] = rank
 
@@ -54,6 +60,8 @@ def check(model: Kinds, number: float, integer: float) -> None:
     assert torch.allclose(model.mean, torch.full((3,), float(number)))
     assert torch.allclose(model.brain.float(), torch.full((2,), float(number)))
     assert torch.allclose(model.phase, torch.full((2,), number * 1j))
+    assert torch.allclose(model.sine, torch.full((2,), float(number)))
+    assert torch.allclose(model.cache, torch.full((2,), float(number)))
     assert torch.allclose(model.wide, torch.full((3, 4), float(number)))
     assert int(model.count) == integer and model.wide.stride() == (1, 0)
 
