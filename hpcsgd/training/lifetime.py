@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hpcsgd.errors import BadOption
+from hpcsgd.mpi.progress import Progress
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import Strategy
 from hpcsgd.tensors.gradients import Named
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 #: The lifetime of the run that trains a parameter, or did until it was dropped.
 _trained_by: Any = WeakTensorKeyDictionary()
-#: The lifetimes of the runs of a world.
-_runs_of: weakref.WeakKeyDictionary[World, weakref.WeakSet[Lifetime]] = weakref.WeakKeyDictionary()
+#: The lifetimes of the runs of a world, and of those split from it, which share its communication thread.
+_runs_of: weakref.WeakKeyDictionary[Progress, weakref.WeakSet[Lifetime]] = weakref.WeakKeyDictionary()
 
 
 def world_of_run(comm: Any, device: str) -> World:
@@ -40,16 +41,15 @@ def world_of_run(comm: Any, device: str) -> World:
     if not isinstance(comm, World):
         return World(comm, device=device)
 
-    def has_run() -> bool:
-        return any(each.is_open for each in _runs_of.get(comm, ()))
-
-    if comm.size == 1:
-        return comm
-    if has_run():
-        gc.collect()  # a dropped run may be part of a reference cycle
-    if any(comm.gather(has_run(), "the search for open runs")):
+    # A dropped run in a reference cycle is open until it is collected, which may be sooner on some ranks.
+    if comm.size > 1 and any(comm.gather(has_open_run(comm), "the search for open runs")):
         return World(comm.all.comm, device=device, timeout=comm.timeout)
     return comm
+
+
+def has_open_run(world: World) -> bool:
+    """Return whether a run of this rank in the world, or in one split from it, is open."""
+    return any(each.is_open for each in _runs_of.get(world.progress, ()))
 
 
 class Lifetime:
@@ -87,7 +87,7 @@ class Lifetime:
             self._check_unclaimed(trainable)
         for _, parameter in trainable:
             _trained_by[parameter] = self
-        _runs_of.setdefault(world, weakref.WeakSet()).add(self)
+        _runs_of.setdefault(world.progress, weakref.WeakSet()).add(self)
         weakref.finalize(run, self._drop).atexit = False
 
     def _check_unclaimed(self, trainable: Named) -> None:

@@ -13,7 +13,9 @@ def seed(number: int) -> None:
     """Seed Python's, NumPy's and torch's global generators."""
     random.seed(number)
     np.random.seed(number % 2**32)  # noqa: NPY002 - user models may draw from it
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)  # torch.manual_seed formats stacks, 7 ms without a GPU
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(number)
 
 
 def state() -> dict[str, Any]:

@@ -161,21 +161,22 @@ class Stepping:
         )
 
     def _check_replaced(self, ending: bool) -> None:
-        if (
-            self._world.size == 1
-            or self._strategy.averages_gradients
-            or not (names := [name for name, _ in self._trained.replaced()])
-        ):
+        if self._world.size == 1 or self._strategy.averages_gradients:
             return
-        if not ending:
+        names_here = [name for name, _ in self._trained.replaced()][:5]
+        rows = self._world.gather(names_here, "the search for replaced parameters")
+        if ending and names_here:
+            text = f"rank {self._world.global_rank}: {replaced_text(names_here)}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+        names = next(filter(None, rows), None)
+        if names and not ending:
             raise HpcsgdError(
                 replaced_text(names),
-                rank=self._world.global_rank,
-                got=", ".join(names[:5]),
+                rank=[each for each, row in zip(self._world.all.ranks, rows, strict=True) if row],
+                got=", ".join(names),
                 do="change parameters in place: load_state_dict without assign=True, p.data.copy_(values)",
+                everywhere=True,
             )
-        text = f"rank {self._world.global_rank}: {replaced_text(names)}"
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def check_weight(self, weight: float | None) -> None:
         """Check the weight of a step.

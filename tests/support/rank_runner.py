@@ -93,11 +93,13 @@ class Ranks:
         self.watchdog.watch(item.nodeid, deadline(item))
         result = yield
         if is_mpi(item):
-            outcomes = self.gather(self.outcome.get(item.nodeid, "passed"))
+            found = self.gather((self.outcome.get(item.nodeid, "passed"), worlds.has_open_run()))
+            outcomes = [outcome for outcome, _ in found]
             failed = [rank for rank, outcome in enumerate(outcomes) if outcome == "failed"]
+            if failed or any(has_open_run for _, has_open_run in found):
+                worlds.discard()
             if failed:
                 self.failed_on[item.nodeid] = failed
-                worlds.discard()
                 if item.config.getoption("maxfail"):
                     item.session.shouldstop = f"{item.nodeid} failed on ranks {failed}"
             self.outcome[item.nodeid] = max(outcomes, key=_SEVERITY.index)

@@ -307,7 +307,7 @@ ROWS = [
 
 
 def regression() -> nn.Module:
-    torch.default_generator.manual_seed(1)  # torch.manual_seed formats the stack, for each kind of GPU
+    torch.manual_seed(1)
     return nn.Linear(FEATURES, 1, dtype=torch.float64)
 
 
