@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -30,6 +31,8 @@ def test_loop(world: Any, row: Row, name: str) -> None:
         pytest.skip("the table is that of 1, 2 and 3 ranks; with more only AllReduce has other code")
     strategy, outcome = STRATEGIES[name], row.outcomes[name]
     if isinstance(outcome, Refused) and (world.size > 1 or row.script == "lazy_too_early"):
+        if name == "LASGD":  # a rank that the others leave no step would not get to the error
+            strategy = functools.partial(hpcsgd.LASGD, period=2, max_lag=2, trigger="all")
         with pytest.raises(hpcsgd.HpcsgdError, match=re.escape(outcome.text)) as caught:
             with_hpcsgd(row.script, strategy, world)
         assert type(caught.value).__name__ == outcome.kind
