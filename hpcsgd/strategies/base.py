@@ -63,6 +63,13 @@ class Strategy:
             A parameter has another shape, dtype or device, or has become the memory of another one.
         """
 
+    def taken_in(self) -> AbstractContextManager[None]:
+        """Context in which other memory is taken in as by `check_memory`; afterwards all is as before.
+
+        A loop that swaps averages in for an evaluation swaps the memory of the parameters back.
+        """
+        return nullcontext()
+
     def detach(self) -> None:
         """Put the consensus in place, finish all communication, remove hooks and free memory; collective.
 

@@ -34,6 +34,9 @@ class ReplicaStrategy(Strategy):
     def check_memory(self) -> None:
         self.parameters.adopt()
 
+    def taken_in(self) -> AbstractContextManager[None]:
+        return self.parameters.taken_in()
+
     def detach(self) -> None:
         self.select_peer(0)
         self._put_consensus_in_place()

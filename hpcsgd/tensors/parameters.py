@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,24 @@ class Parameters:
             for name, _, parameter in moved:
                 self.group.renew(name).copy_(parameter.data)
             self._bind()
+
+    @contextmanager
+    def taken_in(self) -> Iterator[None]:
+        """Context in which moved parameters are adopted; afterwards they and the group are as before."""
+        if self._is_in_place():
+            yield
+            return
+        self._world.progress.drain()
+        group, values = self.group, self.copy()
+        moved = [(p, p.data) for p in self._objects]
+        self.adopt()
+        try:
+            yield
+        finally:
+            for bucket, value in zip(group, values, strict=True):
+                bucket.flat.copy_(value)
+            for parameter, data in moved:
+                parameter.data = data
 
     def release(self) -> None:
         """Copy every parameter to memory of its own."""

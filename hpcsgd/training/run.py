@@ -325,30 +325,30 @@ class Run(Scalars):
         """Put the consensus model in place for evaluation, then restore the own one; collective."""
         self.strategy.check_consensus()
         self._meet_quiescent("run.averaged()")
-        self.strategy.check_memory()
-        self._virtual_nodes.select_peer(0)
-        with self._buffers.common(), self.strategy.averaged():
-            self._stepping.check(equal=True)
-            yield
+        with self.strategy.taken_in():
+            self._virtual_nodes.select_peer(0)
+            with self._buffers.common(), self.strategy.averaged():
+                self._stepping.check(equal=True)
+                yield
 
     def consensus_distance(self) -> float:
         """Root mean square over peers of ||x_i - mean x||; collective."""
         self.strategy.check_consensus()
         self._meet_quiescent("run.consensus_distance()")
-        self.strategy.check_memory()
-        self._virtual_nodes.select_peer(0)
-        return self.strategy.consensus_distance()
+        with self.strategy.taken_in():
+            self._virtual_nodes.select_peer(0)
+            return self.strategy.consensus_distance()
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state: model, optimizer, strategy, steps; collective with LASGD and AD-PSGD."""
         if self.strategy.averages_in_background:
             self._meet_quiescent("run.state_dict()")
-        self.strategy.check_memory()
         trained = self.model, self.optimizer, self._trained
         state = {"steps": self.steps, **peer_state(*trained), "strategy": self.strategy.state_dict()}
         state["model_step"] = self.strategy.model_step()
         if len(self.peers) > 1:
-            state["peers"] = peer_states(self.each_peer(), *trained)
+            with self.strategy.taken_in():
+                state["peers"] = peer_states(self.each_peer(), *trained)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -95,3 +95,32 @@ def test_a_default_device_of_the_user_changes_nothing(world: Any, name: str) -> 
     expected = s.simulate(row, world.size, 3, lambda _: [True] * world.size, lambda _: s.LR)
     mean = row.weights(world.size, 3) @ expected
     np.testing.assert_allclose(s.vector(model), mean, rtol=1e-11)
+
+
+@each_row
+def test_an_average_that_is_swapped_in_for_an_evaluation_is_swapped_back(world: Any, row: s.Row) -> None:
+    def train(run: s.Run, evaluates: bool) -> None:
+        for steps in range(1, 4):
+            s.train(run, s.batches_of(world.rank, 1, steps - 1))
+            if not evaluates:
+                continue
+            own = [(p, p.data, p.detach().clone()) for p in run.model.parameters()]
+            for p, data, _ in own:
+                p.data = torch.full_like(data, float(steps))
+            if run.strategy.synchronous or world.size == 1:
+                with run.averaged():
+                    values = run.world.gather(s.vector(run.model))
+                assert all(np.array_equal(values[0], each) for each in values)
+                run.consensus_distance()
+            run.state_dict()
+            assert all(float(p.flatten()[0]) == steps for p in run.model.parameters())
+            for p, data, value in own:
+                p.data = data
+                assert torch.equal(p, value)
+
+    models = []
+    for evaluates in (False, True):
+        with s.start(row, world) as run:
+            train(run, evaluates)
+            models.append(s.models_of(run))
+    np.testing.assert_array_equal(*models)

@@ -183,6 +183,9 @@ class ParameterServer(Strategy):
     def check_memory(self) -> None:
         self._role.check_memory()
 
+    def taken_in(self) -> AbstractContextManager[None]:
+        return self._role.taken_in()
+
     def peer_schedule(self, end: int) -> Iterator[int]:
         return self._role.peer_schedule(end)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -211,6 +211,9 @@ class Worker(AllReduce):
     def check_memory(self) -> None:
         super().check_memory()
         self.parameters.adopt()
+
+    def taken_in(self) -> AbstractContextManager[None]:
+        return self.parameters.taken_in()
 
     def disconnect(self) -> None:
         super().disconnect()
