@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.strategies import Strategy, StrategyContext
@@ -17,15 +18,48 @@ from hpcsgd.training.batches import loaders_of_peers, synchronous_batches
 from hpcsgd.training.epochs import Epochs
 from hpcsgd.training.identity_map import IdentityMap
 from hpcsgd.training.sharding import ShardedLoader, Sharding
+from hpcsgd.training.step_trace import trace_steps
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 
-class Loops:
-    """Makes the iterators of `run.batches`.
+class Batches(Iterator[Any]):
+    """The batches of a loader: each `iter()` begins a loop over them, as that of a DataLoader does.
+
+    `next()` goes on with a loop that it begins itself, and which the next `iter()` continues.
 
     Parameters
     ----------
-    context, strategy, virtual_nodes, uneven
+    begin
+        Begins a loop.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
+        self._begin = begin
+        self._begun: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        begun, self._begun = self._begun, None
+        return begun or self._begin()
+
+    def __next__(self) -> Any:
+        self._begun = self._begun or self._begin()
+        try:
+            return next(self._begun)
+        except StopIteration:
+            self._begun = None
+            raise
+
+    def close(self) -> None:
+        """End a loop that `next` has begun."""
+        self._begun = None
+
+
+class Loops:
+    """Makes the loops of `run.batches`.
+
+    Parameters
+    ----------
+    context, strategy, model, virtual_nodes, uneven
         Those of the run.
 
     Attributes
@@ -35,8 +69,14 @@ class Loops:
     """
 
     def __init__(
-        self, context: StrategyContext, strategy: Strategy, virtual_nodes: VirtualNodes, uneven: str
+        self,
+        context: StrategyContext,
+        strategy: Strategy,
+        model: nn.Module,
+        virtual_nodes: VirtualNodes,
+        uneven: str,
     ) -> None:
+        self._model = model
         self._context, self._strategy, self._nodes, self._uneven = context, strategy, virtual_nodes, uneven
         self.sharding = Sharding(context, strategy)
         self._epochs = Epochs(active=context.peers.size > 1)
@@ -47,9 +87,15 @@ class Loops:
 
     def batches(
         self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None, shard: bool | None
-    ) -> Iterator[Any]:
-        """Return an iterator of batches; see `Run.batches`."""
-        return self._iterate(loaders_of_peers(loader, self._context), steps, shard)
+    ) -> Batches:
+        """Return the batches of a loader; see `Run.batches`."""
+        loaders, tracer = loaders_of_peers(loader, self._context), self._context.world.tracer
+
+        def begin() -> Iterator[Any]:
+            found = self._iterate(loaders, steps, shard)
+            return trace_steps(found, self._model, tracer) if tracer.on else found
+
+        return Batches(begin)
 
     def _iterate(self, loaders: list[Iterable[Any]], steps: int | None, shard: bool | None) -> Iterator[Any]:
         loop, calls, given = self._context.loop, self._context.world.calls, loaders[0]

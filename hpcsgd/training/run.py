@@ -14,11 +14,10 @@ from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
-from hpcsgd.training import step_trace
 from hpcsgd.training.buffers import Buffers, named_buffers
 from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime, garbage_collection_paused, world_of_run
-from hpcsgd.training.loops import Loops
+from hpcsgd.training.loops import Batches, Loops
 from hpcsgd.training.model_copy import check_trainable, copy_from_rank_0
 from hpcsgd.training.optimizer_state import copy_optimizer_state, group_sizes
 from hpcsgd.training.optimizers import as_optimizer
@@ -181,7 +180,7 @@ class Run(Scalars):
         self._virtual_nodes = nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
         self._buffers = Buffers(nodes, self.strategy, self._context, self._trained, buffers, buffer_period)
         self._stepping.watch(self._buffers)
-        self._loops = Loops(self._context, self.strategy, nodes, uneven)
+        self._loops = Loops(self._context, self.strategy, model, nodes, uneven)
 
     @property
     def steps(self) -> int:
@@ -224,11 +223,12 @@ class Run(Scalars):
         steps: int | None = None,
         *,
         shard: bool | None = None,
-    ) -> Iterator[Any]:
+    ) -> Batches:
         """Yield the loader's batches, equally many on every rank: no rank waits for one that has finished.
 
-        With an asynchronous strategy a rank gets a batch whenever one of its peers is scheduled, until
-        `steps` more steps have been taken; at its end the loader is started again.
+        The result may be kept: each loop over it begins anew, as one over a DataLoader. With an asynchronous
+        strategy a rank gets a batch whenever one of its peers is scheduled, until `steps` more steps have
+        been taken; at its end the loader is started again.
 
         Parameters
         ----------
@@ -248,8 +248,7 @@ class Run(Scalars):
             A rank has no batch at all, a loader yields another number of batches than its `len()`, or a batch
             is followed by no gradient, step or `skip`, in a loop with steps.
         """
-        found = self._loops.batches(loader, steps, shard)
-        return step_trace.trace_steps(found, self.model, self.world.tracer) if self.world.tracer.on else found
+        return self._loops.batches(loader, steps, shard)
 
     def accumulate(self) -> Any:
         """Context manager for all backward passes of a step but the last: gradients add up locally."""

@@ -34,8 +34,8 @@ class Plain:
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def batches(self, loader: Any, steps: int | None = None) -> Iterator[Any]:
-        return itertools.islice(loader, steps)
+    def batches(self, loader: Any, steps: int | None = None) -> Any:
+        return loader if steps is None else itertools.islice(loader, steps)
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

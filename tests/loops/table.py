@@ -100,6 +100,7 @@ ROWS = [
     Row("momentum_encoder"),
     # Parameters
     Row("new_memory"),
+    Row("swapped_averages"),
     Row("new_parameters", EQUAL, _REPLACED, _REPLACED),
     Row("new_dtype", Refused("HpcsgdError", "has another dtype than at the start"), _DTYPE, _DTYPE),
     Row("loss_parameters"),
@@ -124,6 +125,7 @@ ROWS = [
     everywhere("buffer_of_any_length", Refused("HpcsgdError", "Run(..., local=['history'])")),
     # Batches
     Row("shuffled"),
+    Row("kept_batches"),
     Row("distributed_sampler"),
     Row("ragged", lasgd=_WEIGHTS),
     Row("stream"),

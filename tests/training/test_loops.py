@@ -46,6 +46,22 @@ def sharded(run: Any, loader: Any, shard: bool | None = None) -> Any:
 
 
 @pytest.mark.mpi
+def test_each_loop_over_kept_batches_begins_anew(world: Any) -> None:
+    own = batches(5, world.rank)
+    with start(world) as run:
+        kept, seen = run.batches(own), []
+        for _ in range(2):
+            seen.append([step(run, x) or x for x in kept])  # type: ignore[func-returns-value]
+        for x in kept:
+            step(run, x)
+            break
+        first = next(kept)
+        step(run, first)
+        seen.append([first, *[step(run, x) or x for x in kept]])  # type: ignore[func-returns-value]
+    assert all(torch.equal(torch.stack(each), torch.stack(own)) for each in seen) and run.steps == 16
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("strategy", [AllReduce, lambda: LocalSGD(2)], ids=["allreduce", "local"])
 def test_steps_end_the_loop_on_all_ranks(world: Any, strategy: Callable[[], Any]) -> None:
     with start(world, strategy()) as run:

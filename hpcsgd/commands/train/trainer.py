@@ -265,7 +265,7 @@ class Trainer:
 
     def _train(self) -> None:
         while not self._stops():
-            with closing(self._batches()) as batches:
+            with closing(iter(self._batches())) as batches:
                 for x, y in batches:
                     self._one_batch(x, y)
                     if self._stops():
