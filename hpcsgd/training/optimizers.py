@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import operator
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -119,6 +123,67 @@ class StepWatch:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+
+
+class NewOptimizers:
+    """Warns of an optimizer that a loop makes for the parameters of a run, which goes on with its own.
+
+    It looks for one where more objects refer to a parameter than before. That takes some 20 ms, so the number
+    of looks is limited.
+
+    Parameters
+    ----------
+    optimizer
+        The optimizer of a run.
+    rank
+        This rank, for warnings.
+    """
+
+    def __init__(self, optimizer: Any, rank: int) -> None:
+        self._optimizer, self._rank, self._looks = optimizer, rank, 10
+        trained = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor)]
+        self._watched = [trained[0], trained[-1]] if trained else []
+        self._most = self._references()
+        self._found: dict[int, weakref.ref[Any]] = {}
+
+    def check(self) -> None:
+        """Look for one that was not there at the last step; warn of one that has taken no step since."""
+        for found in self._found.values():
+            if self._looks and (new := found()) is not None and not new.state:
+                self._looks = 0
+                self._warn(new)
+        if self._looks and any(map(operator.gt, references := self._references(), self._most)):
+            self._most, self._looks = references, self._looks - 1
+            self._look()
+
+    def _references(self) -> list[int]:
+        return [sys.getrefcount(p) for p in self._watched]
+
+    def _look(self) -> None:
+        kinds, found = _kinds_of_optimizers(), self._found
+        own = {id(optimizer) for each in _single(self._optimizer) for optimizer in (each, _inside(each))}
+        for each in gc.get_objects():
+            if type(each) in kinds and id(each) not in own and self._holds_watched(each):
+                found[id(each)] = weakref.ref(each)
+                each.register_step_pre_hook(lambda stepped, *_: found.pop(id(stepped), None) and None)
+
+    def _holds_watched(self, optimizer: Any) -> bool:
+        held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        return any(id(p) in held for p in self._watched)
+
+    def _warn(self, new: Any) -> None:
+        warnings.warn(
+            f"rank {self._rank}: the {type(new).__name__} that the loop has made holds parameters of this "
+            f"run, but run.step() steps the {type(self._optimizer).__name__} that the run was made with. "
+            "Close the run, and make another one with the new optimizer: run.close(); "
+            "run = hpcsgd.Run(model, optimizer)",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _kinds_of_optimizers(of: type = torch.optim.Optimizer) -> set[type]:
+    return {of}.union(*map(_kinds_of_optimizers, of.__subclasses__()))
 
 
 def _single(optimizer: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcsgd.compress import Compressor
+from hpcsgd.compress import Compressor, build
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
@@ -65,7 +65,7 @@ class Run(Scalars):
         Treatment of loaders of different lengths: ranks with fewer batches "join" the remaining steps of
         the others with weight 0 (default), or all "stop" at the end of the shortest.
     compress
-        Compression scheme of the strategy's reductions, see `hpcsgd.compress`. Default: no compression.
+        Compression scheme of the strategy's reductions, or its spec, see `hpcsgd.compress`. Default: none.
     seed
         Seed of the random numbers of compression and strategy. Default 0.
     nonfinite
@@ -108,7 +108,7 @@ class Run(Scalars):
         buffer_period: int | None = None,
         unused: str = "zeros",
         uneven: str = "join",
-        compress: Compressor | None = None,
+        compress: Compressor | str | None = None,
         seed: int = 0,
         nonfinite: str = "error",
         virtual_nodes: int | None = None,
@@ -124,6 +124,7 @@ class Run(Scalars):
         self._trained = TrainedParameters(model, self.optimizer, local)
         parameters = self._trained.named
         self.strategy = strategy or AllReduce()
+        compress = build(compress) if isinstance(compress, str) else compress
         device = str(parameters[0][1].device if parameters else "cpu")
         self.world: World = world_of_run(comm, device)
         self._owns_world = self.world is not comm

@@ -15,7 +15,7 @@ from hpcsgd.training.buffers import Buffers, has_equal_frozen
 from hpcsgd.training.closures import averaged_closure
 from hpcsgd.training.drift import DriftCheck
 from hpcsgd.training.model_copy import copy_from_rank_0
-from hpcsgd.training.optimizers import StepWatch, unscale
+from hpcsgd.training.optimizers import NewOptimizers, StepWatch, unscale
 from hpcsgd.training.trained_parameters import TrainedParameters, replaced_text, untrained_error
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
@@ -48,6 +48,7 @@ class Stepping:
         self._drift = DriftCheck(self._world, self._optimizer, check_every)
         self._watch = StepWatch(self._optimizer, self._world.global_rank)
         self._watch.allowed = self._world.size == 1
+        self._new_optimizers = NewOptimizers(self._optimizer, self._world.global_rank)
         self._world.calls.begin_run()
         self._world.calls.synchronous &= strategy.synchronous
         self._world.calls.background |= strategy.averages_in_background
@@ -83,6 +84,7 @@ class Stepping:
                     results.append(self._optimizer.step(*evaluations))
 
         loop = self._context.loop
+        self._new_optimizers.check()
         loop.weight, loop.has_closure = weight, closure is not None
         if not loop.steps and not loop.has_closure:
             self._warn_without_gradients()

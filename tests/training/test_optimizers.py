@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -48,6 +49,28 @@ def test_the_optimizer_inside_of_a_wrapper_is_watched(world: Any) -> None:
             optimizer.step()
         run.step()
     optimizer.step()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("steps_itself", [False, True])
+def test_an_optimizer_that_the_loop_makes_is_a_warning(world: Any, steps_itself: bool) -> None:
+    model = nn.Linear(2, 1)
+    before = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    before.step()
+    optimizer: Any = torch.optim.Adam(model.parameters())
+    with Run(model, optimizer, comm=world) as run, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(8):
+            if step == 3:
+                optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            if steps_itself and step >= 3:
+                optimizer.step()
+            run.step()
+    messages = [str(each.message) for each in caught if "make another one with the new" in str(each.message)]
+    assert [m.partition("that the loop")[0].split()[-1] for m in messages] == ["SGD"] * (not steps_itself)
 
 
 @pytest.mark.mpi
