@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,44 @@ class BackwardPass:
         return [module.register_forward_hook(_OutputHook(self))]
 
 
+class LastHooks:
+    """Hooks of accumulated gradients that run after those of the user, which may change a gradient.
+
+    Parameters
+    ----------
+    hooks
+        (parameter, hook) pairs.
+    """
+
+    def __init__(self, hooks: Sequence[tuple[Tensor, Callable[[Any], None]]]) -> None:
+        self._hooks = list(hooks)
+        self._handles = [_register(*each) for each in hooks]
+
+    def are_last(self) -> bool:
+        """Return whether the user has added no hooks behind these."""
+        return not self._behind()
+
+    def move_to_end(self) -> None:
+        """Move the hooks behind those that the user has added."""
+        for index in self._behind():
+            self._handles[index].remove()
+            self._handles[index] = _register(*self._hooks[index])
+
+    def _behind(self) -> list[int]:
+        present: list[Any] = [parameter._post_accumulate_grad_hooks for parameter, _ in self._hooks]
+        rows = enumerate(zip(present, self._handles, strict=True))
+        return [index for index, (hooks, own) in rows if hooks and next(reversed(hooks)) != own.id]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _register(parameter: Tensor, hook: Callable[[Any], None]) -> Any:
+    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
 class _OutputHook:
     """Forward hook of a module, whose copies and pickled forms have no effect: their passes are not seen.
 
@@ -83,7 +121,7 @@ class _OutputHook:
                 do="call the module itself in the loop, without DistributedDataParallel around it",
             )
         for tensor in tensors_in(output):
-            if tensor.requires_grad:
+            if tensor.requires_grad and not tensor.is_leaf:  # a leaf would keep the hooks of all passes
                 tensor.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
 
     def _on_gradient(self, gradient: Tensor) -> None:

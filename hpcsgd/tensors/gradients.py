@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors import misuse
-from hpcsgd.tensors.backward_pass import BackwardPass
+from hpcsgd.tensors.backward_pass import BackwardPass, LastHooks
 from hpcsgd.tensors.gradient_values import WithValue, is_not_plus_zero
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB, Bucket, TensorGroup
 
@@ -96,14 +96,12 @@ class Gradients:
         self._repeated: set[int] = set()
         self._used, self._has_fired = (np.zeros(len(dense), np.bool_) for _ in range(2))
         self._first, self._next, self._running, self._overlapped = True, 0, False, False
-        self._fired = [0] * len(self._parameters)
+        self._fired, self._has_warned = [0] * len(self._parameters), False
         self._pass = BackwardPass(self._end, self._check_ended)
         hooks = [(p, self._make_hook(index)) for index, p in enumerate(self._parameters)]
         hooks += [(p, self._on_rows) for _, p in self.sparse]
-        self._hooks: list[Any] = [
-            p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            for p, hook in hooks
-        ]
+        self._own_hooks = LastHooks(hooks)
+        self._hooks: list[Any] = [self._own_hooks]
         if trained and model is not None:
             self._hooks += self._pass.watch(model)
 
@@ -112,9 +110,21 @@ class Gradients:
         self.report_discarded(first)
         self.group.world.calls.begin_step()
         self._running = True
-        self._overlapped = self.overlap and not self._first
+        self._look_for_views(first)
+        # A hook of the user behind ours changes the gradient after ours has seen it.
+        self._overlapped = self.overlap and not self._first and self._own_hooks.are_last()
         self._fired = [0] * len(self._parameters)
         self._missing_counts = [len(bucket.names) for bucket in self.group]
+
+    def _look_for_views(self, first: int | None) -> None:
+        """Warn of views that were gradients before the pass, which has begun with that of `first`."""
+        for index, (parameter, alias) in enumerate(zip(self._parameters, self._aliases, strict=True)):
+            gradient = parameter.grad
+            if gradient is not None and gradient is not alias and index != first and gradient._is_view():
+                if not self._has_warned:
+                    misuse.warn_of_view(self._names[index], self._rank)
+                self._has_warned = True
+                return
 
     def _make_hook(self, index: int) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:
@@ -152,6 +162,8 @@ class Gradients:
     def _end(self) -> None:
         # Without a gradient of a parameter it was a call of torch.autograd.grad.
         found, self._running = self._running, False
+        if not self._overlapped:
+            self._own_hooks.move_to_end()
         if found and not self.accumulating:
             self._on_end()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -69,6 +70,17 @@ def _is_of_inference(tensor: Tensor) -> bool:
 def place(tensor: Tensor) -> tuple[object, ...]:
     """Return address, shape, strides and dtype: equal for tensors that are the same memory."""
     return tensor.data_ptr(), tensor.size(), tensor.stride(), tensor.dtype
+
+
+def with_other_views(tensors: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Return the name of a tensor whose storage some tensor uses that is none of these; None: none does."""
+    storages = [tensor.untyped_storage() for _, tensor in tensors]
+    users = Counter(storage._cdata for storage in storages)
+    for (name, _), storage in zip(tensors, storages, strict=True):
+        # The storage objects of Python count once.
+        if torch._C._storage_Use_Count(storage._cdata) > users[storage._cdata] + 1:
+            return name
+    return None
 
 
 def is_dense(tensor: Tensor) -> bool:

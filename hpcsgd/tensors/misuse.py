@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -69,4 +70,15 @@ def changed_gradient(name: str, rank: int) -> HpcsgdError:
         rank=rank,
         do="call run.synchronize() (with weights: run.synchronize(weight=...)) after backward(), and "
         "change the gradients then",
+    )
+
+
+def warn_of_view(name: str, rank: int) -> None:
+    """Warn of a gradient in memory of the loop."""
+    warnings.warn(
+        f"rank {rank}: the gradient of {name} is a view of other memory, as of a flat buffer of the loop. "
+        "The run replaces it by memory of its own: what the loop does to the buffer has no effect. Use the "
+        "gradients themselves, and run.zero_grad()",
+        RuntimeWarning,
+        stacklevel=2,
     )

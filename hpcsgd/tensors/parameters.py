@@ -34,8 +34,7 @@ class Parameters:
     copies
         Number of groups, with equal initial values; the module uses one at a time. Default 1.
     alone
-        Whether no other peer has a model, so that parameters that overlap need not be moved, and those that
-        get another form later need not stay. Default False.
+        Whether no other peer has a model: then nothing is moved, and the groups are empty. Default False.
 
     Attributes
     ----------
@@ -61,15 +60,15 @@ class Parameters:
         *,
         alone: bool = False,
     ) -> None:
-        self._world, self._alone = world, alone
+        self._world = world
         trained = [(name, p) for name, p in parameters if p.requires_grad]
         overlap, self._same_memory = overlapping(trained), grouped_by_memory(trained)
         ties = [[name for name, _ in same] for same in self._same_memory if len(same) > 1]
         world.check_consistent({"list of parameters that share memory": [*ties, overlap or ()]})
-        if overlap is not None:
-            if not alone:
-                raise _overlap_error(*overlap)
-            self._same_memory = []
+        if alone:
+            self._same_memory = []  # plain training: they stay where they are
+        elif overlap is not None:
+            raise _overlap_error(*overlap)
         self.templates = [same[0] for same in self._same_memory]
         self._bound: list[Bound] = [(same[0][0], name, p) for same in self._same_memory for name, p in same]
         self._objects = [p for _, _, p in self._bound]
@@ -93,19 +92,13 @@ class Parameters:
         Raises
         ------
         HpcsgdError
-            A parameter has another shape, dtype or device, or is now the memory of another one. Where no
-            other peer has a model, such parameters are left where they are.
+            A parameter has another shape, dtype or device, or is now the memory of another one.
         """
         if not self._is_in_place():
             # An exchange in flight reads the group.
             self._world.progress.drain()
             moved = self._moved()
-            try:
-                self._check_moved(moved)
-            except HpcsgdError:
-                if not self._alone:
-                    raise
-                self._bound, self._objects, moved = [], [], []  # plain training: all stay where they are
+            self._check_moved(moved)
             for name, _, parameter in moved:
                 self.group.renew(name).copy_(parameter.data)
             self._bind()

@@ -48,7 +48,7 @@ class AsynchronousBatches:
         #: Of the loop in progress, on this rank.
         self._use, self._unused = BatchUse(context, counted=True), 0
         self._limit: int | None = None
-        self._warned, self._longest = False, 0
+        self._warned, self._longest, self._accumulated = False, 0, 0
 
     def batches(self, loaders: Sequence[Iterable[Batch]], steps: int | None) -> Iterator[Batch]:
         """Yield batches until `steps` more steps have been taken.
@@ -88,6 +88,7 @@ class AsynchronousBatches:
         check_none_empty(has_batch, context)
         lengths = [length for found, *_ in entries for length in found]
         self._use, self._limit, self._unused = BatchUse(context, counted=True), steps, 0
+        self._accumulated = 0
         self._longest = max((length for length in lengths if length is not None), default=0)
         self._steps_before = context.loop.steps
         for source in self._sources:
@@ -135,7 +136,8 @@ class AsynchronousBatches:
                 self._unused += self._use.is_unused()
                 if context.loop.steps == self._steps_before and self._is_at_end(self._sources[index], taken):
                     return
-            if taken > 1:
+            self._accumulated += taken > 1
+            if self._accumulated > 1:  # the first step of a loop that looks ahead takes several, too
                 self._warn_of_accumulation(taken)
 
     def _is_at_end(self, source: _Source[Any], taken: int) -> bool:

@@ -185,7 +185,8 @@ def warn_of_forks(loader: object) -> None:
     ):
         warnings.warn(
             "this DataLoader forks its workers after MPI was initialised, which can crash or hang: create it "
-            "with multiprocessing_context='forkserver'",
+            "with multiprocessing_context='forkserver', and import mpi4py.MPI, if the script does so itself, "
+            "under `if __name__ == '__main__':`, for the workers import the script",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import sys
+import traceback
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -19,6 +21,7 @@ from hpcsgd.tensors.gradients import Named
 if TYPE_CHECKING:
     from hpcsgd.training.run import Run
 
+Start = TypeVar("Start", bound=Callable[..., None])
 #: The lifetime of the run that trains a parameter, or did until it was dropped.
 _trained_by: Any = WeakTensorKeyDictionary()
 #: The lifetimes of the runs of a world, and of those split from it, which share its communication thread.
@@ -91,17 +94,19 @@ class Lifetime:
         weakref.finalize(run, self._drop).atexit = False
 
     def _check_unclaimed(self, trainable: Named) -> None:
-        def claimed() -> str | None:
-            others = ((name, _trained_by.get(parameter)) for name, parameter in trainable)
-            return next((name for name, other in others if other is not None and other._open), None)
+        def claims() -> dict[Lifetime, str]:
+            others = [(_trained_by.get(parameter), name) for name, parameter in reversed(trainable)]
+            return {other: name for other, name in others if other is not None and other._open}
 
-        if claimed() is not None:
+        if found := claims():
+            _leave_after_last_exception(found)
             gc.collect()  # a dropped run may be part of a reference cycle
-            if (name := claimed()) is not None:
+            for name in reversed(claims().values()):
                 raise BadOption(
                     f"another Run trains the parameter {name!r}",
-                    do="call close() of the other Run first; models that are trained together, as in a GAN, "
-                    "need a Run each, or one Run of a module that holds all of them",
+                    do="close the other Run first, as `with hpcsgd.Run(...) as run:` does also after an "
+                    "exception (one that is kept keeps its Run); models that are trained together, as in a "
+                    "GAN, need a Run each, or one Run of a module that holds all of them",
                     everywhere=True,
                 )
 
@@ -133,13 +138,36 @@ class Lifetime:
         self.close()
 
 
-@contextmanager
-def garbage_collection_paused() -> Iterator[None]:
-    """Context manager, and decorator, of work that makes many objects, none of which is garbage."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _leave_after_last_exception(lifetimes: Container[Lifetime]) -> None:
+    """Leave those runs that an uncaught exception has left in functions: interactive Python keeps these."""
+    error = getattr(sys, "last_value", None)
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for value in frame.f_locals.values() if frame.f_code.co_name != "<module>" else ():
+                lifetime = getattr(value, "__dict__", {}).get("_lifetime")
+                if isinstance(lifetime, Lifetime) and lifetime in lifetimes:
+                    lifetime.leave_after(error)
+        error = error.__cause__ or error.__context__
+
+
+def starting(start: Start) -> Start:
+    """Decorate the start of a run: one that is refused claims nothing, though its exception may keep it.
+
+    A start makes many objects, none of which is garbage.
+    """
+
+    @functools.wraps(start)
+    def wrapped(run: Run, *arguments: Any, **options: Any) -> None:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            start(run, *arguments, **options)
+        except BaseException as error:
+            if hasattr(run, "_lifetime"):
+                run._lifetime.leave_after(error)
+            raise
+        finally:
+            if was_enabled:
+                gc.enable()
+
+    return wrapped  # type: ignore[return-value]

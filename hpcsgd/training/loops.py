@@ -36,9 +36,11 @@ class Batches(Iterator[Any]):
     def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
         self._begin = begin
         self._begun: Iterator[Any] | None = None
+        self._is_over = False
 
     def __iter__(self) -> Iterator[Any]:
-        begun, self._begun = self._begun, None
+        begun = self._begun if not self._is_over else None
+        self.close()
         return begun or self._begin()
 
     def __next__(self) -> Any:
@@ -46,12 +48,12 @@ class Batches(Iterator[Any]):
         try:
             return next(self._begun)
         except StopIteration:
-            self._begun = None
+            self._is_over = True
             raise
 
     def close(self) -> None:
         """End a loop that `next` has begun."""
-        self._begun = None
+        self._begun, self._is_over = None, False
 
 
 class Loops:
@@ -102,7 +104,7 @@ class Loops:
         check_between_loops(self._context, self._strategy, "run.batches()")
         calls.loop, calls.left, loop.is_open, ended = calls.loop + 1, False, True, False
         loaders = [self.sharding.shard(loader, shard) for loader in loaders]
-        unfinished = 0  # batches since the last step
+        unfinished, repeated, first_step = 0, 0, loop.steps  # batches since the last step, or of weight 0
         may_warn = shard is not False and not self._warned.get(given)
         with closing(self._batches(loaders, steps)) as found:
             try:
@@ -111,9 +113,12 @@ class Loops:
                         may_warn &= bool(loop.equal_peers)
                         loop.equal_peers = loop.equal_peers if may_warn else []
                     steps = loop.steps
+                    repeated += self._context.batch_weight == 0
                     yield batch
                     unfinished = 0 if loop.steps > steps else unfinished + 1
                 ended = True
+                if repeated and loop.steps == first_step:
+                    self._warn_of_repeated(repeated)
                 if unfinished and calls.in_step and isinstance(loaders[0], ShardedLoader):
                     self._warn_of_unfinished_step(given, loaders[0], unfinished)
             finally:
@@ -123,6 +128,15 @@ class Loops:
                     self._warned.set(given, True)
                 loop.equal_peers = []
 
+    def _warn_of_repeated(self, count: int) -> None:
+        warnings.warn(
+            f"rank {self._context.world.global_rank}: a loop over run.batches() without a step has had its "
+            f"last batch {count} times more, as other ranks had more. Begin a loop of evaluation under "
+            "torch.no_grad(), with which each batch comes once, or multiply its results by run.weight",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
     def _warn_of_unfinished_step(self, given: Any, loader: ShardedLoader, batches: int) -> None:
         if self._context.world.rank == 0:
             warnings.warn(
@@ -130,7 +144,7 @@ class Loops:
                 f"next loop continues: len(loader) is {len(given)}, of which this rank has {len(loader)}. "
                 "Count math.ceil(len(loader) / run.workers), here and in schedules",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _batches(self, loaders: Sequence[Iterable[Any]], steps: int | None) -> Generator[Any, None, None]:

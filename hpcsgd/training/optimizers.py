@@ -125,6 +125,10 @@ class StepWatch:
             hook.remove()
 
 
+#: Optimizers of all runs, also of those that are over.
+_of_runs: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 class NewOptimizers:
     """Warns of an optimizer that a loop makes for the parameters of a run, which goes on with its own.
 
@@ -140,11 +144,13 @@ class NewOptimizers:
     """
 
     def __init__(self, optimizer: Any, rank: int) -> None:
-        self._optimizer, self._rank, self._looks = optimizer, rank, 10
+        self._optimizer, self._rank, self._looks = optimizer, rank, 4
         trained = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor)]
         self._watched = [trained[0], trained[-1]] if trained else []
         self._most = self._references()
         self._found: dict[int, weakref.ref[Any]] = {}
+        every = [form for each in _single(optimizer) for form in (each, _inside(each))]
+        _of_runs.update(each for each in every if isinstance(each, torch.optim.Optimizer))
 
     def check(self) -> None:
         """Look for one that was not there at the last step; warn of one that has taken no step since."""
@@ -161,15 +167,14 @@ class NewOptimizers:
 
     def _look(self) -> None:
         kinds, found = _kinds_of_optimizers(), self._found
-        own = {id(optimizer) for each in _single(self._optimizer) for optimizer in (each, _inside(each))}
         for each in gc.get_objects():
-            if type(each) in kinds and id(each) not in own and self._holds_watched(each):
+            if type(each) in kinds and self._is_new(each):
                 found[id(each)] = weakref.ref(each)
                 each.register_step_pre_hook(lambda stepped, *_: found.pop(id(stepped), None) and None)
 
-    def _holds_watched(self, optimizer: Any) -> bool:
+    def _is_new(self, optimizer: Any) -> bool:
         held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-        return any(id(p) in held for p in self._watched)
+        return optimizer not in _of_runs and any(id(p) in held for p in self._watched)
 
     def _warn(self, new: Any) -> None:
         warnings.warn(

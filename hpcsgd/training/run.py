@@ -16,7 +16,7 @@ from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training.buffers import Buffers, named_buffers
 from hpcsgd.training.choices import check_choices
-from hpcsgd.training.lifetime import Lifetime, garbage_collection_paused, world_of_run
+from hpcsgd.training.lifetime import Lifetime, starting, world_of_run
 from hpcsgd.training.loops import Batches, Loops
 from hpcsgd.training.model_copy import check_trainable, copy_from_rank_0
 from hpcsgd.training.optimizer_state import copy_optimizer_state, group_sizes
@@ -94,7 +94,7 @@ class Run(Scalars):
     #: Makes torch's GradScaler leave unscaling and skipping to `step`, which runs on every rank.
     _step_supports_amp_scaling = True
 
-    @garbage_collection_paused()
+    @starting
     def __init__(
         self,
         model: nn.Module,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class Sharding:
         #: By loader, its settings and its part: users may change a loader between two epochs.
         self._sharded: IdentityMap[tuple[list[Any], ShardedLoader]] = IdentityMap()
         self._fingerprints: IdentityMap[tuple[object, ...]] = IdentityMap()
+        self._made = 0  # sharded loaders, also those that are gone: equally many on all ranks
 
     def shard(self, loader: Iterable[Any], shard: bool | None) -> Iterable[Any]:
         """Return the loader for this rank's shard; collective.
@@ -81,15 +83,16 @@ class Sharding:
         mine = type(loader).__name__, shard, plain is not None, found
         others = context.world.meet("run.batches()", mine)[: self._workers]
         self._check(others)
-        if shard is None:
-            shard = others[0][-1] is not None and len({each[-1] for each in others}) == 1
-        if not shard or plain is None:  # the loader of a server is never used
+        by_default = shard is None and others[0][-1] is not None and len({each[-1] for each in others}) == 1
+        if not (shard or by_default) or plain is None:  # the loader of a server is never used
             return loader
         settings = [*plain, *(getattr(loader, name, None) for name in _ARGUMENTS)]
         known = self._sharded.get(loader)
         if known is None or any(a is not b and a != b for a, b in zip(known[0], settings, strict=True)):
             known = settings, self._make(loader, plain)
             self._sharded.set(loader, known)
+            if by_default and context.world.rank == 0:
+                _warn_of_indices(loader)
         return known[1]
 
     def _check(self, others: list[tuple[str, bool | None, bool, object]]) -> None:
@@ -114,17 +117,19 @@ class Sharding:
             )
 
     def _fingerprint(self, loader: Any, plain: _Plain) -> tuple[object, ...] | None:
-        found = self._fingerprints.get(loader)
-        if found is None:
-            sampler = plain.sampler
-            order = type(sampler).__name__, len(sampler), len(sampler.data_source)
-            found = (*order, plain.batch_size, plain.drop_last, fingerprint(loader.dataset))
+        found, sampler = self._fingerprints.get(loader), plain.sampler
+        order = type(sampler).__name__, len(sampler), len(sampler.data_source)
+        form = (*order, plain.batch_size, plain.drop_last)
+        if found is None or found[:-1] != form:
+            found = (*form, fingerprint(loader.dataset))
             self._fingerprints.set(loader, found)
         return None if found[-1] is None else found
 
     def _make(self, loader: Any, plain: _Plain) -> ShardedLoader:
         arguments = {name: getattr(loader, name) for name in _ARGUMENTS if hasattr(loader, name)}
-        order = _Order(plain.sampler, self._generator if self._synchronous else None, self._context.seed)
+        self._made += 1
+        agree = self._generator if self._synchronous else None
+        order = _Order(plain.sampler, agree, f"{self._context.seed} {self._made}")
         if plain.batch_size is None:
             part: Any = _Part(order, self._worker, self._workers)
             return ShardedLoader(loader.dataset, batch_size=None, sampler=part, **arguments)
@@ -145,6 +150,17 @@ class Sharding:
         copied = torch.Generator(device)
         copied.set_state(shared)
         return copied
+
+
+def _warn_of_indices(loader: Any) -> None:
+    dataset = loader.dataset
+    if isinstance(dataset, Sequence) and isinstance(dataset[0], int):
+        warnings.warn(
+            "run.batches() shards a data set of integers: each rank gets its part of them. If they are "
+            "indices of data of each rank's own, pass shard=False; if all ranks have the same, shard=True",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 class ShardedLoader(DataLoader[Any]):
@@ -169,14 +185,14 @@ class _Order:
     agree
         Returns, for this rank's own generator or None, that of rank 0; None: the ranks agree on nothing.
     seed
-        Seed of the order where the ranks agree on nothing.
+        Seed of the order where the ranks agree on nothing: of the run, and the number of the loader.
     """
 
     def __init__(
         self,
         sampler: Any,
         agree: Callable[[torch.Generator | None], torch.Generator] | None,
-        seed: int,
+        seed: str,
     ) -> None:
         self._sampler, self._agree, self._seed, self._epoch = sampler, agree, seed, -1
 
@@ -189,8 +205,8 @@ class _Order:
             return iter(sampler)
         self._epoch += 1
         if self._agree is None:
-            seed = self._seed if sampler.generator is None else sampler.generator.initial_seed()
-            generator = _seeded(zlib.crc32(f"{seed} {self._epoch}".encode()))
+            own = "" if sampler.generator is None else sampler.generator.initial_seed()
+            generator = _seeded(zlib.crc32(f"{self._seed} {own} {self._epoch}".encode()))
         else:
             generator = self._agree(sampler.generator)
         return iter(RandomSampler(sampler.data_source, sampler.replacement, sampler._num_samples, generator))

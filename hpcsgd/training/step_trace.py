@@ -40,7 +40,7 @@ def _traced_passes(model: nn.Module, trace: NullTracer) -> Iterator[None]:
 
     def after(_: nn.Module, inputs: object, output: object) -> None:
         trace.record("forward", "compute", began[0], time.perf_counter())
-        tensor = next((each for each in tensors_in(output) if each.requires_grad), None)
+        tensor = next((each for each in tensors_in(output) if each.requires_grad and not each.is_leaf), None)
         if tensor is not None:
             tensor.register_hook(backward)  # type: ignore[no-untyped-call]
 

@@ -16,7 +16,12 @@ from hpcsgd.training.closures import averaged_closure
 from hpcsgd.training.drift import DriftCheck
 from hpcsgd.training.model_copy import copy_from_rank_0
 from hpcsgd.training.optimizers import NewOptimizers, StepWatch, unscale
-from hpcsgd.training.trained_parameters import TrainedParameters, replaced_text, untrained_error
+from hpcsgd.training.trained_parameters import (
+    TrainedParameters,
+    replaced_text,
+    untrained_error,
+    warn_of_other_views,
+)
 from hpcsgd.training.virtual_nodes import VirtualNodes
 
 #: A comparison after some steps includes every tenth frozen parameter: they may be most of the model.
@@ -42,12 +47,14 @@ class Stepping:
     def __init__(
         self, strategy: Strategy, context: StrategyContext, trained: TrainedParameters, check_every: int
     ) -> None:
-        assert context.optimizer is not None
+        assert context.optimizer is not None and context.model is not None
         self._strategy, self._context, self._trained = strategy, context, trained
         self._optimizer, self._world = context.optimizer, context.world
         self._drift = DriftCheck(self._world, self._optimizer, check_every)
         self._watch = StepWatch(self._optimizer, self._world.global_rank)
         self._watch.allowed = self._world.size == 1
+        if not strategy.averages_gradients and context.peers.size > 1 and self._world.rank == 0:
+            warn_of_other_views(context.model, trained.named)
         self._new_optimizers = NewOptimizers(self._optimizer, self._world.global_rank)
         self._world.calls.begin_run()
         self._world.calls.synchronous &= strategy.synchronous
@@ -82,6 +89,7 @@ class Stepping:
             if self.unscale():
                 with self._world.tracer.span("update", "compute"), self._own_step():
                     results.append(self._optimizer.step(*evaluations))
+                self._strategy.check_memory()  # an optimizer may write p.data = new
 
         loop = self._context.loop
         self._new_optimizers.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.tensors.memory import with_other_views
 from hpcsgd.training.model_copy import is_plain
 
 Named = tuple[str, nn.Parameter]
@@ -148,6 +150,25 @@ class TrainedParameters:
             for name, p in self._model.named_parameters()
             if p.requires_grad and p not in self._known
         ]
+
+
+def warn_of_other_views(model: nn.Module, named: Sequence[Named]) -> None:
+    """Warn of tensors that share the memory of parameters, which a strategy is to move."""
+    # Some of torch's own modules keep a view beside the parameter.
+    kept = [
+        (name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    plain = [(name, each) for name, each in (*named, *model.named_buffers(), *kept) if is_plain(each)]
+    if (name := with_other_views(plain)) is not None:
+        warnings.warn(
+            f"a tensor made before Run shares the memory of {name}, as those of model.state_dict() do: it "
+            "keeps the values of now, for the run moves the parameters. Make it after Run",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def replaced_text(names: list[str]) -> str:

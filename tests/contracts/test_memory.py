@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -124,3 +125,51 @@ def test_an_average_that_is_swapped_in_for_an_evaluation_is_swapped_back(world: 
             train(run, evaluates)
             models.append(s.models_of(run))
     np.testing.assert_array_equal(*models)
+
+
+class Replacing(torch.optim.SGD):
+    """Writes new tensors in its step: `p.data = p.data - ...`."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.data = p.data - self.param_groups[0]["lr"] * p.grad
+
+
+@pytest.mark.parametrize("row", [row for row in s.ROWS if row.name != "ps"], ids=str)
+def test_an_optimizer_may_replace_the_parameters_data(world: Any, row: s.Row) -> None:
+    model = s.regression()
+    with s.Run(model, Replacing(model.parameters(), s.LR), row.make(), comm=world) as run:
+        for step in range(3):
+            s.train(run, s.batches_of(world.rank, 1, step))
+        expected = s.simulate(row, world.size, 3, lambda _: [True] * world.size, lambda _: s.LR)
+        np.testing.assert_allclose(s.models_of(run), expected, rtol=1e-11)
+
+
+@each_row
+def test_on_one_rank_views_made_before_the_run_follow_it(alone: Any, row: s.Row) -> None:
+    model = s.regression()
+    before = model.state_dict()
+    with s.start(row, alone, model) as run:
+        s.train(run, s.batches_of(0, 3))
+        after = s.vector(model)
+    assert not np.array_equal(after, s.vector(s.regression()))
+    if row.name != "ps":
+        np.testing.assert_array_equal(np.concatenate([v.flatten().numpy() for v in before.values()]), after)
+
+
+@pytest.mark.filterwarnings("error")
+def test_views_made_before_the_run_are_a_warning(world: Any) -> None:
+    row = next(row for row in s.ROWS if row.name == "local")
+    model = nn.utils.spectral_norm(s.regression())  # keeps a view beside the parameter
+    s.start(row, world, model).close()
+    if world.size == 1:
+        return
+    model = s.regression()
+    views = model.state_dict()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        s.start(row, world, model).close()
+    assert len(views) == 2
+    assert [str(w.message)[:60] for w in caught] == [
+        "a tensor made before Run shares the memory of weight, as tho"
+    ] * (world.rank == 0)

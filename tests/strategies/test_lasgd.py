@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm
+from hpcsgd import FP16, LASGD, BadOption, ErrorFeedback, HpcsgdError, QSGDMaxNorm, Run
 from hpcsgd.collectives import allreduce
 from hpcsgd.strategies.lasgd.averaging import Averaging
 from hpcsgd.strategies.lasgd.statistics import RoundTotals
@@ -331,3 +333,36 @@ def test_unsupported_features_are_rejected(world: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(world.progress, "threaded", False)
     with pytest.raises(HpcsgdError, match="MPI_THREAD_MULTIPLE"):
         Job(world, LASGD())
+
+
+@pytest.mark.mpi
+def test_a_state_taken_outside_of_a_loop_can_be_loaded(world: Any) -> None:
+    """Ranks are at different steps until they rest."""
+    states = []
+    for number in range(2):
+        model = nn.Linear(2, 1)
+        with Run(model, torch.optim.SGD(model.parameters(), 0.1), LASGD(period=2), comm=world) as run:
+            if number:
+                run.load_state_dict(states[0])
+                assert run.steps == 6 + (world.size - 1) // 2
+            for _ in range(6 + world.rank):
+                run.zero_grad()
+                model(torch.ones(1, 2)).sum().backward()
+                run.step()
+            states.append(run.state_dict())
+    assert states[0]["steps"] == sum(6 + rank for rank in range(world.size)) // world.size
+
+
+@pytest.mark.mpi
+@pytest.mark.filterwarnings("error:a step has taken")
+def test_a_loop_that_looks_ahead_is_none_that_accumulates(world: Any) -> None:
+    model = nn.Linear(2, 1)
+    with Run(model, torch.optim.SGD(model.parameters(), 0.1), LASGD(period=2), comm=world) as run:
+        loop = iter(run.batches([torch.ones(1, 2) * n for n in range(9)]))
+        x = next(loop)
+        while x is not None:
+            following = next(loop, None)
+            run.zero_grad()
+            model(x).sum().backward()
+            run.step()
+            x = following

@@ -88,7 +88,7 @@ def test_a_loop_that_looks_ahead_has_the_weights_of_the_batches_it_uses(
     with Run(model, torch.optim.SGD(model.parameters(), 1.0), comm=world) as run:
         for _ in range(2):
             before, taken, found = model.weight.item(), run.steps, []
-            for x in ahead(run.batches(own, steps=steps)):
+            for x in ahead(iter(run.batches(own, steps=steps))):
                 found.append(run.weight)
                 run.zero_grad()
                 run.model(x).sum().backward()

@@ -308,3 +308,25 @@ def test_a_rank_that_leaves_an_asynchronous_run_alone_in_a_world_of_the_user(wor
                 if world.rank == 0 and step == 2:
                     raise Pruned
         own.progress.until(lambda: not own.progress._pollers, "the end of the pollers")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_refused_run_and_one_that_an_exception_keeps_do_not_claim_the_model(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(30, 30)
+    with pytest.raises(BadOption) as refused:
+        start(model, AllReduce(), comm=world, virtual_nodes=2 * world.size)
+    start(model, comm=world).close()
+    assert refused.value.__traceback__ is not None
+
+    def trial() -> None:
+        run = start(model)
+        train(run)
+        raise Pruned("trial 3")
+
+    with pytest.raises(Pruned) as kept:
+        trial()
+    monkeypatch.setattr("sys.last_value", kept.value, raising=False)  # as an interactive Python does
+    with start(model, comm=world) as run:
+        train(run)

@@ -384,3 +384,15 @@ def test_a_repeated_batch_is_as_the_loader_made_it(world: Any) -> None:
         for batch in run.batches(own):
             step(run, batch.pop("x"))
         assert run.steps == 3 and not own[0]
+
+
+@pytest.mark.mpi
+def test_an_evaluation_with_gradients_that_repeats_batches_is_a_warning(world: Any) -> None:
+    with start(world) as run, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x in run.batches(batches(1 if world.rank else 3, world.rank)):
+            with torch.no_grad():
+                run.model(x)
+    texts = [str(w.message) for w in caught if "has had its last batch" in str(w.message)]
+    assert len(texts) == (world.rank > 0) and all("batch 2 times more" in text for text in texts)
+    assert all(w.filename == __file__ for w in caught)

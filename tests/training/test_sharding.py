@@ -271,3 +271,45 @@ def test_a_loader_that_is_changed_between_two_epochs(world: Any) -> None:
         seen = []
         loader.collate_fn = lambda samples: seen.append(len(samples)) or default_collate(samples)
         assert train(run, run.batches(loader)) == 4 and set(seen) == {3}
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_data_set_that_grows_by_samples_of_each_rank_is_taken_as_it_is(world: Any) -> None:
+    rows = [torch.ones(4) * n for n in range(2 * world.size)]
+    loader = DataLoader(rows, 1, collate_fn=torch.stack)  # type: ignore[arg-type]
+    model = nn.Linear(4, 1)
+    with Run(model, torch.optim.SGD(model.parameters(), 0.0), comm=world) as run, torch.no_grad():
+        assert len(list(run.batches(loader))) == 2
+        rows += [torch.ones(4) * (10 + world.rank)] * 4
+        loader.sampler.data_source = rows  # type: ignore[attr-defined]
+        assert len(list(run.batches(loader))) == 2 * world.size + 4
+
+
+@pytest.mark.mpi(min_size=2)
+def test_integers_that_may_be_indices_are_sharded_with_a_warning(world: Any) -> None:
+    model = nn.Linear(4, 1)
+    with Run(model, torch.optim.SGD(model.parameters(), 0.0), comm=world) as run, torch.no_grad():
+        for shard, warned in ((None, True), (True, False), (False, False)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = list(run.batches(DataLoader(range(4 * world.size), 1), shard=shard))  # type: ignore
+            assert len(found) == (4 * world.size if shard is False else 4)
+            assert any("a data set of integers" in str(w.message) for w in caught) == (
+                warned and world.rank == 0
+            )
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_new_loader_in_each_epoch_has_a_new_order(world: Any) -> None:
+    model, data = nn.Linear(1, 1), torch.arange(32.0).unsqueeze(1)
+    orders = []
+    with Run(model, torch.optim.SGD(model.parameters(), 0.0), LASGD(period=2), comm=world) as run:
+        for _ in range(3):
+            loader, order = DataLoader(data, 1, shuffle=True), []  # type: ignore[arg-type, var-annotated]
+            for x in run.batches(loader, steps=4):
+                order.append(float(x))
+                run.zero_grad()
+                model(x).sum().backward()
+                run.step()
+            orders.append(tuple(order[:3]))
+    assert len(set(orders)) == 3

@@ -114,6 +114,7 @@ class AsynchronousPairs:
     def __init__(self, context: StrategyContext, parameters: Parameters, pairs: BipartitePairs) -> None:
         rank = context.world.rank
         self._context, self._end = context, _NO_TARGET
+        self._is_free = False  # whether steps were taken outside of a loop, of which others may not know yet
         self._averager = PairwiseAverager(
             context.world,
             parameters.group,
@@ -134,10 +135,17 @@ class AsynchronousPairs:
     def step(self, update: Callable[[], None]) -> None:
         update()
         self._averager.end_step()
+        self._count_steps()
+        self._is_free |= self._end == _NO_TARGET
+
+    def _count_steps(self) -> None:
         self._context.step = min(self._averager.steps // self._context.peers.size, self._end)
 
     def quiesce(self) -> None:
         self._averager.quiesce()
+        if self._is_free:
+            self._count_steps()
+            self._is_free = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": torch.from_numpy(self._averager.counts.copy())}

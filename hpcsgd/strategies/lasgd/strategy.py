@@ -97,6 +97,7 @@ class LASGD(ReplicaStrategy):
     def attach(self, context: StrategyContext) -> None:
         context.reject("LASGD", virtual_nodes=True)
         super().attach(context)
+        self._is_free = False  # whether steps were taken outside of a loop, of which others may not know yet
         self._equal_steps = self.trigger == "all" and self.max_lag == self.period
         self._period = AdaptivePeriod(self.max_lag) if self.period == "auto" else FixedPeriod(self.period)
         model, scheme = self.parameters.group, self.compress or context.compress
@@ -133,6 +134,10 @@ class LASGD(ReplicaStrategy):
 
     def step(self, update: Callable[[], None]) -> None:
         self._averaging.step(update)
+        self._count_steps()
+        self._is_free |= self._averaging.target == NO_TARGET
+
+    def _count_steps(self) -> None:
         averaging, ranks = self._averaging, self.context.world.size
         steps = ranks * averaging.steps if self._equal_steps else averaging.total_steps()
         self.context.step = min(steps, averaging.target) // ranks
@@ -146,6 +151,9 @@ class LASGD(ReplicaStrategy):
 
     def quiesce(self) -> None:
         self._averaging.quiesce()
+        if self._is_free:
+            self._count_steps()
+            self._is_free = False
 
     def metrics(self) -> dict[str, Any]:
         """Return the current period, and the statistics of `RoundStatistics.metrics`."""
