@@ -52,10 +52,15 @@ class Strategy:
         """Start with the model of `context`, which has the same values on all ranks; collective."""
         self.context = context
 
-    def check_memory(self) -> None:
+    def check_memory(self, *, in_update: bool = False) -> None:
         """Check that what the strategy exchanges is still what is trained; before steps and exchanges.
 
         Compares addresses; a parameter with other memory of the same shape, dtype and device is taken in.
+
+        Parameters
+        ----------
+        in_update
+            Whether the update of a step calls, which does not wait for exchanges in flight. Default False.
 
         Raises
         ------

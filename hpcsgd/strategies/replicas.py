@@ -31,8 +31,8 @@ class ReplicaStrategy(Strategy):
             context.world, context.parameters, context.bucket_mib, peers.per_rank, alone=peers.size == 1
         )
 
-    def check_memory(self) -> None:
-        self.parameters.adopt()
+    def check_memory(self, *, in_update: bool = False) -> None:
+        self.parameters.adopt(in_update=in_update)
 
     def taken_in(self) -> AbstractContextManager[None]:
         return self.parameters.taken_in()

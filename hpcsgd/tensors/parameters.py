@@ -84,10 +84,16 @@ class Parameters:
         self.adopt()
         self._put_in_place(index)
 
-    def adopt(self) -> None:
+    def adopt(self, *, in_update: bool = False) -> None:
         """Take in the values of parameters that have been moved to other memory since, and move them back.
 
         Compares addresses, and copies nothing if none has moved.
+
+        Parameters
+        ----------
+        in_update
+            Whether an optimizer has just moved them, which might have written to the group as well: then no
+            exchange in flight is waited for. Default False.
 
         Raises
         ------
@@ -95,8 +101,8 @@ class Parameters:
             A parameter has another shape, dtype or device, or is now the memory of another one.
         """
         if not self._is_in_place():
-            # An exchange in flight reads the group.
-            self._world.progress.drain()
+            if not in_update:
+                self._world.progress.drain()  # an exchange in flight reads the group
             moved = self._moved()
             self._check_moved(moved)
             for name, _, parameter in moved:

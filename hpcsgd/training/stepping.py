@@ -89,7 +89,7 @@ class Stepping:
             if self.unscale():
                 with self._world.tracer.span("update", "compute"), self._own_step():
                     results.append(self._optimizer.step(*evaluations))
-                self._strategy.check_memory()  # an optimizer may write p.data = new
+                self._strategy.check_memory(in_update=True)  # an optimizer may write p.data = new
 
         loop = self._context.loop
         self._new_optimizers.check()

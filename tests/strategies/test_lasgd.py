@@ -366,3 +366,22 @@ def test_a_loop_that_looks_ahead_is_none_that_accumulates(world: Any) -> None:
             model(x).sum().backward()
             run.step()
             x = following
+
+
+@pytest.mark.mpi(min_size=2)
+def test_an_optimizer_replaces_parameters_while_rounds_are_in_flight(world: Any) -> None:
+    class Replacing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for p in self.param_groups[0]["params"]:
+                p.data = p.data - p.grad
+
+    model = nn.Linear(500, 10, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    with Run(model, Replacing(model.parameters(), 1.0), LASGD(1), comm=world) as run:
+        rounds = 0
+        while (rounds := rounds + run.strategy.metrics()["rounds"]) < 5:
+            model.weight.grad = torch.ones_like(model.weight)
+            time.sleep(1e-3)
+            run.step()
+        steps = sum(run.state_dict()["strategy"]["steps"])
+    np.testing.assert_allclose(model.weight.detach().numpy(), -steps / world.size)

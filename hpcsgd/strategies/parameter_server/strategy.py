@@ -180,8 +180,8 @@ class ParameterServer(Strategy):
 
     # Delegated to the role.
 
-    def check_memory(self) -> None:
-        self._role.check_memory()
+    def check_memory(self, *, in_update: bool = False) -> None:
+        self._role.check_memory(in_update=in_update)
 
     def taken_in(self) -> AbstractContextManager[None]:
         return self._role.taken_in()

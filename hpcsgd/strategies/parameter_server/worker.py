@@ -208,9 +208,9 @@ class Worker(AllReduce):
             self._store.load_state_dict(state)
             self.parameters.restore(saved)
 
-    def check_memory(self) -> None:
-        super().check_memory()
-        self.parameters.adopt()
+    def check_memory(self, *, in_update: bool = False) -> None:
+        super().check_memory(in_update=in_update)
+        self.parameters.adopt(in_update=in_update)
 
     def taken_in(self) -> AbstractContextManager[None]:
         return self.parameters.taken_in()
