@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import count, pairwise
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import large_messages
 from hpcsgd.mpi.large_messages import Parts, as_bytes
 from hpcsgd.mpi.outstanding import Outstanding
@@ -51,6 +54,7 @@ class Communicator:
         self.outstanding = Outstanding()
         self._duplicates: dict[str, Communicator] = {}
         self._ids = count()
+        self._thread: int | None = None
         self.on_idle: Callable[[], bool] | None = None
 
     def next_id(self) -> int:
@@ -173,6 +177,27 @@ class Communicator:
 
     def gather_objects(self, value: object, operation: str) -> list[Any]:
         """Return the picklable values of all ranks, in rank order, on every rank."""
+        with self._of_one_thread(operation):
+            return self._gather_objects(value, operation)
+
+    @contextmanager
+    def _of_one_thread(self, operation: str) -> Iterator[None]:
+        """Context in which another thread gets an error, in place of parts of the messages of this one."""
+        thread = threading.get_ident()
+        if self._thread not in (None, thread):
+            raise HpcsgdError(
+                f"{operation}: another thread of this rank is in such a call",
+                rank=self.ranks[self.rank],
+                do="call run.step(), iterate over run.batches() and gather in one thread; fetch ahead by the "
+                "workers of a DataLoader, num_workers=...",
+            )
+        self._thread = thread
+        try:
+            yield
+        finally:
+            self._thread = None
+
+    def _gather_objects(self, value: object, operation: str) -> list[Any]:
         pickled = np.frombuffer(pickle.dumps(value), np.uint8)
         sizes = np.empty(self.size, np.int64)
         request = self.comm.Iallgather(np.array([pickled.size], np.int64), sizes)

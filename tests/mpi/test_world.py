@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import AllReduce, Disagreement, LocalSGD, Run, TensorGroup, World, collectives
+from hpcsgd import AllReduce, Disagreement, HpcsgdError, LocalSGD, Run, TensorGroup, World, collectives
 
 pytestmark = pytest.mark.mpi
 RUNS = 15
@@ -167,6 +169,26 @@ def test_nodes_are_split_by_ranks_per_node(world_of: Callable[..., Any]) -> None
 def test_gather_and_check_consistent(world: Any) -> None:
     assert world.gather({"rank": world.rank}) == [{"rank": r} for r in range(world.size)]
     world.check_consistent({"a": 1, "b": [1, 2]})
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_second_thread_in_a_gather_gets_an_error(world: Any) -> None:
+    from mpi4py import MPI
+
+    if world.rank == 0:
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.append(world.gather(0)))
+        thread.start()
+        while world.control._thread is None:
+            time.sleep(1e-3)
+        with pytest.raises(HpcsgdError, match="another thread of this rank is in such a call"):
+            world.gather("a part of another message")
+    MPI.COMM_WORLD.barrier()  # the others come only now
+    if world.rank == 0:
+        thread.join()
+        assert found == [list(range(world.size))]
+    else:
+        assert world.gather(world.rank) == list(range(world.size))
 
 
 def test_overlap_with_the_users_own_mpi(world: Any) -> None:
