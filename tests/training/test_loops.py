@@ -313,7 +313,7 @@ def test_calls_of_all_ranks_inside_an_asynchronous_loop(world: Any) -> None:
 
 @pytest.mark.mpi(min_size=2)
 def test_accumulation_in_an_asynchronous_loop_without_steps_is_a_warning(world: Any) -> None:
-    with start(world, LASGD()) as run:
+    with start(world, LASGD(period=2, max_lag=2, trigger="all")) as run:
         loader = batches(4, world.rank)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -303,7 +303,8 @@ def test_integers_that_may_be_indices_are_sharded_with_a_warning(world: Any) -> 
 def test_a_new_loader_in_each_epoch_has_a_new_order(world: Any) -> None:
     model, data = nn.Linear(1, 1), torch.arange(32.0).unsqueeze(1)
     orders = []
-    with Run(model, torch.optim.SGD(model.parameters(), 0.0), LASGD(period=2), comm=world) as run:
+    equal_steps = LASGD(period=2, max_lag=2, trigger="all")
+    with Run(model, torch.optim.SGD(model.parameters(), 0.0), equal_steps, comm=world) as run:
         for _ in range(3):
             loader, order = DataLoader(data, 1, shuffle=True), []  # type: ignore[arg-type, var-annotated]
             for x in run.batches(loader, steps=4):
