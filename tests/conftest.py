@@ -15,25 +15,36 @@ import pytest
 # Before torch is imported: ranks outnumber cores, and sums must depend on the input only.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-
+from tests.support.devices import use_device
 from tests.support.rank_runner import Ranks
 from tests.support.watchdog import Watchdog
 from tests.support.worlds import worlds
 
-if not torch.cuda.is_available():
-    # Without a GPU torch's own takes 7 ms, for the stack that it formats for each kind of device.
-    torch.manual_seed = torch.default_generator.manual_seed
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="device of models: cpu (default), cuda, or standin, a GPU whose work is late and out of order",
+    )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    use_device(config.getoption("--device"))
     ranks = Ranks(Watchdog)
     if ranks.rank:
         # Silenced, not removed: pytest reads its colours when it formats a failure.
         reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
         reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115
     config.pluginmanager.register(ranks, "ranks")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") != "standin":
+        for item in items:
+            if item.get_closest_marker("standin"):
+                item.add_marker(pytest.mark.skip(reason="needs --device standin"))
 
 
 @pytest.fixture

@@ -21,7 +21,14 @@ from hpcsgd.collectives import ALGORITHMS, check_algorithm, choose_algorithm, mp
 from hpcsgd.collectives.bucket_shards import BucketShard, locate_non_finite, make_shards
 from hpcsgd.collectives.pipeline import BucketTask, Pipeline, Steps
 from hpcsgd.collectives.ring import RingCollective
-from hpcsgd.collectives.staging import CUDA_AWARE, record_event, side_stream, via_host
+from hpcsgd.collectives.staging import (
+    CUDA_AWARE,
+    current_stream,
+    record_event,
+    side_stream,
+    via_host,
+    wait_for_compute,
+)
 from hpcsgd.compress import Compressor, Message, RandomKey
 from hpcsgd.compress.base import all_finite
 from hpcsgd.compress.point_to_point import warm_up
@@ -207,7 +214,7 @@ class CompressedReducer:
 
         def steps() -> Steps:
             if computed is not None:
-                computed.wait(torch.cuda.current_stream(values.device))
+                computed.wait(current_stream(values.device))
             buffers = [
                 buffer.views[0][:numel]
                 for buffer, (numel, _) in zip(shard.buffers, codec.sum_buffers, strict=True)
@@ -226,8 +233,7 @@ class CompressedReducer:
                 self._flags.flat.fill_(1)
                 values.fill_(torch.nan)
             shard.clear_gaps()
-            if computed is not None:
-                torch.cuda.current_stream(values.device).synchronize()
+            wait_for_compute(values.device)
 
         return steps()
 

@@ -54,7 +54,7 @@ def after_compute(device: torch.device, job: Callable[[], None]) -> Callable[[],
 
     The job ends when its copies between device and host are complete. On a CPU it is `job` itself.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return job
     computed = record_event(device)
 
@@ -65,13 +65,19 @@ def after_compute(device: torch.device, job: Callable[[], None]) -> Callable[[],
     return run
 
 
-def record_event(device: torch.device) -> torch.cuda.Event | None:
+def record_event(device: torch.device) -> torch.Event | None:
     """Record an event after all work that is queued on the caller's current stream; None on a CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    return None if device.type == "cpu" else current_stream(device).record_event()
+
+
+def current_stream(device: torch.device) -> torch.Stream:
+    """Return the caller's current stream of a device that is no CPU."""
+    found: torch.Stream = torch.get_device_module(device).current_stream(device)
+    return found
 
 
 @contextlib.contextmanager
-def on_side_stream(device: torch.device, after: torch.cuda.Event | None) -> Iterator[None]:
+def on_side_stream(device: torch.device, after: torch.Event | None) -> Iterator[None]:
     """Run the context on the stream of the communication thread, after an event; synchronises at the end."""
     with side_stream(device) as stream:
         if after is not None:
@@ -82,8 +88,8 @@ def on_side_stream(device: torch.device, after: torch.cuda.Event | None) -> Iter
 
 def wait_for_compute(device: torch.device) -> None:
     """Wait until all work that is queued on the caller's current stream is done; returns at once on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    if device.type != "cpu":
+        current_stream(device).synchronize()
 
 
 def to_host(group: TensorGroup, buffers: Sequence[Tensor]) -> None:
@@ -102,23 +108,25 @@ def from_host(group: TensorGroup, write: Callable[[int, Tensor], None]) -> None:
 
 
 @contextlib.contextmanager
-def _cuda(device: torch.device) -> Iterator[torch.cuda.Stream]:
+def _on_stream(device: torch.device) -> Iterator[torch.Stream]:
+    module = torch.get_device_module(device)
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(_streams[device]):
+        _streams[device] = module.Stream(device)
+    with module.stream(_streams[device]):
         yield _streams[device]
 
 
-def side_stream(device: torch.device) -> AbstractContextManager[torch.cuda.Stream | None]:
-    return _cuda(device) if device.type == "cuda" else contextlib.nullcontext()
+def side_stream(device: torch.device) -> AbstractContextManager[torch.Stream | None]:
+    """Return a context on the stream of the communication thread; on a CPU it does nothing."""
+    return contextlib.nullcontext() if device.type == "cpu" else _on_stream(device)
 
 
-def _synchronize(stream: torch.cuda.Stream | None) -> None:
+def _synchronize(stream: torch.Stream | None) -> None:
     if stream is not None:
         stream.synchronize()
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+_streams: dict[torch.device, torch.Stream] = {}
 
 #: Operations that a CUDA-aware MPI executes on device memory, and their implementation for that.
 CUDA_AWARE: dict[Operation, Operation] = {}

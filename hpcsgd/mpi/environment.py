@@ -75,12 +75,12 @@ def trace_folder() -> Path | None:
 
 def device(name: str, local_rank: int) -> torch.device:
     """Return the device of a rank; `name` is "cpu", "cuda", "cuda:1" or "auto"."""
-    if name != "auto":
-        index = local_rank % max(1, torch.cuda.device_count())
-        return torch.device("cuda", index) if name == "cuda" else torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.device(name)
+    if found.type == "cpu" or ":" in name:
+        return found
+    return torch.device(found.type, local_rank % max(1, torch.get_device_module(found).device_count()))
 
 
 def share_of_cores(cores: set[int], bindings: list[set[int]], quota: float = math.inf) -> tuple[int, int]:

@@ -34,7 +34,7 @@ def with_own_storage(view: Tensor) -> Tensor:
         # DLPack changes the strides of dimensions of size 1.
         return found if found.stride() == view.stride() else found.as_strided(view.size(), view.stride())
     flat = view.as_strided((view.numel(),), (1,)).view(torch.uint8)
-    found = from_dlpack(flat)
+    found = from_dlpack(to_dlpack(flat))
     return found.view(view.dtype).as_strided(view.size(), view.stride())
 
 

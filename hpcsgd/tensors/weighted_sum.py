@@ -34,12 +34,13 @@ def weighted_sum(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
         )
         return
     wide = out.dtype if out.element_size() >= 4 else torch.float32
-    total = torch.empty(min(_CHUNK, out.numel()), dtype=wide, device=out.device)
+    total, product = (torch.empty(min(_CHUNK, out.numel()), dtype=wide, device=out.device) for _ in range(2))
     for start in range(0, out.numel(), _CHUNK):
         stop = min(start + _CHUNK, out.numel())
         chunk = total[: stop - start].zero_()
         for tensor, weight in terms:
-            chunk.add_(tensor[start:stop], alpha=weight)
+            # Two roundings, as in the kernel: with `alpha` they may be one.
+            chunk.add_(product[: stop - start].copy_(tensor[start:stop]).mul_(weight))
         out[start:stop] = chunk
 
 

@@ -144,7 +144,7 @@ def _on_host(full: Callable[..., Any], half: Callable[..., Any], *tensors: Tenso
 
 
 def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
+    return tensor.device.type != "cpu"
 
 
 def _accesses(tensor: Tensor) -> int:

@@ -220,9 +220,9 @@ def test_the_missing_rank_is_named() -> None:
 def test_weighted_sum_rounds_each_product_and_each_sum_once(dtype: torch.dtype, length: int) -> None:
     weights = [0.3, 1.0, -1.7]
     terms = [torch.randn(length, dtype=dtype) for _ in weights]
-    expected = terms[0].numpy() * np.asarray(weights[0], terms[0].numpy().dtype)
+    expected = terms[0].numpy(force=True) * np.asarray(weights[0], terms[0].numpy(force=True).dtype)
     for term, weight in zip(terms[1:], weights[1:], strict=True):
-        expected = expected + np.asarray(weight, expected.dtype) * term.numpy()
+        expected = expected + np.asarray(weight, expected.dtype) * term.numpy(force=True)
     out = terms[1]
     weighted_sum(out, list(zip(terms, weights, strict=True)))
-    np.testing.assert_array_equal(out.numpy(), expected)
+    np.testing.assert_array_equal(out.numpy(force=True), expected)

@@ -38,7 +38,7 @@ def pair(row: c.Row, numel: int, dtype: torch.dtype) -> tuple[PointToPointCodec,
 
 
 def bits(values: Tensor) -> bytes:
-    return values.view(torch.uint8).numpy().tobytes()
+    return values.view(torch.uint8).numpy(force=True).tobytes()
 
 
 @each_row

@@ -42,12 +42,12 @@ def _has_gpu() -> bool:
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def launcher() -> Any:
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the kernels for the CPU with")
     from tests.support.cuda_on_cpu import Launcher
 
-    return Launcher(tmp_path_factory.mktemp("cuda_on_cpu"))
+    return Launcher()
 
 
 @pytest.fixture(params=["g++", "gpu"])

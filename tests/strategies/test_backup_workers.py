@@ -45,7 +45,9 @@ class Job:
         self.run = Run(self.model, optimizer, self.strategy, comm=world)
 
     def vector(self) -> np.ndarray:
-        return np.concatenate([p.detach().flatten().numpy() for p in self.model.parameters()]).copy()
+        return np.concatenate(
+            [p.detach().flatten().numpy(force=True) for p in self.model.parameters()]
+        ).copy()
 
     def train(self, steps: int, pause: Callable[[int], object] = lambda number: None) -> None:
         self.taken.append(0)
@@ -89,7 +91,7 @@ class Job:
 
     @staticmethod
     def _gradients(peer: int) -> Any:
-        batches = [(x.numpy(), y.numpy()[:, 0]) for x, y in loader(peer)]
+        batches = [(x.numpy(force=True), y.numpy(force=True)[:, 0]) for x, y in loader(peer)]
         while True:
             for x, y in batches:
                 a = np.column_stack([x, np.ones(len(x))])

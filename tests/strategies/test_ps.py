@@ -51,7 +51,7 @@ def trained(world: Any, strategy: Any, make: Any, bucket_mib: float = 1e-4, clip
             for group in optimizer.param_groups:
                 group["lr"] *= 0.7
         assert run.steps == 2 * STEPS
-    return np.concatenate([p.detach().flatten().numpy() for p in model.parameters()])
+    return np.concatenate([p.detach().flatten().numpy(force=True) for p in model.parameters()])
 
 
 @pytest.mark.mpi(min_size=2)
@@ -123,7 +123,7 @@ class Easgd:
     def run(self, steps: int) -> None:
         for t in range(steps):
             for worker, model in enumerate(self.x):
-                x, y = (tensor.numpy() for tensor in loader(worker)[t % 10])
+                x, y = (tensor.numpy(force=True) for tensor in loader(worker)[t % 10])
                 residual = x @ model[:-1, None] + model[-1] - y
                 model -= 0.1 * 2 / len(x) * np.append(x.T @ residual, residual.sum())
             if (t + 1) % self.interval == 0:

@@ -39,7 +39,9 @@ class Job:
         self.taken = 0
 
     def vector(self) -> np.ndarray:
-        return np.concatenate([p.detach().flatten().numpy() for p in self.model.parameters()]).copy()
+        return np.concatenate(
+            [p.detach().flatten().numpy(force=True) for p in self.model.parameters()]
+        ).copy()
 
     def train(self, steps: int, worker: int | None = None) -> None:
         worker = self.world.rank if worker is None else worker

@@ -41,7 +41,9 @@ class Job:
         optimizer.register_step_post_hook(lambda *_: self._add(1))
 
     def vector(self) -> np.ndarray:
-        return np.concatenate([p.detach().flatten().numpy() for p in self.model.parameters()]).copy()
+        return np.concatenate(
+            [p.detach().flatten().numpy(force=True) for p in self.model.parameters()]
+        ).copy()
 
     def _add(self, sign: int) -> None:
         self.added = self.added + sign * self.vector()

@@ -67,7 +67,7 @@ class CodingClient(ScriptedClient):
         self.model.copy_(torch.from_numpy(self.pull(0, values.dtype if values is not None else None).copy()))
 
     def pull(self, shard: int = 0, dtype: Any = None) -> np.ndarray:
-        return super().pull(shard, dtype or self.model.numpy().dtype)
+        return super().pull(shard, dtype or self.model.numpy(force=True).dtype)
 
     def push_values(self, gradient: np.ndarray | None = None, weight: float = 1.0) -> None:
         """Push a gradient, or the model."""
@@ -153,17 +153,17 @@ def reference_of(server: Server, client: str) -> torch.Tensor | None:
 
 
 def bits(values: torch.Tensor) -> bytes:
-    return values.numpy().tobytes()
+    return values.numpy(force=True).tobytes()
 
 
 def mean_of(server: Server) -> np.ndarray:
     """Mean gradient that was applied once to zero values, at a rate of 0.1."""
-    values: np.ndarray = centre(server).double().numpy() / -0.1
+    values: np.ndarray = centre(server).double().numpy(force=True) / -0.1
     return values
 
 
 def residual_of(client: CodingClient) -> np.ndarray:
     residual = client.codec.state_dict()["residual"]
     assert residual is not None
-    values: np.ndarray = residual.double().numpy()
+    values: np.ndarray = residual.double().numpy(force=True)
     return values

@@ -45,7 +45,7 @@ def small_integers(rank: int, numel: int, seed: int = 0) -> np.ndarray:
 def random_numbers(rank: int, numel: int, dtype: torch.dtype) -> np.ndarray:
     """As float64, but values that `dtype` has."""
     numbers = np.random.default_rng([rank, numel]).standard_normal(numel)
-    return torch.from_numpy(numbers).to(dtype).double().numpy()
+    return torch.from_numpy(numbers).to(dtype).double().numpy(force=True)
 
 
 def fill(group: TensorGroup, rank: int) -> None:
@@ -61,12 +61,12 @@ def expected_sum(group: TensorGroup) -> Iterator[tuple[Tensor, np.ndarray]]:
 
 
 def values(view: Tensor) -> np.ndarray:
-    return view.flatten().double().numpy()
+    return view.flatten().double().numpy(force=True)
 
 
 def same_bits(group: TensorGroup) -> bool:
     """Whether all ranks hold the same."""
-    own = [zlib.crc32(b.flat.contiguous().view(torch.uint8).numpy().data) for b in group]
+    own = [zlib.crc32(b.flat.contiguous().view(torch.uint8).numpy(force=True).data) for b in group]
     return all(other == own for other in group.world.gather(own))
 
 

@@ -70,17 +70,17 @@ def reduce_and_check(row: c.Row, lock: Lockstep, rows: Tensor, step: int) -> Ten
     assert all(torch.equal(other, out[0]) for other in out)
     assert torch.isfinite(out).all() and torch.isfinite(residuals).all()
     total = (rotate(lock, rows.float()) if row.rotated else rows.float()) + before
-    error = np.abs(residuals.double().numpy())
-    assert np.all(error <= row.bound(total.double().numpy(), lock.segment) * (1 + 2 * EPS))
+    error = np.abs(residuals.double().numpy(force=True))
+    assert np.all(error <= row.bound(total.double().numpy(force=True), lock.segment) * (1 + 2 * EPS))
 
     # What each rank's codes say is what it had to say without what they did not.
     own = total.double() - residuals.double()
     decoded = rotate(lock, own.float(), back=True).double() if row.rotated else own
-    expected = (decoded.sum(0) * scale).numpy()
-    size = (total.double().abs() + residuals.double().abs()).sum(0).numpy() * scale
+    expected = (decoded.sum(0) * scale).numpy(force=True)
+    size = (total.double().abs() + residuals.double().abs()).sum(0).numpy(force=True) * scale
     if row.mixes:
         size = np.full(numel, np.linalg.norm(size) * 8)
     tolerance = (4 * EPS + ranks * row.precision) * size + 2.0**-147
     tolerance += torch.finfo(rows.dtype).eps * (np.abs(expected) + torch.finfo(rows.dtype).tiny)
-    assert np.all(np.abs(out[0].double().numpy() - expected) <= tolerance)
+    assert np.all(np.abs(out[0].double().numpy(force=True) - expected) <= tolerance)
     return residuals

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +27,10 @@ FLAGS = ("-shared", "-fPIC", "-O1", "-std=c++20", "-ffp-contract=off", "-fno-str
 
 
 class Launcher:
-    """Compiles each source once, into a folder."""
+    """Compiles the sources to a folder of this machine, unless it has them."""
 
-    def __init__(self, folder: Path) -> None:
-        self._libraries = {file: _compile(file, folder) for file in FILES}
+    def __init__(self) -> None:
+        self._libraries = {file: _compiled(file) for file in FILES}
 
     def __call__(
         self,
@@ -44,7 +48,7 @@ class Launcher:
         getattr(self._libraries[file], f"launch_{kernel}")(pointers, blocks, threads)
 
 
-def _compile(file: str, folder: Path) -> ctypes.CDLL:
+def _compiled(file: str) -> ctypes.CDLL:
     names = {
         pattern.format(x=x, w=w, y=y)
         for pattern in FILES[file]
@@ -52,9 +56,14 @@ def _compile(file: str, folder: Path) -> ctypes.CDLL:
         for y in (x, "float64")
         for w in ("int32", "int64")
     }
-    code = folder / f"{Path(file).name}.cpp"
-    library = code.with_suffix(".so")
     launchers = "".join(f"LAUNCHER({name})\n" for name in sorted(names))
-    code.write_text(HEADER.read_text() + cuda_loader.source(file) + launchers)
-    subprocess.run(["g++", *FLAGS, "-o", library, code], check=True)
+    code = HEADER.read_text() + cuda_loader.source(file) + launchers
+    digest = hashlib.sha256(f"{FLAGS} {code}".encode()).hexdigest()[:16]
+    library = Path(tempfile.gettempdir()) / f"hpcsgd_{Path(file).name}_{os.getuid()}_{digest}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            built = Path(folder) / library.name
+            subprocess.run(["g++", *FLAGS, "-o", built, "-x", "c++", "-"], input=code, text=True, check=True)
+            shutil.move(built, library.with_suffix(f".{os.getpid()}"))
+        library.with_suffix(f".{os.getpid()}").replace(library)  # complete, whichever rank is first
     return ctypes.CDLL(str(library))

@@ -19,7 +19,7 @@ SEED = 5
 
 def inside(bucket: Bucket) -> Tensor:
     """Return a mask of the elements that belong to a tensor; the others are gaps."""
-    mask = torch.zeros(bucket.numel, dtype=torch.bool)
+    mask = torch.zeros(bucket.numel, dtype=torch.bool, device="cpu")
     for view in bucket.views:
         start = view.storage_offset() - bucket.flat.storage_offset()
         mask[start : start + view.numel()] = True
@@ -28,8 +28,8 @@ def inside(bucket: Bucket) -> Tensor:
 
 def contribution(bucket: Bucket, rank: int, salt: int = 0) -> Tensor:
     """Return the input of a rank: multiples of 1/64, which add up exactly in any order; a few are large."""
-    generator = torch.Generator().manual_seed(1000 * salt + 100 * rank + bucket.index)
-    numbers = torch.randn(bucket.numel, generator=generator).mul(8).round()
+    generator = torch.Generator("cpu").manual_seed(1000 * salt + 100 * rank + bucket.index)
+    numbers = torch.randn(bucket.numel, generator=generator, device="cpu").mul(8).round()
     numbers[:: 50 + rank] *= 10
     return (numbers * inside(bucket) / 64).to(bucket.flat.dtype)
 
@@ -104,7 +104,7 @@ class Simulated:
         try:
             return lock.reduce(rows[:, part].contiguous(), step, factor)[0]
         except NotFinite:
-            return torch.full((part.stop - part.start,), torch.nan, dtype=rows.dtype)
+            return torch.full((part.stop - part.start,), torch.nan, dtype=rows.dtype, device="cpu")
 
     def bytes_sent(self) -> float:
         """By all ranks in one reduction."""
@@ -118,7 +118,7 @@ class Simulated:
         assert same_bits(self.group), self.row
         for bucket, result in zip(self.group, results, strict=True) if self.group.world.rank == 0 else ():
             mask = inside(bucket)
-            actual, expected = bucket.flat[mask], result[mask]
+            actual, expected = bucket.flat.cpu()[mask], result[mask]
             size = float(expected.nan_to_num().abs().max()) if expected.numel() else 0.0
             error = 1e-4 if self.row.mixes else 4 * self.size * self.row.precision
             error = 0.0 if self.row.words else error

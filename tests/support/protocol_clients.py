@@ -174,7 +174,7 @@ def make_clients(
 def centre(server: Server) -> np.ndarray:
     values = server.shards[0].centre
     assert values is not None
-    return values.numpy()
+    return values.numpy(force=True)
 
 
 def random_values(seed: int, size: int = 5, dtype: Any = np.float32) -> np.ndarray:

@@ -46,7 +46,7 @@ class Lockstep:
         ranks = range(segment.terms)
         self.segment, self.seed, self.bucket = segment, seed, bucket
         self.codecs = [compressor.codec(segment) for _ in ranks]
-        self.residuals = [torch.zeros(segment.numel) if feedback else None for _ in ranks]
+        self.residuals = [torch.zeros(segment.numel, device="cpu") if feedback else None for _ in ranks]
         self.messages: list[tuple[str, int]] = []
 
     def random_key(self, rank: int, step: int) -> RandomKey:
@@ -77,7 +77,7 @@ class Lockstep:
 
 def buffers_of(codec: Codec) -> list[Tensor]:
     """Create buffers with arbitrary previous contents."""
-    return [torch.full((numel,), 77, dtype=dtype) for numel, dtype in codec.sum_buffers]
+    return [torch.full((numel,), 77, dtype=dtype, device="cpu") for numel, dtype in codec.sum_buffers]
 
 
 def _next(run: Iterator[Message | None]) -> Message | None:
@@ -107,4 +107,4 @@ def combine(messages: Sequence[Message]) -> None:
 
 def unsigned(words: Tensor) -> np.ndarray:
     """View words as unsigned integers, which wrap around."""
-    return words.numpy().view({2: np.uint16, 4: np.uint32, 8: np.uint64}[words.element_size()])
+    return words.numpy(force=True).view({2: np.uint16, 4: np.uint32, 8: np.uint64}[words.element_size()])

@@ -317,7 +317,7 @@ def batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng([17, rank, step])
     x = rng.standard_normal((BATCH, FEATURES)) * (1 + 0.2 * rank)
     y = x @ np.arange(FEATURES)[:, None] + rank + 0.1 * rng.standard_normal((BATCH, 1))
-    return torch.from_numpy(x), torch.from_numpy(y)
+    return torch.tensor(x), torch.tensor(y)
 
 
 def simulate(
@@ -338,13 +338,16 @@ def simulate(
 
 def gradient(model: Array, x: torch.Tensor, y: torch.Tensor) -> Array:
     """Return the gradient of the mean squared error."""
-    features, residual = x.numpy(), x.numpy() @ model[:-1, None] + model[-1] - y.numpy()
+    features, residual = (
+        x.numpy(force=True),
+        x.numpy(force=True) @ model[:-1, None] + model[-1] - y.numpy(force=True),
+    )
     return 2 / len(features) * np.append(features.T @ residual, residual.sum())
 
 
 def vector(model: nn.Module) -> Array:
     """A model's parameters as one vector."""
-    return np.concatenate([p.detach().double().flatten().numpy() for p in model.parameters()])
+    return np.concatenate([p.double().flatten().numpy(force=True) for p in model.parameters()])
 
 
 def models_of(run: Run) -> Array:

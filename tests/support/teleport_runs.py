@@ -102,7 +102,7 @@ def train(run: Run, steps: int | None, batches: Any = None) -> int:
 
 
 def vector(model: nn.Module) -> np.ndarray:
-    return np.concatenate([p.detach().flatten().numpy() for p in model.parameters()])
+    return np.concatenate([p.detach().flatten().numpy(force=True) for p in model.parameters()])
 
 
 def tokens(run: Run) -> np.ndarray:
@@ -116,7 +116,7 @@ def tokens(run: Run) -> np.ndarray:
 
 def gradient(model: np.ndarray, batch: Batch) -> np.ndarray:
     """Return the gradient of the mean squared error by shift, weights and bias."""
-    x, y = (part.numpy() for part in batch)
+    x, y = (part.numpy(force=True) for part in batch)
     shifted = x[0, 0] > 100
     residual = x @ model[1 : 1 + FEATURES] + model[1 + FEATURES] + shifted * model[0] - y[:, 0]
     return 2 / BATCH * np.concatenate([[shifted * residual.sum()], x.T @ residual, [residual.sum()]])

@@ -6,6 +6,7 @@ import gc
 from typing import Any
 
 import pytest
+import torch
 
 
 class Worlds:
@@ -21,7 +22,7 @@ class Worlds:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("HPCSGD_RANKS_PER_NODE", str(per_node))
                 patch.setenv("HPCSGD_SHARED_MEMORY", str(int(shared)))
-                self._worlds[per_node, shared] = World(timeout=40)
+                self._worlds[per_node, shared] = World(timeout=40, device=str(torch.get_default_device()))
         return self._worlds[per_node, shared]
 
     def has_open_run(self) -> bool:

@@ -1,0 +1,125 @@
+"""Memory of the stand-in: addresses that fault, backed by others that only its work reads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from tests.support.standin.streams import current_stream, work
+
+_RANGE, _BLOCK = 2**36, 512  # bytes of addresses, and the granularity of blocks
+_NO_ACCESS, _READ_WRITE, _PRIVATE_ANONYMOUS_NORESERVE = 0, 3, 0x4022
+_EXTENSION_DEVICE, _UNSIGNED = 12, 1  # of DLPack
+
+
+class _Device(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int32), ("index", ctypes.c_int32)]
+
+
+class _Dtype(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device", _Device),
+        ("dimensions", ctypes.c_int32),
+        ("dtype", _Dtype),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("offset", ctypes.c_uint64),
+    ]
+
+
+class _Managed(ctypes.Structure):
+    pass
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
+_Managed._fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
+
+
+def _reserve(access: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    return int(libc.mmap(None, _RANGE, access, _PRIVATE_ANONYMOUS_NORESERVE, -1, 0))
+
+
+def _new_capsule(managed: _Managed) -> Any:
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(ctypes.addressof(managed), b"dltensor", None)
+
+
+class _Memory:
+    """Hands out blocks; a freed one is filled with NaN by the stream on which it was allocated."""
+
+    def __init__(self) -> None:
+        self._faulting, self._real = _reserve(_NO_ACCESS), _reserve(_READ_WRITE)
+        self._end = 0
+        self._free: dict[int, list[int]] = {}
+        self._live: dict[int, Any] = {}
+        self._dropped: deque[tuple[int, int, Any]] = deque()
+        self._deleter = _Deleter(self._drop)
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return a new one-dimensional uint8 tensor of the device."""
+        size = -(-max(nbytes, 1) // _BLOCK) * _BLOCK
+        with work.lock:
+            self.queue_frees()
+            offset = self._free[size].pop() if self._free.get(size) else self._end
+            self._end = max(self._end, offset + size)
+        shape, strides = (ctypes.c_int64 * 1)(nbytes), (ctypes.c_int64 * 1)(1)
+        device, dtype = _Device(_EXTENSION_DEVICE, 0), _Dtype(_UNSIGNED, 8, 1)
+        managed = _Managed(
+            _DLTensor(self._faulting + offset, device, 1, dtype, shape, strides, 0), None, self._deleter
+        )
+        key = ctypes.addressof(managed)
+        self._live[key] = managed, shape, strides, (offset, size, current_stream())
+        return from_dlpack(_new_capsule(managed))
+
+    def _drop(self, pointer: Any) -> None:
+        # Called wherever the last reference ends, also under the lock: it only takes a note.
+        *_, block = self._live.pop(ctypes.addressof(pointer.contents))
+        self._dropped.append(block)
+
+    def queue_frees(self) -> None:
+        """Queue the end of blocks that were dropped, on their streams."""
+        while self._dropped:
+            offset, size, stream = self._dropped.popleft()
+            stream.queue(lambda offset=offset, size=size: self._poison(offset, size))
+
+    def _poison(self, offset: int, size: int) -> None:
+        ctypes.memset(self._real + offset, 0xFF, size)
+        self._free.setdefault(size, []).append(offset)
+
+    def real_address(self, address: int) -> int:
+        """Return the readable address for one of the device; 0 for 0."""
+        offset = address - self._faulting
+        if address and not 0 <= offset < _RANGE:
+            raise ValueError("memory of the host is given to a kernel of the device")
+        return self._real + offset if address else 0
+
+    def contents(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the host over the memory of one of the device, for work that is being done."""
+        storage = tensor.untyped_storage()
+        nbytes = storage.nbytes()
+        if nbytes == 0:
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+        memory = (ctypes.c_char * nbytes).from_address(self.real_address(storage.data_ptr()))
+        flat = torch.frombuffer(memory, dtype=torch.uint8)[
+            : nbytes // tensor.element_size() * tensor.element_size()
+        ]
+        found = flat.view(tensor.dtype).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+        found = found.conj() if tensor.is_conj() else found
+        return torch._neg_view(found) if tensor.is_neg() else found
+
+
+memory = _Memory()

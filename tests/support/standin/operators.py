@@ -1,0 +1,323 @@
+"""Operators of the stand-in: each is queued on the current stream, and done there by the one of the CPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from tests.support.standin import streams
+from tests.support.standin.memory import memory
+
+NAME = "standin"
+aten = torch.ops.aten
+_KEY = "PrivateUse1"
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_AUTOCAST_HERE = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+#: Their kernels of the CPU only make another tensor of the same storage.
+_VIEWS = (
+    "as_strided",
+    "view",
+    "view.dtype",
+    "_reshape_alias",
+    "alias",
+    "unfold",
+    "view_as_real",
+    "view_as_complex",
+    "set_.source_Storage_storage_offset",
+    "set_.source_Tensor",
+    "set_.source_Storage",
+)
+_NUMBERS = (torch.NumberType, torch.IntType, torch.FloatType, torch.BoolType)
+#: Autocast gives them its dtype.
+_LOW_PRECISION = ("linear", "conv2d", "matmul", "bmm")
+_libraries: list[Any] = []  # a registration ends with its library
+_generator = torch.Generator()
+
+
+def register() -> None:
+    """Add the device to torch; once a process."""
+    _setup_privateuseone_for_python_backend(NAME, _module())
+    library = torch.library.Library("aten", "IMPL")
+    for name in _VIEWS:
+        library.impl(name, _view_operator(_overload(name)), _KEY)
+    for name, function in {
+        "empty.memory_format": _empty,
+        "empty_strided": _empty_strided,
+        "resize_": _resize,
+        "_copy_from": _copy,
+        "_copy_from_and_resize": _copy_and_resize,
+        "_local_scalar_dense": _read,
+        "convolution_overrideable": _convolution,
+        "convolution_backward_overrideable": _convolution_backward,
+    }.items():
+        library.impl(name, function, _KEY)
+    fallback = torch.library.Library("_", "IMPL")
+    fallback.fallback(_queue_operator, _KEY)
+    fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name in _LOW_PRECISION:
+        library.impl(name, _in_low_precision(_overload(name)), "AutocastPrivateUse1")
+    _libraries.extend([library, fallback])
+    clone = torch.UntypedStorage.clone
+    torch.UntypedStorage.clone = lambda self: (_clone if self.device.type == NAME else clone)(self)
+
+
+def _module() -> Any:
+    """What stands for `torch.cuda`."""
+    return SimpleNamespace(
+        Stream=streams.Stream,
+        Event=streams.Event,
+        stream=streams.stream,
+        current_stream=streams.current_stream,
+        synchronize=streams.synchronize,
+        is_initialized=lambda: True,
+        is_available=lambda: True,
+        _is_in_bad_fork=lambda: False,
+        current_device=lambda: 0,
+        device_count=lambda: 1,
+        manual_seed_all=_generator.manual_seed,
+        get_rng_state_all=lambda: [_generator.get_state()],
+        set_rng_state_all=lambda states: _generator.set_state(states[0]),
+        get_device_properties=lambda device: SimpleNamespace(multi_processor_count=3),
+        get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
+    )
+
+
+def _in_low_precision(operator: Any) -> Any:
+    def one(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(torch.get_autocast_dtype(NAME)) if floating else value
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_HERE):
+            return operator(*tree_map(one, arguments), **tree_map(one, options))
+
+    return run
+
+
+def _overload(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
+
+
+def _view_operator(operator: Any) -> Any:
+    return lambda *arguments, **options: operator.redispatch(_CPU, *arguments, **options)
+
+
+def is_here(value: Any) -> bool:
+    """Return whether a value is a tensor of the device."""
+    return isinstance(value, Tensor) and value.device.type == NAME
+
+
+# Memory.
+
+
+def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
+    dtype = dtype or torch.get_default_dtype()
+    last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    flat = memory.allocate(0 if 0 in size else (last + 1) * dtype.itemsize)
+    if dtype != torch.uint8:
+        flat = aten.view.dtype.redispatch(_CPU, flat, dtype)
+    return aten.as_strided.default.redispatch(_CPU, flat, size, stride, 0)
+
+
+def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
+    like = torch.empty(size, device="meta", memory_format=memory_format or torch.contiguous_format)
+    return _empty_strided(size, like.stride(), dtype=dtype)
+
+
+def _resize(tensor: Tensor, size: Any, *, memory_format: Any = None) -> Tensor:
+    if tuple(tensor.size()) != tuple(size):
+        new = _empty(size, dtype=tensor.dtype, memory_format=memory_format)
+        kept = min(tensor.numel(), new.numel())
+        if kept:
+            new.view(-1)[:kept].copy_(tensor.reshape(-1)[:kept])
+        tensor.set_(new.untyped_storage(), 0, new.size(), new.stride())
+    return tensor
+
+
+def _clone(storage: Any) -> Any:
+    """Copy a storage, which torch asks an allocator for that a device in Python cannot have."""
+    new = memory.allocate(storage.nbytes())
+    return new.copy_(torch.empty(0, dtype=torch.uint8, device=NAME).set_(storage)).untyped_storage()
+
+
+# Copies.
+
+
+def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """Queue a copy between host and device, or within the device; a blocking one waits for its stream."""
+    to, of = (memory.contents(each) if is_here(each) else each for each in (target, source))
+    queue_kernel(lambda: to.copy_(of))
+    if non_blocking or (is_here(source) and is_here(target)):
+        return target
+    if is_here(source):
+        streams.current_stream().synchronize()
+    else:
+        streams.current_stream().drain()  # CUDA has read pageable memory when the call returns
+    return target
+
+
+def _copy_and_resize(source: Tensor, target: Tensor) -> Tensor:
+    target.resize_(source.size())
+    return _copy(source, target)
+
+
+def _read(tensor: Tensor) -> Any:
+    streams.current_stream().synchronize()
+    return memory.contents(tensor).item()
+
+
+# Kernels.
+
+
+def queue_kernel(run: Any) -> None:
+    """Queue work on the current stream."""
+    memory.queue_frees()
+
+    def do() -> None:
+        with (
+            torch.no_grad(),
+            torch._C._AutoDispatchBelowAutograd(),
+            torch._C._ExcludeDispatchKeyGuard(_AUTOCAST),
+        ):
+            run()
+
+    streams.current_stream().queue(do)
+
+
+def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
+    """Queue an operator that torch has no kernel of the device for: all but those above."""
+    _check_no_view(operator)
+    given = _with_tensors(operator, arguments), options
+    try:
+        outputs = _outputs(operator, given)
+    except (NotImplementedError, RuntimeError):
+        # Its result, or the shape of it, depends on values: as on a GPU, the caller waits.
+        return _do_now(operator, given)
+    real = _real(given)
+    targets = [memory.contents(each) for each in _flat(outputs)]
+
+    def run() -> None:
+        for target, value in zip(targets, _flat(_call(operator, real)), strict=True):
+            if target.data_ptr() != value.data_ptr():
+                target.copy_(value)
+
+    queue_kernel(run)
+    return outputs
+
+
+def _check_no_view(operator: Any) -> None:
+    views = [each for each in operator._schema.returns if each.alias_info and not each.alias_info.is_write]
+    assert not views, f"{operator} returns a view: add it to _VIEWS"
+
+
+def _with_tensors(operator: Any, arguments: Any) -> list[Any]:
+    """Return the arguments with tensors for the numbers that torch makes of its own tensors of numbers."""
+    rows = zip(arguments, operator._schema.arguments, strict=False)
+    return [
+        torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None, device="cpu")
+        if isinstance(each.type, torch.TensorType) and isinstance(value, bool | int | float)
+        else value
+        for value, each in rows
+    ]
+
+
+def _outputs(operator: Any, given: Any) -> Any:
+    """Return the tensors for the results, of the shapes that the operator has on torch's meta device."""
+    if any(isinstance(each.type, _NUMBERS) for each in operator._schema.returns):
+        raise NotImplementedError("a number is returned")
+    meta, origins = _converted(given, _like_meta, "meta")
+    found = operator(*meta[0], **meta[1])
+
+    def output(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in origins:
+            return _empty_strided(value.size(), value.stride(), dtype=value.dtype)
+        origin = origins[id(value)]
+        return origin if origin.size() == value.size() else _resize(origin, value.size())
+
+    return tree_map(output, found)
+
+
+def _do_now(operator: Any, given: Any) -> Any:
+    streams.current_stream().synchronize()
+    real, origins = _converted(given, memory.contents, "cpu")
+
+    def output(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in origins:
+            return origins[id(value)]
+        result = _empty_strided(value.size(), value.stride(), dtype=value.dtype)
+        memory.contents(result).copy_(value)
+        return result
+
+    return tree_map(output, _call(operator, real))
+
+
+def _real(given: Any) -> Any:
+    return _converted(given, memory.contents, "cpu")[0]
+
+
+def _converted(given: Any, convert: Any, device: str) -> tuple[Any, dict[int, Tensor]]:
+    """Return arguments for another device, and the tensor of the stand-in for each converted one."""
+    converted: dict[int, Tensor] = {}
+    origins: dict[int, Tensor] = {}
+
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device(device)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in converted:
+            # A GPU reads a tensor of the host when the kernel is queued.
+            converted[id(value)] = new = convert(value) if is_here(value) else value.clone().to(device)
+            origins[id(new)] = value
+        return converted[id(value)]
+
+    return tree_map(one, given), origins
+
+
+def _like_meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _flat(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    return [each for value in values or () for each in _flat(value)]
+
+
+def _call(operator: Any, given: Any) -> Any:
+    arguments, options = given
+    for each in operator._schema.arguments:
+        if each.is_out and isinstance(value := options.get(each.name), Tensor):
+            # Some operators resize their output for a while, as memory that others see cannot be.
+            fresh = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cpu")
+            options = {**options, each.name: fresh}
+    if torch.Tag.nondeterministic_seeded not in operator.tags:
+        return operator(*arguments, **options)
+    before = torch.default_generator.get_state()
+    torch.default_generator.set_state(_generator.get_state())
+    try:
+        return operator(*arguments, **options)
+    finally:
+        _generator.set_state(torch.default_generator.get_state())
+        torch.default_generator.set_state(before)
+
+
+def _convolution(*arguments: Any) -> Any:
+    return _queue_operator(aten.convolution.default, *arguments)
+
+
+def _convolution_backward(gradient: Any, value: Any, weight: Any, *arguments: Any) -> Any:
+    *options, mask = arguments
+    sizes = [weight.size(0)] if mask[2] else None
+    return _queue_operator(aten.convolution_backward.default, gradient, value, weight, sizes, *options, mask)
