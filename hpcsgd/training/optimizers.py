@@ -168,7 +168,7 @@ class NewOptimizers:
     def _look(self) -> None:
         kinds, found = _kinds_of_optimizers(), self._found
         for each in gc.get_objects():
-            if type(each) in kinds and self._is_new(each):
+            if type(each) in kinds and hasattr(each, "_optimizer_step_pre_hooks") and self._is_new(each):
                 found[id(each)] = weakref.ref(each)
                 each.register_step_pre_hook(lambda stepped, *_: found.pop(id(stepped), None) and None)
 

@@ -154,7 +154,7 @@ class Sharding:
 
 def _warn_of_indices(loader: Any) -> None:
     dataset = loader.dataset
-    if isinstance(dataset, Sequence) and isinstance(dataset[0], int):
+    if isinstance(dataset, Sequence) and len(dataset) and isinstance(dataset[0], int):
         warnings.warn(
             "run.batches() shards a data set of integers: each rank gets its part of them. If they are "
             "indices of data of each rank's own, pass shard=False; if all ranks have the same, shard=True",
