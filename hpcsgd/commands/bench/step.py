@@ -7,9 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcsgd.commands.bench import baselines, output
@@ -113,30 +115,40 @@ def _measure(world: World, spec: str, batch: int, repeats: int, steps: int, seed
     model = build(spec, data)
     batches = make_batches(world, data, batch, 1 + repeats * (1 + steps))
     with baselines.gloo(world):
-        local_loop = plain_loop(copy.deepcopy(model), batches)
-        ddp_loop = plain_loop(DistributedDataParallel(copy.deepcopy(model)), batches)
-        optimizer, strategy = sgd(model), AllReduce()
-        run = Run(model, optimizer, strategy, comm=world)
-        hpcsgd_loop = StepLoop(model, optimizer, iter(run.batches(batches)), run.step)
-        for contender in (hpcsgd_loop, ddp_loop, local_loop):
-            contender.train(1)
-        distance = max_difference(world, hpcsgd_loop.model, ddp_loop.model)
-        before = _communication(world)
-        contenders = [
-            _timed(HPCSGD, hpcsgd_loop, steps),
-            _timed(DDP, ddp_loop, steps),
-            _timed(NO_COMMUNICATION, local_loop, steps),
-        ]
-        seconds = interleave(comm, contenders, repeats, warmups=0, timed_calls=1)
-        busy, waited = _communication(world) - before
-        buffers = strategy.gradients.group.nbytes
-        run.close()
+        # A function of its own, whose DDP is gone before gloo ends: a reducer that outlives the process group
+        # ends its threads while it holds Python's lock, which one of them may wait for.
+        distance, result = _compare(world, comm, spec, model, batches, repeats, steps)
     comm.Free()
     # After gloo is shut down: gloo has been seen to hang while an error still refers to its models.
     check_equal(spec, distance)
+    return result
+
+
+def _compare(
+    world: World, comm: Any, spec: str, model: nn.Module, batches: Any, repeats: int, steps: int
+) -> tuple[float, StepResult]:
+    """Return the largest difference of the models of hpcsgd and DDP, and the times."""
+    local_loop = plain_loop(copy.deepcopy(model), batches)
+    ddp_loop = plain_loop(DistributedDataParallel(copy.deepcopy(model)), batches)
+    optimizer, strategy = sgd(model), AllReduce()
+    run = Run(model, optimizer, strategy, comm=world)
+    hpcsgd_loop = StepLoop(model, optimizer, iter(run.batches(batches)), run.step)
+    for contender in (hpcsgd_loop, ddp_loop, local_loop):
+        contender.train(1)
+    distance = max_difference(world, hpcsgd_loop.model, ddp_loop.model)
+    before = _communication(world)
+    contenders = [
+        _timed(HPCSGD, hpcsgd_loop, steps),
+        _timed(DDP, ddp_loop, steps),
+        _timed(NO_COMMUNICATION, local_loop, steps),
+    ]
+    seconds = interleave(comm, contenders, repeats, warmups=0, timed_calls=1)
+    busy, waited = _communication(world) - before
+    buffers = strategy.gradients.group.nbytes
+    run.close()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     hidden = 1 - waited / busy if busy else 1.0  # one rank exchanges nothing, and waits for nothing
-    return StepResult(spec, seconds, hidden, buffers, gradients)
+    return distance, StepResult(spec, seconds, hidden, buffers, gradients)
 
 
 def _timed(name: str, trainer: StepLoop, steps: int) -> Contender:
