@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +84,7 @@ def _module() -> Any:
         manual_seed_all=_generator.manual_seed,
         get_rng_state_all=lambda: [_generator.get_state()],
         set_rng_state_all=lambda states: _generator.set_state(states[0]),
+        device=lambda device: contextlib.nullcontext(),
         get_device_properties=lambda device: SimpleNamespace(multi_processor_count=3),
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
     )
@@ -200,11 +202,11 @@ def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
     except (NotImplementedError, RuntimeError):
         # Its result, or the shape of it, depends on values: as on a GPU, the caller waits.
         return _do_now(operator, given)
-    real = _real(given)
+    real, seed = _real(given), _draw(operator)
     targets = [memory.contents(each) for each in _flat(outputs)]
 
     def run() -> None:
-        for target, value in zip(targets, _flat(_call(operator, real)), strict=True):
+        for target, value in zip(targets, _flat(_call(operator, real, seed)), strict=True):
             if target.data_ptr() != value.data_ptr():
                 target.copy_(value)
 
@@ -259,7 +261,7 @@ def _do_now(operator: Any, given: Any) -> Any:
         memory.contents(result).copy_(value)
         return result
 
-    return tree_map(output, _call(operator, real))
+    return tree_map(output, _call(operator, real, _draw(operator)))
 
 
 def _real(given: Any) -> Any:
@@ -295,21 +297,26 @@ def _flat(values: Any) -> list[Tensor]:
     return [each for value in values or () for each in _flat(value)]
 
 
-def _call(operator: Any, given: Any) -> Any:
+def _draw(operator: Any) -> int | None:
+    """Draw the seed of a random operator when it is queued, as a GPU's generator moves on then."""
+    if torch.Tag.nondeterministic_seeded not in operator.tags:
+        return None
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=_generator))
+
+
+def _call(operator: Any, given: Any, seed: int | None) -> Any:
     arguments, options = given
     for each in operator._schema.arguments:
         if each.is_out and isinstance(value := options.get(each.name), Tensor):
             # Some operators resize their output for a while, as memory that others see cannot be.
-            fresh = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cpu")
-            options = {**options, each.name: fresh}
-    if torch.Tag.nondeterministic_seeded not in operator.tags:
+            options = {**options, each.name: torch.empty(0, dtype=value.dtype, device="cpu")}
+    if seed is None:
         return operator(*arguments, **options)
     before = torch.default_generator.get_state()
-    torch.default_generator.set_state(_generator.get_state())
+    torch.default_generator.manual_seed(seed)
     try:
         return operator(*arguments, **options)
     finally:
-        _generator.set_state(torch.default_generator.get_state())
         torch.default_generator.set_state(before)
 
 
