@@ -10,10 +10,6 @@ pytestmark = pytest.mark.standin
 DEVICE = "standin"
 
 
-def stream() -> object:
-    return torch.get_device_module(DEVICE).Stream()
-
-
 def test_work_is_done_when_something_waits_for_it() -> None:
     host, here = torch.zeros(3, device="cpu"), torch.ones(3, device=DEVICE)
     host.copy_(here, non_blocking=True)

@@ -41,7 +41,7 @@ class Omissions:
             code = frame.f_code
             if code.co_filename.startswith(_PACKAGE) and code.co_name not in _HELPERS:
                 place = code.co_filename.removeprefix(_PACKAGE)[1:]
-                site = f"{place}:{code.co_name}:{frame.f_lineno} {what}"
+                site = f"{place}:{code.co_qualname.replace('.<locals>', '')}:{frame.f_lineno} {what}"
                 self.seen[site] = self.seen.get(site, 0) + 1
                 return site == self.omitted
             frame = frame.f_back
