@@ -12,9 +12,9 @@ from tests.support import device_cases as cases
 
 pytestmark = [pytest.mark.standin, pytest.mark.mpi(min_size=2)]
 
-#: Waits and events without which a result is wrong here, each place of them. (Of the others some are doubled by
-#: a later wait, some would tear a tensor, of which the stand-in reads all at once, and some would give
-#: what memory held before.)
+#: Waits and events without which a result is wrong here, at each of their places. (Of the others some are
+#: doubled by a later wait, some would tear a tensor, of which the stand-in reads all at once, and some would
+#: give what memory held before.)
 NEEDED = {
     "collectives/compressed.py:CompressedReducer._exchange synchronize",
     "collectives/compressed.py:CompressedReducer._run_codec record",
