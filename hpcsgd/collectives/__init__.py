@@ -7,10 +7,11 @@ by bucket, in order. Results are bit-identical on all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hpcsgd.collectives import mpi_library, node, ring, two_level
-from hpcsgd.collectives.staging import CUDA_AWARE, Operation, via_host
+from hpcsgd.collectives.staging import CUDA_AWARE, IN_WINDOWS, Operation, via_host
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.mpi.progress import Work
 from hpcsgd.tensors.group import SUMMABLE, Bucket, TensorGroup
@@ -36,6 +37,8 @@ ALGORITHMS: dict[str, Callable[[Bucket, str, float], None]] = {
     "node": node.allreduce,
     "two-level": two_level.allreduce,
 }
+CUDA_AWARE |= dict.fromkeys(ALGORITHMS.values(), mpi_library.allreduce_on_device)
+IN_WINDOWS |= {node.allreduce, node.broadcast, node.reduce_scatter, node.allgather, two_level.allreduce}
 #: Below this size the 2(p-1) hops of a ring cost more than the bandwidth that it saves.
 RING_MIN_BYTES = 256 * 1024
 
@@ -51,8 +54,9 @@ def iallreduce(target: Target, scale: float | None = None, algorithm: str = "aut
         Factor of the sum; default 1/ranks, the mean. Half precisions are summed in float32 within a node and
         scaled before they are summed between nodes, so a mean in float16 does not overflow.
     algorithm
-        "auto" (default), "library" (the MPI library's), "ring", "node" (in the node's shared memory) or
-        "two-level" (shared memory within a node, one ring a local rank between nodes).
+        "auto" (default), "library" (the MPI library's), "ring", "node" (in memory that the ranks of the node
+        share: of the host, or on a GPU windows of device memory) or "two-level" (that within a node, one
+        ring a local rank between nodes).
 
     Returns
     -------
@@ -64,12 +68,14 @@ def iallreduce(target: Target, scale: float | None = None, algorithm: str = "aut
     BadOption
         The algorithm does not exist or does not fit the layout of the ranks, or a dtype cannot be summed.
     """
-    return _submit(target, "all-reduce", _allreduce, *_checked(target, scale, algorithm))
+    factor = _checked(target, scale, algorithm)
+    return _submit(target, "all-reduce", partial(_choose_allreduce, algorithm), factor)
 
 
 def allreduce(target: Target, scale: float | None = None, algorithm: str = "auto") -> None:
     """Run `iallreduce` and wait for it."""
-    _run(target, "all-reduce", _allreduce, *_checked(target, scale, algorithm))
+    factor = _checked(target, scale, algorithm)
+    _run(target, "all-reduce", partial(_choose_allreduce, algorithm), factor)
 
 
 def ibroadcast(target: Target, root: int = 0) -> Work:
@@ -80,12 +86,12 @@ def ibroadcast(target: Target, root: int = 0) -> Work:
     BadOption
         `root` is no rank.
     """
-    return _submit(target, "broadcast", _broadcast, _checked_root(target, root))
+    return _submit(target, "broadcast", _choose_broadcast, _checked_root(target, root))
 
 
 def broadcast(target: Target, root: int = 0) -> None:
     """Run `ibroadcast` and wait for it."""
-    _run(target, "broadcast", _broadcast, _checked_root(target, root))
+    _run(target, "broadcast", _choose_broadcast, _checked_root(target, root))
 
 
 def ireduce_scatter(target: Target, scale: float | None = None) -> Work:
@@ -98,24 +104,22 @@ def ireduce_scatter(target: Target, scale: float | None = None) -> Work:
     BadOption
         A dtype cannot be summed.
     """
-    factor, _ = _checked(target, scale, "auto")
-    return _submit(target, "reduce-scatter", _reduce_scatter, factor)
+    return _submit(target, "reduce-scatter", _choose_reduce_scatter, _checked(target, scale))
 
 
 def reduce_scatter(target: Target, scale: float | None = None) -> None:
     """Run `ireduce_scatter` and wait for it."""
-    factor, _ = _checked(target, scale, "auto")
-    _run(target, "reduce-scatter", _reduce_scatter, factor)
+    _run(target, "reduce-scatter", _choose_reduce_scatter, _checked(target, scale))
 
 
 def iallgather(target: Target) -> Work:
     """Start to fill each bucket with `bucket.part(r, ranks)` of every rank r."""
-    return _submit(target, "all-gather", _allgather)
+    return _submit(target, "all-gather", _choose_allgather)
 
 
 def allgather(target: Target) -> None:
     """Run `iallgather` and wait for it."""
-    _run(target, "all-gather", _allgather)
+    _run(target, "all-gather", _choose_allgather)
 
 
 def choose_algorithm(bucket: Bucket) -> str:
@@ -128,39 +132,35 @@ def choose_algorithm(bucket: Bucket) -> str:
     return "two-level" if bucket.rows else "ring"
 
 
-def _allreduce(bucket: Bucket, operation: str, scale: float, name: str) -> None:
+def _choose_allreduce(name: str, bucket: Bucket) -> Operation:
     if bucket.world.size == 1:
-        if scale != 1.0:
-            bucket.host.mul_(scale)
-    else:
-        ALGORITHMS[choose_algorithm(bucket) if name == "auto" else name](bucket, operation, scale)
+        return _scale
+    return ALGORITHMS[choose_algorithm(bucket) if name == "auto" else name]
 
 
-def _allreduce_on_device(bucket: Bucket, operation: str, scale: float, name: str) -> None:
-    mpi_library.allreduce_on_device(bucket, scale)
+def _scale(bucket: Bucket, operation: str, scale: float) -> None:
+    if scale != 1.0:
+        bucket.host.mul_(scale)
 
 
-CUDA_AWARE[_allreduce] = _allreduce_on_device
+def _choose_broadcast(bucket: Bucket) -> Operation:
+    return node.broadcast if _is_inside_node(bucket) else mpi_library.broadcast
 
 
-def _broadcast(bucket: Bucket, operation: str, root: int) -> None:
-    _implementation(bucket, mpi_library).broadcast(bucket, operation, root)
+def _choose_reduce_scatter(bucket: Bucket) -> Operation:
+    return node.reduce_scatter if _is_inside_node(bucket) else ring.reduce_scatter
 
 
-def _reduce_scatter(bucket: Bucket, operation: str, scale: float) -> None:
-    _implementation(bucket, ring).reduce_scatter(bucket, operation, scale)
+def _choose_allgather(bucket: Bucket) -> Operation:
+    return node.allgather if _is_inside_node(bucket) else ring.allgather
 
 
-def _allgather(bucket: Bucket, operation: str) -> None:
-    _implementation(bucket, ring).allgather(bucket, operation)
+def _is_inside_node(bucket: Bucket) -> bool:
+    return bool(bucket.rows) and bucket.world.nodes == 1
 
 
-def _implementation(bucket: Bucket, between_nodes: Any) -> Any:
-    return node if bucket.rows and bucket.world.nodes == 1 else between_nodes
-
-
-def _checked(target: Target, scale: float | None, name: str) -> tuple[float, str]:
-    """Check the arguments, and return the factor of the sum and the name of the algorithm."""
+def _checked(target: Target, scale: float | None, name: str = "auto") -> float:
+    """Check the arguments, and return the factor of the sum."""
     for bucket in _buckets(target):
         if bucket.flat.dtype not in SUMMABLE:
             raise BadOption(
@@ -172,7 +172,7 @@ def _checked(target: Target, scale: float | None, name: str) -> tuple[float, str
             )
     if name != "auto":
         check_algorithm(target, name)
-    return 1.0 / target.world.size if scale is None else scale, name
+    return 1.0 / target.world.size if scale is None else scale
 
 
 def check_algorithm(target: Target, name: str) -> None:
@@ -206,20 +206,20 @@ def _buckets(target: Target) -> list[Bucket]:
     return [target] if isinstance(target, Bucket) else target.buckets
 
 
-def _submit(target: Target, kind: str, operation: Operation, *arguments: Any) -> Work:
+def _submit(target: Target, kind: str, choose: Callable[[Bucket], Operation], *arguments: Any) -> Work:
     progress, work = target.world.progress, None
     for bucket in _buckets(target):
         name = _operation_name(kind, bucket)
-        work = progress.submit(name, via_host(operation, bucket, name, *arguments))
+        work = progress.submit(name, via_host(choose(bucket), bucket, name, *arguments))
     # Jobs are executed in order, and none after a failed one, so the last work represents all.
     return work or progress.submit(f"{kind} of an empty group", lambda: None)
 
 
-def _run(target: Target, kind: str, operation: Operation, *arguments: Any) -> None:
+def _run(target: Target, kind: str, choose: Callable[[Bucket], Operation], *arguments: Any) -> None:
     progress = target.world.progress
     for bucket in _buckets(target):
         name = _operation_name(kind, bucket)
-        progress.run(name, via_host(operation, bucket, name, *arguments))
+        progress.run(name, via_host(choose(bucket), bucket, name, *arguments))
 
 
 def _operation_name(kind: str, bucket: Bucket) -> str:

@@ -87,7 +87,7 @@ def make_shards(
             do="for algorithm (--algorithm) use 'auto' or 'ring'",
             everywhere=True,
         )
-    buffers = TensorGroup(group.world, sums, _ONE_TENSOR_MIB, staged=False if by_node else None)
+    buffers = TensorGroup(group.world, sums, _ONE_TENSOR_MIB, staged=group.staged)
     for (name, _), buffer in zip(sums, buffers, strict=True):
         shards[int(name.partition(".")[0])].buffers.append(buffer)
     _warm_up(group, compressor, communicator)

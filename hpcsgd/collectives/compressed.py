@@ -17,16 +17,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hpcsgd.collectives import ALGORITHMS, check_algorithm, choose_algorithm, mpi_library, node
+from hpcsgd.collectives import ALGORITHMS, check_algorithm, choose_algorithm, node
 from hpcsgd.collectives.bucket_shards import BucketShard, locate_non_finite, make_shards
 from hpcsgd.collectives.pipeline import BucketTask, Pipeline, Steps
 from hpcsgd.collectives.ring import RingCollective
 from hpcsgd.collectives.staging import (
-    CUDA_AWARE,
-    current_stream,
+    on_host,
     record_event,
     side_stream,
     via_host,
+    wait_for,
     wait_for_compute,
 )
 from hpcsgd.compress import Compressor, Message, RandomKey
@@ -76,7 +76,6 @@ class CompressedReducer:
         self._compressor, self._nonfinite, self._kind = compressor, nonfinite, kind
         for dtype in dict.fromkeys(bucket.flat.dtype for bucket in group):
             world.local.compile_kernels(partial(warm_up, compressor, dtype, world.size))
-        self._staged = any(bucket.flat is not bucket.host for bucket in group)
         self._by_node = self._sums_inside_nodes()
         self._communicator: Communicator | None = world.internode if self._by_node else world.all
         if self._communicator is not None:
@@ -90,13 +89,14 @@ class CompressedReducer:
             world, [("not finite", torch.zeros(1, device="cpu"))], staged=False
         ).buckets[0]
         if world not in _pipelines:
-            device = world.device if self._staged else torch.device("cpu")
+            device = world.device if group.staged else torch.device("cpu")
             _pipelines[world] = Pipeline(world.waiter, lambda: side_stream(device))
         self._pipeline = _pipelines[world]
         self._works: list[tuple[BucketTask, Work]] = []
 
     def _sums_inside_nodes(self) -> bool:
-        if self._compressor.needs_whole_tensors or self._staged:
+        windowed = all(bucket.windowed for bucket in self._group)
+        if self._compressor.needs_whole_tensors or (self._group.staged and not windowed):
             return False
         if self._algorithm == "auto":
             return self._group.shared and self._world.nodes > 1
@@ -108,8 +108,8 @@ class CompressedReducer:
         number = step if sequence_number is None else sequence_number
         operation = f"compressed all-reduce of bucket {bucket.index} at step {step}"
         shard = self._shards[bucket.index]
-        coroutine = self._reduce_two_level if self._by_node else self._run_codec
-        task = self._pipeline.add(lambda task: coroutine(task, shard, scale, number))
+        computed = record_event(bucket.flat.device)
+        task = self._pipeline.add(lambda task: self._steps(task, shard, scale, number, computed))
         work = self._world.progress.submit(operation, lambda: self._reduce(task, shard, operation))
         self._works.append((task, work))
 
@@ -174,7 +174,7 @@ class CompressedReducer:
 
         def sum_buffer(buffer: Bucket) -> None:
             with self._poll_while_waiting():
-                via_host(_run_algorithm, buffer, operation, self._algorithm_for(buffer))()
+                via_host(ALGORITHMS[self._algorithm_for(buffer)], buffer, operation, 1.0)()
 
         traffic = self._world.traffic
         before = traffic.sent + (0 if self._by_node else traffic.shared)
@@ -184,11 +184,20 @@ class CompressedReducer:
             uncompressed, ranks = shard.values.nbytes, self._communicator.size
             traffic.saved += 2 * (ranks - 1) * uncompressed // ranks - moved
 
+    def _steps(
+        self, task: BucketTask, shard: BucketShard, scale: float, number: int, computed: torch.Event | None
+    ) -> Steps:
+        device = shard.bucket.flat.device
+        wait_for(computed, device)
+        reduce = self._reduce_two_level if self._by_node else self._run_codec
+        yield from reduce(task, shard, scale, number)
+        wait_for_compute(device)
+
     def _reduce_two_level(self, task: BucketTask, shard: BucketShard, scale: float, number: int) -> Steps:
         """Sum within the node, compress this rank's slice of the sum, and copy the result to the node."""
         world, bucket = self._world, shard.bucket
         if world.local_size > 1:
-            yield from self._pass_barrier(task, 0)
+            yield from self._pass_barrier(task, shard, 0)
             node.reduce(bucket, shard.part, scale, to_all=False)
             yield None
         elif scale != 1.0:
@@ -197,11 +206,12 @@ class CompressedReducer:
             yield from self._run_codec(task, shard, 1.0, number)
         if world.local_size > 1:
             node.copy_to_node(bucket, shard.part)
-            yield from self._pass_barrier(task, 1)
+            yield from self._pass_barrier(task, shard, 1)
 
-    def _pass_barrier(self, task: BucketTask, index: int) -> Steps:
+    def _pass_barrier(self, task: BucketTask, shard: BucketShard, index: int) -> Steps:
         """Wait for the node's ranks; buckets pass each of the two barriers in order."""
         yield lambda: task.may_pass(index)
+        wait_for_compute(shard.bucket.flat.device)
         yield self._barriers[index].arrive()
         task.barriers_passed = index + 1
 
@@ -209,33 +219,25 @@ class CompressedReducer:
         """Run the codec, and combine its messages."""
         assert shard.codec is not None and self._communicator is not None
         values, codec = shard.values, shard.codec
-        computed = record_event(values.device)
         random_key = RandomKey(self._seed, number, shard.bucket.index, self._communicator.rank)
-
-        def steps() -> Steps:
-            if computed is not None:
-                computed.wait(current_stream(values.device))
-            buffers = [
-                buffer.views[0][:numel]
-                for buffer, (numel, _) in zip(shard.buffers, codec.sum_buffers, strict=True)
-            ]
-            sums_left = len(codec.sum_buffers)
-            try:
-                run = codec.run(values, buffers, random_key, scale, shard.residual)
-                for message in self._traced(run, sums_left, shard.bucket):
-                    if message is None:
-                        yield None
-                        continue
-                    yield from self._combine(task, shard, message)
-                    sums_left -= message.op == "sum"
-                    task.all_sent = sums_left == 0 and message.op == "sum" and not self._by_node
-            except _NonFinite:
-                self._flags.flat.fill_(1)
-                values.fill_(torch.nan)
-            shard.clear_gaps()
-            wait_for_compute(values.device)
-
-        return steps()
+        buffers = [
+            buffer.views[0][:numel]
+            for buffer, (numel, _) in zip(shard.buffers, codec.sum_buffers, strict=True)
+        ]
+        sums_left = len(codec.sum_buffers)
+        try:
+            run = codec.run(values, buffers, random_key, scale, shard.residual)
+            for message in self._traced(run, sums_left, shard.bucket):
+                if message is None:
+                    yield None
+                    continue
+                yield from self._combine(task, shard, message)
+                sums_left -= message.op == "sum"
+                task.all_sent = sums_left == 0 and message.op == "sum" and not self._by_node
+        except _NonFinite:
+            self._flags.flat.fill_(1)
+            values.fill_(torch.nan)
+        shard.clear_gaps()
 
     def _traced(
         self, run: Iterator[Message | None], sums_left: int, bucket: Bucket
@@ -268,10 +270,11 @@ class CompressedReducer:
     def _sum(self, task: BucketTask, buffer: Bucket) -> Steps:
         """Sum by a ring without blocking; any other algorithm has to wait for the task's turn."""
         assert self._communicator is not None
-        if self._by_node or (self._algorithm_for(buffer) == "ring" and not self._staged):
-            ring = RingCollective(self._communicator, buffer.host, "", 1 + task.number % _TAGS)
-            for request, _ in ring.requests(1.0):
-                yield request.Test
+        if self._by_node or (self._algorithm_for(buffer) == "ring" and not self._group.staged):
+            with on_host(buffer, slice(0, buffer.numel)) as words:
+                ring = RingCollective(self._communicator, words, "", 1 + task.number % _TAGS)
+                for request, _ in ring.requests(1.0):
+                    yield request.Test
         else:
             task.pending_sum = buffer
             yield lambda: task.pending_sum is None
@@ -341,17 +344,6 @@ def non_finite_error(kind: str, name: str, rank: int, step: int) -> HpcsgdError:
         do="find its cause (a learning rate that is too high?); with GradScaler, or to skip such steps on "
         "all ranks, use nonfinite='skip'",
     )
-
-
-def _run_algorithm(bucket: Bucket, operation: str, name: str) -> None:
-    ALGORITHMS[name](bucket, operation, 1.0)
-
-
-def _run_algorithm_on_device(bucket: Bucket, operation: str, name: str) -> None:
-    mpi_library.allreduce_on_device(bucket, 1.0)
-
-
-CUDA_AWARE[_run_algorithm] = _run_algorithm_on_device
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -21,7 +21,7 @@ def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
             data.mul_(scale)
 
 
-def allreduce_on_device(bucket: Bucket, scale: float) -> None:
+def allreduce_on_device(bucket: Bucket, operation: str, scale: float) -> None:
     """Sum device memory by a CUDA-aware `MPI_Allreduce`.
 
     Uses the blocking call, because the non-blocking one crashes on device memory in several MPI libraries

@@ -1,8 +1,9 @@
 """Neighbour exchange: peers publish their models, version by version, and average those of their neighbours.
 
-Models of peers on the same node are read in place, in shared memory: each peer has two slots there, and fills
-the one that has no readers. To other nodes a slot is sent as a message. Every model has a version number, so
-a peer never averages an older or newer version than requested, nor a partly written one.
+Models of peers on the same node are read in place, in shared memory of the host or in windows of device
+memory: each peer has two slots there, and fills the one that has no readers. To other nodes a slot is sent as
+a message. Every model has a version number, so a peer never averages an older or newer version than
+requested, nor a partly written one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hpcsgd.collectives.peers import Peers
-from hpcsgd.collectives.staging import from_host, to_host
+from hpcsgd.collectives.staging import copy_to, pinned, wait_for_compute
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.node import NATIVE_WAIT_SLICE
 from hpcsgd.mpi.progress import POLL_INTERVAL
@@ -51,6 +52,8 @@ class Exchange:
         The peers, and their ranks.
     nbytes
         Bytes of a model.
+    device
+        Where models are summed: where the slots are.
     """
 
     def __init__(self, peers: Peers, groups: Sequence[TensorGroup], channel: int = 0) -> None:
@@ -63,22 +66,34 @@ class Exchange:
         self.nbytes = groups[0].nbytes
         self._row_bytes = max(64, peers.per_rank * versioned_slots.SLOTS * self.nbytes)
         flags = world.local.allocate(versioned_slots.flags_size(peers.per_rank))
-        rows = world.local.allocate(self._row_bytes)
+        rows = self._allocate_rows()
         shared = all(world.gather(flags is not None and rows is not None))
         #: The ranks whose slots can be read in place.
         self._members = world.local.members if shared else [world.rank]
         if shared:
             assert flags is not None and rows is not None
-            self._flags, self._rows = flags.rows.view(np.int32), torch.from_numpy(rows.rows)
+            self._flags, self._rows = flags.rows.view(np.int32), rows
         else:
             self._flags = np.zeros((1, versioned_slots.flags_size(peers.per_rank) // 4), np.int32)
-            self._rows = torch.zeros(1, self._row_bytes, dtype=torch.uint8, device="cpu")
+            self._rows = [pinned(self._row_bytes, world.device)]
+        self.device = self._rows[0].device
         self._slots: dict[tuple[int, int, int], list[Tensor]] = {}
         self._next_slot = [0] * peers.per_rank
         self._sends: dict[tuple[int, int], list[tuple[Any, int]]] = {}
+        #: Host memory of messages, of slots that are elsewhere.
+        self._send_buffers: dict[tuple[int, int], Tensor] = {}
         self._receive_buffers: dict[int, Tensor] = {}
+        self._received: dict[int, Tensor] = {}
         self._number = self._communicator.next_id() % _EXCHANGES
         self._version_tags = max(2, self._communicator.tag_limit // (_EXCHANGES * peers.per_rank**2))
+
+    def _allocate_rows(self) -> list[Tensor] | None:
+        """Return memory of each rank of the node for its slots: windows where the groups are windowed."""
+        local, buckets = self.world.local, self._groups[0].buckets
+        if buckets and buckets[0].windowed:
+            return local.allocate_on_device(self._row_bytes, self.world.device)
+        memory = local.allocate(self._row_bytes)
+        return [torch.from_numpy(row) for row in memory.rows] if memory is not None else None
 
     def _warm_up(self) -> None:
         slots, flags = self._kernel, np.zeros(self._kernel.flags_size(1) // 4, np.int32)
@@ -121,12 +136,12 @@ class Exchange:
         )
         for request, rank in self._sends.pop((index, slot), []):
             self._communicator.wait(request, operation, rank)
-        to_host(self._groups[index], self._slot(row, index, slot))
+        copy_to(self._groups[index], self._slot(row, index, slot))
         local = [reader for reader in readers if self.peers.rank_of(reader) in self._members]
         self._kernel.publish(self._flags[row], index, slot, version + 1, len(local))
         remote = [reader for reader in readers if self.peers.rank_of(reader) not in self._members]
         if remote:
-            messages = message_buffers(self._slot_bytes(row, index, slot))
+            messages = message_buffers(self._message(row, index, slot))
             self._sends[index, slot] = [
                 (self._communicator.isend(message, rank, self._tag(peer, reader, version)), rank)
                 for reader, rank in ((reader, self.peers.rank_of(reader)) for reader in remote)
@@ -145,7 +160,7 @@ class Exchange:
         terms
             (peer, weight) pairs, in the order of summation.
         into
-            Destination of the sum, one tensor a bucket, on the host. Default: the group of the peer.
+            Destination of the sum, one tensor a bucket, on `device`. Default: the group of the peer.
         """
         group = self._groups[self.peers.index(peer)]
         receives = {
@@ -157,23 +172,19 @@ class Exchange:
         slots: list[tuple[int, int, int]] = []
         for source, weight in terms:
             if source == peer:
-                host_buffers = [bucket.host for bucket in group]
-                to_host(group, host_buffers)
-                models.append((host_buffers, weight))
+                models.append((self._own_buffers(group), weight))
+                copy_to(group, models[-1][0])
             elif source in receives:
-                models.append((self._wait_for_receives(source, version, *receives[source]), weight))
+                models.append((self._receive(source, version, *receives[source]), weight))
             else:
                 slots.append(self._find_slot(source, version))
                 models.append((self._slot(*slots[-1]), weight))
 
-        def sum_bucket(number: int, out: Tensor) -> None:
+        for number, out in enumerate(self._own_buffers(group) if into is None else into):
             weighted_sum(out, [(buckets[number], weight) for buckets, weight in models])
-
-        if into is None:
-            from_host(group, sum_bucket)
-        else:
-            for number, out in enumerate(into):
-                sum_bucket(number, out)
+        for bucket in group if into is None and self.device != self.world.device else ():
+            bucket.flat.copy_(bucket.host, non_blocking=True)
+        wait_for_compute(self.world.device)
         for row, index, slot in slots:
             if not self._kernel.holds_version(self._flags[row], index, slot, version + 1):
                 raise HpcsgdError(
@@ -185,6 +196,9 @@ class Exchange:
             self._kernel.release(self._flags[row], index, slot)
             if self._members[row] != self.world.rank:
                 self.world.traffic.shared += self.nbytes
+
+    def _own_buffers(self, group: TensorGroup) -> list[Tensor]:
+        return [bucket.flat if bucket.flat.device == self.device else bucket.host for bucket in group]
 
     def reset(self) -> None:
         """Discard all versions, so that their numbers can start again; collective, with nothing in flight."""
@@ -239,19 +253,34 @@ class Exchange:
 
         self.world.waiter.until(check, operation, lambda: {self.peers.rank_of(peer) for peer in peers})
 
-    def _post_receives(self, number: int, peer: int, source: int, version: int) -> tuple[Tensor, list[Any]]:
+    def _message(self, row: int, index: int, slot: int) -> Tensor:
+        """Return the bytes of a slot of this rank, in memory of the host."""
+        model = self._slot_bytes(row, index, slot)
+        if self.device.type == "cpu":
+            return model
+        if (index, slot) not in self._send_buffers:
+            self._send_buffers[index, slot] = pinned(self.nbytes, self.device)
+        message = self._send_buffers[index, slot].copy_(model, non_blocking=True)
+        wait_for_compute(self.device)
+        return message
+
+    def _post_receives(self, number: int, peer: int, source: int, version: int) -> tuple[int, list[Any]]:
         if number not in self._receive_buffers:
-            self._receive_buffers[number] = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
+            self._receive_buffers[number] = pinned(self.nbytes, self.device)
         memory, rank = self._receive_buffers[number], self.peers.rank_of(source)
         tag = self._tag(source, peer, version)
-        return memory, [self._communicator.irecv(part, rank, tag) for part in message_buffers(memory)]
+        return number, [self._communicator.irecv(part, rank, tag) for part in message_buffers(memory)]
 
-    def _wait_for_receives(
-        self, source: int, version: int, memory: Tensor, requests: list[Any]
-    ) -> list[Tensor]:
+    def _receive(self, source: int, version: int, number: int, requests: list[Any]) -> list[Tensor]:
+        """Wait for a model that is sent as message; returns it on `device`, one tensor a bucket."""
         operation = f"model of peer {source}, version {version}"
         for request in requests:
             self._communicator.wait(request, operation, self.peers.rank_of(source))
+        memory = self._receive_buffers[number]
+        if self.device.type != "cpu":
+            if number not in self._received:
+                self._received[number] = torch.empty_like(memory, device=self.device)
+            memory = self._received[number].copy_(memory, non_blocking=True)
         return split_by_bucket(self._groups[0], memory)
 
     def _tag(self, source: int, reader: int, version: int) -> int:
@@ -261,7 +290,7 @@ class Exchange:
 
     def _slot_bytes(self, row: int, index: int, slot: int) -> Tensor:
         first = (index * self._kernel.SLOTS + slot) * self.nbytes
-        return self._rows[row, first : first + self.nbytes]
+        return self._rows[row][first : first + self.nbytes]
 
     def _slot(self, row: int, index: int, slot: int) -> list[Tensor]:
         """Return a slot as one tensor a bucket."""

@@ -1,4 +1,9 @@
-"""Collectives within a node: ranks read and write each other's buffers in shared memory, in place."""
+"""Collectives within a node: ranks read and write each other's buffers in place.
+
+They lie in shared memory of the host, or in windows of device memory. There the ranks wait for each other by
+the same flags, once their device has done what is queued. Not inside of kernels: those of several processes
+on one GPU run in turns.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hpcsgd.collectives.staging import wait_for_compute
 from hpcsgd.mpi.node import NATIVE_WAIT_SLICE
 from hpcsgd.tensors.group import Bucket
 
@@ -21,9 +27,9 @@ def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
     """
     world, matrix = bucket.world, bucket.matrix
     if matrix is None:
-        world.local.barrier(operation)
+        barrier(bucket, operation)
         reduce(bucket, bucket.own_part, scale, to_all=True)
-        world.local.barrier(operation)
+        barrier(bucket, operation)
         return
     kernel = _kernel()
     start, me, factor = bucket.start, world.local_rank, matrix.dtype.type(scale)
@@ -51,28 +57,33 @@ def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
 def broadcast(bucket: Bucket, operation: str, root: int) -> None:
     """Broadcast: each rank copies the bucket of the root."""
     world = bucket.world
-    world.local.barrier(operation)
+    barrier(bucket, operation)
     source = world.local.members.index(root)
     if source != world.local_rank:
         world.traffic.shared += bucket.nbytes
-        bucket.host.copy_(bucket.rows[source])
-    world.local.barrier(operation)
+        bucket.own_row.copy_(bucket.rows[source])
+    barrier(bucket, operation)
 
 
 def reduce_scatter(bucket: Bucket, operation: str, scale: float) -> None:
     """Reduce-scatter: each rank reduces its part into its own buffer."""
-    world, part = bucket.world, bucket.own_part
-    world.local.barrier(operation)
-    reduce(bucket, part, scale, to_all=False)
-    world.local.barrier(operation)
+    barrier(bucket, operation)
+    reduce(bucket, bucket.own_part, scale, to_all=False)
+    barrier(bucket, operation)
 
 
 def allgather(bucket: Bucket, operation: str) -> None:
     """All-gather: each rank writes its part into all buffers."""
-    world = bucket.world
-    world.local.barrier(operation)
+    barrier(bucket, operation)
     copy_to_node(bucket, bucket.own_part)
-    world.local.barrier(operation)
+    barrier(bucket, operation)
+
+
+def barrier(bucket: Bucket, operation: str) -> None:
+    """Wait for all ranks of the node, and before for what is queued on the current stream of their device."""
+    if bucket.windowed:
+        wait_for_compute(bucket.flat.device)
+    bucket.world.local.barrier(operation)
 
 
 def reduce(bucket: Bucket, part: slice, scale: float, *, to_all: bool) -> None:
@@ -81,7 +92,7 @@ def reduce(bucket: Bucket, part: slice, scale: float, *, to_all: bool) -> None:
     Parameters
     ----------
     bucket
-        The bucket, in shared memory.
+        The bucket, with rows of all ranks of the node.
     part
         The part that this rank reduces.
     scale
@@ -91,8 +102,14 @@ def reduce(bucket: Bucket, part: slice, scale: float, *, to_all: bool) -> None:
     """
     world = bucket.world
     _count_traffic(bucket, part, 2 if to_all else 1)
+    targets = bucket.rows if to_all else [bucket.own_row]
+    if bucket.windowed:
+        from hpcsgd.kernels.sums import device_sums
+
+        device_sums.reduce_rows(bucket.rows, targets, part.start, part.stop, scale)
+        return
     if bucket.matrix is None:
-        _reduce_half(bucket, part, scale, bucket.rows if to_all else [bucket.host])
+        _reduce_half(bucket, part, scale, targets)
         return
 
     kernel = _kernel()
@@ -110,7 +127,7 @@ def copy_to_node(bucket: Bucket, part: slice) -> None:
     world = bucket.world
     for rank, row in enumerate(bucket.rows):
         if rank != world.local_rank:
-            row[part] = bucket.host[part]
+            row[part] = bucket.own_row[part]
 
 
 def _reduce_half(bucket: Bucket, part: slice, scale: float, targets: list[torch.Tensor]) -> None:

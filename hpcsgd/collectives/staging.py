@@ -1,4 +1,9 @@
-"""Staging between device memory and host memory, which is communicated, for models on a GPU."""
+"""Staging between device memory and host memory, which is communicated, for models on a GPU.
+
+Ranks of a node whose buckets are windows of device memory need none among each other. What is communicated in
+host memory waits for the device twice: after the copy to the host, and after the copy back, before the host
+memory is used again.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +27,47 @@ def via_host(operation: Operation, bucket: Bucket, name: str, *arguments: Any) -
 
     On a GPU the copies run on a stream of the communication thread, after all work that is queued on the
     caller's current stream. The job ends when the result is in device memory, so work that the caller queues
-    after `wait()` sees it. Operations with an entry in `CUDA_AWARE` work on device memory instead if MPI
-    supports that; not in half precision, which MPI lacks.
+    after `wait()` sees it. There are no copies for an operation of `IN_WINDOWS` on a bucket that is
+    windowed, nor, if MPI supports device memory (`HPCSGD_CUDA_AWARE=1`), for one with a twin in `CUDA_AWARE`,
+    except in half precision, which MPI lacks.
     """
     if bucket.flat is bucket.host:
         return partial(operation, bucket, name, *arguments)
     device = bucket.flat.device
     computed = record_event(device)
     cuda_aware = bucket.world.cuda_aware and bucket.flat.element_size() >= 4
-    on_device = CUDA_AWARE.get(operation) if cuda_aware else None
+    of_mpi = CUDA_AWARE.get(operation) if cuda_aware else None
 
     def run() -> None:
-        with side_stream(device) as stream:
-            if computed is not None:
-                computed.wait(stream)
-            if on_device is not None:
-                _synchronize(stream)
-                on_device(bucket, name, *arguments)
-            else:
-                bucket.host.copy_(bucket.flat, non_blocking=True)
-                _synchronize(stream)
+        with on_side_stream(device, computed):
+            if of_mpi is not None:
+                wait_for_compute(device)
+                of_mpi(bucket, name, *arguments)
+            elif bucket.windowed and operation in IN_WINDOWS:
                 operation(bucket, name, *arguments)
-                bucket.flat.copy_(bucket.host, non_blocking=True)
-            _synchronize(stream)
+            else:
+                with _copied(bucket.flat, bucket.host):
+                    operation(bucket, name, *arguments)
 
     return run
+
+
+def on_host(bucket: Bucket, part: slice) -> AbstractContextManager[Tensor]:
+    """Return a context whose value is a part of the own one of `rows`, on the host; copied back at the end.
+
+    On a CPU, and within a staged operation on rows of the host, it is that part itself.
+    """
+    host = bucket.host[part]
+    return _copied(bucket.flat[part], host) if bucket.windowed else contextlib.nullcontext(host)
+
+
+@contextlib.contextmanager
+def _copied(values: Tensor, host: Tensor) -> Iterator[Tensor]:
+    """Context in which `host` has the values, which are replaced by it at the end, on the current stream."""
+    host.copy_(values, non_blocking=True)
+    wait_for_compute(values.device)
+    yield host
+    values.copy_(host, non_blocking=True)
 
 
 def after_compute(device: torch.device, job: Callable[[], None]) -> Callable[[], None]:
@@ -70,6 +91,12 @@ def record_event(device: torch.device) -> torch.Event | None:
     return None if device.type == "cpu" else current_stream(device).record_event()
 
 
+def wait_for(event: torch.Event | None, device: torch.device) -> None:
+    """Let what is queued on the caller's current stream from now on wait for an event; None: for nothing."""
+    if event is not None:
+        event.wait(current_stream(device))
+
+
 def current_stream(device: torch.device) -> torch.Stream:
     """Return the caller's current stream of a device that is no CPU."""
     found: torch.Stream = torch.get_device_module(device).current_stream(device)
@@ -80,8 +107,7 @@ def current_stream(device: torch.device) -> torch.Stream:
 def on_side_stream(device: torch.device, after: torch.Event | None) -> Iterator[None]:
     """Run the context on the stream of the communication thread, after an event; synchronises at the end."""
     with side_stream(device) as stream:
-        if after is not None:
-            after.wait(stream)
+        wait_for(after, device)
         yield
         _synchronize(stream)
 
@@ -92,19 +118,20 @@ def wait_for_compute(device: torch.device) -> None:
         current_stream(device).synchronize()
 
 
-def to_host(group: TensorGroup, buffers: Sequence[Tensor]) -> None:
-    """Copy the buckets to host buffers."""
+def copy_to(group: TensorGroup, buffers: Sequence[Tensor]) -> None:
+    """Copy the buckets to buffers of the host or the device, and wait for the copies."""
+    device = None
     for bucket, target in zip(group, buffers, strict=True):
         if target is not bucket.flat:
-            target.copy_(bucket.flat)
+            target.copy_(bucket.flat, non_blocking=True)
+            device = bucket.flat.device
+    if device is not None:
+        wait_for_compute(device)
 
 
-def from_host(group: TensorGroup, write: Callable[[int, Tensor], None]) -> None:
-    """Fill each bucket by `write(index, out)` in host memory, and copy the result to the device."""
-    for bucket in group:
-        write(bucket.index, bucket.host)
-        if bucket.flat is not bucket.host:
-            bucket.flat.copy_(bucket.host)
+def pinned(nbytes: int, device: torch.device) -> Tensor:
+    """Return zeroed host memory, (nbytes,) uint8, which a GPU copies without the host."""
+    return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda", device="cpu")
 
 
 @contextlib.contextmanager
@@ -130,3 +157,5 @@ _streams: dict[torch.device, torch.Stream] = {}
 
 #: Operations that a CUDA-aware MPI executes on device memory, and their implementation for that.
 CUDA_AWARE: dict[Operation, Operation] = {}
+#: Operations on `Bucket.rows`, wherever these lie.
+IN_WINDOWS: set[Operation] = set()

@@ -1,4 +1,4 @@
-"""Two-level all-reduce: shared memory within each node, rings between nodes.
+"""Two-level all-reduce: memory that its ranks share within each node, rings between nodes.
 
 Each local rank owns one slice of the bucket, sums it over its node, and all-reduces it by a ring of the ranks
 that own the same slice on the other nodes: one ring for each rank of a node, at the same time (the multi-ring
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from hpcsgd.collectives import node
 from hpcsgd.collectives.ring import RingCollective
+from hpcsgd.collectives.staging import on_host
 from hpcsgd.tensors.group import Bucket
 
 
@@ -20,13 +21,14 @@ def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
     # Ranks beyond the last ring own no slice, but pass the barriers before and after the node's reduction.
     part = bucket.part(ring, world.rings) if world.internode else slice(0, 0)
     if world.local_size > 1:
-        world.local.barrier(operation)
+        node.barrier(bucket, operation)
         # Scaled before the sums between nodes, which would overflow in half precision.
         node.reduce(bucket, part, scale, to_all=False)
     elif scale != 1.0:
-        bucket.host[part].mul_(scale)
+        bucket.own_row[part].mul_(scale)
     if world.internode:
-        RingCollective(world.internode, bucket.host[part], operation).allreduce(1.0)
+        with on_host(bucket, part) as values:
+            RingCollective(world.internode, values, operation).allreduce(1.0)
     if world.local_size > 1:
         node.copy_to_node(bucket, part)
-        world.local.barrier(operation)
+        node.barrier(bucket, operation)

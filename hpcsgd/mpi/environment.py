@@ -59,6 +59,11 @@ def shared_memory_enabled() -> bool:
     return os.environ.get("HPCSGD_SHARED_MEMORY", "1") != "0"
 
 
+def device_windows_enabled() -> bool:
+    """Return whether `HPCSGD_DEVICE_WINDOWS` is not 0."""
+    return os.environ.get("HPCSGD_DEVICE_WINDOWS", "1") != "0"
+
+
 def cuda_aware() -> bool:
     """Return whether `HPCSGD_CUDA_AWARE` is 1: MPI accepts device memory.
 

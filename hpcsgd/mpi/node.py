@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from hpcsgd.mpi import environment
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.shared_memory import SharedAllocator, SharedMemory
 from hpcsgd.mpi.waiting import DeadlineWaiter
+
+if TYPE_CHECKING:
+    from hpcsgd.mpi.device_windows import DeviceAllocator
 
 NATIVE_WAIT_SLICE = 5_000  # microseconds that a wait in native code may last before it returns to Python
 _SLOT_BYTES = 16 * 1024  # above, reading the messages of all ranks costs more than a second barrier
@@ -28,8 +33,8 @@ class Node:
         For each of its ranks the rank in the world.
     waiter
         Waits with a deadline.
-    shared_memory
-        False behaves as if the node had no shared memory.
+    shared_memory, device_windows
+        False behaves as if the node had no shared memory, or no device memory that its ranks share.
 
     Attributes
     ----------
@@ -42,17 +47,25 @@ class Node:
     """
 
     def __init__(
-        self, comm: Communicator, members: Sequence[int], waiter: DeadlineWaiter, *, shared_memory: bool
+        self,
+        comm: Communicator,
+        members: Sequence[int],
+        waiter: DeadlineWaiter,
+        *,
+        shared_memory: bool,
+        device_windows: bool,
     ) -> None:
         self.comm, self.members = comm, list(members)
         self.rank, self.size = comm.rank, comm.size
         self._waiter, self._shared_memory = waiter, shared_memory
         binding = os.sched_getaffinity(0)
-        bindings = comm.gather_objects(binding, "the comparison of core bindings")
+        settings = comm.gather_objects((binding, device_windows), "the comparison of core bindings")
+        bindings, self._device_windows = [each for each, _ in settings], all(each for _, each in settings)
         self.threads, self.spins = environment.share_of_cores(binding, bindings, environment.cpu_quota())
         if self.members[0] == 0 == self.rank:
             environment.warn_of_narrow_binding(binding, bindings)
         self._allocator = SharedAllocator(comm)
+        self._device_allocator: DeviceAllocator | None = None
         if self.rank == 0:
             environment.unlink_mpich_segments()
         self.flags: np.ndarray | None = None
@@ -80,6 +93,27 @@ class Node:
         `HPCSGD_SHARED_MEMORY=0` behaves as if there were none.
         """
         return self._allocator.allocate(nbytes) if self._shared_memory else None
+
+    def allocate_on_device(self, nbytes: int, device: torch.device) -> list[Tensor] | None:
+        """Return zeroed device memory of each rank, which all of them use, or None; collective over the node.
+
+        See `DeviceAllocator.allocate`. None also without shared memory, in which ranks wait for each other,
+        and with `HPCSGD_DEVICE_WINDOWS=0`.
+        """
+        if self.size == 1:
+            return [torch.zeros(nbytes, dtype=torch.uint8, device=device)]
+        from hpcsgd.kernels.sums import device_sums
+        from hpcsgd.mpi.device_windows import DeviceAllocator
+
+        if not self._device_windows or self.flags is None or self.size > device_sums.MOST_TENSORS:
+            return None
+
+        is_first = self._device_allocator is None
+        allocator = self._device_allocator = self._device_allocator or DeviceAllocator(self.comm)
+        rows = allocator.allocate(nbytes, device)
+        if is_first and rows is not None:
+            self.compile_kernels(lambda: device_sums.warm_up(device))
+        return rows
 
     def next_slots(self, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray | None:
         """Return one shared row a rank, for messages of `nbytes` that all ranks read; None for larger ones.
@@ -124,7 +158,9 @@ class Node:
             self.comm.barrier("the compilation of kernels")
 
     def release(self) -> None:
-        """Release the shared memory of the barrier."""
+        """Release the memory that the ranks share; collective over the node."""
+        if self._device_allocator is not None:
+            self._device_allocator.release()
         self.flags = None
         self._slots.clear()
 

@@ -47,6 +47,7 @@ class Runtime:
         self.device, self.timeout = device, timeout
         self.ranks_per_node = environment.ranks_per_node()
         self.shared_memory = environment.shared_memory_enabled()
+        self.device_windows = environment.device_windows_enabled()
         self.activity, self.traffic, self.control_traffic = ActivityRecord(), Traffic(), Traffic()
         self.waiter = DeadlineWaiter(comm.rank, timeout)
         self.failure_detector = ulfm.FailureDetector(comm, hosts)

@@ -102,7 +102,13 @@ class World:
         runtime.parts[part].communicators |= {"all": self.all, "control": self.control, "node": node}
         if self.internode is not None:
             runtime.parts[part].communicators["internode"] = self.internode
-        self.local = Node(node, members, self.waiter, shared_memory=runtime.shared_memory)
+        self.local = Node(
+            node,
+            members,
+            self.waiter,
+            shared_memory=runtime.shared_memory,
+            device_windows=runtime.device_windows,
+        )
 
     def _free_at_close(self, comm: Any) -> Any:
         self._runtime.parts[self._part].to_free.append(comm)

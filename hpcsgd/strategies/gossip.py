@@ -48,7 +48,9 @@ class Gossip(ReplicaStrategy):
         self._exchange = Exchange(context.peers, self.parameters.groups)
         #: For each local peer the result of the exchange that was started after the last step.
         self._received = [
-            [torch.empty_like(bucket.host) for bucket in group] if self.overlap else []
+            [torch.empty_like(bucket.flat, device=self._exchange.device) for bucket in group]
+            if self.overlap
+            else []
             for group in self.parameters.groups
         ]
         self._exchange_in_flight: Work | None = None

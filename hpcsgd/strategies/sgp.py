@@ -114,7 +114,7 @@ class SGP(Gossip):
             "weights": torch.from_numpy(self._weights.local.copy()),
             "weights_on_the_way": torch.from_numpy(self._weights.in_flight.copy()),
             "sent": self._sent,
-            "on_the_way": [[part.clone() for part in shares] for shares in self._received],
+            "on_the_way": [[part.cpu().clone() for part in shares] for shares in self._received],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -44,14 +44,15 @@ class Bucket:
     host
         The copy in host memory, which is communicated. On a CPU it is `flat` itself.
     rows
-        1-D tensors: this bucket of each rank of the node, in shared memory; empty without it.
+        1-D tensors: this bucket of each rank of the node, in memory that all of them read and write: of the
+        host, or windows of device memory; empty without it.
     start
         Index of its first element in the rows of the group, in elements of its dtype.
     own_part
         The part that this rank reduces for the ranks of its node.
     matrix
-        The complete rows of the node's ranks, (ranks on the node, elements), for the kernels; None for half
-        precisions and without shared memory.
+        The complete rows of the node's ranks, (ranks on the node, elements), for the host's kernels; None
+        for half precisions and without shared memory of the host.
     """
 
     world: World
@@ -72,6 +73,16 @@ class Bucket:
     @property
     def nbytes(self) -> int:
         return self.flat.numel() * self.flat.element_size()
+
+    @property
+    def windowed(self) -> bool:
+        """Whether `rows` are windows of device memory, of which `flat` is one."""
+        return bool(self.rows) and self.rows[0].device.type != "cpu"
+
+    @property
+    def own_row(self) -> Tensor:
+        """The one of `rows` that is this rank's: `flat` or `host`."""
+        return self.rows[self.world.local_rank]
 
     def extent(self, view: Tensor) -> tuple[int, int]:
         """Return the elements [start, stop) of `flat` that belong to one of `views`."""
@@ -98,7 +109,8 @@ class Bucket:
 class TensorGroup:
     """The tensors of a model as views of one flat buffer; the argument of every collective.
 
-    On the host the buffer lies in shared memory of the node's ranks, if available.
+    Its communicated memory is shared by the ranks of a node, if available: host memory, or on a GPU windows
+    of device memory.
 
     Parameters
     ----------
@@ -145,12 +157,17 @@ class TensorGroup:
         templates = list(tensors)
         plans = _plan(templates, bucket_mib * 2**20)
         self.nbytes = sum(nbytes for _, nbytes in plans)
-        shared_rows = world.local.allocate(max(self.nbytes, ALIGNMENT))
-        # All ranks of the job take the same path: if one node has no shared memory, no node uses it.
-        self._shared_rows = shared_rows if all(world.gather(shared_rows is not None)) else None
-        host = self._host_memory()
         staged = world.device.type != "cpu" if staged is None else staged
-        device_memory = torch.zeros_like(host, device=world.device) if staged else host
+        windows = self._allocate_windows() if staged else None
+        self._shared_rows = None if windows else self._allocate_shared_rows()
+        host = self._host_memory()
+        if windows:
+            device_memory, self._rows = windows[world.local_rank], windows
+        else:
+            device_memory = torch.zeros_like(host, device=world.device) if staged else host
+            self._rows = (
+                [torch.from_numpy(row) for row in self._shared_rows.rows] if self._shared_rows else []
+            )
         self.buckets: list[Bucket] = []
         offset = 0
         for index, (members, nbytes) in enumerate(plans):
@@ -165,9 +182,14 @@ class TensorGroup:
         self.views = {name: self._view(name) for name in self._like}
 
     @property
+    def staged(self) -> bool:
+        """Whether the model's memory and host memory that is communicated are separate."""
+        return any(bucket.flat is not bucket.host for bucket in self.buckets)
+
+    @property
     def shared(self) -> bool:
         """Whether the ranks of a node share their buffers, and some node has several; equal on all ranks."""
-        return self._shared_rows is not None and self.world.max_local_size > 1
+        return bool(self._rows) and self.world.max_local_size > 1
 
     def renew(self, name: str) -> Tensor:
         """Replace a view by a new one on the same memory, for one whose storage has moved; returns it."""
@@ -183,6 +205,19 @@ class TensorGroup:
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self.buckets)
+
+    # All ranks of the job take the same path: if one node has no such memory, no node uses it.
+
+    def _allocate_windows(self) -> list[Tensor] | None:
+        world = self.world
+        if world.device.type == "cpu" or world.max_local_size == 1:
+            return None
+        windows = world.local.allocate_on_device(max(self.nbytes, ALIGNMENT), world.device)
+        return windows if all(world.gather(windows is not None)) else None
+
+    def _allocate_shared_rows(self) -> SharedMemory | None:
+        shared_rows = self.world.local.allocate(max(self.nbytes, ALIGNMENT))
+        return shared_rows if all(self.world.gather(shared_rows is not None)) else None
 
     def _host_memory(self) -> Tensor:
         if self._shared_rows is not None:
@@ -220,13 +255,9 @@ class TensorGroup:
             own_part=aligned_part(flat, self.world.local_rank, self.world.local_size),
         )
         if self.shared:
-            shared_rows: SharedMemory | None = self._shared_rows
-            assert shared_rows is not None
-            bucket.rows = [
-                torch.from_numpy(row)[offset : offset + nbytes].view(dtype) for row in shared_rows.rows
-            ]
-            if dtype in _KERNEL_DTYPES:
-                bucket.matrix = shared_rows.rows.view(_KERNEL_DTYPES[dtype])
+            bucket.rows = [row[offset : offset + nbytes].view(dtype) for row in self._rows]
+            if dtype in _KERNEL_DTYPES and self._shared_rows is not None:
+                bucket.matrix = self._shared_rows.rows.view(_KERNEL_DTYPES[dtype])
         return bucket
 
 

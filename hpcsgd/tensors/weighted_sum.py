@@ -1,4 +1,4 @@
-"""Weighted sums of flat tensors, bit-identical wherever the tensors lie."""
+"""Weighted sums of flat tensors, with the same bits wherever the tensors lie."""
 
 from __future__ import annotations
 
@@ -26,26 +26,30 @@ def weighted_sum(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
     terms
         (tensor, weight) pairs; tensors are of the shape and dtype of `out`.
     """
-    if out.device.type == "cpu" and out.element_size() >= 4:
-        _kernel()(
+    if out.device.type != "cpu":
+        _kernels().device_sums.weighted_sum(out, terms)
+        return
+    if out.element_size() >= 4:
+        _kernels().weighted_sum.weighted_sum(
             out.numpy(),
             np.array([tensor.data_ptr() for tensor, _ in terms], np.int64),
             np.array([weight for _, weight in terms], out.numpy().dtype),
         )
         return
-    wide = out.dtype if out.element_size() >= 4 else torch.float32
-    total, product = (torch.empty(min(_CHUNK, out.numel()), dtype=wide, device=out.device) for _ in range(2))
+    total, product = (torch.empty(min(_CHUNK, out.numel()), device=out.device) for _ in range(2))
     for start in range(0, out.numel(), _CHUNK):
         stop = min(start + _CHUNK, out.numel())
         chunk = total[: stop - start].zero_()
         for tensor, weight in terms:
-            # Two roundings, as in the kernel: with `alpha` they may be one.
+            # Two roundings, as in the kernels: with `alpha` they may be one.
             chunk.add_(product[: stop - start].copy_(tensor[start:stop]).mul_(weight))
         out[start:stop] = chunk
 
 
 @functools.cache
-def _kernel() -> Any:
-    from hpcsgd.kernels.sums import weighted_sum as kernel
+def _kernels() -> Any:
+    # Imported late, because numba is slow to import.
+    from hpcsgd.kernels import sums
+    from hpcsgd.kernels.sums import device_sums, weighted_sum  # noqa: F401
 
-    return kernel.weighted_sum
+    return sums

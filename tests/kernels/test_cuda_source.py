@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,9 @@ from torch import Tensor
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.kernels import cuda_loader
 from hpcsgd.kernels.codec import device, host, spec
-from hpcsgd.kernels.sums import model_delta
+from hpcsgd.kernels.sums import device_sums, model_delta
+from hpcsgd.tensors.weighted_sum import weighted_sum
+from tests.support import nvrtc
 from tests.support.kernel_cases import (
     DTYPES,
     LENGTHS,
@@ -33,6 +33,7 @@ from tests.support.kernel_cases import (
 # Its fixture compiles all kernels, twice.
 pytestmark = [pytest.mark.together, pytest.mark.timeout(180)]
 KEY = spec.key(3, 1)
+FILES = ["codec/quantise", "codec/hadamard", "codec/sample", "sums/model_delta", "sums/device_sums"]
 #: Bits of each scale, and terms.
 PLANS = [((4,), 4), ((2,), 1), ((3,), 40), ((8,), 64), ((16,), 3), ((4, 8), 4), ((2, 5, 9), 3)]
 
@@ -204,6 +205,48 @@ def test_passes_of_an_average(
                 assert same(one_nan(ours), one_nan(theirs)), numel
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int32, torch.int64])
+@pytest.mark.parametrize("ranks", [2, 3, 128])
+def test_rows_are_reduced_in_place(where: torch.device, dtype: torch.dtype, ranks: int) -> None:
+    for numel in (16, 64, 1040, 9088):
+        rows = [
+            torch.arange(numel * 3).view(3, numel).to(dtype)[rank % 3] * (rank + 1) for rank in range(ranks)
+        ]
+        if dtype.is_floating_point:
+            rows = [numbers(numel, rank, dtype) / 256 for rank in range(ranks)]
+        wide = torch.float32 if rows[0].element_size() < 4 else dtype
+        total = rows[0].to(wide)
+        for row in rows[1:]:
+            total = total + row.to(wide)
+        scale = 1 / 3 if dtype.is_floating_point else 1
+        expected = (total * torch.tensor(scale, dtype=wide)).to(dtype)
+        start, stop = 16, numel
+        for targets in (slice(0, ranks), slice(1, 2)):
+            there_rows = [there(row, where) for row in rows]
+            device_sums.reduce_rows(there_rows, there_rows[targets], start, stop, scale)
+            for rank, (row, found) in enumerate(zip(rows, there_rows, strict=True)):
+                if rank in range(ranks)[targets]:
+                    row = torch.cat([row[:start], expected[start:stop]])
+                assert same(
+                    one_nan(row) if wide != dtype else row, one_nan(found) if wide != dtype else found
+                )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 128, 129, 300])
+def test_weighted_sums(where: torch.device, dtype: torch.dtype, count: int) -> None:
+    for index, numel in enumerate((*LENGTHS, 0, 9001)):
+        terms = [
+            numbers(numel, seed, dtype) / 512 if numel else torch.zeros(0, dtype=dtype)
+            for seed in range(count)
+        ]
+        weights = [(-1) ** k / (k + 1.5) for k in range(count)]
+        there_terms = [there(term, where, (index + k) % 3) for k, term in enumerate(terms)]
+        weighted_sum(terms[-1], list(zip(terms, weights, strict=True)))
+        device_sums.weighted_sum(there_terms[-1], list(zip(there_terms, weights, strict=True)))
+        assert same(terms[-1], there_terms[-1]), numel
+
+
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
 def test_without_cupy_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_loader, "multiprocessors", lambda _: 1)
@@ -212,13 +255,9 @@ def test_without_cupy_the_error_names_the_package_to_install(monkeypatch: pytest
     assert "CuPy" in str(caught.value)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: the sources are compiled by g++ only")
-@pytest.mark.parametrize("file", ["codec/quantise", "codec/hadamard", "codec/sample", "sums/model_delta"])
+@pytest.mark.skipif(nvrtc.library() is None, reason="no nvidia-cuda-nvrtc here")
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_nvcc_takes_the_sources(tmp_path: Path, file: str, architecture: str) -> None:
-    code = tmp_path / f"{Path(file).name}.cu"
-    code.write_text(cuda_loader.source(file))
-    # A quarter of the time of full optimisation, whose own warnings (spilled registers) it cannot give.
-    quickly = ("-Xcicc", "-O1", "-Xptxas", "-O0")
-    options = (*cuda_loader.OPTIONS, f"-arch={architecture}", "-cubin", "-Werror", "all-warnings", *quickly)
-    subprocess.run(["nvcc", *options, "-o", tmp_path / "cubin", code], check=True)
+def test_nvrtc_takes_the_sources(file: str, architecture: str) -> None:
+    nbytes, log = nvrtc.compile_source(file, architecture)
+    assert nbytes > 0 and "warning" not in log, log

@@ -21,6 +21,7 @@ FILES = {
     "codec/quantise": ("norms_{x}", "choose_scales_{x}", "encode_{x}_{w}", "decode_{x}_{w}"),
     "codec/hadamard": ("rotate_{x}", "unrotate_{x}"),
     "codec/sample": ("take_sample_{x}", "put_sample_{x}"),
+    "sums/device_sums": ("reduce_rows_{y}", "reduce_rows_{w}", "weighted_sum_{y}"),
     "sums/model_delta": ("take_snapshot_{y}", "accumulate_{y}", "apply_correction_{y}"),
 }
 FLAGS = ("-shared", "-fPIC", "-O1", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", "-w")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -95,5 +96,17 @@ def vector(model: nn.Module) -> np.ndarray:
     return np.concatenate([p.numpy(force=True).ravel() for p in model.parameters()])
 
 
-def world_on(device: str, timeout: float = 20) -> World:
-    return hpcsgd.World(device=device, timeout=timeout)
+#: Variables of the environment that a world reads.
+LAYOUTS = {
+    "windows": {},
+    "staged": {"HPCSGD_DEVICE_WINDOWS": "0"},
+    "nodes": {"HPCSGD_RANKS_PER_NODE": "2"},
+    "staged nodes": {"HPCSGD_RANKS_PER_NODE": "2", "HPCSGD_DEVICE_WINDOWS": "0"},
+}
+
+
+def world_on(device: str, layout: str, timeout: float = 20) -> World:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LAYOUTS[layout].items():
+            patch.setenv(name, value)
+        return hpcsgd.World(device=device, timeout=timeout)

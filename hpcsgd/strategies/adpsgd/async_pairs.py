@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from hpcsgd.collectives.neighbour_exchange import message_buffers, split_by_bucket
-from hpcsgd.collectives.staging import to_host
+from hpcsgd.collectives.staging import copy_to, pinned
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
 from hpcsgd.mpi.world import World
@@ -75,12 +74,12 @@ class PairwiseAverager:
         self.counts = np.zeros(world.size, np.int64)
         # The compute thread holds this for one pass over the model, never across a forward or backward.
         self._lock = threading.Lock()
-        memory = [torch.zeros(group.nbytes, dtype=torch.uint8, device="cpu") for _ in range(4)]
+        memory = [pinned(group.nbytes, world.device) for _ in range(4)]
         self._inbox, self._outbox = memory[:2]
         self._received, self._sent, self._replica, self._correction = (
             split_by_bucket(group, each) for each in memory
         )
-        to_host(group, self._replica)
+        copy_to(group, self._replica)
         self._has_correction = False
         self._requesting = False  # a request is due or in flight
         self._dropped = self._end_is_sent = False
@@ -131,7 +130,7 @@ class PairwiseAverager:
     def reset(self, counts: Iterable[int]) -> None:
         """Restart from the current models and given step counts; collective, after `quiesce`."""
         with self._lock:
-            to_host(self._group, self._replica)
+            copy_to(self._group, self._replica)
             self.counts[:] = list(counts)
         self._world.gather(None, "a new start of averages in pairs")
 
@@ -155,10 +154,12 @@ class PairwiseAverager:
             return
         if self._has_correction:
             for bucket, correction in zip(self._group, self._correction, strict=True):
-                bucket.flat.add_(correction.to(bucket.flat.device))
+                bucket.flat.add_(correction.to(bucket.flat.device, non_blocking=True))
+        copy_to(self._group, self._replica)  # waits for all copies
+        if self._has_correction:
+            for correction in self._correction:
                 correction.zero_()
             self._has_correction = False
-        to_host(self._group, self._replica)
 
     def _until_idle(self) -> None:
         self._world.progress.until(self._idle, "an average in pairs", lambda: [self._partner])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hpcsgd.collectives.staging import on_side_stream, record_event, side_stream
+from hpcsgd.collectives.staging import record_event, side_stream, wait_for
 from hpcsgd.errors import rank_left
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies.lasgd.heartbeat import ControlAllgather
@@ -84,9 +85,10 @@ class Averaging:
         self._world, self._delta, self._max_lag = world, delta, max_lag
         self._steps_until_round, self._damping = steps_until_round, damping
         # The compute thread holds this for the optimizer's update and a merge, the communication thread for
-        # a snapshot or the end of a round: neither ever waits for a forward or a backward pass.
+        # a snapshot or the end of a round: neither ever waits for a forward or a backward pass. On a GPU both
+        # only queue their work then, each after the event of the other.
         self._lock = threading.Lock()
-        self._updated = record_event(world.device)
+        self._updated = self._passed = record_event(world.device)
         self._steps_begun, self.target = 0, NO_TARGET
         self._rounds_started = self._rounds_recorded = 0
         self._snapshot_step = self._correction_step = self._merge_step = 0
@@ -138,7 +140,7 @@ class Averaging:
         self._world.progress.check()
         if self._steps_begun == self.steps:
             self.begin_step()
-        with self._lock:
+        with self._for_update():
             update()
             self.statistics.totals.steps += 1
             self._merge()
@@ -155,7 +157,7 @@ class Averaging:
         self._control.request()
         self._until(lambda: self._quiet, "the end of the rounds of averaging")
         self._quiescing = False
-        with self._lock:
+        with self._for_update():
             self._merge()
 
     def close(self) -> None:
@@ -175,7 +177,7 @@ class Averaging:
             return
         with self.statistics.waiting():
             self._until(lambda: self._pending, _ROUND)
-        with self._lock:
+        with self._for_update():
             self._merge()
 
     def _until(self, done: Callable[[], bool], what: str) -> None:
@@ -190,9 +192,25 @@ class Averaging:
             with self.statistics.merging(self.steps - self._correction_step):
                 self._delta.apply()
             self._pending, self._merge_step = False, self.steps
-        self._updated = record_event(self._world.device)
+
+    @contextmanager
+    def _for_update(self) -> Iterator[None]:
+        """Context in which the compute thread changes the model."""
+        with self._lock:
+            wait_for(self._passed, self._world.device)
+            yield
+            self._updated = record_event(self._world.device)
 
     # In the communication thread.
+
+    @contextmanager
+    def _for_pass(self) -> Iterator[None]:
+        """Context in which the communication thread reads the model or changes the correction."""
+        device = self._world.device
+        with self._lock, side_stream(device):
+            wait_for(self._updated, device)
+            yield
+            self._passed = record_event(device)
 
     def _make_record(self) -> np.ndarray:
         statistics, steps = self.statistics, self.steps
@@ -235,7 +253,7 @@ class Averaging:
 
     def _begin_round(self, number: int, share: float) -> None:
         self.statistics.begin_round()
-        with self._lock, on_side_stream(self._world.device, self._updated):
+        with self._for_pass():
             self._delta.snapshot(self._pending)
             self._snapshot_step, self._in_flight = self.steps, True
         with side_stream(self._world.device):  # a round must not wait for work that training queues later
@@ -244,10 +262,11 @@ class Averaging:
 
     def _end_round(self, share: float) -> None:
         self._delta.finish()
-        with self._lock, on_side_stream(self._world.device, self._updated):
-            squares = self._delta.accumulate(share)
+        with self._for_pass():
+            squares, norms = self._delta.accumulate(share)
             self._pending, self._correction_step, self._in_flight = True, self._snapshot_step, False
-        self.statistics.end_round(*squares)
+        with side_stream(self._world.device):
+            self.statistics.end_round(sum(map(float, squares)), sum(float(norm) ** 2 for norm in norms))
 
     # While quiescent.
 

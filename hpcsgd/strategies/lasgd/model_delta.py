@@ -74,13 +74,14 @@ class ModelDelta:
         """Wait for the average."""
         self._reducer.finish()
 
-    def accumulate(self, share: float) -> tuple[float, float]:
+    def accumulate(self, share: float) -> tuple[list[float | Tensor], list[Tensor]]:
         """Add a share of average - snapshot, equal on all ranks, to the correction.
 
         Returns
         -------
-        (squared_distance, squared_norm)
-            Squared 2-norms of average - snapshot, and of the average.
+        (squared_distances, norms)
+            For each bucket the squared 2-norm of average - snapshot, and the norm of the average; a tensor is
+            of shape ().
         """
         for average, last in zip(self._average, self._last_average, strict=False):
             last.copy_(average.flat.add_(last))
@@ -91,7 +92,7 @@ class ModelDelta:
             )
         ]
         norms = [torch.linalg.vector_norm(each.flat, dtype=_wide(each.flat)) for each in self._average]
-        return sum(map(float, squares)), sum(float(norm) ** 2 for norm in norms)
+        return squares, norms
 
     def apply(self) -> None:
         """Apply the correction to the model, and reset it."""

@@ -7,7 +7,7 @@ copy or an event that is missing in the code under test gives wrong numbers here
 
 import functools
 
-from tests.support.standin import kernels, operators
+from tests.support.standin import kernels, operators, windows
 from tests.support.standin.operators import NAME
 
 __all__ = ["NAME", "register"]
@@ -18,3 +18,4 @@ def register() -> None:
     """Add the device to torch, for the rest of the process."""
     operators.register()
     kernels.install()
+    windows.install()

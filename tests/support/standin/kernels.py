@@ -30,8 +30,15 @@ _launcher = functools.cache(Launcher)
 
 def _launch(file: str, kernel: str, device: torch.device, *rest: Any) -> None:
     *sizes, arguments = rest
-    translated = [
-        np.uint64(memory.real_address(int(each))) if isinstance(each, np.uint64) else each.copy()
-        for each in arguments
-    ]
+    translated = [_translated(each) for each in arguments]
     queue_kernel(lambda: _launcher()(file, kernel, device, *sizes, translated))
+
+
+def _translated(argument: Any) -> Any:
+    """Return an argument with addresses that work of the device can read."""
+    if isinstance(argument, np.uint64):
+        return np.uint64(memory.real_address(int(argument)))
+    found = argument.copy()
+    if found.dtype.names and found["at"].dtype == np.uint64:
+        found["at"] = [memory.real_address(int(each)) for each in found["at"]]
+    return found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from torch.utils.dlpack import from_dlpack
 from tests.support.standin.streams import current_stream, work
 
 _RANGE, _BLOCK = 2**36, 512  # bytes of addresses, and the granularity of blocks
-_NO_ACCESS, _READ_WRITE, _PRIVATE_ANONYMOUS_NORESERVE = 0, 3, 0x4022
+_NO_ACCESS, _READ_WRITE, _PRIVATE_ANONYMOUS_NORESERVE, _FIXED, _SHARED_FIXED = 0, 3, 0x4022, 0x10, 0x11
 _EXTENSION_DEVICE, _UNSIGNED = 12, 1  # of DLPack
 
 
@@ -45,11 +48,17 @@ _Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
 _Managed._fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
 
 
-def _reserve(access: int) -> int:
+def _map(address: int | None, nbytes: int, access: int, flags: int, descriptor: int) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    return int(libc.mmap(None, _RANGE, access, _PRIVATE_ANONYMOUS_NORESERVE, -1, 0))
+    found = int(libc.mmap(address, nbytes, access, flags, descriptor, 0))
+    assert found != 2**64 - 1, os.strerror(ctypes.get_errno())
+    return found
+
+
+def _reserve(access: int) -> int:
+    return _map(None, _RANGE, access, _PRIVATE_ANONYMOUS_NORESERVE, -1)
 
 
 def _new_capsule(managed: _Managed) -> Any:
@@ -76,19 +85,34 @@ class _Memory:
             self.queue_frees()
             offset = self._free[size].pop() if self._free.get(size) else self._end
             self._end = max(self._end, offset + size)
+        block = offset, size, current_stream()
+        return self._tensor(offset, nbytes, lambda: self._dropped.append(block))
+
+    def map_file(self, descriptor: int, nbytes: int, on_drop: Callable[[], None]) -> Tensor:
+        """Return a tensor of the device on the memory of a file, until `unmap`."""
+        with work.lock:
+            offset = -(-self._end // mmap.PAGESIZE) * mmap.PAGESIZE
+            self._end = offset + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        _map(self._real + offset, nbytes, _READ_WRITE, _SHARED_FIXED, descriptor)
+        return self._tensor(offset, nbytes, on_drop)
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        """Let work that still uses the memory of a file fault."""
+        _map(self.real_address(address), nbytes, _NO_ACCESS, _PRIVATE_ANONYMOUS_NORESERVE | _FIXED, -1)
+
+    def _tensor(self, offset: int, nbytes: int, on_drop: Callable[[], None]) -> Tensor:
         shape, strides = (ctypes.c_int64 * 1)(nbytes), (ctypes.c_int64 * 1)(1)
         device, dtype = _Device(_EXTENSION_DEVICE, 0), _Dtype(_UNSIGNED, 8, 1)
         managed = _Managed(
             _DLTensor(self._faulting + offset, device, 1, dtype, shape, strides, 0), None, self._deleter
         )
-        key = ctypes.addressof(managed)
-        self._live[key] = managed, shape, strides, (offset, size, current_stream())
+        self._live[ctypes.addressof(managed)] = managed, shape, strides, on_drop
         return from_dlpack(_new_capsule(managed))
 
     def _drop(self, pointer: Any) -> None:
         # Called wherever the last reference ends, also under the lock: it only takes a note.
-        *_, block = self._live.pop(ctypes.addressof(pointer.contents))
-        self._dropped.append(block)
+        *_, on_drop = self._live.pop(ctypes.addressof(pointer.contents))
+        on_drop()
 
     def queue_frees(self) -> None:
         """Queue the end of blocks that were dropped, on their streams."""

@@ -16,7 +16,7 @@ import hpcsgd
 
 _PACKAGE = str(Path(hpcsgd.__file__).parent)
 #: Functions that serve several places, each of which counts.
-_HELPERS = {"_synchronize", "record_event", "current_stream", "wait_for_compute", "on_side_stream"}
+_HELPERS = {"_synchronize", "record_event", "wait_for", "wait_for_compute", "on_side_stream"}
 
 
 class Omissions:
