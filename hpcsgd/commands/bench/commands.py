@@ -20,6 +20,11 @@ def bench() -> None:
 _CSV = click.option("--csv", metavar="FILE", help="Also write the results to this CSV file.")
 
 
+def _device(meaning: str) -> Callable[..., Any]:
+    choice = click.Choice(["cpu", "cuda"])
+    return click.option("--device", type=choice, default="cpu", show_default=True, help=meaning)
+
+
 @bench.command()
 @click.option(
     "--sizes",
@@ -33,8 +38,9 @@ _CSV = click.option("--csv", metavar="FILE", help="Also write the results to thi
 @click.option(
     "--link-mbit", type=float, help="Link rate of each host in Mbit/s; sets the limit between hosts."
 )
+@_device("cuda measures buffers in device memory.")
 @_CSV
-def allreduce(sizes: str, repeats: int, algorithm: str, link_mbit: float | None, csv: str | None) -> None:
+def allreduce(sizes: str, **options: Any) -> None:
     """All-reduce (mean) by hpcsgd, MPI and gloo, and the limit.
 
     The limit is a memory copy on one node, and --link-mbit between nodes.
@@ -47,7 +53,7 @@ def allreduce(sizes: str, repeats: int, algorithm: str, link_mbit: float | None,
         raise click.BadParameter(
             "expected comma-separated numbers of KiB, such as 4,256", param_hint="--sizes"
         ) from None
-    measure([int(1024 * size) for size in kib], repeats, csv, algorithm, link_mbit)
+    measure([int(1024 * size) for size in kib], **options)
 
 
 @bench.command()
@@ -78,8 +84,8 @@ def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
 @click.option(
     "--elements",
     metavar="N",
-    help="Gradient elements, for example 64k or 11.2M. Default: those of ResNet-18 (11.2M), and 16.8M for "
-    "the kernels.",
+    help="Gradient elements, for example 64k or 11.2M. Default: those of ResNet-18 (11.2M), and for the "
+    "kernels 16.8M, on a GPU 134M.",
 )
 @click.option(
     "--data",
@@ -89,13 +95,7 @@ def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
     help="Gradients to compress: standard normal samples, or recorded from training a ResNet-18.",
 )
 @click.option("--repeats", default=5, show_default=True, help="Repetitions; the tables show medians.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="cuda measures the kernels only, on the GPU.",
-)
+@_device("cuda measures the kernels only, on the GPU.")
 @click.option("--bucket-mib", default=4.0, show_default=True, help="Bucket size in MiB.")
 @click.option("--algorithm", default="auto", show_default=True, help="As --algorithm of hpcsgd train.")
 @_CSV
