@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -66,12 +67,24 @@ def allreduce(sizes: str, **options: Any) -> None:
 )
 @click.option("--batch", default=16, show_default=True, help="Samples per rank and step.")
 @click.option("--repeats", default=10, show_default=True, help="Blocks of steps; the table shows medians.")
+@_device("cuda trains on the GPU, with batches that are already there.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Type of parameters, gradients and optimizer state.",
+)
+@click.option("--context", default=64, show_default=True, help="Tokens per sample of gpt.")
+@click.option(
+    "--compress", metavar="SPEC", help="Also train with this scheme, as --compress of hpcsgd train."
+)
 @_CSV
-def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
+def step(models: str, **options: Any) -> None:
     """Training step: hpcsgd, DDP over gloo, and no communication."""
     from hpcsgd.commands.bench.step import main as measure
 
-    measure(models=models.split(","), batch=batch, repeats=repeats, csv=csv)
+    measure(models=_split_models(models), **options)
 
 
 @bench.command()
@@ -331,6 +344,11 @@ def trace(**options: Any) -> None:
 
 def _split_specs(text: str) -> list[str]:
     return [part.strip() for part in text.split(";") if part.strip()]
+
+
+def _split_models(text: str) -> list[str]:
+    """Split specs at the commas that no option follows: a model's name has no "="."""
+    return re.split(r",(?![^,:]*=)", text)
 
 
 def parse_count(text: str, option: str = "--elements") -> int:

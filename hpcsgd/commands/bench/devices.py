@@ -30,6 +30,12 @@ def check_device(device: str) -> None:
         )
 
 
+def select_device(device: torch.device) -> None:
+    """Make a GPU the current one, on whose stream events are recorded; collectives of torch use it too."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for all work that is queued on the device; returns at once on a CPU."""
     if device.type != "cpu":

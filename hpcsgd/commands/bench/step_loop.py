@@ -58,10 +58,12 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def make_batches(world: World, data: Data, batch: int, steps: int, dtype: torch.dtype) -> list[Batch]:
+def make_batches(
+    world: World, data: Data, batch: int, steps: int, dtype: torch.dtype = torch.float32
+) -> list[Batch]:
     """Return a batch per step on the device: four batches, repeated, so that loading takes no time.
 
-    Images have the given dtype; tokens and labels keep theirs.
+    Images have the given dtype, by default float32; tokens and labels keep theirs.
     """
     generator = torch.Generator(device="cpu").manual_seed(world.rank)
     samples = [torch.randint(len(data.train), (batch,), generator=generator, device="cpu") for _ in range(4)]

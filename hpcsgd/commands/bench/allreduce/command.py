@@ -35,10 +35,10 @@ def main(
     Every rank rewrites its buffers before each timed call, as backward does, and all ranks start at a
     barrier. The methods alternate; a time is that of the slowest rank, the median over the repeats.
 
-    On a GPU the buffers are in device memory, and each rank waits for its device before the barrier and at the
-    end of the call. "hpcsgd" exchanges as it chooses itself, by windows of device memory where it has them;
-    "hpcsgd staged" has none, so it copies through pinned host memory. MPI is measured if `HPCSGD_CUDA_AWARE`
-    is 1.
+    On a GPU the buffers are in device memory, and each rank waits for its device before the barrier and at
+    the end of the call. "hpcsgd" exchanges as it chooses itself, by windows of device memory where it has
+    them; "hpcsgd staged" has none, so it copies through pinned host memory. MPI is measured if
+    `HPCSGD_CUDA_AWARE` is 1.
 
     Parameters
     ----------
@@ -78,6 +78,7 @@ def main(
     path = None if csv is None else Path(csv)
     with World(device=device) as world, contextlib.ExitStack() as stack:
         output.check_writable(world, path)
+        devices.select_device(world.device)
         staged = None
         if world.device.type != "cpu":
             with devices.without_windows():

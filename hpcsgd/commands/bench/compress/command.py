@@ -103,6 +103,7 @@ def main(
         from mpi4py import MPI
 
         output.check_writable(world, path)
+        devices.select_device(world.device)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(world.local.threads)
         comm = MPI.COMM_WORLD.Dup()
