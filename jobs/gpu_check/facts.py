@@ -34,7 +34,7 @@ def _gpu_facts(facts: dict[str, object]) -> str:
         facts["CUDA of torch"] = torch.version.cuda
         import cupy
 
-        facts["CuPy"], facts["driver"] = cupy.__version__, cupy.cuda.runtime.driverGetVersion()
+        facts["CuPy"], facts["CUDA of driver"] = cupy.__version__, cupy.cuda.runtime.driverGetVersion()
         return "" if int(cupy.arange(3).sum()) == 3 else "CuPy adds up wrongly"
     except Exception as error:  # of whatever kind: the report has to name it
         return f"{type(error).__name__}: {error}"[:400]

@@ -75,7 +75,7 @@ class Machine:
     """
 
     def __init__(self, work: Path, wheels: Path | None = None) -> None:
-        defaults = {"OMP_NUM_THREADS": "1", "HPCSGD_TIMEOUT": "60", **OPEN_MPI}
+        defaults = {"OMP_NUM_THREADS": "1", **OPEN_MPI}
         self.env = {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)  # else each rank of each step compiles all tests anew
         self.work = work
@@ -116,7 +116,7 @@ class Machine:
 
 def run_step(step: Step, machine: Machine, log: Path, limit: float) -> Outcome:
     """Run a step for at most `limit` seconds; its output is appended to the log."""
-    names = {"PYTHON": sys.executable, "CSV": str(machine.work / "results.csv")}
+    names = {"python": sys.executable, "CSV": str(machine.work / "results.csv")}
     command = [names.get(word, word) for word in step.words]
     for program in filter(None, (step.program, "mpiexec" if step.ranks else "")):
         found = machine.find(program)

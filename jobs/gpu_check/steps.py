@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-GPT = "gpt:layers=14,heads=12,width=768"  # 100 M parameters
 SCHEME = "maxnorm:bits=4"
 #: Tests that together launch each kernel of the .cu sources a few times; a sanitizer slows a launch a lot.
 SMALLEST_TESTS = [
@@ -19,7 +18,46 @@ SMALLEST_TESTS = [
         "test_passes_of_an_average[gpu-0-dtype0]",
     )
 ]
-SUITES = ["tests/devices", "tests/contracts", "tests/strategies", "tests/training"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The words of the commands that a dry run makes smaller."""
+
+    device: str
+    kernels: str
+    suites: str
+    kib: str
+    host_kib: str
+    elements: str
+    training: str
+    repeats: int
+    sanitizer: Sequence[str]
+
+
+FULL = Sizes(
+    device="cuda",
+    kernels="tests/kernels/test_cuda_source.py -k gpu",
+    suites="tests/devices tests/contracts tests/strategies tests/training",
+    kib="4,64,1024,4096,16384,65536,262144",
+    host_kib="4,256,4096,65536",
+    elements="134M",
+    # A GPT of 100 M parameters, and 16384 tokens per rank and step.
+    training="--models gpt:layers=14,heads=12,width=768,resnet18 --batch 64 --context 256",
+    repeats=3,
+    sanitizer=["python", "-m", "pytest", "-q", *SMALLEST_TESTS],
+)
+TINY = Sizes(
+    device="cpu",
+    kernels="tests/kernels/test_quantise.py -k one_element",
+    suites="tests/devices tests/strategies/test_closing_rule.py",
+    kib="4",
+    host_kib="4",
+    elements="64k",
+    training="--models logistic,gpt:layers=1,heads=2,width=16 --batch 2 --context 32",
+    repeats=1,
+    sanitizer=["--version"],  # without a GPU there is nothing to run under it
+)
 
 
 @dataclass
@@ -31,7 +69,7 @@ class Step:
     name
         Name in the report.
     words
-        The command. `PYTHON` and `CSV` stand for the interpreter and a file of results.
+        The command. The words python and CSV stand for the interpreter and a file of results.
     seconds
         Its time limit.
     ranks
@@ -55,61 +93,57 @@ def steps(dry_run: bool) -> list[Step]:
 
     The suites of 1 and 4 ranks come after the figures of 2, which a hanging test would otherwise cost.
     """
-    device = "cpu" if dry_run else "cuda"
-    bench = ["PYTHON", "-m", "hpcsgd", "bench"]
-    pytest = ["PYTHON", "-m", "pytest", "-q"]
-    results = ["--csv", "CSV"]
-    kernels = (
-        ["tests/kernels/test_quantise.py", "-k", "one_element"]
-        if dry_run
-        else ["tests/kernels/test_cuda_source.py", "-k", "gpu"]
-    )
-    folders = ["tests/devices", "tests/strategies/test_closing_rule.py"] if dry_run else SUITES
-    suites = [*pytest, "--device", device, "-m", "not long", *folders]
-    sizes = "4" if dry_run else "4,64,1024,4096,16384,65536,262144"
-    allreduce = [*bench, "allreduce", "--repeats", "1" if dry_run else "3", *results]
-    on_device = [*allreduce, "--device", device, "--sizes", sizes]
-    elements = "64k" if dry_run else "134M"
-    compress = [*bench, "compress", "--device", device, "--schemes", SCHEME, "--elements", elements]
-    models = "logistic,gpt:layers=1,heads=2,width=16" if dry_run else f"{GPT},resnet18"
-    batch = (
-        ["--batch", "2", "--repeats", "1"]
-        if dry_run
-        else ["--batch", "64", "--context", "256", "--repeats", "5"]
-    )
-    train = [*bench, "step", "--device", device, "--dtype", "bfloat16", "--models", models, *batch]
-    host = [*allreduce, "--sizes", "4" if dry_run else "4,256,4096,65536"]
-    smallest = [*pytest, *SMALLEST_TESTS]
-    # Each tensor in an allocation of its own: accesses beyond its end are then outside of memory.
-    own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    tiny = TINY if dry_run else FULL
+    planned = _steps(tiny)
+    return [replace(step, ranks=min(step.ranks, 2)) for step in planned] if dry_run else planned
+
+
+def _steps(sizes: Sizes) -> list[Step]:
+    device, repeats = f"--device {sizes.device}", f"--repeats {sizes.repeats} --csv CSV"
+    suites = [
+        "python",
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not long",
+        "--device",
+        sizes.device,
+        *sizes.suites.split(),
+    ]
+
+    def tests(name: str, words: str, seconds: float) -> Step:
+        return Step(name, f"python -m pytest -q {words}".split(), seconds)
+
+    def bench(name: str, words: str, seconds: float, ranks: int = 0) -> Step:
+        # Ranks that wait in vain end with an error that names the others, before the step is ended.
+        limit = {"HPCSGD_TIMEOUT": "40"}
+        return Step(
+            f"bench {name}", f"python -m hpcsgd bench {words}".split(), seconds, ranks, variables=limit
+        )
 
     def sanitizer(tool: str) -> Step:
-        options = ["--tool", tool, "--error-exitcode", "1"]
-        return Step(f"sanitizer: {tool}", [*options, *smallest], 75, 0, "compute-sanitizer", own)
+        # Each tensor in an allocation of its own: an access beyond its end is then outside of memory.
+        own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        words = ["--tool", tool, "--error-exitcode", "1", *sizes.sanitizer]
+        return Step(f"sanitizer: {tool}", words, 60, 0, "compute-sanitizer", own)
 
-    planned = [
-        Step("device", ["PYTHON", "-m", "jobs.gpu_check.facts", device], 60),
-        Step("kernels' tests on the device", [*pytest, *kernels], 90),
-        Step("suites, 2 ranks", suites, 110, 2),
-        Step(
-            "bench compress",
-            [*compress, "--data", "gaussian", "--repeats", "1" if dry_run else "5", *results],
-            45,
-        ),
-        Step("bench allreduce, 2 ranks", on_device, 60, 2),
-        Step("bench step, 2 ranks", [*train, "--compress", SCHEME, *results], 90, 2),
-        Step("suites, 1 rank", suites, 70, 1),
-        Step("suites, 4 ranks", suites, 90, 4),
+    compress = f"compress {device} --schemes {SCHEME} --elements {sizes.elements} --data gaussian {repeats}"
+    allreduce = f"allreduce {device} --sizes {sizes.kib} {repeats}"
+    train = f"step {device} --dtype bfloat16 {sizes.training} --compress {SCHEME} {repeats}"
+    host = f"allreduce --sizes {sizes.host_kib} {repeats}"
+    return [
+        Step("device", ["python", "-m", "jobs.gpu_check.facts", sizes.device], 60),
+        tests("kernels' tests on the device", sizes.kernels, 90),
+        Step("suites, 2 ranks", suites, 100, 2),
+        bench("compress", compress, 45),
+        bench("allreduce, 2 ranks", allreduce, 60, 2),
+        bench("step, 2 ranks", train, 80, 2),
+        Step("suites, 1 rank", suites, 60, 1),
+        Step("suites, 4 ranks", suites, 75, 4),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        Step("bench allreduce, 4 ranks", on_device, 60, 4),
-        *(Step(f"bench allreduce on the host, {n} ranks", host, 45, n) for n in (2, 4, 8, 16)),
-        Step(
-            "kernels' other tests",
-            [*pytest, "tests/kernels", "-k", "one_element" if dry_run else "not gpu"],
-            90,
-        ),
+        *(bench(f"allreduce on the host, {n} ranks", host, 40, n) for n in (2, 4, 8, 16)),
+        bench("allreduce, 4 ranks", allreduce, 60, 4),
+        tests("kernels' other tests", sizes.kernels if sizes is TINY else "tests/kernels -k not(gpu)", 90),
     ]
-    for step in planned:
-        step.ranks = min(step.ranks, 2) if dry_run else step.ranks
-    return planned
