@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from jobs.gpu_check.machine import Machine, Outcome, run_step
@@ -34,9 +35,15 @@ def check(planned: Sequence[Step], machine: Machine, report: Report, budget: flo
         else:
             outcome = run_step(step, machine, log, min(step.seconds, left))
         report.add(outcome)
-        print(f"{outcome.status}: {outcome.name}, {outcome.seconds} s {outcome.reason}", flush=True)
-    print(f"\n{report.page()}\n{report.folder}/gpu_check.json", flush=True)
+        _print(f"{outcome.status}: {outcome.name}, {outcome.seconds} s {outcome.reason}")
+    _print(f"\n{report.page()}\n{report.folder}/gpu_check.json")
     return int(any(outcome.is_failure for outcome in report.outcomes))
+
+
+def _print(text: str) -> None:
+    # Whoever reads this may go away, as over a connection that breaks: the steps and the report go on.
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
 
 
 def main(words: Sequence[str] | None = None) -> int:

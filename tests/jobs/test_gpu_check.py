@@ -172,6 +172,13 @@ def test_commands_of_the_steps_exist(dry_run: bool) -> None:
         assert step.seconds <= gpu_check.BUDGET / 4 and (step.ranks <= 2 or not dry_run)
 
 
+def test_a_dry_run_has_each_kind_of_step_once() -> None:
+    full, tiny = ([step.name for step in steps(dry_run)] for dry_run in (False, True))
+    kinds = {name.rpartition(", ")[0] or name for name in full} - {"kernels' other tests"}
+    assert {name.rpartition(", ")[0] or name for name in tiny} == kinds
+    assert [name for name in full if name in tiny] == tiny and len(tiny) < len(full)
+
+
 def test_tests_for_the_sanitizer_exist() -> None:
     words = [sys.executable, "-m", "pytest", "-q", "--collect-only", *SMALLEST_TESTS]
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
