@@ -76,7 +76,8 @@ def main(
     device
         "cpu" (default) or "cuda"; the batches are there before the first step.
     dtype
-        Type of parameters, gradients, optimizer state and images: "float32" (default) or "bfloat16".
+        Type of parameters, gradients, optimizer state and images: "float32" (default) or "bfloat16", which
+        the gloo of an older torch cannot add ("Invalid scalar type", pytorch #111131).
     context
         Tokens per sample of "gpt". Default 64.
     compress
