@@ -120,7 +120,8 @@ def options_of_any_program() -> set[str]:
         command = commands.pop()
         commands += getattr(command, "commands", {}).values()
         found |= {name for option in command.params for name in option.opts}
-    others = "".join(path.read_text() for path in (ROOT / "jobs").glob("*.sbatch"))
+    scripts = [*(ROOT / "jobs").glob("*.sbatch"), ROOT / "jobs/gpu_check/__main__.py"]
+    others = "".join(path.read_text() for path in scripts)
     return found | set(re.findall(r"--[a-z][a-z-]*", others)) | FOREIGN_OPTIONS
 
 

@@ -44,8 +44,9 @@ _JOBS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ps.sh": (1, ("bench", "ps")),
     "slow_link.sh": (1, ()),
     "compress.sh": (1, ()),
-    "gpu_check.sh": (1, ()),
 }
+#: Scripts of jobs/ that pass their arguments to a program in Python, and the file of its options.
+_PROGRAMS = {"gpu_check.sh": "jobs/gpu_check/__main__.py"}
 
 
 class Wrong(AssertionError):
@@ -181,6 +182,9 @@ def _sbatch(words: list[str]) -> None:
 
 def _job(script: str, words: list[str]) -> None:
     path = ROOT / script
+    if path.is_file() and path.name in _PROGRAMS:
+        _python([_PROGRAMS[path.name], *words])
+        return
     _require(path.is_file() and path.name in _JOBS, f"there is no job script {script!r}")
     first, command = _JOBS[path.name]
     for _ in range(first):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from hpcsgd.commands.bench.devices import synchronize
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 
@@ -24,16 +25,24 @@ _SIOCGIFADDR = 0x8915
 
 
 def mpi_mean(comm: Any, flat: Tensor) -> None:
-    """Replace `flat`, 1-D, by its mean over the ranks, with `MPI_Allreduce`."""
+    """Replace `flat`, 1-D, by its mean over the ranks, with `MPI_Allreduce`; on a GPU a CUDA-aware one."""
     from mpi4py import MPI
 
+    if flat.device.type != "cpu":
+        synchronize(flat.device)  # MPI knows no streams: the values must be in memory
+        comm.Allreduce(MPI.IN_PLACE, flat, MPI.SUM)
+        flat.mul_(1.0 / comm.size)
+        return
     buffer = flat.numpy()
     comm.Allreduce(MPI.IN_PLACE, buffer, MPI.SUM)
     np.multiply(buffer, buffer.dtype.type(1.0 / comm.size), out=buffer)
 
 
 def gloo_mean(flat: Tensor) -> None:
-    """Replace `flat` by its mean over the ranks, with gloo. Call it inside the context of `gloo`."""
+    """Replace `flat` by its mean over the ranks, with gloo. Call it inside the context of `gloo`.
+
+    gloo takes device memory too, and stages it through pinned host memory.
+    """
     dist.all_reduce(flat)
     flat.mul_(1.0 / dist.get_world_size())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,11 @@ def bench() -> None:
 _CSV = click.option("--csv", metavar="FILE", help="Also write the results to this CSV file.")
 
 
+def _device(meaning: str) -> Callable[..., Any]:
+    choice = click.Choice(["cpu", "cuda"])
+    return click.option("--device", type=choice, default="cpu", show_default=True, help=meaning)
+
+
 @bench.command()
 @click.option(
     "--sizes",
@@ -33,8 +39,9 @@ _CSV = click.option("--csv", metavar="FILE", help="Also write the results to thi
 @click.option(
     "--link-mbit", type=float, help="Link rate of each host in Mbit/s; sets the limit between hosts."
 )
+@_device("cuda measures buffers in device memory.")
 @_CSV
-def allreduce(sizes: str, repeats: int, algorithm: str, link_mbit: float | None, csv: str | None) -> None:
+def allreduce(sizes: str, **options: Any) -> None:
     """All-reduce (mean) by hpcsgd, MPI and gloo, and the limit.
 
     The limit is a memory copy on one node, and --link-mbit between nodes.
@@ -47,7 +54,7 @@ def allreduce(sizes: str, repeats: int, algorithm: str, link_mbit: float | None,
         raise click.BadParameter(
             "expected comma-separated numbers of KiB, such as 4,256", param_hint="--sizes"
         ) from None
-    measure([int(1024 * size) for size in kib], repeats, csv, algorithm, link_mbit)
+    measure([int(1024 * size) for size in kib], **options)
 
 
 @bench.command()
@@ -60,12 +67,24 @@ def allreduce(sizes: str, repeats: int, algorithm: str, link_mbit: float | None,
 )
 @click.option("--batch", default=16, show_default=True, help="Samples per rank and step.")
 @click.option("--repeats", default=10, show_default=True, help="Blocks of steps; the table shows medians.")
+@_device("cuda trains on the GPU, with batches that are already there.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Type of parameters, gradients and optimizer state.",
+)
+@click.option("--context", default=64, show_default=True, help="Tokens per sample of gpt.")
+@click.option(
+    "--compress", metavar="SPEC", help="Also train with this scheme, as --compress of hpcsgd train."
+)
 @_CSV
-def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
+def step(models: str, **options: Any) -> None:
     """Training step: hpcsgd, DDP over gloo, and no communication."""
     from hpcsgd.commands.bench.step import main as measure
 
-    measure(models=models.split(","), batch=batch, repeats=repeats, csv=csv)
+    measure(models=_split_models(models), **options)
 
 
 @bench.command()
@@ -78,8 +97,8 @@ def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
 @click.option(
     "--elements",
     metavar="N",
-    help="Gradient elements, for example 64k or 11.2M. Default: those of ResNet-18 (11.2M), and 16.8M for "
-    "the kernels.",
+    help="Gradient elements, for example 64k or 11.2M. Default: those of ResNet-18 (11.2M), and for the "
+    "kernels 16.8M, on a GPU 134M.",
 )
 @click.option(
     "--data",
@@ -89,13 +108,7 @@ def step(models: str, batch: int, repeats: int, csv: str | None) -> None:
     help="Gradients to compress: standard normal samples, or recorded from training a ResNet-18.",
 )
 @click.option("--repeats", default=5, show_default=True, help="Repetitions; the tables show medians.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="cuda measures the kernels only, on the GPU.",
-)
+@_device("cuda measures the kernels only, on the GPU.")
 @click.option("--bucket-mib", default=4.0, show_default=True, help="Bucket size in MiB.")
 @click.option("--algorithm", default="auto", show_default=True, help="As --algorithm of hpcsgd train.")
 @_CSV
@@ -331,6 +344,11 @@ def trace(**options: Any) -> None:
 
 def _split_specs(text: str) -> list[str]:
     return [part.strip() for part in text.split(";") if part.strip()]
+
+
+def _split_models(text: str) -> list[str]:
+    """Split specs at the commas that no option follows: a model's name has no "="."""
+    return re.split(r",(?![^,:]*=)", text)
 
 
 def parse_count(text: str, option: str = "--elements") -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcsgd.commands.bench import baselines, output
+from hpcsgd.commands.bench import baselines, devices, output
 from hpcsgd.commands.bench.step_loop import (
     StepLoop,
     check_equal,
@@ -24,6 +24,7 @@ from hpcsgd.commands.bench.step_loop import (
     sgd,
 )
 from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
+from hpcsgd.errors import unknown
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce
 from hpcsgd.training.data import load
@@ -31,8 +32,9 @@ from hpcsgd.training.models import build
 from hpcsgd.training.run import Run
 
 MODELS = ("resnet18", "gpt")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HPCSGD, DDP, NO_COMMUNICATION = "hpcsgd", "DDP-gloo", "no communication"
-_IMAGES, _TEXT = "synthetic:shape=3x32x32,samples=1024", "text:limit=1"
+_IMAGES, _TEXT = "synthetic:shape=3x32x32,samples=1024", "text:limit=1,context={}"
 
 
 def main(
@@ -42,12 +44,19 @@ def main(
     steps: int = 3,
     csv: str | Path | None = None,
     seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    context: int = 64,
+    compress: str | None = None,
 ) -> None:
     """Time training steps on the ranks of this job; rank 0 prints a table.
 
     The same model, with the same batches and optimizer (SGD with momentum), is trained with `AllReduce`, with
     DistributedDataParallel over gloo, and on each rank alone. Blocks of steps of the three alternate; a time
     is that of the slowest rank, the median over the blocks.
+
+    The cost of communication is the time beyond that of no communication, in which as many ranks compute at
+    once: where ranks share a GPU, both times contain the compute of all of them.
 
     Parameters
     ----------
@@ -64,23 +73,57 @@ def main(
         A CSV file with a line per model and contender. Default: none.
     seed
         Seed of the initial weights. Default 0.
+    device
+        "cpu" (default) or "cuda"; the batches are there before the first step.
+    dtype
+        Type of parameters, gradients, optimizer state and images: "float32" (default) or "bfloat16", which
+        the gloo of an older torch cannot add ("Invalid scalar type", pytorch #111131).
+    context
+        Tokens per sample of "gpt". Default 64.
+    compress
+        Scheme of one more contender, "hpcsgd, SCHEME", see `hpcsgd.compress`. Default: none.
 
     Raises
     ------
+    BadOption
+        An option is out of its range, or torch cannot use the device.
     HpcsgdError
         On all ranks, if hpcsgd and DDP do not train the same model, or `csv` cannot be written.
     """
-    check_positive("batch, repeats and steps", [batch, repeats, steps])
+    check_positive("batch, repeats, steps and context", [batch, repeats, steps, context])
+    devices.check_device(device)
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     path = None if csv is None else Path(csv)
-    with World(device="cpu") as world:
+    settings = _Settings(batch, repeats, steps, seed, DTYPES[dtype], context, compress)
+    with World(device=device) as world:
         output.check_writable(world, path)
+        devices.select_device(world.device)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(world.local.threads)
-        results = [_measure(world, spec, batch, repeats, steps, seed) for spec in models]
+        results = [_measure(world, spec, settings) for spec in models]
         if world.rank == 0:
-            _report(world, results, batch)
+            _report(world, results, settings)
             if path is not None:
-                output.write_csv(path, _rows(world, results, batch))
+                output.write_csv(path, _rows(world, results, settings))
+
+
+@dataclass
+class _Settings:
+    """The options of `main` that all models share."""
+
+    batch: int
+    repeats: int
+    steps: int
+    seed: int
+    dtype: torch.dtype
+    context: int
+    compress: str | None
+
+    def describe(self, world: World) -> str:
+        """Batch and, where it is no float32 on a CPU, dtype and device, for a title."""
+        kind = "" if self.dtype == torch.float32 else f", {str(self.dtype).removeprefix('torch.')}"
+        return f"batch {self.batch} per rank{kind}{f', {world.device.type}' * (world.device.type != 'cpu')}"
 
 
 @dataclass
@@ -105,55 +148,75 @@ class StepResult:
     buffers: int
     gradients: int
 
+    def median(self, name: str) -> float:
+        """The median time of a contender in seconds."""
+        return float(np.median(self.seconds[name]))
 
-def _measure(world: World, spec: str, batch: int, repeats: int, steps: int, seed: int) -> StepResult:
+
+def _measure(world: World, spec: str, settings: _Settings) -> StepResult:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD.Dup()
-    data = load(_TEXT if spec.split(":")[0] == "gpt" else _IMAGES)
-    torch.manual_seed(seed)
-    model = build(spec, data)
-    batches = make_batches(world, data, batch, 1 + repeats * (1 + steps))
+    data = load(_TEXT.format(settings.context) if spec.split(":")[0] == "gpt" else _IMAGES)
+    torch.manual_seed(settings.seed)
+    model = build(spec, data).to(world.device, settings.dtype)
+    steps = 1 + settings.repeats * (1 + settings.steps)
+    batches = make_batches(world, data, settings.batch, steps, settings.dtype)
     with baselines.gloo(world):
         # A function of its own, whose DDP is gone before gloo ends: a reducer that outlives the process group
         # ends its threads while it holds Python's lock, which one of them may wait for.
-        distance, result = _compare(world, comm, spec, model, batches, repeats, steps)
+        distance, result = _compare(world, comm, spec, model, batches, settings)
     comm.Free()
     # After gloo is shut down: gloo has been seen to hang while an error still refers to its models.
-    check_equal(spec, distance)
+    check_equal(spec, distance, settings.dtype)
     return result
 
 
 def _compare(
-    world: World, comm: Any, spec: str, model: nn.Module, batches: Any, repeats: int, steps: int
+    world: World, comm: Any, spec: str, model: nn.Module, batches: Any, settings: _Settings
 ) -> tuple[float, StepResult]:
     """Return the largest difference of the models of hpcsgd and DDP, and the times."""
     local_loop = plain_loop(copy.deepcopy(model), batches)
     ddp_loop = plain_loop(DistributedDataParallel(copy.deepcopy(model)), batches)
-    optimizer, strategy = sgd(model), AllReduce()
-    run = Run(model, optimizer, strategy, comm=world)
-    hpcsgd_loop = StepLoop(model, optimizer, iter(run.batches(batches)), run.step)
-    for contender in (hpcsgd_loop, ddp_loop, local_loop):
-        contender.train(1)
-    distance = max_difference(world, hpcsgd_loop.model, ddp_loop.model)
+    models = [model] if settings.compress is None else [model, copy.deepcopy(model)]
+    strategy = AllReduce()
+    run = Run(model, sgd(model), strategy, comm=world)
+    loops, runs = {HPCSGD: _loop_of(run, batches)}, [run]
+    if settings.compress is not None:
+        # A world of its own, which Run makes because the first run of this one is open.
+        runs.append(Run(models[1], sgd(models[1]), comm=world, compress=settings.compress))
+        loops[compressed_name(settings.compress)] = _loop_of(runs[-1], batches)
+    loops |= {DDP: ddp_loop, NO_COMMUNICATION: local_loop}
+    for loop in loops.values():
+        loop.train(1)
+    distance = max_difference(world, loops[HPCSGD].model, ddp_loop.model)
     before = _communication(world)
-    contenders = [
-        _timed(HPCSGD, hpcsgd_loop, steps),
-        _timed(DDP, ddp_loop, steps),
-        _timed(NO_COMMUNICATION, local_loop, steps),
-    ]
-    seconds = interleave(comm, contenders, repeats, warmups=0, timed_calls=1)
+    contenders = [_timed(name, loop, settings.steps, world.device) for name, loop in loops.items()]
+    seconds = interleave(comm, contenders, settings.repeats, warmups=0, timed_calls=1)
     busy, waited = _communication(world) - before
     buffers = strategy.gradients.group.nbytes
-    run.close()
+    for each in reversed(runs):
+        each.close()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     hidden = 1 - waited / busy if busy else 1.0  # one rank exchanges nothing, and waits for nothing
     return distance, StepResult(spec, seconds, hidden, buffers, gradients)
 
 
-def _timed(name: str, trainer: StepLoop, steps: int) -> Contender:
+def compressed_name(scheme: str) -> str:
+    """The name of the contender with compressed gradients."""
+    return f"{HPCSGD}, {scheme}"
+
+
+def _loop_of(run: Run, batches: Any) -> StepLoop:
+    return StepLoop(run.model, run.optimizer, iter(run.batches(batches)), run.step)
+
+
+def _timed(name: str, trainer: StepLoop, steps: int, device: torch.device) -> Contender:
     # The first step finds the caches as the previous contender left them.
-    return Contender(name, lambda: trainer.train(1), lambda: trainer.train(steps), steps)
+    def train(steps: int) -> Callable[[], None]:
+        return devices.synchronized(device, lambda: trainer.train(steps))
+
+    return Contender(name, train(1), train(steps), steps)
 
 
 def _communication(world: World) -> np.ndarray:
@@ -164,35 +227,46 @@ def _communication(world: World) -> np.ndarray:
     return total
 
 
-def _report(world: World, results: Sequence[StepResult], batch: int) -> None:
+def _report(world: World, results: Sequence[StepResult], settings: _Settings) -> None:
+    names = list(results[0].seconds)
+    costly = [name for name in names if name != NO_COMMUNICATION]
     lines = []
     for result in results:
-        t = {name: float(np.median(seconds)) for name, seconds in result.seconds.items()}
+        t = {name: result.median(name) for name in names}
         lines.append(
             [
                 result.model,
-                *(f"{1e3 * t[name]:.1f}" for name in (HPCSGD, DDP, NO_COMMUNICATION)),
+                *(f"{1e3 * t[name]:.1f}" for name in names),
                 f"{t[HPCSGD] / t[DDP]:.2f}",
+                *(f"{t[name] / t[NO_COMMUNICATION] - 1:+.1%}" for name in costly),
                 f"{result.hidden:.0%}",
                 f"{result.buffers / 2**20:.1f}",
                 f"{result.gradients / 2**20:.1f}",
             ]
         )
-    header = ["model", *(f"{name}\nms" for name in (HPCSGD, DDP, NO_COMMUNICATION)), "hpcsgd /\nDDP-gloo"]
+    header = ["model", *(f"{name}\nms" for name in names), "hpcsgd /\nDDP-gloo"]
+    header += [f"cost of\n{name}" for name in costly]
     header += ["communication\nhidden", "hpcsgd buffers\nMiB", "gradients\nMiB"]
-    title = f"training step, batch {batch} per rank, {output.describe_ranks(world)}"
-    notes = f"{torch.get_num_threads()} compute thread(s) per rank, {os.cpu_count()} cores"
+    title = f"training step, {settings.describe(world)}, {output.describe_ranks(world)}"
+    notes = (
+        f"{torch.get_num_threads()} compute thread(s) per rank, {os.cpu_count()} cores. cost: time beyond "
+    )
+    notes += "that of no communication by as many ranks"
     output.print_table(title, header, lines, notes)
 
 
-def _rows(world: World, results: Sequence[StepResult], batch: int) -> list[output.Row]:
+def _rows(world: World, results: Sequence[StepResult], settings: _Settings) -> list[output.Row]:
     environment = output.environment(world)
+    dtype = str(settings.dtype).removeprefix("torch.")
     return [
         {
             "model": result.model,
             "contender": name,
-            "batch": batch,
+            "batch": settings.batch,
+            "dtype": dtype,
+            "device": world.device.type,
             **output.milliseconds(seconds),
+            "times_no_communication": round(result.median(name) / result.median(NO_COMMUNICATION), 4),
             "hidden": round(result.hidden, 4) if name == HPCSGD else "",
             "buffer_bytes": result.buffers if name == HPCSGD else "",
             "gradient_bytes": result.gradients,

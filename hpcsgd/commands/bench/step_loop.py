@@ -14,7 +14,9 @@ from hpcsgd.training.data import Data
 
 Batch = tuple[Tensor, Tensor]
 
-_TOLERANCE = 1e-4
+#: Largest difference after one step. A weight of 1 in bfloat16 has neighbours at 2**-8 and 2**-7, and sums of
+#: gradients that are rounded in another order may end at either.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 
 
 class StepLoop:
@@ -56,11 +58,19 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def make_batches(world: World, data: Data, batch: int, steps: int) -> list[Batch]:
-    """Return a batch per step: four batches, repeated, so that loading takes no time."""
+def make_batches(
+    world: World, data: Data, batch: int, steps: int, dtype: torch.dtype = torch.float32
+) -> list[Batch]:
+    """Return a batch per step on the device: four batches, repeated, so that loading takes no time.
+
+    Images have the given dtype, by default float32; tokens and labels keep theirs.
+    """
     generator = torch.Generator(device="cpu").manual_seed(world.rank)
     samples = [torch.randint(len(data.train), (batch,), generator=generator, device="cpu") for _ in range(4)]
-    loaded = [data.train.batch(indices) for indices in samples]
+    loaded = []
+    for inputs, targets in map(data.train.batch, samples):
+        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        loaded.append((inputs.to(world.device), targets.to(world.device)))
     return [loaded[step % len(loaded)] for step in range(steps)]
 
 
@@ -68,17 +78,17 @@ def make_batches(world: World, data: Data, batch: int, steps: int) -> list[Batch
 def max_difference(world: World, first: nn.Module, second: nn.Module) -> float:
     """The largest difference between the parameters of two models, over all ranks; collective."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
-    distance = max(float((a - b).abs().max()) for a, b in pairs)
+    distance = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
     distances: list[float] = world.gather(distance, "the comparison of two models")
     return max(distances)
 
 
-def check_equal(spec: str, distance: float) -> None:
-    """Raise `HpcsgdError` if two models differ by more than rounding."""
-    if not distance <= _TOLERANCE:
+def check_equal(spec: str, distance: float, dtype: torch.dtype) -> None:
+    """Raise `HpcsgdError` if two models of this dtype differ by more than rounding."""
+    if not distance <= _TOLERANCES[dtype]:
         raise HpcsgdError(
             f"{spec} after one step differs between hpcsgd and DDP",
-            expected=f"parameters within {_TOLERANCE}",
+            expected=f"parameters within {_TOLERANCES[dtype]}",
             got=distance,
             do="report this as a bug of hpcsgd, with the output of `hpcsgd doctor`",
             everywhere=True,

@@ -37,7 +37,15 @@ def test_a_line_per_size_and_method(tmp_path: Path, capfd: pytest.CaptureFixture
     for row in rows:
         assert 0 < float(row["min_ms"]) <= float(row["median_ms"]) <= float(row["max_ms"])
         assert (int(row["ranks"]), int(row["nodes"])) == (MPI.COMM_WORLD.size, 1)
-        assert row["torch"] == torch.__version__ and row["mpi"]
+        assert row["torch"] == torch.__version__ and row["mpi"] and row["device"] == "cpu"
+    # Copies of gradients into buckets are bytes that a method must move too.
+    for passes, method in enumerate(methods[:2], start=1):
+        row, copied = (
+            next(r for r in rows if (int(r["bytes"]), r["method"]) == (SIZES[1], m))
+            for m in (method, "memory copy")
+        )
+        expected = passes * float(copied["median_ms"]) / float(row["median_ms"])
+        assert float(row["share_of_limit"]) == pytest.approx(expected, rel=0.02)
     printed = capfd.readouterr().out
     assert ("4 KiB" in printed) == (MPI.COMM_WORLD.rank == 0)
 
@@ -74,7 +82,9 @@ def test_unwritable_csv_raises_on_all_ranks_before_measuring(tmp_path: Path) -> 
         command.main([4096], repeats=1, csv=folder)
 
 
-@pytest.mark.parametrize("options", [{"sizes": [2]}, {"repeats": 0}, {"link_mbit": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"sizes": [2]}, {"repeats": 0}, {"link_mbit": 0.0}, {"device": "abacus"}]
+)
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(BadOption, match=next(iter(options))):
         command.main(**options)

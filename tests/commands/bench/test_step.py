@@ -12,7 +12,8 @@ from mpi4py import MPI
 
 from hpcsgd import Run
 from hpcsgd.commands.bench import step
-from hpcsgd.errors import HpcsgdError
+from hpcsgd.commands.cli import cli
+from hpcsgd.errors import BadOption, HpcsgdError
 
 pytestmark = pytest.mark.mpi
 
@@ -35,6 +36,42 @@ def test_a_line_per_model_and_contender(tmp_path: Path, capfd: pytest.CaptureFix
     needed = int(logistic["gradient_bytes"]) if MPI.COMM_WORLD.size > 1 else 0
     assert 0 <= int(logistic["buffer_bytes"]) - needed < 2 * 64
     assert ("DDP-gloo" in capfd.readouterr().out) == (MPI.COMM_WORLD.rank == 0)
+
+
+def test_bfloat16_and_compression(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "step.csv")
+    step.main(MODELS, 2, 1, 1, path, dtype="bfloat16", context=32, compress="maxnorm:bits=4")
+    MPI.COMM_WORLD.Barrier()
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["contender"] for r in rows][:2] == ["hpcsgd", "hpcsgd, maxnorm:bits=4"] and len(rows) == 8
+    assert {(r["dtype"], r["device"]) for r in rows} == {("bfloat16", "cpu")}
+    assert int(rows[0]["gradient_bytes"]) == 2 * (3 * 32 * 32 + 1) * 10
+    for row, alone in ((rows[1], rows[3]), (rows[5], rows[7])):
+        ratio = float(row["median_ms"]) / float(alone["median_ms"])
+        assert float(row["times_no_communication"]) == pytest.approx(ratio, rel=1e-3)
+        assert float(alone["times_no_communication"]) == 1
+    assert ("bfloat16" in capfd.readouterr().out) == (MPI.COMM_WORLD.rank == 0)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"device": "abacus"}, {"context": 0}])
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(BadOption, match=next(iter(options))):
+        step.main(["logistic"], **options)
+
+
+def test_command_parses_models_with_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[dict[str, Any]] = []
+    monkeypatch.setattr(step, "main", lambda **options: called.append(options))
+    words = [
+        "--models",
+        "resnet18,gpt:layers=14,heads=12,width=768,user.module:model:a=1",
+        "--dtype",
+        "bfloat16",
+    ]
+    cli(["bench", "step", *words], standalone_mode=False)
+    assert called[0]["models"] == ["resnet18", "gpt:layers=14,heads=12,width=768", "user.module:model:a=1"]
+    assert (called[0]["dtype"], called[0]["device"], called[0]["compress"]) == ("bfloat16", "cpu", None)
 
 
 def test_diverging_training_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcsgd.commands.bench import baselines, output
+from hpcsgd.commands.bench import baselines, devices, output
 from hpcsgd.commands.bench.compress import kernels
 from hpcsgd.commands.bench.compress.codec_timing import PHASES, CodecTimer, phase_name
 from hpcsgd.commands.bench.compress.contenders import (
@@ -71,7 +71,7 @@ def main(
         Specs for `hpcsgd.compress.build`.
     elements
         Number of gradient elements; the gradients are repeated or cut to it. Default: those of a ResNet-18,
-        11.2 M; for the kernels 16.8 M.
+        11.2 M; for the kernels 16.8 M, on a GPU 134 M.
     data
         "gaussian" and "resnet18", see `hpcsgd.commands.bench.compress.gradients`. Default: both.
     repeats
@@ -96,16 +96,18 @@ def main(
         "repeats, elements and bucket_mib", [repeats, 1 if elements is None else elements, bucket_mib]
     )
     compressors = {spec.strip(): build(spec) for spec in schemes}
-    _check_names(compressors, data, device)
+    _check_names(compressors, data)
+    devices.check_device(device)
     path = None if csv is None else Path(csv)
     with World(device=device) as world:
         from mpi4py import MPI
 
         output.check_writable(world, path)
+        devices.select_device(world.device)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(world.local.threads)
         comm = MPI.COMM_WORLD.Dup()
-        lines = kernels.measure(world, comm, elements or kernels.ELEMENTS, repeats)
+        lines = kernels.measure(world, comm, elements or kernels.ELEMENTS[device], repeats)
         for name in data if device == "cpu" else ():
             problem = AveragingProblem(world, comm, resize(DATA[name](world), elements), bucket_mib)
             results = _measure(problem, comm, compressors, algorithm, repeats)
@@ -117,7 +119,7 @@ def main(
             output.write_csv(path, lines)
 
 
-def _check_names(compressors: dict[str, Compressor | None], data: Sequence[str], device: str) -> None:
+def _check_names(compressors: dict[str, Compressor | None], data: Sequence[str]) -> None:
     for name in data:
         if name not in DATA:
             raise unknown("data", name, DATA)
@@ -125,15 +127,6 @@ def _check_names(compressors: dict[str, Compressor | None], data: Sequence[str],
         expected = "at least one scheme, none of them 'none': float32 is always measured"
         raise BadOption(
             "the schemes (--schemes) cannot be compared", expected=expected, got=list(compressors)
-        )
-    if device not in ("cpu", "cuda"):
-        raise unknown("device", device, ("cpu", "cuda"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadOption(
-            "the device (--device) cannot be used",
-            expected="a GPU that torch can use",
-            got="cuda, but torch finds no GPU",
-            do="leave out --device cuda, or run `hpcsgd doctor` to find the reason",
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.commands.bench import output
+from hpcsgd.commands.bench import devices, output
 from hpcsgd.commands.bench.compress.contenders import COPY
 from hpcsgd.commands.bench.timing import Contender, interleave, with_barrier
 from hpcsgd.compress.base import kernels_for, levels_of
@@ -18,7 +18,8 @@ from hpcsgd.compress.packed_quantizer import BLOCK
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 
-ELEMENTS = 2**24
+#: Default number of elements; on a GPU a kernel must take longer than its launch, and exceed the cache.
+ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 _BITS = 4
 _CALLS_ON_GPU = 20
 _GOALS = {
@@ -194,14 +195,7 @@ def _time_on_gpu(kernels: Sequence[Kernel], repeats: int) -> dict[str, np.ndarra
     times: dict[str, list[float]] = {kernel.name: [] for kernel in kernels}
     for _ in range(repeats):
         for kernel in kernels:
-            kernel.run()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            for _ in range(_CALLS_ON_GPU):
-                kernel.run()
-            end.record()
-            end.synchronize()
-            times[kernel.name].append(start.elapsed_time(end) / _CALLS_ON_GPU / 1e3)
+            times[kernel.name].append(devices.seconds_on_gpu(kernel.run, _CALLS_ON_GPU))
     return {name: np.array(seconds) for name, seconds in times.items()}
 
 
