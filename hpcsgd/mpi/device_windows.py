@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hpcsgd.kernels import cuda_ipc
+from hpcsgd.mpi import cuda_ipc
 from hpcsgd.mpi.communicator import Communicator
 
 _OPERATION = "the allocation of device memory for the node"

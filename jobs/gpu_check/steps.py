@@ -16,6 +16,8 @@ SMALLEST_TESTS = [
         "test_rotation[gpu-dtype2]",
         "test_coordinates[gpu-dtype0]",
         "test_passes_of_an_average[gpu-0-dtype0]",
+        "test_rows_are_reduced_in_place[gpu-2-dtype0]",
+        "test_weighted_sums[gpu-2-dtype0]",
     )
 ]
 

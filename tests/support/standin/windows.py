@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.kernels import cuda_ipc
+from hpcsgd.mpi import cuda_ipc
 from tests.support.standin.memory import memory
 from tests.support.standin.operators import NAME
 from tests.support.standin.streams import synchronize

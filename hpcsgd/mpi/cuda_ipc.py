@@ -5,6 +5,8 @@ Decided from CUDA's and torch's documentation:
 - A handle is that of a whole allocation of `cudaMalloc` (CUDA Runtime API, `cudaIpcGetMemHandle`), and not
   available for memory of virtual addresses, from which torch's allocator takes its expandable segments. So
   this memory is allocated by itself, and not taken from torch's allocator.
+- A small allocation may be part of a larger block, which the handle then shares as a whole; sizes are thus
+  multiples of 2 MiB (CUDA Programming Guide, Interprocess Communication).
 - `cudaIpcMemLazyEnablePeerAccess` requests access between GPUs when a handle is opened; a handle may be of a
   device that is not visible to the process. So opening it is the test whether two ranks reach each other.
 - A process cannot open its own handle, and memory must not be freed while others have it mapped.
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-_LAZY_ENABLE_PEER_ACCESS = 1
+_LAZY_ENABLE_PEER_ACCESS, _GRANULARITY = 1, 2**21
 
 
 class IpcError(Exception):
@@ -60,15 +62,15 @@ def allocate(nbytes: int, device: torch.device, on_drop: Callable[[], None]) -> 
         No memory, no CuPy, or a system that has no such handles.
     """
     with _cupy_on(device) as cupy:
-        runtime = cupy.cuda.runtime
+        runtime, size = cupy.cuda.runtime, -(-nbytes // _GRANULARITY) * _GRANULARITY
         try:
-            address = runtime.malloc(nbytes)
+            address = runtime.malloc(size)
         except runtime.CUDARuntimeError:
             torch.cuda.empty_cache()  # what torch's allocator holds, and no tensor uses
-            address = runtime.malloc(nbytes)
+            address = runtime.malloc(size)
         try:
             handle: bytes = runtime.ipcGetMemHandle(address)
-            runtime.memset(address, 0, nbytes)
+            runtime.memset(address, 0, size)
             runtime.deviceSynchronize()  # other processes read it from now on
             return _tensor(cupy, address, nbytes, device, _Owner(on_drop)), handle
         except BaseException:
