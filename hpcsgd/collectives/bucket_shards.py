@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from hpcsgd.collectives.staging import pinned, wait_for_compute
 from hpcsgd.compress import Codec, Compressor, Segment
 from hpcsgd.compress.base import dry_run
 from hpcsgd.errors import BadOption
@@ -39,10 +40,23 @@ class BucketShard:
     codec: Codec | None
     buffers: list[Bucket]
     residual: Tensor | None
+    _on_host: dict[tuple[torch.Size, torch.dtype], Tensor] = field(default_factory=dict)
 
     @property
     def values(self) -> Tensor:
         return self.bucket.flat[self.part]
+
+    def to_host(self, message: Tensor) -> Tensor:
+        """Return a message on the host, on a CPU itself; valid until the next one of its shape and dtype."""
+        if message.device.type == "cpu":
+            return message
+        key = message.shape, message.dtype
+        if key not in self._on_host:
+            memory = pinned(message.nbytes, message.device)
+            self._on_host[key] = memory.view(message.dtype).view(message.shape)
+        copy = self._on_host[key].copy_(message, non_blocking=True)
+        wait_for_compute(message.device)
+        return copy
 
     def clear_gaps(self) -> None:
         """Set the gaps between tensors to zero, which nothing else does before the next reduction."""

@@ -254,17 +254,20 @@ class CompressedReducer:
             yield message
 
     def _combine(self, task: BucketTask, shard: BucketShard, message: Message) -> Steps:
-        assert self._communicator is not None
-        if message.op == "max" and not all_finite(message.data) and self._nonfinite == "error":
+        if message.op == "sum":
+            yield task.may_send
+            task.sent += 1
+            yield from self._sum(task, shard.buffers[message.buffer_index])
+            task.completed += 1
+            return
+        data = shard.to_host(message.data)
+        if message.op == "max" and not all_finite(data) and self._nonfinite == "error":
             raise self._error(shard)
         yield task.may_send
         task.sent += 1
-        if message.op == "sum":
-            yield from self._sum(task, shard.buffers[message.buffer_index])
-        else:
-            yield from self._exchange(message)
+        yield from self._exchange(shard, message, data)
         task.completed += 1
-        if message.op == "max" and not all_finite(message.data):
+        if message.op == "max" and not all_finite(data):
             raise _NonFinite
 
     def _sum(self, task: BucketTask, buffer: Bucket) -> Steps:
@@ -279,17 +282,18 @@ class CompressedReducer:
             task.pending_sum = buffer
             yield lambda: task.pending_sum is None
 
-    def _exchange(self, message: Message) -> Steps:
+    def _exchange(self, shard: BucketShard, message: Message, data: Tensor) -> Steps:
+        """Combine the message, which is `data` on the host."""
         assert self._communicator is not None
         communicator = self._communicator.dup(_MAXIMA if message.op == "max" else _CODES)
-        data, target = message.data.cpu(), message.gathered
-        if target is None:
+        if message.gathered is None:
             yield communicator.iallreduce(_unsigned(data), _OPERATIONS[message.op]).Test
-            message.data.copy_(data)
+            result, target = data, message.data
         else:
-            rows = target.cpu()
-            yield communicator.iallgather(_bytes(data), _bytes(rows)).Test
-            target.copy_(rows)
+            result, target = shard.to_host(message.gathered), message.gathered
+            yield communicator.iallgather(_bytes(data), _bytes(result)).Test
+        if result is not target:
+            target.copy_(result, non_blocking=True)
 
     def _algorithm_for(self, buffer: Bucket) -> str:
         name = choose_algorithm(buffer) if self._algorithm == "auto" else self._algorithm
