@@ -139,7 +139,7 @@ def run_step(step: Step, machine: Machine, log: Path, limit: float) -> Outcome:
     status = "timed out" if code is None else "failed" if code else "passed"
     reason = f"after {limit:.0f} s" if code is None else f"exit status {code}" if code else ""
     tail = text[-(4000 if code != 0 else 1500) :]
-    failed = [line[:200] for line in text.splitlines() if re.match(r"(FAILED|ERROR) ", line)]
+    failed = [line[:200] for line in text.splitlines() if re.search(r"^(FAILED|ERROR) | FAILED$", line)]
     figures = list(_figures(Path(names["CSV"])))
     return Outcome(step.name, status, reason, shown, seconds, _counts(text), failed[:50], figures, tail)
 
@@ -186,9 +186,13 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _counts(text: str) -> dict[str, int]:
-    """The last line of counts that the tests print."""
+    """The last line of counts that the tests print, or, where they were ended, the tests so far."""
+    names = ("passed", "failed", "skipped")
     found = re.findall(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", text, re.MULTILINE)
-    return dict(zip(("passed", "failed", "skipped"), map(int, found[-1]), strict=True)) if found else {}
+    if found:
+        return dict(zip(names, map(int, found[-1]), strict=True))
+    so_far = {name: len(re.findall(rf"^tests/.* {name.upper()}( |$)", text, re.MULTILINE)) for name in names}
+    return so_far if any(so_far.values()) else {}
 
 
 def _figures(path: Path) -> Iterator[dict[str, str]]:

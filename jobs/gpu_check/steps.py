@@ -44,8 +44,9 @@ FULL = Sizes(
     kib="4,64,1024,4096,16384,65536,262144",
     host_kib="4,256,4096,65536",
     elements="134M",
-    # A GPT of 100 M parameters, and 16384 tokens per rank and step.
-    training="--models gpt:layers=14,heads=12,width=768,resnet18 --batch 64 --context 256",
+    # A GPT of 100 M parameters, and 16384 tokens per rank and step. Buckets of the size of DDP's: processes
+    # that share a GPU take turns, and each bucket waits for some.
+    training="--models gpt:layers=14,heads=12,width=768,resnet18 --batch 64 --context 256 --bucket-mib 25",
     repeats=3,
     sanitizer=["python", "-m", "pytest", "-q", *SMALLEST_TESTS],
 )
@@ -111,7 +112,7 @@ def _steps(sizes: Sizes) -> list[Step]:
         "python",
         "-m",
         "pytest",
-        "-q",
+        "-v",
         "-m",
         "not long",
         "--device",

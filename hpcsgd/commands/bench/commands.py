@@ -79,6 +79,7 @@ def allreduce(sizes: str, **options: Any) -> None:
 @click.option(
     "--compress", metavar="SPEC", help="Also train with this scheme, as --compress of hpcsgd train."
 )
+@click.option("--bucket-mib", default=4.0, show_default=True, help="Size of hpcsgd's buckets in MiB.")
 @_CSV
 def step(models: str, **options: Any) -> None:
     """Training step: hpcsgd, DDP over gloo, and no communication."""

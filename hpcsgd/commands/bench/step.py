@@ -27,6 +27,7 @@ from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
 from hpcsgd.errors import unknown
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce
+from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training.data import load
 from hpcsgd.training.models import build
 from hpcsgd.training.run import Run
@@ -48,6 +49,7 @@ def main(
     dtype: str = "float32",
     context: int = 64,
     compress: str | None = None,
+    bucket_mib: float = DEFAULT_BUCKET_MIB,
 ) -> None:
     """Time training steps on the ranks of this job; rank 0 prints a table.
 
@@ -82,6 +84,8 @@ def main(
         Tokens per sample of "gpt". Default 64.
     compress
         Scheme of one more contender, "hpcsgd, SCHEME", see `hpcsgd.compress`. Default: none.
+    bucket_mib
+        Size of hpcsgd's buckets in MiB. Default: that of `Run`, 4; DDP has its own.
 
     Raises
     ------
@@ -95,7 +99,7 @@ def main(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     path = None if csv is None else Path(csv)
-    settings = _Settings(batch, repeats, steps, seed, DTYPES[dtype], context, compress)
+    settings = _Settings(batch, repeats, steps, seed, DTYPES[dtype], context, compress, bucket_mib)
     with World(device=device) as world:
         output.check_writable(world, path)
         devices.select_device(world.device)
@@ -119,6 +123,7 @@ class _Settings:
     dtype: torch.dtype
     context: int
     compress: str | None
+    bucket_mib: float
 
     def describe(self, world: World) -> str:
         """Batch and, where it is no float32 on a CPU, dtype and device, for a title."""
@@ -180,11 +185,12 @@ def _compare(
     ddp_loop = plain_loop(DistributedDataParallel(copy.deepcopy(model)), batches)
     models = [model] if settings.compress is None else [model, copy.deepcopy(model)]
     strategy = AllReduce()
-    run = Run(model, sgd(model), strategy, comm=world)
+    run = Run(model, sgd(model), strategy, comm=world, bucket_mib=settings.bucket_mib)
     loops, runs = {HPCSGD: _loop_of(run, batches)}, [run]
     if settings.compress is not None:
         # A world of its own, which Run makes because the first run of this one is open.
-        runs.append(Run(models[1], sgd(models[1]), comm=world, compress=settings.compress))
+        size, scheme = settings.bucket_mib, settings.compress
+        runs.append(Run(models[1], sgd(models[1]), comm=world, bucket_mib=size, compress=scheme))
         loops[compressed_name(settings.compress)] = _loop_of(runs[-1], batches)
     loops |= {DDP: ddp_loop, NO_COMMUNICATION: local_loop}
     for loop in loops.values():
