@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hpcsgd.collectives.staging import pinned, wait_for_compute
+from hpcsgd.collectives.staging import wait_for_compute
 from hpcsgd.compress import Codec, Compressor, Segment
 from hpcsgd.compress.base import dry_run
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.tensors.group import Bucket, TensorGroup
+from hpcsgd.tensors.memory import pinned
 
 _ONE_TENSOR_MIB = 1e-9  # so small that every buffer is a bucket of its own
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from hpcsgd.collectives.peers import Peers
-from hpcsgd.collectives.staging import copy_to, pinned, wait_for_compute
+from hpcsgd.collectives.staging import copy_to, wait_for_compute
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.node import NATIVE_WAIT_SLICE
 from hpcsgd.mpi.progress import POLL_INTERVAL
 from hpcsgd.tensors.group import TensorGroup
+from hpcsgd.tensors.memory import pinned
 from hpcsgd.tensors.weighted_sum import weighted_sum
 
 #: (peer, weight) pairs of a weighted sum of models, in the order of summation.
@@ -102,7 +103,7 @@ class Exchange:
         slots.release(flags, 0, 0)
         slots.wait_until_free(flags, 0, 0, 0, 0)
         slots.holds_version(flags, 0, 0, 1)
-        for dtype in {bucket.host.dtype for bucket in self._groups[0]}:
+        for dtype in {bucket.flat.dtype for bucket in self._groups[0]}:
             weighted_sum(
                 torch.zeros(1, dtype=dtype, device="cpu"), [(torch.zeros(1, dtype=dtype, device="cpu"), 1.0)]
             )

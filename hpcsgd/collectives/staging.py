@@ -31,7 +31,7 @@ def via_host(operation: Operation, bucket: Bucket, name: str, *arguments: Any) -
     windowed, nor, if MPI supports device memory (`HPCSGD_CUDA_AWARE=1`), for one with a twin in `CUDA_AWARE`,
     except in half precision, which MPI lacks.
     """
-    if bucket.flat is bucket.host:
+    if not bucket.staged:
         return partial(operation, bucket, name, *arguments)
     device = bucket.flat.device
     computed = record_event(device)
@@ -57,8 +57,9 @@ def on_host(bucket: Bucket, part: slice) -> AbstractContextManager[Tensor]:
 
     On a CPU, and within a staged operation on rows of the host, it is that part itself.
     """
-    host = bucket.host[part]
-    return _copied(bucket.flat[part], host) if bucket.windowed else contextlib.nullcontext(host)
+    if not bucket.windowed:
+        return contextlib.nullcontext(bucket.host[part])
+    return _copied(bucket.flat[part], bucket.host_part(part))
 
 
 @contextlib.contextmanager
@@ -127,11 +128,6 @@ def copy_to(group: TensorGroup, buffers: Sequence[Tensor]) -> None:
             device = bucket.flat.device
     if device is not None:
         wait_for_compute(device)
-
-
-def pinned(nbytes: int, device: torch.device) -> Tensor:
-    """Return zeroed host memory, (nbytes,) uint8, which a GPU copies without the host."""
-    return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda", device="cpu")
 
 
 @contextlib.contextmanager

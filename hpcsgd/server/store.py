@@ -390,10 +390,10 @@ def _bytes(bucket: Bucket) -> np.ndarray:
 
 
 def _to_host(bucket: Bucket) -> None:
-    if bucket.host is not bucket.flat:
+    if bucket.staged:
         bucket.host.copy_(bucket.flat)
 
 
 def _to_device(bucket: Bucket) -> None:
-    if bucket.host is not bucket.flat:
+    if bucket.staged:
         bucket.flat.copy_(bucket.host)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.shared_memory import SharedMemory
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors.memory import is_dense, with_own_storage
+from hpcsgd.tensors.memory import is_dense, pinned, with_own_storage
 
 #: Dtypes that can be averaged; groups of other dtypes can only be broadcast and gathered.
 SUMMABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -42,7 +42,8 @@ class Bucket:
     flat
         1-D tensor of all its elements on the group's device, zero in the gaps that align the views.
     host
-        The copy in host memory, which is communicated. On a CPU it is `flat` itself.
+        The copy in host memory, which is communicated. On a CPU it is `flat` itself; where `rows` are of the
+        device it is allocated at first use.
     rows
         1-D tensors: this bucket of each rank of the node, in memory that all of them read and write: of the
         host, or windows of device memory; empty without it.
@@ -60,11 +61,32 @@ class Bucket:
     names: list[str]
     views: list[Tensor]
     flat: Tensor
-    host: Tensor
     rows: list[Tensor] = field(default_factory=list)
     start: int = 0
     own_part: slice = field(default_factory=lambda: slice(0))
     matrix: np.ndarray | None = None
+    #: Host memory of the copy; None: none yet.
+    host_memory: Tensor | None = None
+    _host_parts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def staged(self) -> bool:
+        """Whether `host` is a copy of `flat`."""
+        return self.host_memory is not self.flat
+
+    @property
+    def host(self) -> Tensor:
+        if self.host_memory is None:
+            self.host_memory = self.host_part(slice(0, self.numel))
+        return self.host_memory
+
+    def host_part(self, part: slice) -> Tensor:
+        """Return pinned host memory for a part, allocated once."""
+        key = part.start, part.stop
+        if key not in self._host_parts:
+            nbytes = (part.stop - part.start) * self.flat.element_size()
+            self._host_parts[key] = pinned(nbytes, self.flat.device).view(self.flat.dtype)
+        return self._host_parts[key]
 
     @property
     def numel(self) -> int:
@@ -160,18 +182,17 @@ class TensorGroup:
         staged = world.device.type != "cpu" if staged is None else staged
         windows = self._allocate_windows() if staged else None
         self._shared_rows = None if windows else self._allocate_shared_rows()
-        host = self._host_memory()
         if windows:
-            device_memory, self._rows = windows[world.local_rank], windows
+            host, memory, self._rows = None, windows[world.local_rank], windows
         else:
-            device_memory = torch.zeros_like(host, device=world.device) if staged else host
-            self._rows = (
-                [torch.from_numpy(row) for row in self._shared_rows.rows] if self._shared_rows else []
-            )
+            host = self._host_memory()
+            memory = torch.zeros_like(host, device=world.device) if staged else host
+            rows = self._shared_rows.rows if self._shared_rows else ()
+            self._rows = [torch.from_numpy(row) for row in rows]
         self.buckets: list[Bucket] = []
         offset = 0
         for index, (members, nbytes) in enumerate(plans):
-            self.buckets.append(self._bucket(index, members, offset, nbytes, host, device_memory))
+            self.buckets.append(self._bucket(index, members, offset, nbytes, host, memory))
             offset += nbytes
         self._like = dict(templates)
         self._in_bucket = {
@@ -184,7 +205,7 @@ class TensorGroup:
     @property
     def staged(self) -> bool:
         """Whether the model's memory and host memory that is communicated are separate."""
-        return any(bucket.flat is not bucket.host for bucket in self.buckets)
+        return any(bucket.staged for bucket in self.buckets)
 
     @property
     def shared(self) -> bool:
@@ -225,9 +246,7 @@ class TensorGroup:
             if self.world.device.type == "cuda":
                 _pin(memory)
             return memory
-        size = max(self.nbytes, ALIGNMENT)
-        pinned = self.world.device.type == "cuda"
-        return torch.zeros(size, dtype=torch.uint8, pin_memory=pinned, device="cpu")
+        return pinned(max(self.nbytes, ALIGNMENT), self.world.device)
 
     def _bucket(
         self,
@@ -235,11 +254,11 @@ class TensorGroup:
         members: list[tuple[str, Tensor]],
         offset: int,
         nbytes: int,
-        host: Tensor,
-        device_memory: Tensor,
+        host: Tensor | None,
+        memory: Tensor,
     ) -> Bucket:
         dtype = _real_dtype(members[0][1])
-        flat = device_memory[offset : offset + nbytes].view(dtype)
+        flat = memory[offset : offset + nbytes].view(dtype)
         views, position = [], 0
         for _, tensor in members:
             views.append(_view(flat, position, tensor))
@@ -250,10 +269,12 @@ class TensorGroup:
             [name for name, _ in members],
             views,
             flat,
-            flat if device_memory is host else host[offset : offset + nbytes].view(dtype),
             start=offset // dtype.itemsize,
             own_part=aligned_part(flat, self.world.local_rank, self.world.local_size),
         )
+        if host is not None:
+            part = host[offset : offset + nbytes]
+            bucket.host_memory = flat if memory is host else part.view(dtype)
         if self.shared:
             bucket.rows = [row[offset : offset + nbytes].view(dtype) for row in self._rows]
             if dtype in _KERNEL_DTYPES and self._shared_rows is not None:

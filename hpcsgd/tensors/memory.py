@@ -38,6 +38,11 @@ def with_own_storage(view: Tensor) -> Tensor:
     return found.view(view.dtype).as_strided(view.size(), view.stride())
 
 
+def pinned(nbytes: int, device: torch.device) -> Tensor:
+    """Return zeroed host memory, (nbytes,) uint8, that a GPU, if `device` is one, copies without the host."""
+    return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda", device="cpu")
+
+
 def without_repetition(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that an expanded one repeats: its dimensions of stride 0 have size 1."""
     if 0 not in tensor.stride():

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.collectives.neighbour_exchange import message_buffers, split_by_bucket
-from hpcsgd.collectives.staging import copy_to, pinned
+from hpcsgd.collectives.staging import copy_to
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import TensorGroup
+from hpcsgd.tensors.memory import pinned
 
 _HEADER, _MODEL = 0, 1  # tags
 _END_OF_STEPS, _MODEL_FOLLOWS, _END_OF_RUN = 0, 1, 2  # kinds of a header
