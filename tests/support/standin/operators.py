@@ -64,8 +64,7 @@ def register() -> None:
     for name in _LOW_PRECISION:
         library.impl(name, _in_low_precision(_overload(name)), "AutocastPrivateUse1")
     _libraries.extend([library, fallback])
-    clone = torch.UntypedStorage.clone
-    torch.UntypedStorage.clone = lambda self: (_clone if self.device.type == NAME else clone)(self)
+    _replace_storage_methods()
 
 
 def _module() -> Any:
@@ -143,10 +142,24 @@ def _resize(tensor: Tensor, size: Any, *, memory_format: Any = None) -> Tensor:
     return tensor
 
 
-def _clone(storage: Any) -> Any:
-    """Copy a storage, which torch asks an allocator for that a device in Python cannot have."""
-    new = memory.allocate(storage.nbytes())
-    return new.copy_(torch.empty(0, dtype=torch.uint8, device=NAME).set_(storage)).untyped_storage()
+def _replace_storage_methods() -> None:
+    """Copy storages as tensors; torch would ask an allocator that a device in Python cannot have."""
+    clone, to = torch.UntypedStorage.clone, torch.UntypedStorage.to
+
+    def clone_anywhere(storage: Any) -> Any:
+        return _copied(storage) if storage.device.type == NAME else clone(storage)
+
+    def to_anywhere(storage: Any, *, device: Any, non_blocking: bool = False) -> Any:
+        if torch.device(device).type == NAME:
+            return storage if storage.device.type == NAME else _copied(storage)
+        return to(storage, device=device, non_blocking=non_blocking)
+
+    torch.UntypedStorage.clone, torch.UntypedStorage.to = clone_anywhere, to_anywhere
+
+
+def _copied(storage: Any) -> Any:
+    source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return memory.allocate(storage.nbytes()).copy_(source).untyped_storage()
 
 
 # Copies.
