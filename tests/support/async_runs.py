@@ -32,7 +32,7 @@ class Job:
     """A run, and the sum of all changes of this rank's model by its optimizer."""
 
     def __init__(self, world: Any, strategy: Strategy, **options: Any) -> None:
-        torch.default_generator.manual_seed(0)
+        torch.manual_seed(0)
         self.model = nn.Linear(FEATURES, 1, dtype=torch.float64)
         optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
         self.run = Run(self.model, optimizer, strategy, comm=world, **options)

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
+#: Folders of tests with models, which run on every device.
+_WITH_MODELS = (
+    "commands/train",
+    "compress",
+    "contracts",
+    "devices",
+    "kernels",
+    "loops",
+    "strategies",
+    "tensors",
+    "training",
+)
 _chosen = "cpu"
 
 
@@ -24,3 +39,29 @@ def use_device(name: str) -> None:
 def restore_default_device() -> None:
     """Make the chosen device the default one again, after a test of another default."""
     torch.set_default_device(None if _chosen == "cpu" else _chosen)
+
+
+def on_device(values: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the device of the models."""
+    return values.to(torch.get_default_device())
+
+
+def normal(*size: int, seed: int) -> torch.Tensor:
+    """Return normal numbers on the device of the models, the same ones on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return on_device(torch.randn(size, generator=generator, device="cpu"))
+
+
+def reason_to_skip(item: pytest.Item, device: str) -> str:
+    """Return why a test does not run with `--device device`; empty: it does."""
+    if item.get_closest_marker("standin") and device != "standin":
+        return "needs --device standin"
+    if device == "cpu":
+        return ""
+    host = item.get_closest_marker("host")
+    if host:
+        return f"only on the CPU: {host.args[0]}"
+    folder = item.path.parent.relative_to(Path(__file__).parents[1])
+    if not any(folder.is_relative_to(each) for each in _WITH_MODELS):
+        return "only on the CPU: it trains no model in this process"
+    return ""

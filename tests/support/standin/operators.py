@@ -270,10 +270,14 @@ def _do_now(operator: Any, given: Any) -> Any:
             return value
         if id(value) in origins:
             return origins[id(value)]
-        result = _empty_strided(value.size(), value.stride(), dtype=value.dtype)
-        memory.contents(result).copy_(value)
+        result = outs.pop(0) if outs else _empty_strided(value.size(), value.stride(), dtype=value.dtype)
+        if result.size() != value.size():
+            _resize(result, value.size())
+        to = memory.contents(result)
+        queue_kernel(lambda: to.copy_(value))
         return result
 
+    outs = [given[1][each.name] for each in operator._schema.arguments if each.is_out]
     return tree_map(output, _call(operator, real, _draw(operator)))
 
 
