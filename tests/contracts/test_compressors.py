@@ -21,6 +21,7 @@ from tests.support.compression_invariants import (
     residuals_of,
     segment_of,
 )
+from tests.support.devices import fewer
 from tests.support.simulated_codecs import buffers_of, unsigned
 
 each_row = pytest.mark.parametrize("row", c.ROWS, ids=str)
@@ -29,7 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LENGTHS = st.sampled_from([0, 1, 2, 3, 16, 511, 512, 513, 2559, 2560, 2561, 4097, 10_007]) | st.integers(
     0, 900
 )
-RANKS = st.sampled_from([1, 2, 3, 4, 64]) | st.integers(1, 64)
+RANKS = st.sampled_from([1, 2, 3, 4, fewer(64)]) | st.integers(1, fewer(64))
 SEEN = 100_000  # elements of all ranks, at most
 
 
@@ -40,7 +41,7 @@ def test_every_scheme_has_rows() -> None:
 
 
 @each_family
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=fewer(25), deadline=None)
 @given(
     st.data(),
     LENGTHS,
@@ -148,7 +149,7 @@ def bits_and_terms(draw: st.DrawFn) -> tuple[tuple[int, ...], int]:
     return tuple(bits), min(terms, most)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=fewer(40), deadline=None)
 @given(bits_and_terms(), st.sampled_from([1, 2, 63, 700]), st.sampled_from(["+", "-", "both"]))
 def test_lanes_never_overflow(case: tuple[tuple[int, ...], int], numel: int, signs: str) -> None:
     """All ranks have the same largest numbers: one codec represents all."""

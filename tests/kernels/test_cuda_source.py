@@ -50,13 +50,24 @@ def launcher() -> Any:
     return Launcher()
 
 
-@pytest.fixture(params=["g++", "gpu"])
+@pytest.fixture(autouse=True)
+def host_tensors() -> Iterator[None]:
+    """Inputs and expected results are those of the host, whatever the device of models."""
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.fixture(params=["g++", "gpu", "standin"])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device whose tensors `hpcsgd.kernels.codec.device` works on."""
+    if (request.param == "standin") != (request.config.getoption("--device") == "standin"):
+        pytest.skip("the stand-in is tested with --device standin, which tests nothing else")
     if request.param == "gpu":
         if not _has_gpu():
             pytest.skip("no GPU with CuPy here")
         yield torch.device("cuda", 0)
+    elif request.param == "standin":
+        yield torch.device("standin", 0)
     else:
         monkeypatch.setattr(cuda_loader, "launch", request.getfixturevalue("launcher"))
         monkeypatch.setattr(cuda_loader, "multiprocessors", lambda _: 1)
@@ -204,6 +215,7 @@ def test_passes_of_an_average(
                 assert same(one_nan(ours), one_nan(theirs)), numel
 
 
+@pytest.mark.host("an error of the loader of kernels")
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
 def test_without_cupy_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_loader, "multiprocessors", lambda _: 1)
@@ -212,6 +224,7 @@ def test_without_cupy_the_error_names_the_package_to_install(monkeypatch: pytest
     assert "CuPy" in str(caught.value)
 
 
+@pytest.mark.host("the sources")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: the sources are compiled by g++ only")
 @pytest.mark.parametrize("file", ["codec/quantise", "codec/hadamard", "codec/sample", "sums/model_delta"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -52,7 +52,11 @@ def rotate(lock: Lockstep, x: Tensor, back: bool = False) -> Tensor:
     out = torch.empty(x.shape)
     for source, target in zip(x, out, strict=True):
         kernels = kernels_for(source)
-        list((kernels.unrotate if back else kernels.rotate)(source, lock.random_key(0, 0).fixed(), lock.segment.offset, target))
+        list(
+            (kernels.unrotate if back else kernels.rotate)(
+                source, lock.random_key(0, 0).fixed(), lock.segment.offset, target
+            )
+        )
     return out
 
 

@@ -41,6 +41,11 @@ def restore_default_device() -> None:
     torch.set_default_device(None if _chosen == "cpu" else _chosen)
 
 
+def fewer(number: int) -> int:
+    """Return a number of cases; fewer on the stand-in, whose operators take 0.1 ms each."""
+    return number // 6 if _chosen == "standin" else number
+
+
 def on_device(values: torch.Tensor) -> torch.Tensor:
     """Return a tensor on the device of the models."""
     return values.to(torch.get_default_device())

@@ -1,7 +1,7 @@
 """Errors in hooks of gradients on the stand-in, which torch would end the process for.
 
-In the thread of a device in Python, torch looks up its stream while the error of a hook is set, and this look-up
-fails. So a hook hides its error, gives torch another one, and `backward` raises the hidden one.
+In the thread of a device in Python, torch looks up its stream while the error of a hook is set, and this
+look-up fails. So a hook hides its error, gives torch another one, and `backward` raises the hidden one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def install() -> None:
     def backward(*arguments: Any, **options: Any) -> Any:
         try:
             return run(*arguments, **options)
-        except RuntimeError as error:
+        except RuntimeError:
             if not _hidden:
                 raise
             raise _hidden.pop() from None

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from tests.support.standin import streams
+from tests.support.standin import shapes, streams
 from tests.support.standin.memory import memory
+from tests.support.standin.shapes import NAME
 
-NAME = "standin"
 aten = torch.ops.aten
 _KEY = "PrivateUse1"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -34,7 +33,6 @@ _VIEWS = (
     "set_.source_Tensor",
     "set_.source_Storage",
 )
-_NUMBERS = (torch.NumberType, torch.IntType, torch.FloatType, torch.BoolType)
 #: Autocast gives them its dtype.
 _LOW_PRECISION = ("linear", "conv2d", "matmul", "bmm")
 _libraries: list[Any] = []  # a registration ends with its library
@@ -96,7 +94,7 @@ def _in_low_precision(operator: Any) -> Any:
 
     def run(*arguments: Any, **options: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_HERE):
-            return operator(*tree_map(one, arguments), **tree_map(one, options))
+            return operator(*shapes.mapped(one, arguments), **shapes.mapped(one, options))
 
     return run
 
@@ -108,11 +106,6 @@ def _overload(name: str) -> Any:
 
 def _view_operator(operator: Any) -> Any:
     return lambda *arguments, **options: operator.redispatch(_CPU, *arguments, **options)
-
-
-def is_here(value: Any) -> bool:
-    """Return whether a value is a tensor of the device."""
-    return isinstance(value, Tensor) and value.device.type == NAME
 
 
 # Memory.
@@ -167,11 +160,11 @@ def _copied(storage: Any) -> Any:
 
 def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """Queue a copy between host and device, or within the device; a blocking one waits for its stream."""
-    to, of = (memory.contents(each) if is_here(each) else each for each in (target, source))
+    to, of = (memory.contents(each) if shapes.is_here(each) else each for each in (target, source))
     queue_kernel(lambda: to.copy_(of))
-    if non_blocking or (is_here(source) and is_here(target)):
+    if non_blocking or (shapes.is_here(source) and shapes.is_here(target)):
         return target
-    if is_here(source):
+    if shapes.is_here(source):
         streams.current_stream().synchronize()
     else:
         streams.current_stream().drain()  # CUDA has read pageable memory when the call returns
@@ -216,10 +209,10 @@ def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
         # Its result, or the shape of it, depends on values: as on a GPU, the caller waits.
         return _do_now(operator, given)
     real, seed = _real(given), _draw(operator)
-    targets = [memory.contents(each) for each in _flat(outputs)]
+    targets = [memory.contents(each) for each in shapes.flat(outputs)]
 
     def run() -> None:
-        for target, value in zip(targets, _flat(_call(operator, real, seed)), strict=True):
+        for target, value in zip(targets, shapes.flat(_call(operator, real, seed)), strict=True):
             if target.data_ptr() != value.data_ptr():
                 target.copy_(value)
 
@@ -244,26 +237,23 @@ def _with_tensors(operator: Any, arguments: Any) -> list[Any]:
 
 
 def _outputs(operator: Any, given: Any) -> Any:
-    """Return the tensors for the results, of the shapes that the operator has on torch's meta device."""
-    if any(isinstance(each.type, _NUMBERS) for each in operator._schema.returns):
-        raise NotImplementedError("a number is returned")
-    meta, origins = _converted(given, _like_meta, "meta")
-    found = operator(*meta[0], **meta[1])
+    """Return the tensors for the results."""
+    tensors = shapes.flat(given)
 
     def output(value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if isinstance(value, shapes.New):
+            return _empty_strided(value.size, value.stride, dtype=value.dtype)
+        if not isinstance(value, shapes.Given):
             return value
-        if id(value) not in origins:
-            return _empty_strided(value.size(), value.stride(), dtype=value.dtype)
-        origin = origins[id(value)]
-        return origin if origin.size() == value.size() else _resize(origin, value.size())
+        tensor = tensors[value.index]
+        return tensor if tensor.size() == value.size else _resize(tensor, value.size)
 
-    return tree_map(output, found)
+    return shapes.mapped(output, shapes.results(operator, given, tensors))
 
 
 def _do_now(operator: Any, given: Any) -> Any:
     streams.current_stream().synchronize()
-    real, origins = _converted(given, memory.contents, "cpu")
+    real, origins = shapes.converted(given, memory.contents, "cpu")
 
     def output(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -278,40 +268,11 @@ def _do_now(operator: Any, given: Any) -> Any:
         return result
 
     outs = [given[1][each.name] for each in operator._schema.arguments if each.is_out]
-    return tree_map(output, _call(operator, real, _draw(operator)))
+    return shapes.mapped(output, _call(operator, real, _draw(operator)))
 
 
 def _real(given: Any) -> Any:
-    return _converted(given, memory.contents, "cpu")[0]
-
-
-def _converted(given: Any, convert: Any, device: str) -> tuple[Any, dict[int, Tensor]]:
-    """Return arguments for another device, and the tensor of the stand-in for each converted one."""
-    converted: dict[int, Tensor] = {}
-    origins: dict[int, Tensor] = {}
-
-    def one(value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return torch.device(device)
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in converted:
-            # A GPU reads a tensor of the host when the kernel is queued.
-            converted[id(value)] = new = convert(value) if is_here(value) else value.clone().to(device)
-            origins[id(new)] = value
-        return converted[id(value)]
-
-    return tree_map(one, given), origins
-
-
-def _like_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _flat(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    return [each for value in values or () for each in _flat(value)]
+    return shapes.converted(given, memory.contents, "cpu")[0]
 
 
 def _draw(operator: Any) -> int | None:
