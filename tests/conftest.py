@@ -63,9 +63,10 @@ def world_of() -> Callable[..., Any]:
 @pytest.fixture
 def alone() -> Iterator[Any]:
     """A world of this rank alone."""
+    import torch
     from mpi4py import MPI
 
     from hpcsgd import World
 
-    with World(MPI.COMM_SELF, timeout=20) as world:
+    with World(MPI.COMM_SELF, timeout=20, device=str(torch.get_default_device())) as world:
         yield world

@@ -51,10 +51,24 @@ def on_device(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.get_default_device())
 
 
+class Random:
+    """Draws numbers for the device of the models, the same ones on every device."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def normal(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Draw normal numbers."""
+        return on_device(torch.randn(size, generator=self._generator, dtype=dtype, device="cpu"))
+
+    def integers(self, end: int, *size: int) -> torch.Tensor:
+        """Draw integers from 0 to `end` - 1."""
+        return on_device(torch.randint(end, size, generator=self._generator, device="cpu"))
+
+
 def normal(*size: int, seed: int) -> torch.Tensor:
     """Return normal numbers on the device of the models, the same ones on every device."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return on_device(torch.randn(size, generator=generator, device="cpu"))
+    return Random(seed).normal(*size)
 
 
 def reason_to_skip(item: pytest.Item, device: str) -> str:
@@ -63,6 +77,9 @@ def reason_to_skip(item: pytest.Item, device: str) -> str:
         return "needs --device standin"
     if device == "cpu":
         return ""
+    missing = item.get_closest_marker("not_on_standin")
+    if missing and device == "standin":
+        return f"not on the stand-in: {missing.args[0]}"
     host = item.get_closest_marker("host")
     if host:
         return f"only on the CPU: {host.args[0]}"

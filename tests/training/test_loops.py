@@ -23,10 +23,11 @@ from torch.utils.data import (
 from hpcsgd import DSGD, LASGD, AllReduce, BadOption, HpcsgdError, LocalSGD, Run
 from hpcsgd.training.identity_map import IdentityMap
 from tests.support import strategy_rows as s
+from tests.support.devices import normal
 
 
 def batches(count: int, seed: int = 0) -> list[torch.Tensor]:
-    return list(torch.randn(count, 3, 2, generator=torch.Generator().manual_seed(seed)))
+    return list(normal(count, 3, 2, seed=seed))
 
 
 def start(world: Any, strategy: Any = None, **options: Any) -> Run:
@@ -139,7 +140,7 @@ def test_gradients_accumulate_over_the_end_of_a_loader(world: Any) -> None:
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_fewer_batches_than_ranks(world: Any, shuffle: bool) -> None:
     """A loader of one batch, as full-batch methods have, trains as in one process."""
-    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
+    x = normal(5, 2, seed=3)
     with start(world) as run:
         weights = [
             run.weight

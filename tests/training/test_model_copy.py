@@ -12,21 +12,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcsgd import BadOption, Disagreement, LocalSGD, Run
 from hpcsgd.training.model_copy import RootCopy, copy_from_rank_0
+from tests.support.devices import Random
 
 _MIB = 1 / 1024
 
 
 def tensors(rank: int) -> list[tuple[str, torch.Tensor]]:
     """Tensors with values of their own on each rank, and strides that depend on the rank."""
-    generator = torch.Generator().manual_seed(rank)
-    numbers = torch.randn(40, 30, generator=generator)
+    random = Random(rank)
+    numbers = random.normal(40, 30)
     image = numbers[:24, :20].reshape(2, 3, 8, 10)
     return [
         ("matrix", numbers),
         ("transposed", numbers.t() if rank else numbers.t().contiguous()),
         ("steps", numbers[::2, ::3]),
         ("image", image.to(memory_format=torch.channels_last) if rank % 2 else image),
-        ("long", torch.randn(5000, generator=generator)),
+        ("long", random.normal(5000)),
         ("expanded", torch.full((1, 3), float(rank)).expand(700, 3)),
         ("scalar", numbers[0, 0].clone()),
         ("nothing", torch.zeros(0, 4)),

@@ -202,6 +202,7 @@ def queue_kernel(run: Any) -> None:
 def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
     """Queue an operator that torch has no kernel of the device for: all but those above."""
     _check_no_view(operator)
+    _check_generator(options.get("generator"))
     given = _with_tensors(operator, arguments), options
     try:
         outputs = _outputs(operator, given)
@@ -223,6 +224,11 @@ def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
 def _check_no_view(operator: Any) -> None:
     views = [each for each in operator._schema.returns if each.alias_info and not each.alias_info.is_write]
     assert not views, f"{operator} returns a view: add it to _VIEWS"
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None:
+        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device}'")
 
 
 def _with_tensors(operator: Any, arguments: Any) -> list[Any]:

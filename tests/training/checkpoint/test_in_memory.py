@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcsgd.training.checkpoint.in_memory import InMemoryCheckpoints, redistribute, rescale_progress
+from tests.support.devices import normal
 
 
 def state(rank: int, step: int, model_step: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(rank)
-    model = {"weight": torch.randn(3, 2, generator=generator), "count": torch.tensor(rank)}
+    model = {"weight": normal(3, 2, seed=rank), "count": torch.tensor(rank)}
     return {"step": step, "run": {"model": model, "model_step": model_step, "optimizer": {"own": rank}}}
 
 
