@@ -203,6 +203,7 @@ def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
     """Queue an operator that torch has no kernel of the device for: all but those above."""
     _check_no_view(operator)
     _check_generator(options.get("generator"))
+    _check_devices(operator, [*shapes.flat(arguments), *shapes.flat(options)])
     given = _with_tensors(operator, arguments), options
     try:
         outputs = _outputs(operator, given)
@@ -229,6 +230,12 @@ def _check_no_view(operator: Any) -> None:
 def _check_generator(generator: torch.Generator | None) -> None:
     if generator is not None:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device}'")
+
+
+def _check_devices(operator: Any, tensors: list[Tensor]) -> None:
+    on_host = any(each.dim() and each.device.type == "cpu" for each in tensors)
+    if on_host and not operator.name().startswith("aten::index"):  # indices may lie in host memory
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {NAME} and cpu")
 
 
 def _with_tensors(operator: Any, arguments: Any) -> list[Any]:
