@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,12 @@ class Random:
 def normal(*size: int, seed: int) -> torch.Tensor:
     """Return normal numbers on the device of the models, the same ones on every device."""
     return Random(seed).normal(*size)
+
+
+def assert_bits(found: np.ndarray, expected: np.ndarray) -> None:
+    """Check that arrays are equal; approximately on a real GPU, where one of them has other roundings."""
+    tolerance = 1e-5 if _chosen.startswith("cuda") else 0.0
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def reason_to_skip(item: pytest.Item, device: str) -> str:
