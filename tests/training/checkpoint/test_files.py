@@ -162,7 +162,7 @@ class Tagged(torch.Tensor):
         (test_no_file_is_overwritten, "builtins.function"),
         (lambda: None, "builtins.function"),
         (np.random.default_rng(0), "numpy.random._generator.Generator"),
-        (torch.zeros(2).as_subclass(Tagged), "test_files.Tagged"),
+        (torch.zeros(2, device="cpu").as_subclass(Tagged), "test_files.Tagged"),
     ],
 )
 def test_what_cannot_be_loaded_is_an_error_when_saving(tmp_path: Path, value: object, kind: str) -> None:
