@@ -136,6 +136,7 @@ def test_gradients_accumulate_over_the_end_of_a_loader(world: Any) -> None:
                     run.step()
 
 
+@pytest.mark.host("loaders that shuffle, by a generator of the host")
 @pytest.mark.mpi
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_fewer_batches_than_ranks(world: Any, shuffle: bool) -> None:
@@ -215,6 +216,7 @@ class WithEpoch(list[Any]):
         self.epoch, self.calls = epoch, self.calls + 1
 
 
+@pytest.mark.host("loaders that shuffle, by a generator of the host")
 @pytest.mark.mpi
 @pytest.mark.parametrize("strategy", [AllReduce, LASGD], ids=["allreduce", "lasgd"])
 def test_epochs_that_the_user_sets_stay(world: Any, strategy: Callable[[], Any]) -> None:

@@ -96,6 +96,7 @@ def step(run: Run, model: nn.Module) -> None:
     run.step()
 
 
+@pytest.mark.not_on_standin("it has no process group")
 @pytest.mark.mpi
 @pytest.mark.parametrize("strategy", [None, LocalSGD(2)])
 def test_a_model_in_distributed_data_parallel_is_refused(

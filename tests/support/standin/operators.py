@@ -56,6 +56,8 @@ def register() -> None:
         "convolution_backward_overrideable": _convolution_backward,
     }.items():
         library.impl(name, function, _KEY)
+    for name in ("Conjugate", "Negative"):  # torch would resolve such views by copies, without end
+        library.impl("_copy_from", torch.library.fallthrough_kernel, name)
     fallback = torch.library.Library("_", "IMPL")
     fallback.fallback(_queue_operator, _KEY)
     fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -79,6 +81,8 @@ def _module() -> Any:
         current_device=lambda: 0,
         device_count=lambda: 1,
         manual_seed_all=_generator.manual_seed,
+        get_rng_state=lambda device=None: _generator.get_state(),
+        set_rng_state=lambda state, device=None: _generator.set_state(state),
         get_rng_state_all=lambda: [_generator.get_state()],
         set_rng_state_all=lambda states: _generator.set_state(states[0]),
         device=lambda device: contextlib.nullcontext(),
@@ -215,7 +219,8 @@ def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
 
     def run() -> None:
         for target, value in zip(targets, shapes.flat(_call(operator, real, seed)), strict=True):
-            if target.data_ptr() != value.data_ptr():
+            # Without a value where the CPU computes none: what a batch norm saves in an evaluation.
+            if value.numel() and target.data_ptr() != value.data_ptr():
                 target.copy_(value)
 
     queue_kernel(run)
