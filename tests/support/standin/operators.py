@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -215,16 +216,24 @@ def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
         # Its result, or the shape of it, depends on values: as on a GPU, the caller waits.
         return _do_now(operator, given)
     real, seed = _real(given), _draw(operator)
-    targets = [memory.contents(each) for each in shapes.flat(outputs)]
+    targets = shapes.mapped(lambda each: memory.contents(each) if shapes.is_here(each) else each, outputs)
 
     def run() -> None:
-        for target, value in zip(targets, shapes.flat(_call(operator, real, seed)), strict=True):
-            # Without a value where the CPU computes none: what a batch norm saves in an evaluation.
-            if value.numel() and target.data_ptr() != value.data_ptr():
+        for target, value in _pairs(targets, _call(operator, real, seed)):
+            if target.data_ptr() != value.data_ptr():
                 target.copy_(value)
 
     queue_kernel(run)
     return outputs
+
+
+def _pairs(targets: Any, values: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Generate pairs of tensors, but for values that the CPU does not compute: a batch norm has such ones."""
+    if isinstance(targets, list | tuple):
+        for target, value in zip(targets, values, strict=True):
+            yield from _pairs(target, value)
+    elif isinstance(values, Tensor) and values.numel():
+        yield targets, values
 
 
 def _check_no_view(operator: Any) -> None:
