@@ -79,6 +79,21 @@ def assert_bits(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def prelude() -> str:
+    """Return code for a process of its own, in which `--device auto` is the device of the models."""
+    if _chosen != "standin":
+        return ""
+    root = str(Path(__file__).parents[2])
+    return (
+        f"import sys; sys.path.append({root!r})\n"
+        "import torch\n"
+        "from hpcsgd.mpi import environment\n"
+        "from tests.support import standin\n"
+        "standin.register()\n"
+        "environment.device = lambda name, local_rank: torch.device('standin', 0)\n"
+    )
+
+
 def reason_to_skip(item: pytest.Item, device: str) -> str:
     """Return why a test does not run with `--device device`; empty: it does."""
     if item.get_closest_marker("standin") and device != "standin":

@@ -169,6 +169,7 @@ class Changing(Dataset[Any]):
         return torch.rand(2, generator=self.generator)
 
 
+@pytest.mark.host("loaders with generators of the host")
 @pytest.mark.mpi(min_size=2)
 def test_which_loaders_are_sharded(world: Any) -> None:
     one = TensorDataset(torch.ones(8, 1), torch.ones(8))

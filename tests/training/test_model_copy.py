@@ -63,6 +63,7 @@ def test_the_copy_needs_one_bucket(world: Any) -> None:
     assert small._buffer is not None and small._buffer.nbytes == 64
 
 
+@pytest.mark.not_on_standin("it has no sparse tensors")
 @pytest.mark.mpi(min_size=2)
 def test_other_kinds_of_tensors_are_left_alone_and_must_be_equal(world: Any) -> None:
     class Packed(nn.Parameter):
@@ -114,6 +115,7 @@ def test_a_model_in_distributed_data_parallel_is_refused(
         step(run, model.module)
 
 
+@pytest.mark.not_on_standin("it has no process group")
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("before", [True, False])
 def test_gradients_that_two_average_are_an_error(world: Any, process_group: None, before: bool) -> None:
