@@ -85,7 +85,7 @@ def _module() -> Any:
         get_rng_state=lambda device=None: _generator.get_state(),
         set_rng_state=lambda state, device=None: _generator.set_state(state),
         get_rng_state_all=lambda: [_generator.get_state()],
-        set_rng_state_all=lambda states: _generator.set_state(states[0]),
+        set_rng_state_all=lambda states: [_generator.set_state(each) for each in states],
         device=lambda device: contextlib.nullcontext(),
         get_device_properties=lambda device: SimpleNamespace(multi_processor_count=3),
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
