@@ -15,7 +15,7 @@ import pytest
 # Before torch is imported: ranks outnumber cores, and sums must depend on the input only.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.support.devices import use_device
+from tests.support.devices import reason_to_skip, use_device
 from tests.support.rank_runner import Ranks
 from tests.support.watchdog import Watchdog
 from tests.support.worlds import worlds
@@ -41,10 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--device") != "standin":
-        for item in items:
-            if item.get_closest_marker("standin"):
-                item.add_marker(pytest.mark.skip(reason="needs --device standin"))
+    device = config.getoption("--device")
+    for item in items:
+        reason = reason_to_skip(item, device)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
@@ -62,9 +63,10 @@ def world_of() -> Callable[..., Any]:
 @pytest.fixture
 def alone() -> Iterator[Any]:
     """A world of this rank alone."""
+    import torch
     from mpi4py import MPI
 
     from hpcsgd import World
 
-    with World(MPI.COMM_SELF, timeout=20) as world:
+    with World(MPI.COMM_SELF, timeout=20, device=str(torch.get_default_device())) as world:
         yield world

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpcsgd.compress import PowerSGD, Segment
+from tests.support.devices import normal, on_device
 from tests.support.simulated_codecs import Lockstep
 
 SHAPES = ((24, 16), (9,), (8, 3, 5), (1, 40), (30, 30))
@@ -21,23 +22,27 @@ def segment_of(ranks: int) -> Segment:
     for shape in SHAPES:
         tensors.append((end, shape))
         end += torch.Size(shape).numel() + 7
-    return Segment(end, ranks, tensors=tuple(tensors))
+    return Segment(end, ranks, tensors=tuple(tensors), device=torch.get_default_device())
+
+
+def matrix(ranks: int) -> Segment:
+    return Segment(900, ranks, tensors=((0, (30, 30)),), device=torch.get_default_device())
 
 
 def of_rank(rank: int, ranks: int, seed: int = 0) -> Tensor:
     """Matrices whose sum over the ranks has rank `rank`: all of them have the same columns."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     segment = segment_of(ranks)
-    rows = torch.randn(ranks, segment.numel, generator=generator)
+    rows = torch.randn(ranks, segment.numel, generator=generator, device="cpu")
     for start, shape in segment.tensors:
         if len(shape) > 1:
             height = shape[0]
             width = torch.Size(shape).numel() // height
-            left = torch.randn(height, rank, generator=generator)
+            left = torch.randn(height, rank, generator=generator, device="cpu")
             for row in rows:
-                right = torch.randn(rank, width, generator=generator)
+                right = torch.randn(rank, width, generator=generator, device="cpu")
                 row[start : start + height * width] = (left @ right).flatten()
-    return rows
+    return on_device(rows)
 
 
 def relative(out: Tensor, expected: Tensor) -> float:
@@ -56,10 +61,8 @@ def test_exact_where_the_rank_suffices(rank: int, ranks: int) -> None:
 
 
 def test_tensors_other_than_large_matrices_are_sent_uncompressed() -> None:
-    segment, rows = (
-        segment_of(2),
-        torch.randn(2, segment_of(2).numel, generator=torch.Generator().manual_seed(1)),
-    )
+    segment = segment_of(2)
+    rows = normal(2, segment.numel, seed=1)
     lock = Lockstep(PowerSGD(4), segment, True)
     out = lock.reduce(rows)[0]
     inside = torch.zeros(segment.numel, dtype=torch.bool)
@@ -74,20 +77,19 @@ def test_tensors_other_than_large_matrices_are_sent_uncompressed() -> None:
 
 def test_the_factors_of_the_last_step_are_a_warm_start() -> None:
     ranks, rank = 3, 2
-    rows, segment = torch.randn(ranks, 900, generator=torch.Generator().manual_seed(2)), ((0, (30, 30)),)
+    rows = normal(ranks, 900, seed=2)
     u, s, v = torch.linalg.svd(rows.mean(0).view(30, 30))
     s *= 0.8 ** torch.arange(30)
     rows += (u * s @ v).flatten() - rows.mean(0)
     best = float(s[rank:].norm())
-    lock = Lockstep(PowerSGD(rank), Segment(900, ranks, tensors=segment), False)
+    lock = Lockstep(PowerSGD(rank), matrix(ranks), False)
     errors = [float((lock.reduce(rows, step, 1 / ranks)[0] - rows.mean(0)).norm()) for step in range(40)]
     assert errors[0] > 1.05 * best and errors[-1] < 1.005 * best
     assert all(later < earlier * (1 + 1e-5) for earlier, later in pairwise(errors))
 
 
 def test_feedback_sends_everything_in_the_end() -> None:
-    rows = torch.randn(2, 900, generator=torch.Generator().manual_seed(3))
-    segment = Segment(900, 2, tensors=((0, (30, 30)),))
+    rows, segment = normal(2, 900, seed=3), matrix(2)
     lock = Lockstep(PowerSGD(2), segment, True)
     total = torch.zeros(900)
     for step in range(60):

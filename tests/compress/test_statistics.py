@@ -9,6 +9,7 @@ import torch
 from hpcsgd.compress import Segment, build
 from tests.support.simulated_codecs import Lockstep
 
+pytestmark = pytest.mark.host("random numbers of the host's kernels")
 NUMEL = 1024
 #: Of |z| over all elements: of 10,000 normal numbers one in 2000 runs has one beyond, and seeds are fixed.
 LARGEST_Z = 5.5

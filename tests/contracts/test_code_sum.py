@@ -13,6 +13,7 @@ from hpcsgd.server.code_sum import CodeSumClient, CodeSumServer
 from tests.support import compressor_rows as c
 from tests.support.simulated_codecs import Lockstep
 
+pytestmark = pytest.mark.host("codes of a server")
 ROWS = [row for row in [*c.ROWS, c.with_feedback(c.randk())] if row.name != "powersgd"]
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)
 NUMEL = 900

@@ -44,7 +44,7 @@ SPECS = [
 
 
 def net() -> nn.Module:
-    torch.default_generator.manual_seed(4)
+    torch.manual_seed(4)
     return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 1))
 
 

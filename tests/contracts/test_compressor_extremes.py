@@ -14,6 +14,7 @@ from hpcsgd.compress import RandomKey, build
 from hpcsgd.compress.base import all_finite
 from tests.support import compressor_rows as c
 from tests.support.compression_invariants import lockstep, reduce_and_check, segment_of
+from tests.support.devices import fewer, on_device
 from tests.support.simulated_codecs import NotFinite, buffers_of
 
 each_row = pytest.mark.parametrize("row", c.ROWS, ids=str)
@@ -39,7 +40,7 @@ def extremes(ranks: int) -> Iterator[tuple[str, Tensor]]:
         "zeros, then numbers": np.concatenate([np.zeros(1024), np.linspace(-1, 1, 700)]),
     }
     for name, x in kinds.items():
-        yield name, torch.from_numpy(x).float().expand(ranks, -1).clone()
+        yield name, on_device(torch.from_numpy(x).float()).expand(ranks, -1).clone()
         if ranks > 1:
             others = torch.zeros(ranks, x.size)
             others[ranks - 1] = torch.from_numpy(x)
@@ -68,7 +69,7 @@ def test_extreme_numbers(row: c.Row, ranks: int) -> None:
 @pytest.mark.parametrize("numel", [0, 1])
 @each_row
 def test_nothing_and_a_single_element(row: c.Row, numel: int) -> None:
-    for ranks in (1, 2, 64):
+    for ranks in (1, 2, fewer(64)):
         lock = lockstep(row, segment_of(numel, ranks), True)
         for step in range(2):
             reduce_and_check(row, lock, torch.full((ranks, numel), -1.5), step)
@@ -96,7 +97,7 @@ def check_that_it_stops(row: c.Row, values: Tensor, residual: Tensor) -> None:
     assert compressor is not None
     codec = compressor.codec(segment_of(values.numel(), 1))
     before = values.clone(), residual.clone()
-    run = codec.run(values, buffers_of(codec), RandomKey(0, 0, 0, 0), 1.0, residual)
+    run = codec.run(values, buffers_of(codec, values.device), RandomKey(0, 0, 0, 0), 1.0, residual)
     first = next(message for message in run if message is not None)
     assert first.op == "max" and not all_finite(first.data)
     for now, then in zip((values, residual), before, strict=True):

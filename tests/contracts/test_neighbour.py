@@ -185,7 +185,7 @@ from hpcsgd.collectives.peers import Peers
 
 for shared in "10":
     os.environ["HPCSGD_SHARED_MEMORY"] = shared
-    world = World(timeout=60)
+    world = World(timeout=60, device=str(torch.get_default_device()))
     group = TensorGroup(world, [("x", torch.zeros(1_000_000))])
     exchange = Exchange(Peers(world), [group])
     world.gather(None)

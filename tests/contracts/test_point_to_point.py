@@ -15,6 +15,7 @@ from hpcsgd.compress.point_to_point import FACTOR_BYTES, PointToPointCodec, Shar
 from hpcsgd.errors import BadOption
 from tests.support import compressor_rows as c
 
+pytestmark = pytest.mark.host("codes of a server")
 ROWS = [row for row in [*c.ROWS, c.with_feedback(c.randk())] if row.name != "powersgd"]
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)
 SIZES = (0, 1, 7, 1000, 4097)

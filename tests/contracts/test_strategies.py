@@ -15,6 +15,7 @@ from torch import nn
 from hpcsgd import BadOption, HpcsgdError, LocalSGD, TensorGroup, collectives
 from hpcsgd.strategies import STRATEGIES
 from tests.support import strategy_rows as s
+from tests.support.devices import Random
 
 each_row = pytest.mark.parametrize("row", s.ROWS, ids=str)
 each_row_in_step = pytest.mark.parametrize("row", [row for row in s.ROWS if row.make().synchronous], ids=str)
@@ -81,14 +82,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 def train_with_all(model: nn.Module, optimizer: Any, run: Any) -> None:
     """Two micro-batches a step, clipped, with a schedule; `run` is None for plain training."""
-    generator = torch.Generator().manual_seed(3)
+    random = Random(3)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     for number in range(6):
         optimizer.zero_grad(set_to_none=number % 2 == 0)
-        x, y = (
-            torch.randn(2, 6, 4, generator=generator),
-            torch.randint(3, (2, 6), generator=generator),
-        )
+        x, y = random.normal(2, 6, 4), random.integers(3, 2, 6)
         if run is None:
             nn.functional.cross_entropy(model(x[0]), y[0]).backward()
         else:

@@ -26,7 +26,7 @@ class Noisy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.default_generator.manual_seed(2)
+        torch.manual_seed(2)
         self.layers = nn.Sequential(
             nn.Linear(s.FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1)
         )

@@ -10,6 +10,8 @@ import pytest
 
 from hpcsgd.kernels.sync import barrier
 
+pytestmark = pytest.mark.host("a barrier in memory of the host")
+
 _GENERATION = barrier.STRIDE
 
 

@@ -51,13 +51,24 @@ def launcher() -> Any:
     return Launcher()
 
 
-@pytest.fixture(params=["g++", "gpu"])
+@pytest.fixture(autouse=True)
+def host_tensors() -> Iterator[None]:
+    """Inputs and expected results are those of the host, whatever the device of models."""
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.fixture(params=["g++", "gpu", "standin"])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device whose tensors `hpcsgd.kernels.codec.device` works on."""
+    if (request.param == "standin") != (request.config.getoption("--device") == "standin"):
+        pytest.skip("the stand-in is tested with --device standin, which tests nothing else")
     if request.param == "gpu":
         if not _has_gpu():
             pytest.skip("no GPU with CuPy here")
         yield torch.device("cuda", 0)
+    elif request.param == "standin":
+        yield torch.device("standin", 0)
     else:
         monkeypatch.setattr(cuda_loader, "launch", request.getfixturevalue("launcher"))
         monkeypatch.setattr(cuda_loader, "multiprocessors", lambda _: 1)
@@ -247,6 +258,7 @@ def test_weighted_sums(where: torch.device, dtype: torch.dtype, count: int) -> N
         assert same(terms[-1], there_terms[-1]), numel
 
 
+@pytest.mark.host("an error of the loader of kernels")
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
 def test_without_cupy_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_loader, "multiprocessors", lambda _: 1)
@@ -255,6 +267,7 @@ def test_without_cupy_the_error_names_the_package_to_install(monkeypatch: pytest
     assert "CuPy" in str(caught.value)
 
 
+@pytest.mark.host("the sources")
 @pytest.mark.skipif(nvrtc.library() is None, reason="no nvidia-cuda-nvrtc here")
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

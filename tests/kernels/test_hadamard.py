@@ -12,6 +12,8 @@ from torch import Tensor
 from hpcsgd.kernels.codec import host, spec
 from tests.support.kernel_cases import LENGTHS, finish
 
+pytestmark = pytest.mark.host("a kernel of the host")
+
 KEY = spec.key(11)
 EDGES = (0, *LENGTHS, 16383, 16384, 16385, 40001, 3 * 16384 + 31)
 

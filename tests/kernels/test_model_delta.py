@@ -14,6 +14,8 @@ from hpcsgd.kernels.parallel import CHUNK
 from hpcsgd.kernels.sums import model_delta
 from tests.support.kernel_cases import DTYPES, LENGTHS, numbers
 
+pytestmark = pytest.mark.host("a kernel of the host")
+
 EDGES = (*LENGTHS, model_delta._HALF_CHUNK, model_delta._HALF_CHUNK + 1, CHUNK + model_delta._HALF_CHUNK + 3)
 GUARD = 3.5
 

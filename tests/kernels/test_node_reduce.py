@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from hpcsgd.kernels.sums import node_reduce
 from hpcsgd.kernels.sync import barrier
 
+pytestmark = pytest.mark.host("a kernel of the host")
+
 DTYPES = (np.float32, np.float64)
 EDGES = st.sampled_from([0, 1, 15, 16, 1023, 1024, 1025, 2048, 2049]) | st.integers(0, 5000)
 

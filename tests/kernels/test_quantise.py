@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from hpcsgd.kernels.codec import host, spec
 from tests.support.kernel_cases import LENGTHS, CodecCase, finish, make_case, numbers, residuals_for, run_case
 
+pytestmark = pytest.mark.host("a kernel of the host")
+
 F = np.float32
 PLANS = [((2,), 1), ((3,), 2), ((4,), 4), ((8,), 2), ((11,), 64), ((16,), 3), ((4, 8), 4), ((2, 6, 12), 3)]
 

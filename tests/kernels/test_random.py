@@ -9,6 +9,8 @@ from hpcsgd.kernels.codec import spec
 from hpcsgd.kernels.codec.float_bits import hash32, uniform
 from hpcsgd.kernels.jit import jit
 
+pytestmark = pytest.mark.host("the random numbers of the host's kernels")
+
 SIZE = 1 << 20
 
 

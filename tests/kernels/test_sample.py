@@ -12,6 +12,8 @@ from torch import Tensor
 from hpcsgd.kernels.codec import host, sample, spec
 from tests.support.kernel_cases import DTYPES, finish
 
+pytestmark = pytest.mark.host("a kernel of the host")
+
 
 def sampled(x: Tensor, count: int, seed: int = 0) -> Tensor:
     out = torch.full((count,), float("nan"))

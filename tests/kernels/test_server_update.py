@@ -7,6 +7,8 @@ import pytest
 
 from hpcsgd.kernels.sums.server_update import _BLOCK, elastic_update, sum_pushes
 
+pytestmark = pytest.mark.host("a kernel of the host")
+
 SIZES = (0, 1, 7, _BLOCK - 1, _BLOCK, _BLOCK + 1, 3 * _BLOCK + 5)
 DTYPES = (np.float32, np.float64)
 

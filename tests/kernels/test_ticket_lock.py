@@ -6,9 +6,11 @@ import threading
 import time
 
 import numpy as np
+import pytest
 
 from hpcsgd.kernels.sync import ticket_lock
 
+pytestmark = pytest.mark.host("a lock in memory of the host")
 SLICE = 50_000
 
 

@@ -20,6 +20,7 @@ from hpcsgd.errors import format_ranks
 from hpcsgd.strategies import delays
 from hpcsgd.strategies.backup_workers.agreement import make_agreement
 from hpcsgd.topology.graphs import is_connected
+from tests.support.devices import on_device
 
 FEATURES, LR, BATCHES = 4, 0.05, 7
 LAYOUTS = pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
@@ -29,7 +30,7 @@ Sets = dict[int, list[int]]
 
 def loader(peer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     rng = np.random.default_rng(peer)
-    xs = [torch.from_numpy(rng.standard_normal((6, FEATURES))) for _ in range(BATCHES)]
+    xs = [on_device(torch.from_numpy(rng.standard_normal((6, FEATURES)))) for _ in range(BATCHES)]
     return [(x, x.sum(1, keepdim=True) + peer) for x in xs]
 
 
@@ -248,7 +249,7 @@ def test_a_wait_beyond_the_deadline_is_an_error(
     world: Any, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     monkeypatch.setenv("HPCSGD_SHARED_MEMORY", str(int(shared)))
-    with World(timeout=30) as impatient:
+    with World(timeout=30, device=str(torch.get_default_device())) as impatient:
         iterations = make_agreement(impatient, topology.build("ring", world.size).spanning(), 0)
         if world.rank == 0:
             impatient.waiter.timeout = 0.5

@@ -16,6 +16,7 @@ from hpcsgd.compress.point_to_point import FACTOR_BYTES, PointToPointCodec
 from hpcsgd.server.code_sum import CodeSumServer
 from hpcsgd.strategies.parameter_server.server_rank import ServerRole
 from hpcsgd.tensors.group import TensorGroup
+from tests.support.devices import on_device
 
 pytestmark = pytest.mark.mpi(min_size=2)
 SPECS = ["ef+hadamard+maxnorm:bits=3,block=64", "ef+randk:ratio=0.3"]
@@ -23,7 +24,8 @@ FEATURES, HIDDEN, BATCH = 20, 30, 16
 
 
 def data(worker: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.from_numpy(np.random.default_rng((worker, step)).standard_normal((BATCH, FEATURES))).float()
+    numbers = np.random.default_rng((worker, step)).standard_normal((BATCH, FEATURES))
+    x = on_device(torch.from_numpy(numbers).float())
     return x, (x[:, :3].sum(1, keepdim=True) * 0.3).tanh()
 
 
@@ -159,7 +161,7 @@ def test_reference_has_the_same_bits_on_both_sides(world: Any, mode: Any) -> Non
                 for values in own:
                     for view in buckets.buckets[i].views:
                         part = slice(*buckets.buckets[i].extent(view))
-                        assert torch.equal(values[part].view(view.shape), view)
+                        assert torch.equal(values[part].view(view.shape), view.cpu())
                 assert len(own) == (world.rank < world.size - 1)
 
 

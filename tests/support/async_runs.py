@@ -17,6 +17,7 @@ from torch import nn
 
 from hpcsgd import Run, Strategy
 from hpcsgd.mpi.progress import POLL_INTERVAL
+from tests.support.devices import on_device
 
 FEATURES = 4
 
@@ -24,7 +25,7 @@ FEATURES = 4
 def loader(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return batches of a regression without noise; all ranks have the same solution."""
     rng = np.random.default_rng(rank)
-    xs = [torch.from_numpy(rng.standard_normal((8, FEATURES))) for _ in range(10)]
+    xs = [on_device(torch.from_numpy(rng.standard_normal((8, FEATURES)))) for _ in range(10)]
     return [(x, x.sum(1, keepdim=True) + 1) for x in xs]
 
 
@@ -32,7 +33,7 @@ class Job:
     """A run, and the sum of all changes of this rank's model by its optimizer."""
 
     def __init__(self, world: Any, strategy: Strategy, **options: Any) -> None:
-        torch.default_generator.manual_seed(0)
+        torch.manual_seed(0)
         self.model = nn.Linear(FEATURES, 1, dtype=torch.float64)
         optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
         self.run = Run(self.model, optimizer, strategy, comm=world, **options)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hpcsgd.compress import Segment, build
-from hpcsgd.kernels.codec import host
+from hpcsgd.compress.base import kernels_for
 from tests.support import compressor_rows as c
+from tests.support.devices import on_device
 from tests.support.simulated_codecs import Lockstep
 
 EPS = 2.0**-23
@@ -26,7 +27,7 @@ def numbers(kind: str, ranks: int, numel: int, dtype: torch.dtype, seed: int) ->
         x *= 10.0 ** rng.integers(-4, 4, (numel // 100 + 1)).repeat(100)[:numel]
     elif kind == "whole":
         x = (np.arange(numel) * 7 + 3 * np.arange(ranks)[:, None]) % 5.0 - 2
-    return torch.from_numpy(x).clamp(-3e4, 3e4).float().to(dtype)
+    return on_device(torch.from_numpy(x).clamp(-3e4, 3e4).float().to(dtype))
 
 
 def segment_of(numel: int, ranks: int, first: int = 0) -> Segment:
@@ -37,7 +38,7 @@ def segment_of(numel: int, ranks: int, first: int = 0) -> Segment:
     begin = rows * columns + 5 if rows else 0
     if numel > begin:
         inside.append((begin, (numel - begin,)))
-    return Segment(numel, ranks, first, tensors=tuple(inside))
+    return Segment(numel, ranks, first, tensors=tuple(inside), device=torch.get_default_device())
 
 
 def lockstep(row: c.Row, segment: Segment, feedback: bool, seed: int = 0) -> Lockstep:
@@ -50,8 +51,12 @@ def rotate(lock: Lockstep, x: Tensor, back: bool = False) -> Tensor:
     """Each row as a rotated scheme sees it, or back."""
     out = torch.empty(x.shape)
     for source, target in zip(x, out, strict=True):
-        function = host.unrotate if back else host.rotate
-        list(function(source, lock.random_key(0, 0).fixed(), lock.segment.offset, target))
+        kernels = kernels_for(source)
+        list(
+            (kernels.unrotate if back else kernels.rotate)(
+                source, lock.random_key(0, 0).fixed(), lock.segment.offset, target
+            )
+        )
     return out
 
 

@@ -46,7 +46,9 @@ class Lockstep:
         ranks = range(segment.terms)
         self.segment, self.seed, self.bucket = segment, seed, bucket
         self.codecs = [compressor.codec(segment) for _ in ranks]
-        self.residuals = [torch.zeros(segment.numel, device="cpu") if feedback else None for _ in ranks]
+        self.residuals = [
+            torch.zeros(segment.numel, device=segment.device) if feedback else None for _ in ranks
+        ]
         self.messages: list[tuple[str, int]] = []
 
     def random_key(self, rank: int, step: int) -> RandomKey:
@@ -57,7 +59,7 @@ class Lockstep:
         out = rows.clone()
         self.messages = []
         runs = [
-            codec.run(values, buffers_of(codec), self.random_key(rank, step), scale, residual)
+            codec.run(values, buffers_of(codec, values.device), self.random_key(rank, step), scale, residual)
             for rank, (codec, values, residual) in enumerate(
                 zip(self.codecs, out, self.residuals, strict=True)
             )
@@ -75,9 +77,9 @@ class Lockstep:
         return out
 
 
-def buffers_of(codec: Codec) -> list[Tensor]:
+def buffers_of(codec: Codec, device: torch.device) -> list[Tensor]:
     """Create buffers with arbitrary previous contents."""
-    return [torch.full((numel,), 77, dtype=dtype, device="cpu") for numel, dtype in codec.sum_buffers]
+    return [torch.full((numel,), 77, dtype=dtype, device=device) for numel, dtype in codec.sum_buffers]
 
 
 def _next(run: Iterator[Message | None]) -> Message | None:

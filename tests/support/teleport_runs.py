@@ -12,6 +12,7 @@ from torch import nn
 
 from hpcsgd import Run, Teleportation, World, topology
 from hpcsgd.strategies.teleportation.tokens import sample_holders
+from tests.support.devices import on_device
 
 LR, MOMENTUM, FEATURES, BATCH = 0.05, 0.9, 3, 4
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -50,7 +51,7 @@ class Regression(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.default_generator.manual_seed(1)
+        torch.manual_seed(1)
         self.linear = nn.Linear(FEATURES, 1, dtype=torch.float64)
         self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
@@ -66,7 +67,10 @@ def data(peer: int) -> list[Batch]:
     y = x @ np.arange(FEATURES)[:, None] + peer
     x[:, 0, 0] = 101 if peer % 3 else 0
     y[:, 0, 0] = 100
-    return [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in zip(x / 10, y / 10, strict=True)]
+    return [
+        (on_device(torch.from_numpy(a)), on_device(torch.from_numpy(b)))
+        for a, b in zip(x / 10, y / 10, strict=True)
+    ]
 
 
 def batch(peer: int, visit: int) -> Batch:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support import devices
 from tests.support.launch import CLI, launch
 
 _COMMANDS = """
@@ -80,7 +81,7 @@ class Outcome:
 def run_commands(folder: Path, ranks: int, *commands: Sequence[object], prelude: str = "") -> list[Outcome]:
     """Run commands of `hpcsgd` one after the other in one job; `folder` is on its module path."""
     texts = json.dumps([[str(word) for word in command] for command in commands])
-    job = launch(CLI + prelude + _COMMANDS, ranks, str(folder), texts, timeout=150)
+    job = launch(CLI + devices.prelude() + prelude + _COMMANDS, ranks, str(folder), texts, timeout=150)
     assert job.returncode == 0 and not job.timed_out and not job.left and not job.files, job
     read = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(ranks)]
     return [Outcome(*map(list, zip(*of_ranks, strict=True))) for of_ranks in zip(*read, strict=True)]

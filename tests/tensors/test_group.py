@@ -65,6 +65,7 @@ def aligned(tensor: torch.Tensor) -> int:
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
+@pytest.mark.host("rows of the node's ranks in shared memory")
 def test_views_share_memory_with_buffer_and_numpy(world: Any) -> None:
     group = TensorGroup(world, tensors())
     for bucket in group:
@@ -79,6 +80,7 @@ def test_views_share_memory_with_buffer_and_numpy(world: Any) -> None:
     assert group.views["double"][3] == 5
 
 
+@pytest.mark.host("rows of the node's ranks in shared memory")
 def test_the_node_sees_each_others_memory(world: Any) -> None:
     group = TensorGroup(world, tensors())
     if not group.shared:

@@ -94,6 +94,7 @@ def test_buffers_are_synchronised_every_few_steps(world: Any, setting: str) -> N
             check(model, *expected_numbers(setting if step % 2 else "local", world))
 
 
+@pytest.mark.not_on_standin("torch sets no data of its tensors that are conjugated or of inference mode")
 def test_virtual_nodes_have_buffers_each(world: Any) -> None:
     model = Kinds()
     total = 2 * world.size

@@ -242,7 +242,7 @@ def test_a_run_that_was_left_is_an_error_where_it_goes_on() -> None:
 @pytest.mark.parametrize("end", ["dropped", "left"])
 @pytest.mark.parametrize("strategy", [lambda: LASGD(1), lambda: ADPSGD("star")], ids=["lasgd", "adpsgd"])
 def test_asynchronous_runs_leave_nothing_in_a_world_of_the_user(world: Any, strategy: Any, end: str) -> None:
-    with World(timeout=30) as own:
+    with World(timeout=30, device=str(torch.get_default_device())) as own:
         for trial in range(3):
             model = nn.Linear(3, 2)
             run = Run(model, torch.optim.SGD(model.parameters(), 0.1), strategy(), comm=own)
@@ -275,7 +275,7 @@ def test_runs_that_are_dropped_after_their_loop_leave_nothing_in_a_world_of_the_
     world: Any, strategy: Any, per_node: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HPCSGD_RANKS_PER_NODE", per_node)
-    with World(timeout=30) as own:
+    with World(timeout=30, device=str(torch.get_default_device())) as own:
         for _ in range(3):
             model = nn.Linear(3, 2)
             run = Run(model, torch.optim.SGD(model.parameters(), 0.1), strategy(), comm=own)
@@ -295,7 +295,7 @@ def test_runs_that_are_dropped_after_their_loop_leave_nothing_in_a_world_of_the_
 def test_a_rank_that_leaves_an_asynchronous_run_alone_in_a_world_of_the_user(world: Any) -> None:
     if world.size == 1:
         pytest.skip("needs two ranks")
-    with World(timeout=30) as own:
+    with World(timeout=30, device=str(torch.get_default_device())) as own:
         model = nn.Linear(3, 2)
         run = Run(
             model, torch.optim.SGD(model.parameters(), 0.1), LASGD(1, max_lag=1, trigger="all"), comm=own

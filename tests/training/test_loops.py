@@ -23,10 +23,11 @@ from torch.utils.data import (
 from hpcsgd import DSGD, LASGD, AllReduce, BadOption, HpcsgdError, LocalSGD, Run
 from hpcsgd.training.identity_map import IdentityMap
 from tests.support import strategy_rows as s
+from tests.support.devices import normal
 
 
 def batches(count: int, seed: int = 0) -> list[torch.Tensor]:
-    return list(torch.randn(count, 3, 2, generator=torch.Generator().manual_seed(seed)))
+    return list(normal(count, 3, 2, seed=seed))
 
 
 def start(world: Any, strategy: Any = None, **options: Any) -> Run:
@@ -135,11 +136,12 @@ def test_gradients_accumulate_over_the_end_of_a_loader(world: Any) -> None:
                     run.step()
 
 
+@pytest.mark.host("loaders that shuffle, by a generator of the host")
 @pytest.mark.mpi
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_fewer_batches_than_ranks(world: Any, shuffle: bool) -> None:
     """A loader of one batch, as full-batch methods have, trains as in one process."""
-    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
+    x = normal(5, 2, seed=3)
     with start(world) as run:
         weights = [
             run.weight
@@ -167,6 +169,7 @@ class Changing(Dataset[Any]):
         return torch.rand(2, generator=self.generator)
 
 
+@pytest.mark.host("loaders with generators of the host")
 @pytest.mark.mpi(min_size=2)
 def test_which_loaders_are_sharded(world: Any) -> None:
     one = TensorDataset(torch.ones(8, 1), torch.ones(8))
@@ -214,6 +217,7 @@ class WithEpoch(list[Any]):
         self.epoch, self.calls = epoch, self.calls + 1
 
 
+@pytest.mark.host("loaders that shuffle, by a generator of the host")
 @pytest.mark.mpi
 @pytest.mark.parametrize("strategy", [AllReduce, LASGD], ids=["allreduce", "lasgd"])
 def test_epochs_that_the_user_sets_stay(world: Any, strategy: Callable[[], Any]) -> None:

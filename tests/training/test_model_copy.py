@@ -12,21 +12,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcsgd import BadOption, Disagreement, LocalSGD, Run
 from hpcsgd.training.model_copy import RootCopy, copy_from_rank_0
+from tests.support.devices import Random
 
 _MIB = 1 / 1024
 
 
 def tensors(rank: int) -> list[tuple[str, torch.Tensor]]:
     """Tensors with values of their own on each rank, and strides that depend on the rank."""
-    generator = torch.Generator().manual_seed(rank)
-    numbers = torch.randn(40, 30, generator=generator)
+    random = Random(rank)
+    numbers = random.normal(40, 30)
     image = numbers[:24, :20].reshape(2, 3, 8, 10)
     return [
         ("matrix", numbers),
         ("transposed", numbers.t() if rank else numbers.t().contiguous()),
         ("steps", numbers[::2, ::3]),
         ("image", image.to(memory_format=torch.channels_last) if rank % 2 else image),
-        ("long", torch.randn(5000, generator=generator)),
+        ("long", random.normal(5000)),
         ("expanded", torch.full((1, 3), float(rank)).expand(700, 3)),
         ("scalar", numbers[0, 0].clone()),
         ("nothing", torch.zeros(0, 4)),
@@ -62,6 +63,7 @@ def test_the_copy_needs_one_bucket(world: Any) -> None:
     assert small._buffer is not None and small._buffer.nbytes == 64
 
 
+@pytest.mark.not_on_standin("it has no sparse tensors")
 @pytest.mark.mpi(min_size=2)
 def test_other_kinds_of_tensors_are_left_alone_and_must_be_equal(world: Any) -> None:
     class Packed(nn.Parameter):
@@ -95,6 +97,7 @@ def step(run: Run, model: nn.Module) -> None:
     run.step()
 
 
+@pytest.mark.not_on_standin("it has no process group")
 @pytest.mark.mpi
 @pytest.mark.parametrize("strategy", [None, LocalSGD(2)])
 def test_a_model_in_distributed_data_parallel_is_refused(
@@ -112,6 +115,7 @@ def test_a_model_in_distributed_data_parallel_is_refused(
         step(run, model.module)
 
 
+@pytest.mark.not_on_standin("it has no process group")
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("before", [True, False])
 def test_gradients_that_two_average_are_an_error(world: Any, process_group: None, before: bool) -> None:

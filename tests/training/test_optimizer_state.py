@@ -18,7 +18,7 @@ def assert_same_on_all_ranks(world: Any, value: torch.Tensor) -> None:
 
 
 def network() -> nn.Module:
-    torch.default_generator.manual_seed(3)
+    torch.manual_seed(3)
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 
 

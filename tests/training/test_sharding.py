@@ -26,6 +26,8 @@ from hpcsgd import LASGD, AllReduce, BadOption, LocalSGD, Run
 from hpcsgd.training.digests import digest
 from tests.support import strategy_rows as s
 
+pytestmark = pytest.mark.host("loaders of data, which draw from generators of the host")
+
 SAMPLES = 23
 
 

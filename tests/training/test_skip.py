@@ -12,6 +12,7 @@ from torch import nn
 from hpcsgd import LocalSGD, Run
 from hpcsgd.compress import QSGDMaxNorm
 from tests.support import strategy_rows as s
+from tests.support.devices import Random
 
 STEPS, LATE = 7, 4
 
@@ -23,9 +24,9 @@ def net() -> nn.Module:
 
 def loss_of(model: nn.Module, step: int, *ranks: int) -> torch.Tensor:
     """The mean loss of one process over the batches of ranks."""
-    generators = [torch.Generator().manual_seed(1000 * rank + step) for rank in ranks]
-    x = torch.cat([torch.randn(3, 4, generator=each, dtype=torch.float64) for each in generators])
-    y = torch.cat([torch.randn(3, 2, generator=each, dtype=torch.float64) for each in generators])
+    generators = [Random(1000 * rank + step) for rank in ranks]
+    x = torch.cat([each.normal(3, 4, dtype=torch.float64) for each in generators])
+    y = torch.cat([each.normal(3, 2, dtype=torch.float64) for each in generators])
     return nn.functional.mse_loss(model(x), y)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from hpcsgd import LASGD, AllReduce, BadOption, Disagreement, HpcsgdError, LocalSGD, Run
 from tests.support import strategy_rows as s
+from tests.support.devices import Random
 
 Model = nn.Module
 
@@ -24,9 +25,9 @@ def net(seed: int = 0) -> nn.Module:
 
 
 def batch(rank: int, step: int, samples: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1000 * rank + step)
-    x = torch.randn(samples, 4, generator=generator, dtype=torch.float64)
-    return x, torch.randn(samples, 2, generator=generator, dtype=torch.float64)
+    random = Random(1000 * rank + step)
+    x = random.normal(samples, 4, dtype=torch.float64)
+    return x, random.normal(samples, 2, dtype=torch.float64)
 
 
 def loss_of(model: Model, *ranks_and_steps: tuple[int, int, int]) -> torch.Tensor:

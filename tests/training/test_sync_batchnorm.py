@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcsgd import DSGD, LASGD, AllReduce, BadOption, LocalSGD, Run
+from tests.support.devices import Random
 
 pytestmark = pytest.mark.mpi
 CHANNELS = 3
@@ -25,9 +26,8 @@ CASES = {
 
 def batch(rank: int, step: int, shape: tuple[int, ...], dtype: torch.dtype, empty: int = -1) -> Tensor:
     """The batch of a rank: of another size on each, and none on one."""
-    generator = torch.Generator().manual_seed(100 * step + rank)
     size = 0 if rank == empty else 2 + rank
-    return torch.randn(size, CHANNELS, *shape, generator=generator, dtype=dtype) * 3 + rank
+    return Random(100 * step + rank).normal(size, CHANNELS, *shape, dtype=dtype) * 3 + rank
 
 
 def model_of(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype) -> nn.Sequential:

@@ -7,7 +7,7 @@ copy or an event that is missing in the code under test gives wrong numbers here
 
 import functools
 
-from tests.support.standin import kernels, operators, windows
+from tests.support.standin import hooks, kernels, operators, windows
 from tests.support.standin.operators import NAME
 
 __all__ = ["NAME", "register"]
@@ -17,5 +17,6 @@ __all__ = ["NAME", "register"]
 def register() -> None:
     """Add the device to torch, for the rest of the process."""
     operators.register()
+    hooks.install()
     kernels.install()
     windows.install()

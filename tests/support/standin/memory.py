@@ -133,6 +133,9 @@ class _Memory:
 
     def contents(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the host over the memory of one of the device, for work that is being done."""
+        if torch.is_inference_mode_enabled():  # which may have ended when the work is done
+            with torch.inference_mode(False):
+                return self.contents(tensor)
         storage = tensor.untyped_storage()
         nbytes = storage.nbytes()
         if nbytes == 0:

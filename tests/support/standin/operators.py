@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from tests.support.standin import streams
+from tests.support.standin import shapes, streams
 from tests.support.standin.memory import memory
+from tests.support.standin.shapes import NAME
 
-NAME = "standin"
 aten = torch.ops.aten
 _KEY = "PrivateUse1"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -34,7 +34,6 @@ _VIEWS = (
     "set_.source_Tensor",
     "set_.source_Storage",
 )
-_NUMBERS = (torch.NumberType, torch.IntType, torch.FloatType, torch.BoolType)
 #: Autocast gives them its dtype.
 _LOW_PRECISION = ("linear", "conv2d", "matmul", "bmm")
 _libraries: list[Any] = []  # a registration ends with its library
@@ -58,14 +57,15 @@ def register() -> None:
         "convolution_backward_overrideable": _convolution_backward,
     }.items():
         library.impl(name, function, _KEY)
+    for name in ("Conjugate", "Negative"):  # torch would resolve such views by copies, without end
+        library.impl("_copy_from", torch.library.fallthrough_kernel, name)
     fallback = torch.library.Library("_", "IMPL")
     fallback.fallback(_queue_operator, _KEY)
     fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for name in _LOW_PRECISION:
         library.impl(name, _in_low_precision(_overload(name)), "AutocastPrivateUse1")
     _libraries.extend([library, fallback])
-    clone = torch.UntypedStorage.clone
-    torch.UntypedStorage.clone = lambda self: (_clone if self.device.type == NAME else clone)(self)
+    _replace_storage_methods()
 
 
 def _module() -> Any:
@@ -82,8 +82,10 @@ def _module() -> Any:
         current_device=lambda: 0,
         device_count=lambda: 1,
         manual_seed_all=_generator.manual_seed,
+        get_rng_state=lambda device=None: _generator.get_state(),
+        set_rng_state=lambda state, device=None: _generator.set_state(state),
         get_rng_state_all=lambda: [_generator.get_state()],
-        set_rng_state_all=lambda states: _generator.set_state(states[0]),
+        set_rng_state_all=lambda states: [_generator.set_state(each) for each in states],
         device=lambda device: contextlib.nullcontext(),
         get_device_properties=lambda device: SimpleNamespace(multi_processor_count=3),
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
@@ -97,7 +99,7 @@ def _in_low_precision(operator: Any) -> Any:
 
     def run(*arguments: Any, **options: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_HERE):
-            return operator(*tree_map(one, arguments), **tree_map(one, options))
+            return operator(*shapes.mapped(one, arguments), **shapes.mapped(one, options))
 
     return run
 
@@ -109,11 +111,6 @@ def _overload(name: str) -> Any:
 
 def _view_operator(operator: Any) -> Any:
     return lambda *arguments, **options: operator.redispatch(_CPU, *arguments, **options)
-
-
-def is_here(value: Any) -> bool:
-    """Return whether a value is a tensor of the device."""
-    return isinstance(value, Tensor) and value.device.type == NAME
 
 
 # Memory.
@@ -143,10 +140,24 @@ def _resize(tensor: Tensor, size: Any, *, memory_format: Any = None) -> Tensor:
     return tensor
 
 
-def _clone(storage: Any) -> Any:
-    """Copy a storage, which torch asks an allocator for that a device in Python cannot have."""
-    new = memory.allocate(storage.nbytes())
-    return new.copy_(torch.empty(0, dtype=torch.uint8, device=NAME).set_(storage)).untyped_storage()
+def _replace_storage_methods() -> None:
+    """Copy storages as tensors; torch would ask an allocator that a device in Python cannot have."""
+    clone, to = torch.UntypedStorage.clone, torch.UntypedStorage.to
+
+    def clone_anywhere(storage: Any) -> Any:
+        return _copied(storage) if storage.device.type == NAME else clone(storage)
+
+    def to_anywhere(storage: Any, *, device: Any, non_blocking: bool = False) -> Any:
+        if torch.device(device).type == NAME:
+            return storage if storage.device.type == NAME else _copied(storage)
+        return to(storage, device=device, non_blocking=non_blocking)
+
+    torch.UntypedStorage.clone, torch.UntypedStorage.to = clone_anywhere, to_anywhere
+
+
+def _copied(storage: Any) -> Any:
+    source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return memory.allocate(storage.nbytes()).copy_(source).untyped_storage()
 
 
 # Copies.
@@ -154,11 +165,11 @@ def _clone(storage: Any) -> Any:
 
 def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """Queue a copy between host and device, or within the device; a blocking one waits for its stream."""
-    to, of = (memory.contents(each) if is_here(each) else each for each in (target, source))
+    to, of = (memory.contents(each) if shapes.is_here(each) else each for each in (target, source))
     queue_kernel(lambda: to.copy_(of))
-    if non_blocking or (is_here(source) and is_here(target)):
+    if non_blocking or (shapes.is_here(source) and shapes.is_here(target)):
         return target
-    if is_here(source):
+    if shapes.is_here(source):
         streams.current_stream().synchronize()
     else:
         streams.current_stream().drain()  # CUDA has read pageable memory when the call returns
@@ -196,6 +207,8 @@ def queue_kernel(run: Any) -> None:
 def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
     """Queue an operator that torch has no kernel of the device for: all but those above."""
     _check_no_view(operator)
+    _check_generator(options.get("generator"))
+    _check_devices(operator, [*shapes.flat(arguments), *shapes.flat(options)])
     given = _with_tensors(operator, arguments), options
     try:
         outputs = _outputs(operator, given)
@@ -203,10 +216,10 @@ def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
         # Its result, or the shape of it, depends on values: as on a GPU, the caller waits.
         return _do_now(operator, given)
     real, seed = _real(given), _draw(operator)
-    targets = [memory.contents(each) for each in _flat(outputs)]
+    targets = shapes.mapped(lambda each: memory.contents(each) if shapes.is_here(each) else each, outputs)
 
     def run() -> None:
-        for target, value in zip(targets, _flat(_call(operator, real, seed)), strict=True):
+        for target, value in _pairs(targets, _call(operator, real, seed)):
             if target.data_ptr() != value.data_ptr():
                 target.copy_(value)
 
@@ -214,9 +227,29 @@ def _queue_operator(operator: Any, *arguments: Any, **options: Any) -> Any:
     return outputs
 
 
+def _pairs(targets: Any, values: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Generate pairs of tensors, but for values that the CPU does not compute: a batch norm has such ones."""
+    if isinstance(targets, list | tuple):
+        for target, value in zip(targets, values, strict=True):
+            yield from _pairs(target, value)
+    elif isinstance(values, Tensor) and values.numel():
+        yield targets, values
+
+
 def _check_no_view(operator: Any) -> None:
     views = [each for each in operator._schema.returns if each.alias_info and not each.alias_info.is_write]
     assert not views, f"{operator} returns a view: add it to _VIEWS"
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None:
+        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device}'")
+
+
+def _check_devices(operator: Any, tensors: list[Tensor]) -> None:
+    on_host = any(each.dim() and each.device.type == "cpu" for each in tensors)
+    if on_host and not operator.name().startswith("aten::index"):  # indices may lie in host memory
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {NAME} and cpu")
 
 
 def _with_tensors(operator: Any, arguments: Any) -> list[Any]:
@@ -231,70 +264,42 @@ def _with_tensors(operator: Any, arguments: Any) -> list[Any]:
 
 
 def _outputs(operator: Any, given: Any) -> Any:
-    """Return the tensors for the results, of the shapes that the operator has on torch's meta device."""
-    if any(isinstance(each.type, _NUMBERS) for each in operator._schema.returns):
-        raise NotImplementedError("a number is returned")
-    meta, origins = _converted(given, _like_meta, "meta")
-    found = operator(*meta[0], **meta[1])
+    """Return the tensors for the results."""
+    tensors = shapes.flat(given)
 
     def output(value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if isinstance(value, shapes.New):
+            return _empty_strided(value.size, value.stride, dtype=value.dtype)
+        if not isinstance(value, shapes.Given):
             return value
-        if id(value) not in origins:
-            return _empty_strided(value.size(), value.stride(), dtype=value.dtype)
-        origin = origins[id(value)]
-        return origin if origin.size() == value.size() else _resize(origin, value.size())
+        tensor = tensors[value.index]
+        return tensor if tensor.size() == value.size else _resize(tensor, value.size)
 
-    return tree_map(output, found)
+    return shapes.mapped(output, shapes.results(operator, given, tensors))
 
 
 def _do_now(operator: Any, given: Any) -> Any:
     streams.current_stream().synchronize()
-    real, origins = _converted(given, memory.contents, "cpu")
+    real, origins = shapes.converted(given, memory.contents, "cpu")
 
     def output(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if id(value) in origins:
             return origins[id(value)]
-        result = _empty_strided(value.size(), value.stride(), dtype=value.dtype)
-        memory.contents(result).copy_(value)
+        result = outs.pop(0) if outs else _empty_strided(value.size(), value.stride(), dtype=value.dtype)
+        if result.size() != value.size():
+            _resize(result, value.size())
+        to = memory.contents(result)
+        queue_kernel(lambda: to.copy_(value))
         return result
 
-    return tree_map(output, _call(operator, real, _draw(operator)))
+    outs = [given[1][each.name] for each in operator._schema.arguments if each.is_out]
+    return shapes.mapped(output, _call(operator, real, _draw(operator)))
 
 
 def _real(given: Any) -> Any:
-    return _converted(given, memory.contents, "cpu")[0]
-
-
-def _converted(given: Any, convert: Any, device: str) -> tuple[Any, dict[int, Tensor]]:
-    """Return arguments for another device, and the tensor of the stand-in for each converted one."""
-    converted: dict[int, Tensor] = {}
-    origins: dict[int, Tensor] = {}
-
-    def one(value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return torch.device(device)
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in converted:
-            # A GPU reads a tensor of the host when the kernel is queued.
-            converted[id(value)] = new = convert(value) if is_here(value) else value.clone().to(device)
-            origins[id(new)] = value
-        return converted[id(value)]
-
-    return tree_map(one, given), origins
-
-
-def _like_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _flat(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    return [each for value in values or () for each in _flat(value)]
+    return shapes.converted(given, memory.contents, "cpu")[0]
 
 
 def _draw(operator: Any) -> int | None:

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcsgd.training.checkpoint.in_memory import InMemoryCheckpoints, redistribute, rescale_progress
+from tests.support.devices import normal
 
 
 def state(rank: int, step: int, model_step: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(rank)
-    model = {"weight": torch.randn(3, 2, generator=generator), "count": torch.tensor(rank)}
+    model = {"weight": normal(3, 2, seed=rank), "count": torch.tensor(rank)}
     return {"step": step, "run": {"model": model, "model_step": model_step, "optimizer": {"own": rank}}}
 
 
@@ -32,10 +32,10 @@ def test_all_go_on_from_the_newest_state_that_all_have(world: Any) -> None:
     expected = 2 if world.size > 1 else 2 + world.rank % 2
     assert found is not None
     for value in (found["live"], found["nested"][0]["live"]):
-        assert torch.equal(value, torch.full((2,), float(expected)))
+        assert torch.equal(value, torch.full((2,), float(expected), device=value.device))
     checkpoints.add({"live": live})
     again = checkpoints.newest_common(world)
-    assert again is not None and torch.equal(again["live"], live)
+    assert again is not None and torch.equal(again["live"].to(live.device), live)
 
 
 @pytest.mark.mpi
