@@ -44,7 +44,7 @@ def group_of(world: World, dtype: torch.dtype = torch.float32, shapes: Any = SHA
 
 
 def by_node(group: TensorGroup, row: c.Row, algorithm: str) -> bool:
-    if row.name == "powersgd" or group.world.device.type != "cpu":
+    if row.name == "powersgd" or (group.staged and not group.buckets[0].windowed):
         return False
     return algorithm == "two-level" or (algorithm == "auto" and group.shared and group.world.nodes > 1)
 
