@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hpcsgd import DSGD, Run
+from tests.support.devices import normal
 
 pytestmark = pytest.mark.mpi
-from tests.support.devices import normal
 
 EACH, FEATURES = 3, 8000  # larger than the buffers of small messages
 
