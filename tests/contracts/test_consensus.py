@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpcsgd import DSGD, Run
-from hpcsgd.training.data.rng_streams import torch_stream
+from tests.support.devices import normal
 
 pytestmark = pytest.mark.mpi
 
@@ -21,13 +21,11 @@ def test_consensus_distance_with_different_current_peers(world_of: Any, shared: 
     model = torch.nn.Linear(FEATURES, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Run(model, optimizer, DSGD(topology="ring"), comm=world, virtual_nodes=EACH * world.size) as run:
-        own = {peer: torch.randn(FEATURES + 1, generator=torch_stream("own", peer)) for peer in run.peers}
+        own = {peer: normal(FEATURES + 1, seed=peer) for peer in run.peers}
         for peer in run.each_peer():
             with torch.no_grad():
                 model.weight.copy_(own[peer][:-1]), model.bias.copy_(own[peer][-1:])
-        everyone = torch.stack(
-            [torch.randn(FEATURES + 1, generator=torch_stream("own", p)) for p in range(EACH * world.size)]
-        )
+        everyone = torch.stack([normal(FEATURES + 1, seed=peer) for peer in range(EACH * world.size)])
         expected = float((everyone - everyone.mean(0)).square().sum(1).mean().sqrt())
         current = world.rank % EACH
         for index, _ in enumerate(run.each_peer()):

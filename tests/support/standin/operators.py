@@ -53,6 +53,7 @@ def register() -> None:
         "_copy_from": _copy,
         "_copy_from_and_resize": _copy_and_resize,
         "_local_scalar_dense": _read,
+        "native_dropout": _dropout,
         "convolution_overrideable": _convolution,
         "convolution_backward_overrideable": _convolution_backward,
     }.items():
@@ -315,14 +316,19 @@ def _call(operator: Any, given: Any, seed: int | None) -> Any:
         if each.is_out and isinstance(value := options.get(each.name), Tensor):
             # Some operators resize their output for a while, as memory that others see cannot be.
             options = {**options, each.name: torch.empty(0, dtype=value.dtype, device="cpu")}
-    if seed is None:
-        return operator(*arguments, **options)
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        return operator(*arguments, **options)
-    finally:
-        torch.default_generator.set_state(before)
+    if seed is not None:
+        # A generator of its own: others may set the state of the CPU's meanwhile.
+        options = {**options, "generator": torch.Generator("cpu").manual_seed(seed)}
+    return operator(*arguments, **options)
+
+
+def _dropout(values: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """The dropout that torch has for GPUs, of operators that accept a generator."""
+    mask = torch.empty_like(values, dtype=torch.bool)
+    if train is False:
+        return values.clone(), mask.fill_(True)
+    mask.bernoulli_(1 - p)
+    return values * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
 
 
 def _convolution(*arguments: Any) -> Any:
