@@ -143,11 +143,8 @@ def test_fewer_batches_than_ranks(world: Any, shuffle: bool) -> None:
     """A loader of one batch, as full-batch methods have, trains as in one process."""
     x = normal(5, 2, seed=3)
     with start(world) as run:
-        weights = [
-            run.weight
-            for (batch,) in run.batches(DataLoader(TensorDataset(x), 5, shuffle=shuffle))
-            if step(run, batch) is None
-        ]
+        loader = DataLoader(TensorDataset(x), 5, shuffle=shuffle)
+        weights = [run.weight for (batch,) in run.batches(loader) if step(run, batch) is None]
         assert weights == [int(world.rank == 0)] and run.steps == 1
     with start(world) as other:
         step(other, x)
