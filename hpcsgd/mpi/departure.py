@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.control_messages import ControlChannel
 from hpcsgd.mpi.outstanding import MOST_SIGNATURES
 from hpcsgd.mpi.waiting import DeadlineWaiter
+
+if TYPE_CHECKING:
+    from hpcsgd.mpi.node import Node
 
 # Seconds that a wait for a rank that has left may last, since its last messages may be under way; and if the
 # waiting rank has left too, and needs no result.
@@ -45,10 +48,13 @@ class Part:
         Those with messages, by a name that is the same on their ranks, without their duplicates.
     to_free
         The MPI communicators that belong to hpcsgd, in the order of their creation.
+    node
+        The memory that the ranks of this node share; None: none yet.
     """
 
     communicators: dict[str, Communicator] = field(default_factory=dict)
     to_free: list[Any] = field(default_factory=list)
+    node: Node | None = None
 
 
 class Departure:
@@ -192,19 +198,24 @@ class Departure:
     def _leave(self) -> Iterator[None]:
         """Yields while there is nothing to do."""
         yield from self._until(lambda: time.monotonic() >= self._announce_at)
+        windows = [part.node.release_windows() for part in self._parts.values() if part.node is not None]
+        for each in windows:
+            next(each)
         communicators = self._communicators()
         counts = {key: each.outstanding.collectives for key, each in communicators.items()}
         for rank in self._others:
             self._channel.depart(rank, (self.reason, counts))
         yield from self._until(lambda: self._others <= set(self._channel.departures))
+        for each in windows:
+            next(each, None)
         everyone = {r: contents[0][1] for r, contents in self._channel.departures.items()}
         everyone[self._rank] = counts
         kept = yield from self._join_collectives(communicators, everyone)
-        for each in communicators.values():
-            if each not in kept:
-                each.outstanding.cancel_receives()
-                yield from self._until(each.outstanding.ended)
-                yield from _receive_all(each.comm, each.tag_limit - 1)
+        for communicator in communicators.values():
+            if communicator not in kept:
+                communicator.outstanding.cancel_receives()
+                yield from self._until(communicator.outstanding.ended)
+                yield from _receive_all(communicator.comm, communicator.tag_limit - 1)
         yield from _receive_all(self._channel.comm, 0)
         self._free([each.comm for each in kept])
         self._release()

@@ -39,7 +39,7 @@ class DeviceAllocator:
 
     Notes
     -----
-    A world that is given up after a failure keeps its windows until the process ends.
+    A world of which a rank has died keeps its windows until the process ends.
     """
 
     def __init__(self, node: Communicator) -> None:
@@ -85,14 +85,14 @@ class DeviceAllocator:
             return None  # what has been allocated is dropped, and freed with the next one
         return rows
 
-    def release(self) -> None:
-        """Unmap the memory of other ranks, and free what is not used any more; collective, idempotent."""
-        if self._count == 0:  # equal on all ranks
-            return
+    def unmap(self) -> None:
+        """Unmap the memory of other ranks; local, after the last use of it by this rank."""
         for window in self._windows.values():
             _unmap(window)
-        self._node.barrier("the release of device memory")
-        # A model may outlive its world: its memory is freed when it is dropped.
+
+    def free(self) -> None:
+        """Free the memory of this rank once it is dropped; local, after all ranks have called `unmap`."""
+        # A model may outlive its world.
         self._released, self._windows, self._count = self._windows, {}, 0
         for number in sorted(self._dropped):
             self._on_drop(number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,11 +158,17 @@ class Node:
             self.comm.barrier("the compilation of kernels")
 
     def release(self) -> None:
-        """Release the memory that the ranks share; collective over the node."""
-        if self._device_allocator is not None:
-            self._device_allocator.release()
+        """Release the shared memory of the barrier."""
         self.flags = None
         self._slots.clear()
+
+    def release_windows(self) -> Iterator[None]:
+        """Release the windows of device memory; what follows the yield after all ranks have come to it."""
+        if self._device_allocator is not None:
+            self._device_allocator.unmap()
+        yield
+        if self._device_allocator is not None:
+            self._device_allocator.free()
 
 
 class NodeBarrier:

@@ -109,6 +109,7 @@ class World:
             shared_memory=runtime.shared_memory,
             device_windows=runtime.device_windows,
         )
+        runtime.parts[part].node = self.local
 
     def _free_at_close(self, comm: Any) -> Any:
         self._runtime.parts[self._part].to_free.append(comm)
@@ -341,7 +342,10 @@ class World:
         if self._owns_runtime:
             self._runtime.stall_detector.close(self.gather)
             self._runtime.departure.receive_interruptions(self.gather)
+        windows = self.local.release_windows()
+        next(windows)
         self.control.barrier("the end of the world")
+        next(windows, None)
         self.waiter.hooks.check()
         self.local.release()
         part = self._runtime.parts.pop(self._part)

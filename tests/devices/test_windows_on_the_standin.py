@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,11 +31,13 @@ def group_on(world: Any, numel: int = 1000, dtype: torch.dtype = torch.float32) 
     return TensorGroup(world, [("w", torch.empty(numel, dtype=dtype, device="cpu"))])
 
 
-def windows_here() -> int:
-    """The allocations and mappings of this process."""
+@pytest.fixture
+def windows_here() -> Callable[[], int]:
+    """Counts the allocations and mappings of this process since the start of the test."""
     from tests.support.standin import windows
 
-    return len(windows._sizes)
+    before = set(windows.sizes)
+    return lambda: len(set(windows.sizes) - before)
 
 
 def values(rank: int, numel: int, dtype: torch.dtype) -> Tensor:
@@ -68,38 +71,52 @@ def test_a_mean_in_windows_has_the_bits_of_the_host(own: Any, dtype: torch.dtype
     assert torch.equal(found[0].view(torch.uint8), found[1].view(torch.uint8))
 
 
-def test_dropped_windows_are_freed_when_all_ranks_have_dropped_them(own: Any) -> None:
-    before = windows_here()
+def test_dropped_windows_are_freed_when_all_ranks_have_dropped_them(
+    own: Any, windows_here: Callable[[], int]
+) -> None:
     kept = group_on(own)
     dropped = group_on(own)
-    assert windows_here() == before + 2 * own.size
+    assert windows_here() == 2 * own.size
     if own.rank == 0:
         del dropped
         gc.collect()
     other = group_on(own)
-    assert windows_here() == before + 3 * own.size, "rank 0 alone has dropped it"
+    assert windows_here() == 3 * own.size, "rank 0 alone has dropped it"
     dropped = other
     del other
     gc.collect()
     last = group_on(own)
-    assert windows_here() == before + 3 * own.size, "all have dropped one"
+    assert windows_here() == 3 * own.size, "all have dropped one"
     for group in (kept, dropped, last):
         group.views["w"].fill_(own.rank)
         allreduce(group)
         assert float(group.views["w"][0]) == pytest.approx((own.size - 1) / 2)
 
 
-def test_a_model_outlives_the_windows_of_its_world() -> None:
-    before = windows_here()
+def test_a_model_outlives_the_windows_of_its_world(windows_here: Callable[[], int]) -> None:
     with cases.world_on("standin", "windows") as own:
         views = group_on(own).views
         views["w"].fill_(own.rank + 3)
         rank = own.rank
-    assert windows_here() == before + 1, "its own memory, and none of other ranks"
+    assert windows_here() == 1, "its own memory, and none of other ranks"
     assert views["w"].tolist() == [rank + 3] * 1000
     views.clear()
     gc.collect()
-    assert windows_here() == before
+    assert windows_here() == 0
+
+
+def test_windows_of_a_world_that_all_ranks_have_left_are_freed(windows_here: Callable[[], int]) -> None:
+    own = cases.world_on("standin", "windows")
+    group = group_on(own)
+    allreduce(group)
+    assert windows_here() == own.size
+    own.leave("the test wants it")
+    del group
+    gc.collect()
+    end = time.monotonic() + 20
+    while windows_here() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert windows_here() == 0
 
 
 def test_without_access_to_a_peer_buckets_are_staged_with_one_warning(own: Any) -> None:

@@ -15,7 +15,7 @@ from tests.support.standin.operators import NAME
 from tests.support.standin.streams import synchronize
 
 #: Bytes of what is mapped, and the file of what is allocated, by address.
-_sizes: dict[int, int] = {}
+sizes: dict[int, int] = {}
 _files: dict[int, int] = {}
 #: Let the next so many handles of this process not be opened.
 refused = [0]
@@ -44,7 +44,7 @@ def _allocate(nbytes: int, _: torch.device, on_drop: Callable[[], None]) -> tupl
     descriptor = os.memfd_create("standin")
     os.ftruncate(descriptor, nbytes)
     tensor = memory.map_file(descriptor, nbytes, on_drop)
-    _files[tensor.data_ptr()], _sizes[tensor.data_ptr()] = descriptor, nbytes
+    _files[tensor.data_ptr()], sizes[tensor.data_ptr()] = descriptor, nbytes
     return tensor, f"/proc/{os.getpid()}/fd/{descriptor}".encode()
 
 
@@ -55,16 +55,16 @@ def _open_handle(handle: bytes, nbytes: int, _: torch.device) -> Tensor:
     descriptor = os.open(handle, os.O_RDWR)
     tensor = memory.map_file(descriptor, nbytes, lambda: None)
     os.close(descriptor)
-    _sizes[tensor.data_ptr()] = nbytes
+    sizes[tensor.data_ptr()] = nbytes
     return tensor
 
 
 def _close_handle(address: int, _: torch.device) -> None:
     synchronize()
-    memory.unmap(address, _sizes.pop(address))
+    memory.unmap(address, sizes.pop(address))
 
 
 def _free(address: int, _: torch.device) -> None:
     synchronize()
     os.close(_files.pop(address))
-    memory.unmap(address, _sizes.pop(address))
+    memory.unmap(address, sizes.pop(address))
