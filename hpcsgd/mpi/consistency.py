@@ -32,7 +32,8 @@ def collectively(gather: Gather, action: Callable[[], T]) -> T:
 def check_consistent(gather: Gather, fields: Mapping[str, object]) -> None:
     """Check that each field is equal on all ranks; see `World.check_consistent`."""
     for name, values in _columns(gather(dict(fields), "the comparison of settings")):
-        if all(value == values[0] for value in values):
+        # NaN is unequal to itself.
+        if all(value == values[0] or value != value != values[0] != values[0] for value in values):
             continue
         got, expected = first_difference(values)
         deviating = [rank for rank, value in enumerate(values) if value != values[0]]

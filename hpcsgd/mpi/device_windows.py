@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import cuda_ipc
 from hpcsgd.mpi.communicator import Communicator
 
@@ -103,8 +105,8 @@ class DeviceAllocator:
         if window is None:
             self._dropped.add(number)
         else:
-            with contextlib.suppress(cuda_ipc.IpcError):  # at the end of the process
-                cuda_ipc.free(window.own, window.device)
+            with contextlib.suppress(HpcsgdError):  # at the end of the process
+                _free(window)
 
     def _free_dropped(self) -> None:
         if self._count == 0:
@@ -117,7 +119,7 @@ class DeviceAllocator:
                 _unmap(window)
             self._node.barrier(_OPERATION)
             if window is not None:
-                cuda_ipc.free(window.own, window.device)
+                _free(window)
 
     def _warn(self, problem: str) -> None:
         if self._node.rank == 0 and not self._warned:
@@ -132,6 +134,24 @@ class DeviceAllocator:
 
 
 def _unmap(window: _Window) -> None:
-    for address in window.mapped:
-        cuda_ipc.close_handle(address, window.device)
+    with _explained():
+        for address in window.mapped:
+            cuda_ipc.close_handle(address, window.device)
     window.mapped = []
+
+
+def _free(window: _Window) -> None:
+    with _explained():
+        cuda_ipc.free(window.own, window.device)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except cuda_ipc.IpcError as error:
+        raise HpcsgdError(
+            "device memory that the ranks of a node share cannot be released",
+            got=str(error),
+            do="look for an earlier error of the GPU, which all later calls report, and start the job anew",
+        ) from error

@@ -82,6 +82,8 @@ class World:
             shutdown.abort_on_uncaught_exception()
             interactive.watch(runtime)
             self.progress.start()
+            kinds = {"the kind of device (device=, --device)": self.device.type}
+            self.check_consistent(kinds | {"HPCSGD_CUDA_AWARE": self.cuda_aware})
         if folder := environment.trace_folder():
             self.start_trace(folder)
 

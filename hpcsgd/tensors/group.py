@@ -12,7 +12,7 @@ from torch import Tensor
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.shared_memory import SharedMemory
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors.memory import is_dense, pinned, with_own_storage
+from hpcsgd.tensors.memory import is_dense, pinned, registered, with_own_storage
 
 #: Dtypes that can be averaged; groups of other dtypes can only be broadcast and gathered.
 SUMMABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -242,10 +242,8 @@ class TensorGroup:
 
     def _host_memory(self) -> Tensor:
         if self._shared_rows is not None:
-            memory = torch.from_numpy(self._shared_rows.row)
-            if self.world.device.type == "cuda":
-                _pin(memory)
-            return memory
+            row = self._shared_rows.row
+            return registered(row) if self.world.device.type == "cuda" else torch.from_numpy(row)
         return pinned(max(self.nbytes, ALIGNMENT), self.world.device)
 
     def _bucket(
@@ -330,11 +328,3 @@ def _view(flat: Tensor, position: int, like: Tensor) -> Tensor:
     if like.is_complex():
         return flat.as_strided((*like.size(), 2), (*(2 * stride for stride in strides), 1), start)
     return flat.as_strided(like.size(), strides, start)
-
-
-def _pin(memory: Tensor) -> None:
-    """Pin memory, so that the GPU can access it directly."""
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
-    if int(code) != 0:
-        raise RuntimeError(f"cudaHostRegister failed with {code}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
@@ -41,6 +43,41 @@ def with_own_storage(view: Tensor) -> Tensor:
 def pinned(nbytes: int, device: torch.device) -> Tensor:
     """Return zeroed host memory, (nbytes,) uint8, that a GPU, if `device` is one, copies without the host."""
     return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda", device="cpu")
+
+
+class _Registration:
+    """Host memory that a GPU copies without the host, as long as an array refers to this."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.__array_interface__ = memory.__array_interface__
+        self._memory = memory
+        self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = int(self._cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+        self._registered = code == 0
+        if code:
+            warnings.warn(
+                f"host memory is not pinned (cudaHostRegister: error {code}): copies between the GPU and the "
+                "host are slower; raise the limit of locked memory (ulimit -l)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def __del__(self) -> None:
+        # Before the memory is unmapped: its addresses may be given out again, and registered then.
+        if self._registered:
+            with suppress(Exception):  # at the end of the process CUDA may be gone
+                self._cudart.cudaHostUnregister(self._memory.ctypes.data)
+
+
+def registered(memory: np.ndarray) -> Tensor:
+    """Return memory as a tensor, pinned until the last tensor on it is dropped.
+
+    Parameters
+    ----------
+    memory
+        (nbytes,), uint8, of the host.
+    """
+    return torch.from_numpy(np.asarray(_Registration(memory)))
 
 
 def without_repetition(tensor: Tensor) -> Tensor:

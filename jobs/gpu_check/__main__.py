@@ -6,6 +6,7 @@ Needs only Python's own library, so that a missing or broken package fails one s
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ def check(planned: Sequence[Step], machine: Machine, report: Report, budget: flo
     """Run the steps within a budget of seconds; returns 1 if one failed, after all have run."""
     log, end = report.folder / "gpu_check.log", time.monotonic() + budget
     log.write_text("")
+    report.write()
     if machine.problem:
         report.add(Outcome("wheels", "failed", machine.problem))
     for step in planned:
@@ -37,7 +39,8 @@ def check(planned: Sequence[Step], machine: Machine, report: Report, budget: flo
         report.add(outcome)
         _print(f"{outcome.status}: {outcome.name}, {outcome.seconds} s {outcome.reason}")
     _print(f"\n{report.page()}\n{report.folder}/gpu_check.json")
-    return int(any(outcome.is_failure for outcome in report.outcomes))
+    states = [outcome.status for outcome in report.outcomes]
+    return int("passed" not in states or any(outcome.is_failure for outcome in report.outcomes))
 
 
 def _print(text: str) -> None:
@@ -63,15 +66,20 @@ def main(words: Sequence[str] | None = None) -> int:
         "--budget", type=float, default=BUDGET, help="seconds for all steps (default: %(default)s)"
     )
     options = parser.parse_args(words)
-    chosen = [part.strip() for part in options.only.split(",")]
+    chosen = [part.strip() for part in options.only.split(",") if part.strip()] or [""]
     planned = [step for step in steps(options.dry_run) if any(part in step.name for part in chosen)]
     if not planned:
         names = ", ".join(step.name for step in steps(options.dry_run))
         parser.error(f"--only {options.only}: no such step; there are: {names}")
     began = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that no step outlives this
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
         machine = Machine(Path(work), options.wheels)
-        report = Report(options.output.resolve(), options.dry_run)
+        try:
+            report = Report(options.output.resolve(), options.dry_run)
+        except OSError as error:
+            parser.error(f"--output {options.output}: {error}")
         return check(planned, machine, report, options.budget - (time.monotonic() - began))
 
 

@@ -75,7 +75,7 @@ class Machine:
     """
 
     def __init__(self, work: Path, wheels: Path | None = None) -> None:
-        defaults = {"OMP_NUM_THREADS": "1", **OPEN_MPI}
+        defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0", **OPEN_MPI}
         self.env = {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)  # else each rank of each step compiles all tests anew
         self.work = work
@@ -136,12 +136,15 @@ def run_step(step: Step, machine: Machine, log: Path, limit: float) -> Outcome:
         seconds = round(time.monotonic() - began, 1)
         file.seek(position)
         text = file.read()
+    counts = _counts(text)
     status = "timed out" if code is None else "failed" if code else "passed"
     reason = f"after {limit:.0f} s" if code is None else f"exit status {code}" if code else ""
+    if status == "passed" and counts.get("passed") == 0:
+        status, reason = "skipped", "none of the tests could run here"
     tail = text[-(4000 if code != 0 else 1500) :]
     failed = [line[:200] for line in text.splitlines() if re.search(r"^(FAILED|ERROR) | FAILED$", line)]
     figures = list(_figures(Path(names["CSV"])))
-    return Outcome(step.name, status, reason, shown, seconds, _counts(text), failed[:50], figures, tail)
+    return Outcome(step.name, status, reason, shown, seconds, counts, failed[:50], figures, tail)
 
 
 def _call(command: Sequence[str], env: Mapping[str, str], output: Any, limit: float) -> int | None:

@@ -91,6 +91,10 @@ class Report:
             lines = [line for line in outcome.output.splitlines() if line.startswith("{")]
             with suppress(ValueError, IndexError):
                 self._facts = json.loads(lines[-1])
+        self.write()
+
+    def write(self) -> None:
+        """Write both files, of the steps so far."""
         content = {
             "dry_run": self.dry_run,
             "machine": self._facts,

@@ -29,6 +29,7 @@ class Sizes:
     device: str
     kernels: str
     suites: str
+    other_suites: str
     kib: str
     host_kib: str
     elements: str
@@ -40,7 +41,9 @@ class Sizes:
 FULL = Sizes(
     device="cuda",
     kernels="tests/kernels/test_cuda_source.py -k gpu",
-    suites="tests/devices tests/contracts tests/strategies tests/training",
+    suites="tests/contracts/test_collectives.py tests/contracts/test_strategies.py tests/compress "
+    "tests/contracts/test_neighbour.py tests/training/test_steps.py tests/training/checkpoint",
+    other_suites="tests/contracts tests/strategies tests/training tests/tensors tests/commands/train",
     kib="4,64,1024,4096,16384,65536,262144",
     host_kib="4,256,4096,65536",
     elements="134M",
@@ -54,6 +57,7 @@ TINY = Sizes(
     device="cpu",
     kernels="tests/kernels/test_quantise.py -k one_element",
     suites="tests/devices tests/strategies/test_closing_rule.py",
+    other_suites="tests/devices tests/strategies/test_delays.py",
     kib="4",
     host_kib="4",
     elements="64k",
@@ -108,17 +112,8 @@ def steps(dry_run: bool) -> list[Step]:
 
 def _steps(sizes: Sizes) -> list[Step]:
     device, repeats = f"--device {sizes.device}", f"--repeats {sizes.repeats} --csv CSV"
-    suites = [
-        "python",
-        "-m",
-        "pytest",
-        "-v",
-        "-m",
-        "not long",
-        "--device",
-        sizes.device,
-        *sizes.suites.split(),
-    ]
+    pytest = ["python", "-m", "pytest", "-v", "-m", "not long", "--device", sizes.device]
+    suites, other_suites = [*pytest, *sizes.suites.split()], [*pytest, *sizes.other_suites.split()]
 
     def tests(name: str, words: str, seconds: float) -> Step:
         return Step(name, f"python -m pytest -q {words}".split(), seconds)
@@ -149,6 +144,7 @@ def _steps(sizes: Sizes) -> list[Step]:
         bench("step, 2 ranks", train, 80, 2),
         Step("suites, 1 rank", suites, 60, 1),
         Step("suites, 4 ranks", suites, 75, 4),
+        Step("suites, others", other_suites, 75, 2),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         *(bench(f"allreduce on the host, {n} ranks", host, 40, n) for n in (2, 4, 8, 16)),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpcsgd import Disagreement
 from hpcsgd.collectives import allreduce
 from hpcsgd.tensors.group import TensorGroup
 from tests.support import device_cases as cases
@@ -135,6 +136,11 @@ def test_without_access_to_a_peer_buckets_are_staged_with_one_warning(own: Any) 
     assert len(found) == (own.rank == 0)
     assert not found or "peer access is not supported" in found[0]
     assert group_on(own).buckets[0].windowed, "what could not be mapped is freed"
+
+
+def test_ranks_on_the_cpu_and_others_are_an_error(world: Any) -> None:
+    with pytest.raises(Disagreement, match=r"kind of device .* differs from that of rank 0"):
+        cases.world_on("standin" if world.rank else "cpu", "windows")
 
 
 def test_a_rank_that_wants_no_windows_decides_for_its_node(

@@ -117,6 +117,32 @@ def test_a_step_ends_at_its_limit_with_its_ranks(tmp_path: Path, monkeypatch: py
     assert not [pid for pid in pids if Path("/proc", pid, "cmdline").exists() and _is_running(pid)]
 
 
+def test_a_check_that_is_ended_leaves_no_ranks(tmp_path: Path) -> None:
+    hangs = f"import os, time; open({str(tmp_path)!r} + f'/rank-{{os.getpid()}}', 'w'); time.sleep(60)"
+    step = Step("hangs", ["python", "-c", hangs], 60, ranks=2)
+    script = "from jobs.gpu_check.steps import Step\nimport jobs.gpu_check.__main__ as check\n"
+    script += f"check.steps = lambda dry_run: [{step!r}]\ncheck.main(['--output', {str(tmp_path / 'out')!r}])"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=env)
+    end = time.monotonic() + 30
+    while len(list(tmp_path.glob("rank-*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 128 + 15
+    pids = [path.name.removeprefix("rank-") for path in tmp_path.glob("rank-*")]
+    assert len(pids) == 2
+    assert not [pid for pid in pids if Path("/proc", pid, "cmdline").exists() and _is_running(pid)]
+    assert json.loads((tmp_path / "out" / "gpu_check.json").read_text())["steps"] == []
+
+
+def test_a_check_of_which_nothing_ran_is_no_success(tmp_path: Path) -> None:
+    assert run(tmp_path, [python("late", "")], budget=5)[0] == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    code, content, _ = run(other, [python("tests", "print('0 passed, 0 failed, 9 skipped')")])
+    assert code == 1 and content["steps"][0]["status"] == "skipped"
+
+
 def _is_running(pid: str) -> bool:
     """Whether it is no zombie, which a test's container may never collect."""
     return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -45,6 +45,15 @@ def frozen() -> nn.Module:
     return model
 
 
+@pytest.mark.mpi(min_size=2)
+def test_ranks_that_give_mpi_device_memory_and_others_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpi4py import MPI
+
+    monkeypatch.setenv("HPCSGD_CUDA_AWARE", str(int(MPI.COMM_WORLD.rank == 0)))
+    with pytest.raises(Disagreement, match="HPCSGD_CUDA_AWARE differs from that of rank 0"):
+        World(timeout=20, device="cpu")
+
+
 INCONSISTENT: dict[str, tuple[Callable[[Any], Run], str]] = {
     "shape": (lambda w: start(w, net(width=4)), r"a \(4, 2\)"),
     "name": (lambda w: start(w, net("c")), r"c \(3, 2\)"),

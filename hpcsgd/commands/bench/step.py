@@ -24,6 +24,7 @@ from hpcsgd.commands.bench.step_loop import (
     sgd,
 )
 from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
+from hpcsgd.compress import build as build_scheme
 from hpcsgd.errors import unknown
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce
@@ -98,6 +99,8 @@ def main(
     devices.check_device(device)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if compress is not None:
+        build_scheme(compress)
     path = None if csv is None else Path(csv)
     settings = _Settings(batch, repeats, steps, seed, DTYPES[dtype], context, compress, bucket_mib)
     with World(device=device) as world:
