@@ -65,9 +65,19 @@ class _Work:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        #: Whether the thread with the lock does work: what the garbage collector calls there must not.
+        self.is_being_done = False
         self._random = random.Random(0)
         self._queues: dict[int, deque[tuple[Callable[[], Any], _Marker | None]]] = {}
         self._numbers = itertools.count()
+
+    @contextmanager
+    def _being_done(self) -> Iterator[None]:
+        before, self.is_being_done = self.is_being_done, True
+        try:
+            yield
+        finally:
+            self.is_being_done = before
 
     def new_queue(self) -> int:
         """Return the number of a new queue."""
@@ -83,7 +93,7 @@ class _Work:
 
     def do_until(self, marker: _Marker) -> None:
         """Do pieces of work of streams by chance, each stream in order, until a marker is done."""
-        with self.lock:
+        with self.lock, self._being_done():
             weights = [self._random.choice((1, 1, 20)) for _ in self._queues]
             while not marker.done:
                 ready = [

@@ -12,11 +12,13 @@ from torch import Tensor
 from hpcsgd.mpi import cuda_ipc
 from tests.support.standin.memory import memory
 from tests.support.standin.operators import NAME
-from tests.support.standin.streams import synchronize
+from tests.support.standin.streams import synchronize, work
 
 #: Bytes of what is mapped, and the file of what is allocated, by address.
 sizes: dict[int, int] = {}
 _files: dict[int, int] = {}
+#: Allocations that were freed while work was being done.
+_late: list[int] = []
 #: Let the next so many handles of this process not be opened.
 refused = [0]
 
@@ -41,6 +43,7 @@ def _for_device(here: Callable[..., Any], otherwise: Callable[..., Any]) -> Call
 
 
 def _allocate(nbytes: int, _: torch.device, on_drop: Callable[[], None]) -> tuple[Tensor, bytes]:
+    _free_late()
     descriptor = os.memfd_create("standin")
     os.ftruncate(descriptor, nbytes)
     tensor = memory.map_file(descriptor, nbytes, on_drop)
@@ -65,6 +68,15 @@ def _close_handle(address: int, _: torch.device) -> None:
 
 
 def _free(address: int, _: torch.device) -> None:
-    synchronize()
-    os.close(_files.pop(address))
-    memory.unmap(address, sizes.pop(address))
+    _late.append(address)
+    with work.lock:
+        if not work.is_being_done:
+            _free_late()
+
+
+def _free_late() -> None:
+    while _late:
+        address = _late.pop()
+        synchronize()
+        os.close(_files.pop(address))
+        memory.unmap(address, sizes.pop(address))
