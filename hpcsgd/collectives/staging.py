@@ -130,8 +130,9 @@ def copy_to(group: TensorGroup, buffers: Sequence[Tensor]) -> None:
         wait_for_compute(device)
 
 
-# Streams of torch do not wait for the default stream (c10/cuda/CUDAStream.cpp: cudaStreamNonBlocking), on which
-# models are trained, nor it for them; CuPy launches on the stream it is given. So events alone order the two.
+# Streams of torch do not wait for the default stream, on which models are trained, nor it for them
+# (c10/cuda/CUDAStream.cpp: cudaStreamNonBlocking); CuPy launches on the stream it is given. So events alone
+# order the two.
 @contextlib.contextmanager
 def _on_stream(device: torch.device) -> Iterator[torch.Stream]:
     module = torch.get_device_module(device)
