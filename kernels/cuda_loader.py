@@ -7,6 +7,7 @@ launch.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from importlib import resources
 from typing import Any
 
@@ -21,6 +22,12 @@ from hpcsgd.kernels.codec import spec
 OPTIONS = ("--std=c++17", "--fmad=false")
 #: For grid-stride kernels: threads of a block, and blocks per multiprocessor.
 BLOCK_THREADS, _BLOCKS_PER_MULTIPROCESSOR = 256, 8
+
+
+@functools.cache
+def is_available() -> bool:
+    """Return whether there is CuPy, which compiles and launches."""
+    return importlib.util.find_spec("cupy") is not None
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from hpcsgd.collectives import mpi_library, node, ring, two_level
-from hpcsgd.collectives.staging import CUDA_AWARE, IN_WINDOWS, Operation, via_host
+from hpcsgd.collectives.staging import CUDA_AWARE, IN_WINDOWS, Operation, after_compute, via_host
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.mpi.progress import Work
 from hpcsgd.tensors.group import SUMMABLE, Bucket, TensorGroup
@@ -140,7 +140,7 @@ def _choose_allreduce(name: str, bucket: Bucket) -> Operation:
 
 def _scale(bucket: Bucket, operation: str, scale: float) -> None:
     if scale != 1.0:
-        bucket.host.mul_(scale)
+        bucket.flat.mul_(scale)
 
 
 def _choose_broadcast(bucket: Bucket) -> Operation:
@@ -210,7 +210,7 @@ def _submit(target: Target, kind: str, choose: Callable[[Bucket], Operation], *a
     progress, work = target.world.progress, None
     for bucket in _buckets(target):
         name = _operation_name(kind, bucket)
-        work = progress.submit(name, via_host(choose(bucket), bucket, name, *arguments))
+        work = progress.submit(name, _job(choose(bucket), bucket, name, *arguments))
     # Jobs are executed in order, and none after a failed one, so the last work represents all.
     return work or progress.submit(f"{kind} of an empty group", lambda: None)
 
@@ -219,7 +219,13 @@ def _run(target: Target, kind: str, choose: Callable[[Bucket], Operation], *argu
     progress = target.world.progress
     for bucket in _buckets(target):
         name = _operation_name(kind, bucket)
-        progress.run(name, via_host(choose(bucket), bucket, name, *arguments))
+        progress.run(name, _job(choose(bucket), bucket, name, *arguments))
+
+
+def _job(operation: Operation, bucket: Bucket, name: str, *arguments: Any) -> Callable[[], None]:
+    if operation is _scale:  # a single rank, which communicates nothing
+        return after_compute(bucket.flat.device, partial(operation, bucket, name, *arguments))
+    return via_host(operation, bucket, name, *arguments)
 
 
 def _operation_name(kind: str, bucket: Bucket) -> str:

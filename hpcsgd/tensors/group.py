@@ -169,12 +169,7 @@ class TensorGroup:
         *,
         staged: bool | None = None,
     ) -> None:
-        if not bucket_mib > 0:
-            raise BadOption(
-                "the bucket size (bucket_mib, --bucket-mib) is out of range",
-                expected="MiB, above 0",
-                got=bucket_mib,
-            )
+        check_bucket_mib(bucket_mib)
         self.world = world
         templates = list(tensors)
         plans = _plan(templates, bucket_mib * 2**20)
@@ -278,6 +273,16 @@ class TensorGroup:
             if dtype in _KERNEL_DTYPES and self._shared_rows is not None:
                 bucket.matrix = self._shared_rows.rows.view(_KERNEL_DTYPES[dtype])
         return bucket
+
+
+def check_bucket_mib(bucket_mib: float) -> None:
+    """Raise `BadOption` unless the size is above 0; infinity is one bucket."""
+    if not bucket_mib > 0:
+        raise BadOption(
+            "the bucket size (bucket_mib, --bucket-mib) is out of range",
+            expected="MiB, above 0",
+            got=bucket_mib,
+        )
 
 
 def aligned_part(flat: Tensor, index: int, parts: int) -> slice:

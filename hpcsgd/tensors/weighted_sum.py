@@ -26,17 +26,20 @@ def weighted_sum(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
     terms
         (tensor, weight) pairs; tensors are of the shape and dtype of `out`.
     """
-    if out.device.type != "cpu":
-        _kernels().device_sums.weighted_sum(out, terms)
+    on_host, kernels = out.device.type == "cpu", _kernels()
+    if not on_host and kernels.device_sums.is_available():
+        kernels.device_sums.weighted_sum(out, terms)
         return
-    if out.element_size() >= 4:
-        _kernels().weighted_sum.weighted_sum(
+    if on_host and out.element_size() >= 4:
+        kernels.weighted_sum.weighted_sum(
             out.numpy(),
             np.array([tensor.data_ptr() for tensor, _ in terms], np.int64),
             np.array([weight for _, weight in terms], out.numpy().dtype),
         )
         return
-    total, product = (torch.empty(min(_CHUNK, out.numel()), device=out.device) for _ in range(2))
+    # In half precision on the host, and in any on a GPU without CuPy.
+    wide = out.dtype if out.element_size() >= 4 else torch.float32
+    total, product = (torch.empty(min(_CHUNK, out.numel()), dtype=wide, device=out.device) for _ in range(2))
     for start in range(0, out.numel(), _CHUNK):
         stop = min(start + _CHUNK, out.numel())
         chunk = total[: stop - start].zero_()

@@ -96,6 +96,11 @@ def weighted_sum(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
         )
 
 
+def is_available() -> bool:
+    """Return whether these kernels can be compiled and launched."""
+    return cuda_loader.is_available()
+
+
 def warm_up(device: torch.device) -> None:
     """Compile the kernels, of all types at once, for tensors on `device`, or load them from the cache."""
     one = torch.zeros(1, device=device)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsgd import Disagreement
+from hpcsgd import Disagreement, World
 from hpcsgd.collectives import allreduce
 from hpcsgd.tensors.group import TensorGroup
+from hpcsgd.tensors.weighted_sum import weighted_sum
 from tests.support import device_cases as cases
 
 pytestmark = [pytest.mark.standin, pytest.mark.mpi(min_size=2)]
@@ -136,6 +137,30 @@ def test_without_access_to_a_peer_buckets_are_staged_with_one_warning(own: Any) 
     assert len(found) == (own.rank == 0)
     assert not found or "peer access is not supported" in found[0]
     assert group_on(own).buckets[0].windowed, "what could not be mapped is freed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weighted_sums_have_the_same_bits_without_cupy(
+    own: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    found = []
+    for has_kernels in (True, False):
+        monkeypatch.setattr("hpcsgd.kernels.cuda_loader.is_available", lambda has=has_kernels: has)
+        terms = [(values(number, 5000, dtype).to(own.device), 0.3 * number + 0.1) for number in range(3)]
+        weighted_sum(terms[1][0], terms)
+        found.append(terms[1][0].cpu())
+    assert torch.equal(*found)
+
+
+def test_a_single_rank_scales_its_bucket_where_it_is() -> None:
+    from mpi4py import MPI
+
+    with World(MPI.COMM_SELF, device="standin", timeout=20) as alone:
+        group = group_on(alone)
+        group.views["w"].fill_(4)
+        allreduce(group, 0.25)
+        assert group.views["w"].tolist() == [1.0] * 1000
+        assert not group.buckets[0].host.any(), "nothing was copied to the host"
 
 
 def test_ranks_on_the_cpu_and_others_are_an_error(world: Any) -> None:

@@ -14,7 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import AllReduce, Disagreement, HpcsgdError, LocalSGD, Run, TensorGroup, World, collectives
+from hpcsgd import (
+    AllReduce,
+    BadOption,
+    Disagreement,
+    HpcsgdError,
+    LocalSGD,
+    Run,
+    TensorGroup,
+    World,
+    collectives,
+)
 
 pytestmark = pytest.mark.mpi
 RUNS = 15
@@ -43,6 +53,13 @@ def frozen() -> nn.Module:
     model = net()
     model.get_parameter("b").requires_grad_(False)
     return model
+
+
+def test_a_size_of_buckets_that_is_no_number_is_an_error(world: Any) -> None:
+    with pytest.raises(BadOption, match=r"bucket size .* is out of range"):
+        start(world, net(), bucket_mib=float("nan"))
+    with start(world, net(), bucket_mib=float("inf")) as run:
+        assert len(run.strategy.gradients.group) <= 1  # one rank has none
 
 
 @pytest.mark.mpi(min_size=2)

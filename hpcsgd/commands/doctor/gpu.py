@@ -120,7 +120,7 @@ def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"GPUs are present, but {ranks[without[0]]['cupy']} on {name_ranks(without, ranks)}: "
-            "compression and LASGD do not run on a GPU",
+            "compression and LASGD do not run on a GPU, and the ranks of a node share no device memory",
             "pip install '.[gpu]' (CUDA 13), or cupy-cuda12x",
         )
     broken = [rank for rank, facts in enumerate(ranks) if facts["kernel"]]
