@@ -12,7 +12,7 @@ import numpy as np
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
-from hpcsgd.server import tcp_link
+from hpcsgd.server.proof import SecretError
 from hpcsgd.server.protocol import (
     MAX_JSON_BYTES,
     Disconnected,
@@ -41,8 +41,8 @@ class Connector(Protocol):
 
     server_name: str
 
-    def open(self, handler: Handler) -> tuple[Link, str]:
-        """Open a link; returns it with the secret of the job. Raises `OSError` if none can be opened now."""
+    def open(self, handler: Handler) -> Link:
+        """Open a link. Raises `OSError` if none can be opened now."""
 
 
 @dataclass
@@ -90,8 +90,7 @@ class Connection:
         self._connector, self._hello, self._timeout = connector, hello, timeout
         self._lock = threading.Lock()
         self._link: Link | None = None
-        self._secret, self._nonce = "", ""
-        self._admitted = self._closing = self._closed = self._abandoned = False
+        self._admitted = self._was_admitted = self._closing = self._closed = self._abandoned = False
         self._pending: dict[tuple[bool, int], Request] = {}
         self._notifications: dict[MessageType, tuple[Header, np.ndarray | None]] = {}
         self._disconnected_at, self._reason = time.monotonic(), "no reply"
@@ -151,6 +150,8 @@ class Connection:
             try:
                 moved = self._link.pump()
             except Disconnected as error:
+                if isinstance(error, SecretError) and not self._was_admitted:
+                    self._raise_refused(str(error))
                 self._disconnect(str(error))
                 return 0.0
             now = time.monotonic()
@@ -164,9 +165,11 @@ class Connection:
         if time.monotonic() < self._retry_at:
             return
         try:
-            self._link, self._secret = self._connector.open(self)
+            self._link = self._connector.open(self)
         except OSError as error:
             self._disconnect(str(error))
+        else:
+            self._link.send_json(MessageType.HELLO, self._hello())
 
     def _check_timeout(self) -> None:
         if time.monotonic() - self._disconnected_at > self._timeout:
@@ -209,11 +212,6 @@ class Connection:
             if request is None:
                 raise ProtocolError("the server sent a reply without a request")
             request.reply = header
-        elif header.type is MessageType.CHALLENGE:
-            self._nonce = tcp_link.new_secret()
-            nonce = str(decode_json(body).get("nonce"))
-            response = tcp_link.hmac_response(self._secret, nonce)
-            link.send_json(MessageType.HELLO, {**self._hello(), "nonce": self._nonce, "proof": response})
         elif header.type is MessageType.WELCOME:
             self._on_welcome(decode_json(body))
         elif header.type is MessageType.REFUSAL:
@@ -224,12 +222,11 @@ class Connection:
             raise ProtocolError(f"the server sent a {header.type.name}")
 
     def _on_welcome(self, fields: dict[str, Any]) -> None:
-        if not tcp_link.verify(self._secret, self._nonce, fields.get("proof")):
-            self._raise_refused("the server does not have the secret of this job")
         lease = fields.get("lease")
         if not isinstance(lease, int | float) or not lease > 0:
             raise ProtocolError("the server's welcome message has no valid lease")
-        self._admitted, self._heartbeat_interval = True, lease / _HEARTBEATS_PER_LEASE
+        self._admitted = self._was_admitted = True
+        self._heartbeat_interval = lease / _HEARTBEATS_PER_LEASE
         for header, body in self._notifications.values():
             self._send(header, body)
         for request in self._pending.values():

@@ -19,15 +19,12 @@ class Policy(NamedTuple):
         See `aggregation.PushAggregator`; with 0 every mode waits for all pushes and applies them at once.
     lease
         Seconds without a message after which a client is no longer awaited, until its next one. Default 10.
-    secret
-        Key by which clients and servers authenticate; "" (default): they need none.
     """
 
     mode: str = "sync"
     alpha: float | None = None
     max_staleness: int | None = None
     lease: float = 10.0
-    secret: str = ""
 
     @property
     def synchronous(self) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
 
-_MAGIC = b"hps1"
+_MAGIC = b"hps2"
 _FORMAT = struct.Struct("<4sBBHIIqqdqqq")
 HEADER_BYTES = _FORMAT.size
 MAX_JSON_BYTES = 4 * 2**20
@@ -29,21 +29,20 @@ _MAX_NUMBER = 2**40  # in a header
 class MessageType(IntEnum):
     """Types of messages; the number is the one on the wire."""
 
-    CHALLENGE = 1  # first message of the server: a nonce
-    HELLO = 2  # identity of the client, its contract and its HMAC
-    WELCOME = 3  # the client is admitted
-    REFUSAL = 4  # last message, with the reason
-    PULL = 5  # request for a shard's values
-    INIT = 6  # values for a shard that has none yet
-    PUSH = 7
-    PUSHPULL = 8
-    REPLY = 9  # to the four above
-    CLAIM = 10  # request for a quota of steps
-    GRANT = 11  # the quota
-    OPTIONS = 12  # optimizer options for the following pushes
-    HEARTBEAT = 13
-    PAUSE = 14  # no pushes until the next one
-    GOODBYE = 15
+    HELLO = 1  # first message of the client: its identity and contract
+    WELCOME = 2  # the client is admitted
+    REFUSAL = 3  # last message, with the reason
+    PULL = 4  # request for a shard's values
+    INIT = 5  # values for a shard that has none yet
+    PUSH = 6
+    PUSHPULL = 7
+    REPLY = 8  # to the four above
+    CLAIM = 9  # request for a quota of steps
+    GRANT = 10  # the quota
+    OPTIONS = 11  # optimizer options for the following pushes
+    HEARTBEAT = 12
+    PAUSE = 13  # no pushes until the next one
+    GOODBYE = 14
 
 
 #: Types whose bodies are values of a shard; other bodies are JSON.
@@ -130,6 +129,11 @@ class Disconnected(Exception):
 
 class ProtocolError(Disconnected):
     """The other side violated the protocol."""
+
+
+def connection_broke(error: OSError) -> Disconnected:
+    """Loss of a link after an error of its socket."""
+    return Disconnected(f"the connection broke: {error.strerror or error}")
 
 
 class Handler(Protocol):

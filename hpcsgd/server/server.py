@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.server import handshake, step_quota, tcp_link
+from hpcsgd.server import handshake, step_quota
 from hpcsgd.server.aggregation import PushAggregator, RecordUpdate
 from hpcsgd.server.policy import Policy
 from hpcsgd.server.protocol import (
@@ -78,7 +78,7 @@ class Server:
             self.sessions, policy.synchronous, policy.max_staleness, self._grant, record
         )
         self._leases_checked_at = time.monotonic()
-        self._unauthenticated: dict[Link, str] = {}  # with the nonce of each
+        self._newcomers: list[Link] = []  # whose hello has not come
         self._sessions_by_link: dict[Link, Session] = {}
         self._handlers: dict[MessageType, Callable[[Session, Header, np.ndarray], None]] = {
             MessageType.PULL: self._handle_pull,
@@ -95,14 +95,13 @@ class Server:
     # Links.
 
     def add_link(self, link: Link) -> None:
-        """Begin the handshake on a new link."""
-        self._unauthenticated[link] = tcp_link.new_secret()
-        link.send_json(MessageType.CHALLENGE, {"nonce": self._unauthenticated[link]})
+        """Await a client's hello on a new link, whose other side is authentic."""
+        self._newcomers.append(link)
 
     @property
     def links(self) -> list[Link]:
         """All open links."""
-        return [*self._unauthenticated, *self._sessions_by_link]
+        return [*self._newcomers, *self._sessions_by_link]
 
     def pump(self, links: Iterable[Link]) -> int:
         """Pump links; returns how many of them moved something."""
@@ -121,7 +120,8 @@ class Server:
     def disconnect(self, link: Link, reason: str) -> None:
         """Close a link; its session continues with the client's next one."""
         link.close()
-        if self._unauthenticated.pop(link, None) is not None:
+        if link in self._newcomers:
+            self._newcomers.remove(link)
             _log.warning("%s was not admitted: %s", link.name, reason)
         session = self._sessions_by_link.pop(link, None)
         if session is None:
@@ -151,7 +151,7 @@ class Server:
                 text = "%s has sent nothing for %g s (lease): it is no longer awaited"
                 _log.warning(text, session.name, lease)
                 self._stop_awaiting(session)
-        silent = [link for link in self._unauthenticated if time.monotonic() - link.last_received > lease]
+        silent = [link for link in self._newcomers if time.monotonic() - link.last_received > lease]
         for link in [link for link in silent if not link.permanent]:
             self.disconnect(link, f"the client has sent nothing for {lease:g} s")
 
@@ -231,16 +231,12 @@ class Server:
         return self.shards[header.shard]
 
     def _handle_hello(self, link: Link, fields: dict[str, Any]) -> None:
-        nonce = self._unauthenticated.get(link)
-        if nonce is None:
+        if link not in self._newcomers:
             raise ProtocolError("the client sent a second HELLO")
-        if not tcp_link.verify(self.policy.secret, nonce, fields.get("proof")):
-            raise ProtocolError("the client does not have the secret of this job")
         session = self._admit(link, fields)
-        del self._unauthenticated[link]
+        self._newcomers.remove(link)
         self._sessions_by_link[link] = session
-        response = tcp_link.hmac_response(self.policy.secret, str(fields.get("nonce")))
-        link.send_json(MessageType.WELCOME, {"proof": response, "lease": self.policy.lease})
+        link.send_json(MessageType.WELCOME, {"lease": self.policy.lease})
 
     def set_contract(self, contract: dict[str, Any]) -> None:
         """Create the shards that a contract describes."""

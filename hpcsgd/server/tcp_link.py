@@ -1,106 +1,24 @@
-"""TCP links between separate jobs; a rendezvous file holds the addresses and the secret of the servers."""
+"""Links over TCP between separate jobs."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hmac
-import json
-import os
-import secrets
 import socket
-import struct
+import ssl
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
 from hpcsgd.diagnostics.traffic import Traffic
-from hpcsgd.errors import HpcsgdError
-from hpcsgd.server.protocol import HEADER_BYTES, Disconnected, Handler, Header, Link
+from hpcsgd.server.proof import Greeting
+from hpcsgd.server.protocol import HEADER_BYTES, Disconnected, Handler, Header, Link, connection_broke
 
-_SIOCGIFADDR = 0x8915
 _MAX_BYTES_PER_PUMP = 8 * 2**20  # of one link, then the others are served
 _CONNECT_TIMEOUT = 2.0  # seconds, for each address
-_NONCE_BYTES = 32
+_GREETING_TIMEOUT = 10.0  # seconds, then another connection is tried
 _USER_TIMEOUT_MS = 30_000  # without an acknowledgement by the other host, then the connection is broken
-
-
-@dataclass
-class RendezvousFile:
-    """Addresses of the servers of a job and the secret by which groups authenticate, in a file.
-
-    Attributes
-    ----------
-    secret
-        Key of the HMACs by which clients and servers authenticate each other.
-    servers
-        For each server the addresses at which it may be reached, and its port.
-    """
-
-    secret: str
-    servers: list[tuple[list[str], int]]
-
-    def write(self, path: Path) -> None:
-        """Write the file atomically, readable by its owner only."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(asdict(self), file)
-        os.replace(partial, path)
-
-    @staticmethod
-    def read(path: Path) -> RendezvousFile:
-        """Raises `HpcsgdError` for a file of another kind, `OSError` for one that cannot be read."""
-        text = path.read_text(errors="replace")
-        try:
-            found = json.loads(text)
-            servers = [([str(a) for a in addresses], int(port)) for addresses, port in found["servers"]]
-            if not all(0 < port < 2**16 for _, port in servers):
-                raise ValueError
-            return RendezvousFile(str(found["secret"]), servers)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise HpcsgdError(
-                f"{path} is not a file of `hpcsgd serve --listen`",
-                got=text[:80],
-                do="pass to --connect the file that the servers write: hpcsgd serve --listen FILE",
-            ) from None
-
-
-def new_secret() -> str:
-    """Random secret or nonce, as hexadecimal text."""
-    return secrets.token_hex(_NONCE_BYTES)
-
-
-def hmac_response(secret: str, nonce: str) -> str:
-    """HMAC-SHA256 of a nonce under the secret, in hexadecimal."""
-    return hmac.digest(secret.encode(), nonce.encode(errors="surrogatepass"), "sha256").hex()
-
-
-def verify(secret: str, nonce: str, response: object) -> bool:
-    """Whether `response` is the HMAC of the nonce; in constant time."""
-    if not isinstance(response, str):
-        return False
-    return hmac.compare_digest(hmac_response(secret, nonce).encode(), response.encode(errors="surrogatepass"))
-
-
-def listen(address: str = "") -> socket.socket:
-    """Listening socket on a free port."""
-    listener = socket.create_server((address, 0), backlog=128)
-    listener.setblocking(False)
-    return listener
-
-
-def addresses() -> list[str]:
-    """IPv4 addresses of this host, the loopback last."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                found.append(socket.inet_ntoa(reply[20:24]))
-    return sorted(found, key=lambda address: address.startswith("127."))
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 def connect(hosts: list[str], port: int) -> socket.socket:
@@ -129,16 +47,24 @@ class TCPLink(Link):
         A connected socket, which the link owns and closes.
     handler, name, traffic
         See `Link`.
+    greeting
+        Greets the other side before the first message. Default: it has been greeted.
     """
 
     def __init__(
-        self, connection: socket.socket, handler: Handler, name: str, traffic: Traffic | None = None
+        self,
+        connection: socket.socket,
+        handler: Handler,
+        name: str,
+        traffic: Traffic | None = None,
+        greeting: Greeting | None = None,
     ) -> None:
         super().__init__(handler, name, traffic)
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
         self._socket = connection
+        self._greeting, self._opened_at = greeting, time.monotonic()
         self._outgoing: deque[memoryview] = deque()
         self._buffer = bytearray(HEADER_BYTES)
         self._unfilled = memoryview(self._buffer)  # rest of the header or body that is being received
@@ -153,22 +79,36 @@ class TCPLink(Link):
             self._outgoing.append(memoryview(body))  # type: ignore[arg-type]
 
     def pump(self) -> bool:
+        if self._greeting is not None:
+            return self._greet(self._greeting)
         moved = self._send_pending()
         return self._receive() or moved
 
+    def _greet(self, greeting: Greeting) -> bool:
+        """Continue the greeting; returns whether it has ended."""
+        try:
+            next(greeting)
+        except StopIteration as done:
+            self._socket, self._greeting = done.value, None
+            return True
+        if time.monotonic() - self._opened_at > _GREETING_TIMEOUT:
+            raise Disconnected(f"the server has not answered for {_GREETING_TIMEOUT:g} s")
+        return False
+
     def flush(self) -> None:
-        with contextlib.suppress(Disconnected):
-            self._send_pending()
+        if self._greeting is None:
+            with contextlib.suppress(Disconnected):
+                self._send_pending()
 
     def _send_pending(self) -> bool:
         moved = 0
         while self._outgoing and moved < _MAX_BYTES_PER_PUMP:
             try:
                 count = self._socket.send(self._outgoing[0])
-            except BlockingIOError:
+            except _WOULD_BLOCK:
                 break
             except OSError as error:
-                raise _connection_error(error) from None
+                raise connection_broke(error) from None
             moved += count
             if count == len(self._outgoing[0]):
                 self._outgoing.popleft()
@@ -178,13 +118,13 @@ class TCPLink(Link):
 
     def _receive(self) -> bool:
         moved = 0
-        while moved < _MAX_BYTES_PER_PUMP:
+        while moved < _MAX_BYTES_PER_PUMP or self._holds_bytes():
             try:
                 count = self._socket.recv_into(self._unfilled)
-            except BlockingIOError:
+            except _WOULD_BLOCK:
                 break
             except OSError as error:
-                raise _connection_error(error) from None
+                raise connection_broke(error) from None
             if count == 0:
                 raise Disconnected("the other side closed the connection")
             self.last_received = time.monotonic()
@@ -193,6 +133,10 @@ class TCPLink(Link):
             if not self._unfilled:
                 self._on_filled()
         return moved > 0
+
+    def _holds_bytes(self) -> bool:
+        """Whether there are decrypted bytes, of which a selector knows nothing."""
+        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
 
     def _on_filled(self) -> None:
         if self._header is None:
@@ -208,8 +152,6 @@ class TCPLink(Link):
         return not self._outgoing
 
     def close(self) -> None:
+        if self._greeting is not None:
+            self._greeting.close()
         self._socket.close()
-
-
-def _connection_error(error: OSError) -> Disconnected:
-    return Disconnected(f"the connection broke: {error.strerror or error}")

@@ -125,7 +125,7 @@ def test_client_with_a_protocol_error_is_disconnected_and_the_others_continue(
 
 @pytest.mark.parametrize(
     "kind",
-    [k for k in MessageType if k not in (MessageType.HELLO, MessageType.CHALLENGE, MessageType.WELCOME)],
+    [k for k in MessageType if k not in (MessageType.HELLO, MessageType.WELCOME)],
 )
 def test_messages_before_admission_disconnect(kind: MessageType) -> None:
     server, one, _ = pair(Policy("async"))

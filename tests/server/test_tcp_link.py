@@ -19,7 +19,9 @@ from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.server import tcp_link
 from hpcsgd.server.protocol import HEADER_BYTES, Disconnected, Header, Link, MessageType, ProtocolError
-from hpcsgd.server.tcp_link import RendezvousFile, TCPLink
+from hpcsgd.server.listening import listen
+from hpcsgd.server.tcp_link import TCPLink
+from tests.support.sockets import sockets
 
 
 class RecordingHandler:
@@ -36,15 +38,6 @@ class RecordingHandler:
 
     def on_message(self, link: Link, header: Header, body: np.ndarray) -> None:
         self.received.append((header, body.tobytes()))
-
-
-def sockets() -> tuple[socket.socket, socket.socket]:
-    listener = tcp_link.listen("127.0.0.1")
-    one = socket.create_connection(listener.getsockname())
-    listener.setblocking(True)
-    other, _ = listener.accept()
-    listener.close()
-    return one, other
 
 
 def links() -> tuple[TCPLink, TCPLink, RecordingHandler]:
@@ -201,44 +194,8 @@ def test_partial_message_counts_as_received() -> None:
     other.close()
 
 
-# The rendezvous file.
-
-
-def test_rendezvous_file_survives_writing(tmp_path: Path) -> None:
-    path = tmp_path / "meeting"
-    meeting = RendezvousFile(tcp_link.new_secret(), [(["10.0.0.1", "127.0.0.1"], 4711), (["h"], 1)])
-    old = os.umask(0)
-    try:
-        path.write_text("what another job has left")
-        meeting.write(path)
-    finally:
-        os.umask(old)
-    assert RendezvousFile.read(path) == meeting
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert [p.name for p in tmp_path.iterdir()] == ["meeting"]
-
-
-@pytest.mark.parametrize(
-    "junk",
-    [b"", b"\xff\xfe\x00junk", b"[]", b"{}", b"3", b'{"secret": "x"}', b'{"secret": "x", "servers": 3}']
-    + [b'{"secret": "x", "servers": [[["h"], %s]]}' % port for port in (b'"p"', b"0", b"70000", b"1e999")]
-    + [b'{"secret": "x", "servers": [["h"]]}', b"[" * 100_000],
-    ids=lambda junk: repr(junk[:40]),
-)
-def test_file_of_another_kind_is_an_error(tmp_path: Path, junk: bytes) -> None:
-    path = tmp_path / "meeting"
-    path.write_bytes(junk)
-    with pytest.raises(HpcsgdError, match="is not a file of"):
-        RendezvousFile.read(path)
-
-
-def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        RendezvousFile.read(tmp_path / "meeting")
-
-
 def test_the_first_address_that_answers_is_taken() -> None:
-    listener = tcp_link.listen("127.0.0.1")
+    (listener,) = listen(["127.0.0.1"])
     port = listener.getsockname()[1]
     connection = tcp_link.connect(["127.0.0.2", "127.0.0.1"], port)
     assert connection.getpeername() == ("127.0.0.1", port)
@@ -256,25 +213,3 @@ def test_connection_to_itself_is_rejected(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: own)
     with pytest.raises(OSError, match="no server listens there"):
         tcp_link.connect(["127.0.0.1"], own.getsockname()[1])
-
-
-def test_addresses_end_with_the_loopback() -> None:
-    found = tcp_link.addresses()
-    assert "127.0.0.1" in found
-    assert all(socket.inet_aton(address) for address in found)
-    assert [a.startswith("127.") for a in found] == sorted(a.startswith("127.") for a in found)
-
-
-@given(st.text(), st.text())
-@settings(max_examples=40, deadline=None)
-def test_only_the_same_secret_verifies(secret: str, nonce: str) -> None:
-    nonce = json.loads(json.dumps(nonce))
-    proof = tcp_link.hmac_response(tcp_link.new_secret() + "x", nonce)
-    own = tcp_link.new_secret()
-    assert tcp_link.verify(own, nonce, tcp_link.hmac_response(own, nonce))
-    for wrong in (proof, secret, None, 3, "\ud800", "é"):
-        assert not tcp_link.verify(own, nonce, wrong)
-
-
-def test_a_nonce_may_be_any_text() -> None:
-    assert tcp_link.hmac_response("s", "\ud800") != tcp_link.hmac_response("s", "\ud801")

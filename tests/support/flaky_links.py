@@ -69,16 +69,16 @@ class FlakyConnector:
 
     server_name = "the server"
 
-    def __init__(self, server: Server, link_lengths: list[int], chunk: int = 2**20, secret: str = "") -> None:
-        self.server, self.link_lengths, self.chunk, self.secret = server, list(link_lengths), chunk, secret
+    def __init__(self, server: Server, link_lengths: list[int], chunk: int = 2**20) -> None:
+        self.server, self.link_lengths, self.chunk = server, list(link_lengths), chunk
         self.opened = 0
 
-    def open(self, handler: Handler) -> tuple[Link, str]:
+    def open(self, handler: Handler) -> Link:
         self.opened += 1
         one, other = StreamEnd.pair(self.link_lengths.pop(0) if self.link_lengths else 2**40, self.chunk)
         self.server_link = TCPLink(other, self.server, "a client")  # type: ignore[arg-type]
         self.server.add_link(self.server_link)
-        return TCPLink(one, handler, "the server"), self.secret  # type: ignore[arg-type]
+        return TCPLink(one, handler, "the server")  # type: ignore[arg-type]
 
 
 def connect(connector: Any, name: str = "g", timeout: float = 10.0, **more: Any) -> Connection:

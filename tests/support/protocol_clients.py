@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.server import Policy, Server, tcp_link
+from hpcsgd.server import Policy, Server
 from hpcsgd.server.protocol import Disconnected, Handler, Header, Link, MessageType, ReplyStatus, decode_json
 
 ONES = np.ones(4, np.float32)
@@ -71,10 +71,9 @@ class ScriptedClient:
         name: str,
         contract: dict[str, Any],
         options: list[dict[str, Any]] | None = None,
-        secret: str = "",
         hello: dict[str, Any] | None = None,
     ) -> None:
-        self.server, self.name, self.secret = server, name, secret
+        self.server, self.name = server, name
         options = [{"lr": 1.0}] if options is None else options
         identity = {"client": name, "talker": 0, "talkers": 1, "contract": contract, "options": options}
         self.hello = {**identity, **(hello or {})}
@@ -87,9 +86,8 @@ class ScriptedClient:
         self.welcomed, self.refusal, self.lost = False, "", ""
         self.link, self.server_link = QueueLink.pair(self, self.server)
         self.server.add_link(self.server_link)
-        for _ in range(3):
-            self.receive()
-            self.deliver()
+        self.link.send_json(MessageType.HELLO, self.hello)
+        self.deliver()
         self.receive()
 
     def deliver(self) -> None:
@@ -108,11 +106,8 @@ class ScriptedClient:
         return np.empty(header.nbytes, np.uint8)
 
     def on_message(self, link: Link, header: Header, body: np.ndarray) -> None:
-        if header.type is MessageType.CHALLENGE:
-            proof = tcp_link.hmac_response(self.secret, decode_json(body)["nonce"])
-            link.send_json(MessageType.HELLO, {"nonce": "mine", "proof": proof, **self.hello})
-        elif header.type is MessageType.WELCOME:
-            self.welcomed = tcp_link.verify(self.secret, "mine", decode_json(body)["proof"])
+        if header.type is MessageType.WELCOME:
+            self.welcomed = True
         elif header.type is MessageType.REFUSAL:
             self.refusal = decode_json(body)["reason"]
         else:

@@ -92,7 +92,7 @@ def _over_tcp(world: World, mib: float, repeats: int, listen: Path) -> dict[str,
         seconds = _time_requests(alone, TCPConnector(listen, 0, world.traffic), mib, repeats)
     else:
         from hpcsgd.commands.serve.dashboard import ServerDashboard
-        from hpcsgd.server.tcp_link import new_secret
+        from hpcsgd.server.proof import new_secret
 
         options = ServeOptions(listen, _POLICY.mode, _POLICY.alpha, progress="off")
         folder = listen.with_name(f"{listen.name}.checkpoint")

@@ -72,6 +72,18 @@ _SECONDS = click.FloatRange(0, min_open=True)
     help="Seconds to wait for disconnected groups before exiting.",
 )
 @click.option(
+    "--bind",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Address, network (10.1.0.0/16) or interface (ib0) at which to listen; may be repeated; default: all "
+    "addresses of the host.",
+)
+@click.option(
+    "--tls/--no-tls",
+    default=None,
+    help="Encrypt all links, or none; default: those that leave the host.",
+)
+@click.option(
     "--progress",
     default="auto",
     show_default=True,

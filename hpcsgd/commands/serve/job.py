@@ -16,7 +16,7 @@ from hpcsgd.commands.serve.dashboard import ServerDashboard
 from hpcsgd.commands.serve.service import ServeOptions, Service
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
-from hpcsgd.server import tcp_link
+from hpcsgd.server.proof import new_secret
 
 _log = logging.getLogger("hpcsgd.server")
 
@@ -48,7 +48,7 @@ def _secret(folder: Path, options: ServeOptions, servers: int) -> str:
     if not path.exists():
         partial = path.with_suffix(".partial")
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump({**settings, "secret": tcp_link.new_secret()}, file)
+            json.dump({**settings, "secret": new_secret()}, file)
         os.replace(partial, path)
     found: dict[str, Any] = json.loads(path.read_text())
     for name, value in settings.items():

@@ -6,6 +6,7 @@ import json
 import logging
 import selectors
 import signal
+import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,14 +20,19 @@ from hpcsgd.commands.signals import SignalRecorder
 from hpcsgd.commands.train.metrics import FILE
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.world import World
-from hpcsgd.server import Policy, Server, tcp_link
+from hpcsgd.server import Policy, Server, listening
+from hpcsgd.server.certificate import make_server_context
 from hpcsgd.server.metrics import server_metrics
+from hpcsgd.server.proof import ServerIdentity
+from hpcsgd.server.rendezvous import Endpoint, RendezvousFile
+from hpcsgd.server.strangers import Strangers
 from hpcsgd.server.tcp_link import TCPLink
 from hpcsgd.server.utilization import Utilization
 
 _log = logging.getLogger("hpcsgd.server")
 _TICK_SECONDS = 0.2  # between two checks of leases, checkpoints and signals
 _METRICS_INTERVAL = 5.0  # seconds
+_STRANGERS_SHARE = 20  # while clients send, one part in so many of the time is for strangers
 
 
 class ServeOptions(NamedTuple):
@@ -35,7 +41,7 @@ class ServeOptions(NamedTuple):
     Attributes
     ----------
     listen
-        Rendezvous file to write, see `hpcsgd.server.tcp_link.RendezvousFile`.
+        Rendezvous file to write, see `hpcsgd.server.rendezvous.RendezvousFile`.
     mode, alpha, max_staleness, lease
         See `hpcsgd.server.Policy`.
     checkpoint
@@ -48,6 +54,10 @@ class ServeOptions(NamedTuple):
         Seconds to wait for disconnected groups, once all others are done. Default 60.
     progress
         Output, see `hpcsgd.commands.serve.dashboard.ServerDashboard`. Default "auto".
+    bind
+        Where to listen, see `hpcsgd.server.listening.resolve`. Default: all addresses of this host.
+    tls
+        Whether links are encrypted; None (default): those that leave the host.
     """
 
     listen: Path
@@ -60,10 +70,12 @@ class ServeOptions(NamedTuple):
     groups: int = 1
     linger: float = 60.0
     progress: str = "auto"
+    bind: tuple[str, ...] = ()
+    tls: bool | None = None
 
 
 class Service:
-    """One server: its listening socket, the links of its clients, and its persistent state.
+    """One server: its listening sockets, the links of its clients, and its persistent state.
 
     Parameters
     ----------
@@ -72,7 +84,7 @@ class Service:
     folder
         Folder of this server's state and metrics.
     secret
-        Key by which clients authenticate.
+        Secret by which clients authenticate.
     dashboard
         Shows the clients.
     """
@@ -83,28 +95,42 @@ class Service:
         from hpcsgd.kernels.sums import server_update
 
         self._options, self._world, self._dashboard = options, world, dashboard
-        policy = Policy(options.mode, options.alpha, options.max_staleness, options.lease, secret)
+        policy = Policy(options.mode, options.alpha, options.max_staleness, options.lease)
         self._persistence = ServerPersistence(folder, options.checkpoint_every)
         self.server = Server(policy, world.rank, world.size, self._persistence.record_update)
         self._persistence.restore(self.server)
         server_update.warm_up()
         self._metrics = (folder / FILE).open("a", buffering=1)
-        self._listener = tcp_link.listen()
+        self._open_port(secret)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._registered: dict[TCPLink, int] = {}
+        self._registered: dict[TCPLink | Strangers, int] = {}
         self._signals = SignalRecorder(signal.SIGINT)
         self._vote = EndVote(world.control)
         self._utilization = Utilization()
         self._expected_groups_connected = self._lingering = self._seeds_reported = False
-        self._tick_at = self._metrics_at = 0.0
+        self._tick_at = self._metrics_at = self._strangers_at = 0.0
+
+    def _open_port(self, secret: str) -> None:
+        options = self._options
+        addresses = listening.resolve(options.bind)
+        listeners = listening.listen(addresses)
+        context, fingerprint = (None, "") if options.tls is False else make_server_context()
+        self._endpoint = Endpoint(addresses, int(listeners[0].getsockname()[1]), fingerprint)
+        self._identity = ServerIdentity(secret, context, options.tls is True)
+        self._strangers = Strangers(listeners, self._identity, self._add_link)
+
+    def _add_link(self, connection: socket.socket, name: str) -> None:
+        """Add a link to a client that has proved the secret."""
+        link = TCPLink(connection, self.server, name, self._world.traffic)
+        self.server.add_link(link)
+        self.server.pump([link])  # its hello may be in the buffer of TLS, of which a selector knows nothing
 
     def run(self) -> None:
         """Serve until the servers agree to end; collective."""
         with self._signals.installed(), ExitStack() as stack:
             stack.callback(self._metrics.close)
             stack.callback(self._selector.close)
-            stack.callback(self._listener.close)
+            stack.callback(self._strangers.close)
             self._publish_addresses()
             for session in self.server.sessions.values():
                 session.last_seen = time.monotonic()  # its lease begins when it can connect
@@ -115,9 +141,8 @@ class Service:
     def _publish_addresses(self) -> None:
         """Write the rendezvous file; collective."""
         options, world = self._options, self._world
-        own_address = (tcp_link.addresses(), int(self._listener.getsockname()[1]))
-        addresses = world.gather(own_address, "the servers' addresses")
-        file = tcp_link.RendezvousFile(self.server.policy.secret, addresses)
+        endpoints = world.gather(self._endpoint, "the servers' addresses")
+        file = RendezvousFile(self._identity.secret, endpoints)
 
         def write() -> None:
             if world.rank == 0:
@@ -127,18 +152,27 @@ class Service:
         world.collectively(write)
         servers = f"{world.size} server{'s' if world.size > 1 else ''}"
         _log.info("%s, mode %s: hpcsgd train --connect %s", servers, options.mode, options.listen)
+        if options.tls is False:
+            _log.info("links are not encrypted (--no-tls)")
 
     def _poll(self) -> None:
         """Wait for events on the sockets, and pump their links."""
-        ready = [key.fileobj for key, _ in self._selector.select(_TICK_SECONDS)]
+        self._update_selector()
+        pause = self._strangers_at - time.monotonic()
+        ready = [key.fileobj for key, _ in self._selector.select(pause if pause > 0 else _TICK_SECONDS)]
         started = time.perf_counter()
         moved = self.server.pump([link for link in ready if isinstance(link, TCPLink)])
-        self._update_selector()
-        if self._listener in ready:
-            self._accept()
-            self._update_selector()
         self._utilization.record_poll(moved, time.perf_counter() - started)
+        if self._strangers in ready:
+            self._serve_strangers(moved > 0)
         self._expected_groups_connected = self._expected_groups_connected or self._groups_connected()
+
+    def _serve_strangers(self, busy: bool) -> None:
+        """Greet strangers; while clients send they are given a small share of the time."""
+        started = time.monotonic()
+        self._strangers.serve()
+        spent = time.monotonic() - started
+        self._strangers_at = started + (spent * _STRANGERS_SHARE if busy else 0.0)
 
     def _groups_connected(self) -> bool:
         """Whether the expected number of groups has connected, and at least one is not done."""
@@ -147,30 +181,23 @@ class Service:
         groups = sum(first in session.shards for session in sessions)
         return groups >= self._options.groups and not all(session.done for session in sessions)
 
-    def _accept(self) -> None:
-        try:
-            while True:
-                connection, (host, port) = self._listener.accept()
-                name, traffic = f"{host}:{port}", self._world.traffic
-                self.server.add_link(TCPLink(connection, self.server, name, traffic))
-        except BlockingIOError:
-            return
-        except OSError as error:
-            _log.warning("a connection could not be accepted: %s", error)
-
     def _update_selector(self) -> None:
-        """Register all links, for writing too if they have messages to send."""
-        links = [link for link in self.server.links if isinstance(link, TCPLink)]
-        for link in self._registered.keys() - set(links):
+        """Register all links, for writing too if they have messages to send, and the strangers if due."""
+        events: dict[TCPLink | Strangers, int] = {
+            link: selectors.EVENT_READ | (0 if link.idle else selectors.EVENT_WRITE)
+            for link in self.server.links
+            if isinstance(link, TCPLink)
+        }
+        if time.monotonic() >= self._strangers_at:
+            events[self._strangers] = selectors.EVENT_READ
+        for link in self._registered.keys() - events.keys():
             self._selector.unregister(link)
-            del self._registered[link]
-        for link in links:
-            events = selectors.EVENT_READ | (0 if link.idle else selectors.EVENT_WRITE)
+        for link, mask in events.items():
             if link not in self._registered:
-                self._selector.register(link, events)
-            elif events != self._registered[link]:
-                self._selector.modify(link, events)
-            self._registered[link] = events
+                self._selector.register(link, mask)
+            elif mask != self._registered[link]:
+                self._selector.modify(link, mask)
+        self._registered = events
 
     def _should_end(self) -> bool:
         """Do the periodic work; returns whether the servers have agreed to end."""
@@ -179,7 +206,7 @@ class Service:
             return False
         self._tick_at = now + _TICK_SECONDS
         self.server.check_leases()
-        self._update_selector()
+        self._strangers.expire()
         self._persistence.maintain()
         if self._world.rank == 0:
             self._dashboard.show(self.server.sessions.values())

@@ -14,7 +14,9 @@ from hpcsgd.mpi.world import World
 from hpcsgd.server import tcp_link
 from hpcsgd.server.connection import Connector
 from hpcsgd.server.mpi_link import MPILink
+from hpcsgd.server.proof import greet_server
 from hpcsgd.server.protocol import Handler, Link
+from hpcsgd.server.rendezvous import RendezvousFile
 
 _FILE_POLL_INTERVAL = 0.2  # seconds
 
@@ -32,9 +34,8 @@ class MPIConnector:
         self._communicator, self._rank, self._number, self._traffic = communicator, rank, number, traffic
         self.server_name = f"the server on rank {rank}"
 
-    def open(self, handler: Handler) -> tuple[Link, str]:
-        link = MPILink(self._communicator, self._rank, self._number, handler, self.server_name, self._traffic)
-        return link, ""
+    def open(self, handler: Handler) -> Link:
+        return MPILink(self._communicator, self._rank, self._number, handler, self.server_name, self._traffic)
 
 
 class TCPConnector:
@@ -45,7 +46,7 @@ class TCPConnector:
     Parameters
     ----------
     path
-        The file, see `tcp_link.RendezvousFile`.
+        The file, see `rendezvous.RendezvousFile`.
     index
         Index of the server in it.
     traffic
@@ -56,8 +57,8 @@ class TCPConnector:
         self._path, self._index, self._traffic = path, index, traffic
         self.server_name = f"server {index} of {path}"
 
-    def open(self, handler: Handler) -> tuple[Link, str]:
-        file = tcp_link.RendezvousFile.read(self._path)
+    def open(self, handler: Handler) -> Link:
+        file = RendezvousFile.read(self._path)
         if self._index >= len(file.servers):
             raise HpcsgdError(
                 f"{self.server_name} does not exist",
@@ -65,8 +66,10 @@ class TCPConnector:
                 got=f"{len(file.servers)}",
                 do="restart `hpcsgd serve` with as many ranks as before",
             )
-        connection = tcp_link.connect(*file.servers[self._index])
-        return tcp_link.TCPLink(connection, handler, self.server_name, self._traffic), file.secret
+        endpoint = file.servers[self._index]
+        connection = tcp_link.connect(endpoint.addresses, endpoint.port)
+        greeting = greet_server(connection, file.secret, endpoint.fingerprint)
+        return tcp_link.TCPLink(connection, handler, self.server_name, self._traffic, greeting)
 
 
 def make_connectors(path: Path, world: World) -> list[Connector]:
@@ -90,7 +93,7 @@ def make_connectors(path: Path, world: World) -> list[Connector]:
 def _count_servers(path: Path, deadline: float) -> int:
     """Number of servers in a rendezvous file; 0 while there is no file."""
     try:
-        return len(tcp_link.RendezvousFile.read(path).servers)
+        return len(RendezvousFile.read(path).servers)
     except OSError as error:
         if time.monotonic() > deadline:
             raise HpcsgdError(
