@@ -17,6 +17,7 @@ import selectors
 import socket
 import ssl
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from hpcsgd.server.protocol import Disconnected, ProtocolError, connection_broke
@@ -151,8 +152,7 @@ def _send(connection: socket.socket, data: bytes) -> None:
 def _receive(connection: socket.socket, nbytes: int) -> Generator[int, None, bytes]:
     received = b""
     while len(received) < nbytes:
-        missing = nbytes - len(received)
-        part = yield from _until_done(lambda missing=missing: connection.recv(missing))
+        part = yield from _until_done(partial(connection.recv, nbytes - len(received)))
         if not part:
             raise Disconnected("the other side closed the connection")
         received += part

@@ -69,10 +69,11 @@ class Strangers:
             return
         deadline = time.monotonic() + _QUANTUM
         for key, _ in self._selector.select(0):
+            stranger = self._greeted.get(key.fd)
             if key.data is None:
                 self._accept(key.fileobj)  # type: ignore[arg-type]
-            elif self._greeted.get(key.fd) is key.data:
-                self._advance(key.data)
+            elif stranger is not None and stranger is key.data:  # not refused for another's sake just now
+                self._advance(stranger)
             if time.monotonic() > deadline:
                 return
 

@@ -102,7 +102,8 @@ def test_server_without_the_secret_is_refused(ends: Ends) -> None:
 
 def test_server_with_another_certificate_is_refused(ends: Ends) -> None:
     client, server = greet(
-        greet_server(ends[0], "s", FINGERPRINT), greet_client(ends[1], ServerIdentity("s", OTHER_CONTEXT, True))
+        greet_server(ends[0], "s", FINGERPRINT),
+        greet_client(ends[1], ServerIdentity("s", OTHER_CONTEXT, True)),
     )
     assert client == "the server does not have the certificate of this job"
     assert server == "the other side closed the connection"

@@ -15,7 +15,9 @@ from hpcsgd.server.rendezvous import Endpoint, RendezvousFile
 
 def test_rendezvous_file_survives_writing(tmp_path: Path) -> None:
     path = tmp_path / "meeting"
-    meeting = RendezvousFile(new_secret(), [Endpoint(["10.0.0.1", "127.0.0.1"], 4711, "0a" * 32), Endpoint(["h"], 1)])
+    meeting = RendezvousFile(
+        new_secret(), [Endpoint(["10.0.0.1", "127.0.0.1"], 4711, "0a" * 32), Endpoint(["h"], 1)]
+    )
     old = os.umask(0)
     try:
         path.write_text("what another job has left")
@@ -31,7 +33,10 @@ def test_rendezvous_file_survives_writing(tmp_path: Path) -> None:
     "junk",
     [b"", b"\xff\xfe\x00junk", b"[]", b"{}", b"3", b'{"secret": "x"}', b'{"secret": "x", "servers": 3}']
     + [b'{"secret": "x", "servers": [[["h"], %s, ""]]}' % port for port in (b'"p"', b"0", b"70000", b"1e999")]
-    + [b'{"secret": "x", "servers": [[["h"], 1, %s]]}' % text for text in (b"3", b'"a1"', b'"%s"' % (b"z" * 64))]
+    + [
+        b'{"secret": "x", "servers": [[["h"], 1, %s]]}' % text
+        for text in (b"3", b'"a1"', b'"%s"' % (b"z" * 64))
+    ]
     + [b'{"secret": "x", "servers": [["h"]]}', b'{"secret": "x", "servers": [[["h"], 1]]}', b"[" * 100_000],
     ids=lambda junk: repr(junk[:40]),
 )

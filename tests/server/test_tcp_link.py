@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import socket
-import stat
 import struct
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsgd.diagnostics.traffic import Traffic
-from hpcsgd.errors import HpcsgdError
 from hpcsgd.server import tcp_link
-from hpcsgd.server.protocol import HEADER_BYTES, Disconnected, Header, Link, MessageType, ProtocolError
 from hpcsgd.server.listening import listen
+from hpcsgd.server.protocol import HEADER_BYTES, Disconnected, Header, Link, MessageType, ProtocolError
 from hpcsgd.server.tcp_link import TCPLink
 from tests.support.sockets import sockets
 

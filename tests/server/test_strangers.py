@@ -1,0 +1,173 @@
+"""Strangers: bounded in time, number, memory and work, and known clients get in among them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import select
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from hpcsgd.server import strangers
+from hpcsgd.server.listening import listen
+from hpcsgd.server.proof import ServerIdentity, greet_server
+from hpcsgd.server.strangers import Strangers
+
+
+class Gate:
+    """Strangers at a port of this host, and those of them that have proved the secret."""
+
+    def __init__(self) -> None:
+        self.proved: list[tuple[socket.socket, str]] = []
+        listeners = listen(["127.0.0.1", "127.0.0.2"])
+        self.port = listeners[0].getsockname()[1]
+        self.strangers = Strangers(listeners, ServerIdentity("s"), lambda *found: self.proved.append(found))
+        self.clients: list[socket.socket] = []
+
+    def open(self, host: str = "127.0.0.1") -> socket.socket:
+        """Open a connection, which the strangers accept."""
+        source = (host, 0)
+        self.clients.append(socket.create_connection(("127.0.0.1", self.port), 5, source))
+        self.strangers.serve()
+        return self.clients[-1]
+
+    def admit(self, client: socket.socket) -> None:
+        """Prove the secret on a connection."""
+        client.setblocking(False)
+        greeting, before = greet_server(client, "s", ""), len(self.proved)
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            self.strangers.serve()
+            try:
+                next(greeting)
+            except StopIteration:
+                break
+        assert len(self.proved) == before + 1
+
+    def is_closed(self, client: socket.socket) -> bool:
+        poll = select.poll()
+        poll.register(client, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def close(self) -> None:
+        self.strangers.close()
+        for each in (*self.clients, *(connection for connection, _ in self.proved)):
+            each.close()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    monkeypatch.setattr(strangers, "_QUANTUM", 10.0)
+    gate = Gate()
+    yield gate
+    gate.close()
+
+
+def test_client_with_the_secret_is_handed_over_once(gate: Gate) -> None:
+    gate.admit(gate.open())
+    ((connection, name),) = gate.proved
+    assert name == "{}:{}".format(*gate.clients[0].getsockname()) and len(gate.strangers) == 0
+    connection.sendall(b"x")
+    gate.strangers.serve()
+    assert len(gate.proved) == 1
+
+
+def test_single_bytes_do_not_extend_the_time(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    client = gate.open()
+    for _ in range(19):
+        now += 0.5
+        client.sendall(b"x")
+        gate.strangers.serve()
+        gate.strangers.expire()
+        assert not gate.is_closed(client)
+    now += 0.6
+    gate.strangers.expire()
+    assert gate.is_closed(client) and len(gate.strangers) == 0
+
+
+def test_oldest_of_the_host_with_most_goes_first(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate.strangers, "_most", 8)
+    quiet = gate.open("127.0.0.9")
+    flood = [gate.open("127.0.0.3") for _ in range(20)]
+    assert len(gate.strangers) == 8 and not gate.is_closed(quiet)
+    assert [gate.is_closed(each) for each in flood] == [True] * 13 + [False] * 7
+    gate.admit(quiet)
+    gate.admit(gate.open("127.0.0.3"))  # a known client on the host that floods
+
+
+def test_excess_is_neither_read_nor_stored(gate: Gate) -> None:
+    client = gate.open()
+    client.settimeout(0.2)
+    sent = 0
+    try:
+        while sent < 2**26:
+            sent += client.send(b"x" * 65536)
+            gate.strangers.serve()
+    except OSError:
+        pass
+    assert len(gate.strangers) == 0 and gate.is_closed(client)
+
+
+def test_no_descriptor_and_no_memory_are_left_behind(gate: Gate) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(200):
+        client = gate.open()
+        client.sendall(bytes(number % 100))
+        gate.strangers.serve()
+        client.close()
+        gate.strangers.serve()
+    gate.clients.clear()
+    gate.strangers.serve()
+    assert len(gate.strangers) == 0 and len(os.listdir("/proc/self/fd")) == before
+
+
+def test_without_descriptors_the_known_are_served(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    client = gate.open()
+    others = [socket.create_connection(("127.0.0.1", gate.port), 5) for _ in range(2)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    try:
+        with caplog.at_level(logging.WARNING, "hpcsgd.server"):
+            gate.strangers.serve()
+        assert "a connection was not admitted: " in caplog.text
+        started = time.monotonic()
+        for _ in range(100):
+            gate.strangers.serve()
+        assert time.monotonic() - started < 0.5 and caplog.text.count("not admitted") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for other in others:
+            other.close()
+    gate.strangers._paused_until = 0.0
+    gate.admit(client)
+
+
+def test_refusals_are_logged_at_a_limited_rate(
+    gate: Gate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level(logging.WARNING, "hpcsgd.server"):
+        for _ in range(105):
+            gate.open().sendall(bytes(65))
+            gate.strangers.serve()
+        assert caplog.text.count("was not admitted") == 5
+        now = time.monotonic() + 61
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        gate.strangers.expire()
+    assert "100 more connections were not admitted; the last: 127.0.0.1:" in caplog.text
+    assert "does not have the secret" in caplog.records[-1].getMessage()
+
+
+def test_limit_of_descriptors_is_raised_to_the_hard_one() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        assert strangers.raise_descriptor_limit() >= 256
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
