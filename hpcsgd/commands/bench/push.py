@@ -60,8 +60,13 @@ def main(
             )
         output.check_writable(world, None if csv is None else Path(csv))
         rows: list[output.Row] = []
-        for name, measure in (("MPI", _over_mpi), ("TCP, with log", _over_tcp)):
-            for request, seconds in measure(world, mib, repeats, Path(listen)).items():
+        measured = {
+            "MPI": _over_mpi(world, mib, repeats),
+            "TCP, with log": _over_tcp(world, mib, repeats, Path(listen), tls=False),
+            "TLS, with log": _over_tcp(world, mib, repeats, Path(listen), tls=True),
+        }
+        for name, requests in measured.items():
+            for request, seconds in requests.items():
                 rows.append(_row(name, request, mib, seconds, link_mbit))
         if world.rank == 0:
             _show(rows, mib, link_mbit)
@@ -69,7 +74,7 @@ def main(
                 output.write_csv(Path(csv), rows)
 
 
-def _over_mpi(world: World, mib: float, repeats: int, listen: Path) -> dict[str, np.ndarray]:
+def _over_mpi(world: World, mib: float, repeats: int) -> dict[str, np.ndarray]:
     """Seconds per request between two ranks of a job."""
     alone, net = world.split(world.rank), world.control.dup("parameter server")
     seconds: dict[str, np.ndarray] = {}
@@ -84,8 +89,8 @@ def _over_mpi(world: World, mib: float, repeats: int, listen: Path) -> dict[str,
     return seconds
 
 
-def _over_tcp(world: World, mib: float, repeats: int, listen: Path) -> dict[str, np.ndarray]:
-    """Seconds per request between two jobs."""
+def _over_tcp(world: World, mib: float, repeats: int, listen: Path, tls: bool) -> dict[str, np.ndarray]:
+    """Seconds per request between two jobs, encrypted or not."""
     alone = world.split(world.rank)
     seconds: dict[str, np.ndarray] = {}
     if world.rank == 0:
@@ -94,7 +99,7 @@ def _over_tcp(world: World, mib: float, repeats: int, listen: Path) -> dict[str,
         from hpcsgd.commands.serve.dashboard import ServerDashboard
         from hpcsgd.server.proof import new_secret
 
-        options = ServeOptions(listen, _POLICY.mode, _POLICY.alpha, progress="off")
+        options = ServeOptions(listen, _POLICY.mode, _POLICY.alpha, progress="off", tls=tls)
         folder = listen.with_name(f"{listen.name}.checkpoint")
         Service(options, alone, folder, new_secret(), ServerDashboard("off")).run()
         for path in sorted(folder.rglob("*"), reverse=True):

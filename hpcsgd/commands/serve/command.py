@@ -75,8 +75,8 @@ _SECONDS = click.FloatRange(0, min_open=True)
     "--bind",
     multiple=True,
     metavar="ADDRESS",
-    help="Address, network (10.1.0.0/16) or interface (ib0) at which to listen, can be repeated; default: all "
-    "addresses of the host.",
+    help="Address, network (10.1.0.0/16) or interface (ib0) at which to listen, can be repeated; default: "
+    "all addresses of the host.",
 )
 @click.option(
     "--tls/--no-tls",
