@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hpcsgd.server.protocol import Header, MessageType
-from hpcsgd.server.tcp_link import RendezvousFile
+from hpcsgd.server.rendezvous import RendezvousFile
 from tests.support.background import Job
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.together]
@@ -97,7 +97,7 @@ def test_groups_that_stall_die_join_late_or_are_rejected(tmp_path: Path) -> None
         stalls.wait_for("epoch 8.00/")
         meeting = RendezvousFile.read(tmp_path / "servers")
         RendezvousFile("0" * 64, meeting.servers).write(tmp_path / "forged")
-        connections = [connection for _, port in meeting.servers for connection in attack(port)]
+        connections = [connection for server in meeting.servers for connection in attack(server.port)]
         dies = start(train(tmp_path, "dies", "sync", 1, 999, pause=0.02))
         rejected = start(Job(tmp_path, "rejected", script=REJECTED))
         late = start(train(tmp_path, "late", "sync", 2, 2))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hpcsgd import HpcsgdError
-from hpcsgd.server.tcp_link import RendezvousFile
+from hpcsgd.server.rendezvous import Endpoint, RendezvousFile
 from hpcsgd.strategies.parameter_server.connect import group_name, make_connectors
 
 
@@ -17,14 +17,15 @@ from hpcsgd.strategies.parameter_server.connect import group_name, make_connecto
 def test_all_ranks_wait_for_the_file_and_have_the_same_name(world: Any, tmp_path: Path) -> None:
     path = Path(world.gather(str(tmp_path))[0], "servers")
     if world.rank == 0:
-        meeting = RendezvousFile("secret", [(["127.0.0.1"], 1), (["127.0.0.1"], 2), (["127.0.0.1"], 3)])
+        meeting = RendezvousFile("secret", [Endpoint(["127.0.0.1"], port) for port in (1, 2, 3)])
         threading.Timer(0.3, meeting.write, [path]).start()
     found = make_connectors(path, world)
     assert [connector.server_name for connector in found] == [
         f"server {index} of {path}" for index in range(3)
     ]
-    names = world.gather(group_name(world))
-    assert len(set(names)) == 1 and group_name(world) != names[0] and world.host in names[0]
+    names = world.gather(group_name(world, 3))
+    assert len(set(names)) == 1 and group_name(world, 3) != names[0] and world.host in names[0]
+    assert group_name(world, 9) < group_name(world, 10)
 
 
 @pytest.mark.mpi

@@ -106,8 +106,12 @@ def _count_servers(path: Path, deadline: float) -> int:
         return 0
 
 
-def group_name(world: World) -> str:
-    """Unique name of this job among the groups of a server, equal on all its ranks; collective."""
+def group_name(world: World, seed: int) -> str:
+    """Unique name of this job among the groups of a server, equal on all its ranks; collective.
+
+    It begins with the seed, which differs between groups: servers add gradients up in the order of names, so
+    that the order, and with it the bits of the sum, are those of the last run.
+    """
     job = os.environ.get("SLURM_JOB_ID", "")
-    parts = [*([f"job{job}"] if job else []), world.host, str(os.getpid()), secrets.token_hex(2)]
+    parts = [f"seed{seed:04d}", *([f"job{job}"] if job else []), world.host, str(os.getpid()), secrets.token_hex(2)]
     return str(world.gather("-".join(parts), "the name of the group")[0])

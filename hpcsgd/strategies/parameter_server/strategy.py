@@ -140,7 +140,7 @@ class ParameterServer(Strategy):
     def _connect_to_servers(self) -> Worker:
         world = self.context.world
         connectors = make_connectors(Path(self.connect), world)
-        return self._make_worker(connectors, group_name(world), 0)
+        return self._make_worker(connectors, group_name(world, self.context.seed), 0, 0)
 
     def _make_job_role(self) -> Worker | ServerRole:
         """Make this rank's role: a server, or a worker of a group."""
@@ -171,11 +171,13 @@ class ParameterServer(Strategy):
         servers = range(workers, world.size)
         connectors = [MPIConnector(communicator, rank, number, world.traffic) for rank in servers]
         name = f"group {group:0{len(str(groups - 1))}d}"
-        return self._make_worker(list(connectors), name, groups)
+        return self._make_worker(list(connectors), name, group, groups)
 
-    def _make_worker(self, connectors: list[Any], name: str, groups: int) -> Worker:
+    def _make_worker(self, connectors: list[Any], name: str, index: int, groups: int) -> Worker:
         synchronous = self.mode == "sync" or self.max_staleness == 0
-        config = GroupConfig(self.context, connectors, name, groups, self.mode, self.interval, synchronous)
+        config = GroupConfig(
+            self.context, connectors, name, index, groups, self.mode, self.interval, synchronous
+        )
         return ElasticWorker(config) if self.mode == "elastic" else GradientWorker(config)
 
     # Delegated to the role.

@@ -35,6 +35,8 @@ class GroupConfig(NamedTuple):
         One for each server.
     name
         Name of the group.
+    index
+        Its number in the job, from 0; in a job of its own the seed distinguishes it from others.
     groups
         Number of groups that share the steps of the run; 0: this group takes all of them.
     mode
@@ -48,6 +50,7 @@ class GroupConfig(NamedTuple):
     run: StrategyContext
     connectors: list[Connector]
     name: str
+    index: int
     groups: int
     mode: str
     interval: int
@@ -104,7 +107,8 @@ class Worker(AllReduce):
     def _coding(self) -> CodingConfig | None:
         if self.context.compress is None:
             return None
-        unique = zlib.crc32(f"{self.context.seed} {self._group.name}".encode())
+        # Not the name, which has the process number: two runs shall have the same bits.
+        unique = zlib.crc32(f"{self.context.seed} {self._group.index}".encode())
         return CodingConfig(self.context.compress, self._group.mode, unique)
 
     def _options(self) -> list[dict[str, Any]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.support.background import Job
 from tests.support.train_jobs import records, run_commands
@@ -44,6 +46,39 @@ def test_stopped_group_and_server_resume(tmp_path: Path) -> None:
     assert set(last["versions"].values()) == {8 * 13 // 4}
 
 
+@pytest.mark.timeout(240)
+def test_compressed_groups_have_the_same_bits_though_the_server_is_killed(tmp_path: Path) -> None:
+    """Rounding is drawn anew in each run, from the seed and the number of the push alone."""
+    group = (*TRAIN, "--strategy", "ps", "--connect", "servers", "--epochs", 3, "--seed", 5, "--name", "run")
+    group += ("--compress", "ef+maxnorm:bits=4", "--out", ".")
+    for name in ("undisturbed", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        pause = ("--delays", "constant:seconds=0.03") if name == "killed" else ()
+        with Job(folder, "server", *SERVE) as server, Job(folder, "group", *group, *pause) as job:
+            if name == "killed":
+                job.wait_for("epoch 1.00/")
+                server.send(signal.SIGKILL)
+                assert server.end() == -signal.SIGKILL
+                with Job(folder, "again", *SERVE) as again:
+                    assert (job.end(), again.end()) == (0, 0), (job.text, again.text)
+                    assert "resumed after" in again.text
+            else:
+                assert (job.end(), server.end()) == (0, 0), (job.text, server.text)
+    centres = [_shards(tmp_path / name / "servers.checkpoint") for name in ("undisturbed", "killed")]
+    assert centres[0].keys() == centres[1].keys()
+    for index, shard in centres[0].items():
+        assert torch.equal(shard["centre"], centres[1][index]["centre"])
+    assert sum(shard["version"] for shard in centres[0].values()) == 39 * len(centres[0])
+
+
+def _shards(folder: Path) -> dict[int, dict[str, Any]]:
+    """Shards in the last checkpoint of a server."""
+    state = torch.load(max((folder / "server-0").glob("step-*")) / "rank-0000.pt", weights_only=True)
+    shards: dict[int, dict[str, Any]] = state["shards"]
+    return shards
+
+
 def test_invalid_options_are_errors(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     about = {"mode": "async", "alpha": None, "servers": 1, "secret": "?"}
@@ -59,6 +94,7 @@ def test_invalid_options_are_errors(tmp_path: Path) -> None:
         ((*SERVE, "--checkpoint", tmp_path / "job"), "belongs to servers with another mode"),
         ((*SERVE, "--mode", "none"), "'none' is not one of"),
         ((*SERVE, "--lease", 0), "0 is not in the range"),
+        ((*SERVE, "--bind", "198.51.100.0/24"), "is no address, network or interface of"),
     ]
     commands = [(*command, *(["--out", tmp_path] if command[0] == "train" else [])) for command, _ in cases]
     for outcome, (command, text) in zip(run_commands(tmp_path, 1, *commands), cases, strict=True):
