@@ -25,7 +25,7 @@ from hpcsgd.compress.point_to_point import FACTOR_BYTES, PointToPointCodec, Shar
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.server.code_sum import CodeSumClient, CodeSumServer
 from hpcsgd.server.connection import Request
-from hpcsgd.server.protocol import Header, ReplyStatus
+from hpcsgd.server.protocol import Header, MessageType, ReplyStatus
 
 _PUSH_SEED, _REPLY_SEED = 0, 1  # of random numbers that are equal on both sides
 
@@ -206,12 +206,16 @@ class ServerDeltaCodec(_DeltaCodec):
     ----------
     code_sum
         Sums pushes without decoding them; None: they are decoded one by one.
+    reference_versions
+        By client: version of the shard's values to which its reference was last updated.
     """
 
     def __init__(self, codec: PointToPointCodec, shard: int, mode: str) -> None:
         super().__init__(codec, shard, mode)
         self.code_sum = CodeSumServer(codec) if mode == "sync" else None
         self._references: dict[str, SharedReference] = {}
+        self.reference_versions: dict[str, int] = {}
+        self._unconfirmed: set[str] = set()
         self._differences: dict[str, np.ndarray | None] = {}
 
     def accepts(self, header: Header, clients: int) -> bool:
@@ -260,28 +264,68 @@ class ServerDeltaCodec(_DeltaCodec):
             centre += difference
 
     def encode_reply(self, client: str, header: Header, values: Tensor) -> np.ndarray | None:
-        """Code of a reply with these values; None: the values themselves must be sent."""
+        """Code of a reply with these values; None: the values must be sent, which may be changed in place."""
         if self._models:
             return self._differences.get(client)
-        reference = self._reference_of(client)
-        if header.status is ReplyStatus.LATE:  # the client is far from these values
+        reference, version = self._reference_of(client), header.version
+        behind = version - self.reference_versions.get(client, version - 1)
+        self.reference_versions[client] = version
+        unconfirmed = client in self._unconfirmed
+        self._unconfirmed.discard(client)
+        # Late, or away for more than an update: the client is far from these values.
+        if header.status is ReplyStatus.LATE or (unconfirmed and behind > 1):
             reference.reset(values)
             return None
-        return reference.encode_update(values, self._reply_key(header.version))
+        code = (
+            None if unconfirmed and not behind else reference.encode_update(values, self._reply_key(version))
+        )
+        if not unconfirmed:
+            return code
+        assert reference.values is not None
+        values.copy_(reference.values)
+        return None
+
+    def replay_reply(self, client: str, version: int, centre: Tensor) -> None:
+        """Update a client's reference as the reply to its push has, of which only the update was logged."""
+        if not self._models:
+            self.encode_reply(client, Header(MessageType.REPLY, version=version), centre.clone())
+
+    def on_reconnect(self, client: str) -> None:
+        """Send whole values next: which reply the client received last is unknown.
+
+        Of gradients' replies they are those of the reference, so that the client continues with the bits that
+        it would have had.
+        """
+        if self._models:
+            self.forget(client)
+        else:
+            self._unconfirmed.add(client)
 
     def forget(self, client: str) -> None:
-        """Remove a client's reference: which reply it received last is unknown."""
+        """Remove a client's reference."""
         self._references.pop(client, None)
+        self.reference_versions.pop(client, None)
 
     def _reference_of(self, client: str) -> SharedReference:
         return self._references.setdefault(client, SharedReference(self._codec))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """References of all clients."""
-        return {name: r.values.clone() for name, r in self._references.items() if r.values is not None}
+        """References of all clients; those with equal values, as of clients in step, share their memory."""
+        state: dict[str, Tensor] = {}
+        for name, reference in self._references.items():
+            values = reference.values
+            if values is not None:
+                equal = (each for each in state.values() if torch.equal(_bits(each), _bits(values)))
+                found = next(equal, None)
+                state[name] = values.clone() if found is None else found
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state of `state_dict`."""
         self._references.clear()
         for name, values in state.items():
             self._reference_of(name).reset(values)
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(torch.uint8)

@@ -132,14 +132,19 @@ class Server:
         session.pending_replies.clear()
         for shard in self.shards.values():
             shard.pending.pop(session.name, None)
-            if shard.codec is not None:
-                shard.codec.forget(session.name)
         if session.done:
-            session.buffers.clear()
+            self._forget(session)
             _log.info("%s is done", session.name)
         else:
             _log.warning("%s is disconnected: %s", session.name, reason)
         self._stop_awaiting(session)
+
+    def _forget(self, session: Session) -> None:
+        """Release the memory of a client that is done."""
+        session.buffers.clear()
+        for shard in self.shards.values():
+            if shard.codec is not None:
+                shard.codec.forget(session.name)
 
     def check_leases(self) -> None:
         """Stop awaiting clients that have been silent for longer than the lease."""
@@ -267,6 +272,9 @@ class Server:
             self.disconnect(session.link, "the client has opened another connection")
         else:
             _log.info("%s has reconnected, from %s", name, link.name)
+        for shard in self.shards.values():
+            if shard.codec is not None:
+                shard.codec.on_reconnect(name)
         session.link, session.shards, session.options, session.done = link, shards, options, False
         session.subscribed &= shards
         session.seed = seed

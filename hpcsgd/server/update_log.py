@@ -208,6 +208,9 @@ def _replay(server: Server, record: Record, values: np.ndarray) -> int:
         copied[:] = body
         pushes.append(Push(name, number, weight, copied))
     shard.apply(pushes, UpdateContext(*record["terms"]))
+    if shard.codec is not None and shard.centre is not None:
+        for push in pushes:
+            shard.codec.replay_reply(push.client, shard.version, shard.centre)
     return 1
 
 
@@ -226,7 +229,8 @@ def server_state(server: Server) -> dict[str, Any]:
     """Snapshot of a server's state between two messages, in memory of its own.
 
     An elastic server's state includes the last reply to each client: a push that is repeated because its
-    reply was lost has been applied, and gets the same reply.
+    reply was lost has been applied, and gets the same reply. That of others has the references of coded
+    replies, so that clients go on with the bits that they would have had.
     """
     clients = []
     for session in server.sessions.values():
@@ -237,9 +241,16 @@ def server_state(server: Server) -> dict[str, Any]:
         }
         counts = {"staleness": dict(session.staleness), "left_out": session.dropped}
         clients.append({**session_record(session), **counts, "answers": replies})
+    codecs = {
+        index: shard.codec
+        for index, shard in server.shards.items()
+        if shard.codec is not None and shard.rule.takes_gradients
+    }
     return {
         "contract": json.dumps(server.contract),
         "shards": {index: shard.state_dict() for index, shard in server.shards.items()},
+        "codes": {index: codec.state_dict() for index, codec in codecs.items()},
+        "code_versions": {index: dict(codec.reference_versions) for index, codec in codecs.items()},
         "begun": server.steps_begun,
         "clients": clients,
         "staleness": dict(server.aggregator.staleness),
@@ -252,6 +263,9 @@ def restore_server(server: Server, saved: dict[str, Any]) -> None:
     _set_contract(server, json.loads(saved["contract"]))
     for index, shard in server.shards.items():
         shard.load_state_dict(saved["shards"][index])
+        if shard.codec is not None and index in saved["codes"]:
+            shard.codec.load_state_dict(saved["codes"][index])
+            shard.codec.reference_versions = dict(saved["code_versions"][index])
     server.steps_begun = saved["begun"]
     server.aggregator.staleness.update(saved["staleness"])
     server.aggregator.dropped = saved["left_out"]

@@ -208,7 +208,62 @@ def test_replayed_log_gives_the_same_bits_and_replies(tmp_path: Path, mode: str,
             difference.view(torch.uint8).numpy()[:] = body
         assert bits(difference) == bits(last[1])
     else:
-        assert header.nbytes == client.dense_bytes and body.tobytes() == bits(centre(again))
+        expected = client.model if mode == "sync" else reference_of(again, client.name)
+        assert expected is not None
+        assert header.nbytes == client.dense_bytes and body.tobytes() == bits(expected)
+
+
+@pytest.mark.parametrize("lost", ["reply", "push"])
+@pytest.mark.parametrize("saved", [0, 3, 6])
+@pytest.mark.parametrize("spec", SPECS)
+def test_sync_clients_of_a_killed_server_continue_with_the_same_bits(
+    tmp_path: Path, spec: str, saved: int, lost: str
+) -> None:
+    """The server is killed in step 6, after the last state was saved in step `saved`."""
+
+    def train(folder: Path, killed_in: int) -> list[bytes]:
+        policy, log = Policy("sync"), update_log.UpdateLog(folder)
+        server = Server(policy, record=log.record_update)
+        log.start(server, 0)
+        clients = make_clients(server, 2, spec)
+        state: dict[str, Any] | None = None
+        for step in range(9):
+            if step == saved and saved:
+                state = update_log.server_state(server)
+                log.start(server, saved)
+            for i, client in enumerate(clients):
+                if step == killed_in and lost == "push":
+                    client.link.close()
+                client.push_values(random_values(10 * step + i))
+            if step == killed_in:
+                server = restart(server, clients, state, folder)
+            exchange_all(clients)
+        return [bits(client.model) for client in clients] + [bits(centre(server))]
+
+    def restart(
+        server: Server, clients: list[CodingClient], state: dict[str, Any] | None, folder: Path
+    ) -> Server:
+        if lost == "reply":  # the update is made, and nobody learns of it
+            for _ in range(8):
+                if server.shards[0].version == 7:
+                    break
+                for client in clients:
+                    client.receive_replies(1)
+            assert server.shards[0].version == 7
+        again = Server(server.policy)
+        if state is not None:
+            update_log.restore_server(again, state)
+        update_log.UpdateLog(folder).replay(again, saved)
+        again.start_steps(None)
+        for client in clients:
+            client.received.clear()
+            client.server = again
+            client.reconnect()
+        return again
+
+    (tmp_path / "undisturbed").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert train(tmp_path / "killed", 6) == train(tmp_path / "undisturbed", -1)
 
 
 def test_push_without_a_reference_on_the_server_is_repeated_dense() -> None:

@@ -113,5 +113,11 @@ def group_name(world: World, seed: int) -> str:
     that the order, and with it the bits of the sum, are those of the last run.
     """
     job = os.environ.get("SLURM_JOB_ID", "")
-    parts = [f"seed{seed:04d}", *([f"job{job}"] if job else []), world.host, str(os.getpid()), secrets.token_hex(2)]
+    parts = [
+        f"seed{seed:04d}",
+        *([f"job{job}"] if job else []),
+        world.host,
+        str(os.getpid()),
+        secrets.token_hex(2),
+    ]
     return str(world.gather("-".join(parts), "the name of the group")[0])

@@ -173,10 +173,10 @@ class ParameterServer(Strategy):
         name = f"group {group:0{len(str(groups - 1))}d}"
         return self._make_worker(list(connectors), name, group, groups)
 
-    def _make_worker(self, connectors: list[Any], name: str, index: int, groups: int) -> Worker:
+    def _make_worker(self, connectors: list[Any], name: str, number: int, groups: int) -> Worker:
         synchronous = self.mode == "sync" or self.max_staleness == 0
         config = GroupConfig(
-            self.context, connectors, name, index, groups, self.mode, self.interval, synchronous
+            self.context, connectors, name, number, groups, self.mode, self.interval, synchronous
         )
         return ElasticWorker(config) if self.mode == "elastic" else GradientWorker(config)
 

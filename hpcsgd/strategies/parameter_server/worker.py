@@ -35,7 +35,7 @@ class GroupConfig(NamedTuple):
         One for each server.
     name
         Name of the group.
-    index
+    number
         Its number in the job, from 0; in a job of its own the seed distinguishes it from others.
     groups
         Number of groups that share the steps of the run; 0: this group takes all of them.
@@ -50,7 +50,7 @@ class GroupConfig(NamedTuple):
     run: StrategyContext
     connectors: list[Connector]
     name: str
-    index: int
+    number: int
     groups: int
     mode: str
     interval: int
@@ -108,7 +108,7 @@ class Worker(AllReduce):
         if self.context.compress is None:
             return None
         # Not the name, which has the process number: two runs shall have the same bits.
-        unique = zlib.crc32(f"{self.context.seed} {self._group.index}".encode())
+        unique = zlib.crc32(f"{self.context.seed} {self._group.number}".encode())
         return CodingConfig(self.context.compress, self._group.mode, unique)
 
     def _options(self) -> list[dict[str, Any]]:
