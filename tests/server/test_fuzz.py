@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
 from hpcsgd.server import Policy, Server, handshake
 from hpcsgd.server.protocol import HEADER_BYTES, Header, MessageType, ReplyStatus
@@ -140,29 +140,38 @@ class Protocol(RuleBasedStateMachine):
 
     # The good client.
 
-    @rule(target=messages, seed=st.integers(0, 99))
-    def push(self, seed: int) -> bytes:
-        """It is answered at once, or when the lease of those that are awaited is over."""
+    @rule(
+        target=messages, seed=st.integers(0, 99), lost=st.sampled_from(["", "", "push", "reply", "replies"])
+    )
+    def push(self, seed: int, lost: str) -> bytes:
+        """It is answered at once or after the lease of those that are awaited, over a new link too."""
         good, answered = self.good, len(self.good.replies)
+        if lost == "push":
+            good.link.close()
         good.push_values(None if self.mode == "elastic" else random_values(seed))
         assert good.request is not None and good.request.source is not None
         data = good.request.header.pack() + good.request.source.tobytes()
-        for _ in range(12):
-            good.receive_replies()
+        for attempt in range(14):
+            if lost and attempt < 1 + (lost == "replies"):
+                good.disconnect()
+                good.reconnect()
+            good.receive_replies(1)
             if good.request is None:
                 break
             for enemy in self.met:
                 enemy.link.last_received = -math.inf
             self.server.check_leases()
-        assert len(good.replies) == answered + 1 and good.replies[-1][0] is ReplyStatus.OK
-        assert good.admitted
+        assert len(good.replies) == answered + 1 and good.admitted
+        late = {ReplyStatus.LATE} if lost and self.mode == "sync" else set()
+        assert good.replies[-1][0] in {ReplyStatus.OK, *late}
         return data
 
     def teardown(self) -> None:
         if not hasattr(self, "server"):
             return
         numbers = [p.number for _, pushes, _ in self.updates for p in pushes if p.client == "good"]
-        assert numbers == [0, *range(1, len(self.good.replies) + 1)]
+        statuses = [status for status, _ in self.good.replies]
+        assert numbers == [0, *(i for i, status in enumerate(statuses, 1) if status is ReplyStatus.OK)]
         # The values are those of the updates that were recorded, and of nothing else.
         again = handshake.make_shards(self.server.contract, self.mode, 0.25, 0, 1)
         for index, pushes, context in self.updates:
@@ -190,7 +199,7 @@ class Elastic(Protocol):
     mode, spec = "elastic", "ef+maxnorm"
 
 
-SETTINGS = settings(max_examples=25, stateful_step_count=30, deadline=None)
+SETTINGS = settings(max_examples=15, stateful_step_count=30, deadline=None)
 for machine in (Protocol, Sums, Asynchronous, Elastic):
     machine.TestCase.settings = SETTINGS
 TestProtocol, TestSums = Protocol.TestCase, Sums.TestCase
