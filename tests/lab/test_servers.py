@@ -33,12 +33,19 @@ for mode, file in (("sync", "servers"), ("async", "servers"), ("sync", "forged")
 
 
 def train(
-    folder: Path, name: str, mode: str, seed: int, epochs: int, pause: float = 0.0, evaluate_every: int = 1
+    folder: Path,
+    name: str,
+    mode: str,
+    seed: int,
+    epochs: int,
+    pause: float = 0.0,
+    evaluate_every: int = 1,
+    compress: str = "none",
 ) -> Job:
     delays = f"constant:seconds={pause}" if pause else "none"
     strategy = ("--strategy", f"ps:mode={mode}", "--connect", "servers", "--delays", delays)
     run = ("--epochs", epochs, "--seed", seed, "--out", folder, "--name", name)
-    run += ("--evaluate-every", evaluate_every)
+    run += ("--evaluate-every", evaluate_every, "--compress", compress)
     return Job(folder, name, "train", *SMALL, *strategy, *run)
 
 
@@ -124,11 +131,7 @@ def test_groups_that_stall_die_join_late_or_are_rejected(tmp_path: Path) -> None
         "not have the secret",
     ):
         assert reason in server.text and reason in rejected.text, (server.text, rejected.text)
-    assert "received bytes that are no message of hpcsgd" in server.text
-    assert (
-        "the client has sent nothing for 1 s" in server.text
-        and "a GOODBYE before it was admitted" in server.text
-    )
+    assert "the client has not proved the secret for 10 s" in server.text
     # Each of the servers prints it.
     assert server.text.count("have the same seed, 1, and use the same batches") == 2, server.text
     assert "no group is connected: the servers wait up to 3 s (--linger) for" in server.text
@@ -138,7 +141,8 @@ def test_groups_that_stall_die_join_late_or_are_rejected(tmp_path: Path) -> None
         assert sum(client["left_out"] for client in clients) > 0, clients
 
 
-def test_a_killed_server_resumes_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compress", ["none", "ef+maxnorm:bits=4"])
+def test_a_killed_server_resumes_bit_for_bit(tmp_path: Path, compress: str) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     with ExitStack() as stack:
         start = stack.enter_context
@@ -146,8 +150,8 @@ def test_a_killed_server_resumes_bit_for_bit(tmp_path: Path) -> None:
             folder.mkdir()
         servers = [start(serve(folder, "sync")) for folder in (undisturbed, killed)]
         groups = [
-            start(train(undisturbed, "one", "sync", 3, 10)),
-            start(train(killed, "one", "sync", 3, 10, 0.02)),
+            start(train(undisturbed, "one", "sync", 3, 10, compress=compress)),
+            start(train(killed, "one", "sync", 3, 10, 0.02, compress=compress)),
         ]
         kill(servers[1], groups[1])
         servers[1] = start(serve(killed, "sync"))
