@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 
 
 class ServerIdentity(NamedTuple):
-    """What a server needs to greet clients.
+    """Secret and certificate of a server, with which it greets clients.
 
     Attributes
     ----------
@@ -67,11 +67,11 @@ def greet_client(connection: socket.socket, identity: ServerIdentity) -> Greetin
         challenge = _MAGIC + bytes([wanted]) + secrets.token_bytes(_NONCE_BYTES)
         _send(connection, challenge)
         answer = yield from _receive(connection, _ANSWER_BYTES)
-        said, proof = challenge + answer[:-_PROOF_BYTES], answer[-_PROOF_BYTES:]
-        if not hmac.compare_digest(proof, _hmac(identity.secret, b"client", said)):
+        transcript, proof = challenge + answer[:-_PROOF_BYTES], answer[-_PROOF_BYTES:]
+        if not hmac.compare_digest(proof, _hmac(identity.secret, b"client", transcript)):
             _send(connection, _REFUSED)
             raise SecretError("the client does not have the secret of this job")
-        _send(connection, _hmac(identity.secret, b"server", said))
+        _send(connection, _hmac(identity.secret, b"server", transcript))
         if not wanted and not answer[0]:
             return connection
         if identity.context is None:
@@ -79,7 +79,7 @@ def greet_client(connection: socket.socket, identity: ServerIdentity) -> Greetin
         connection = identity.context.wrap_socket(connection, True, do_handshake_on_connect=False)
         yield from _until_done(connection.do_handshake)
         proof = yield from _receive(connection, _PROOF_BYTES)
-        if not hmac.compare_digest(proof, _hmac(identity.secret, b"client inside TLS", said)):
+        if not hmac.compare_digest(proof, _hmac(identity.secret, b"client inside TLS", transcript)):
             raise SecretError("the client does not have the secret of this job")
         return connection
     except OSError as error:
@@ -101,12 +101,12 @@ def greet_server(connection: socket.socket, secret: str, fingerprint: str) -> Gr
             raise ProtocolError("the server wants encryption, and its file has no certificate")
         wanted = bool(fingerprint) and (server_wants or not _is_local(connection))
         own = bytes([wanted]) + secrets.token_bytes(_NONCE_BYTES)
-        said = challenge + own
-        _send(connection, own + _hmac(secret, b"client", said))
+        transcript = challenge + own
+        _send(connection, own + _hmac(secret, b"client", transcript))
         proof = yield from _receive(connection, _PROOF_BYTES)
         if proof == _REFUSED:
             raise SecretError("this client does not have the secret of the server's job")
-        if not hmac.compare_digest(proof, _hmac(secret, b"server", said)):
+        if not hmac.compare_digest(proof, _hmac(secret, b"server", transcript)):
             raise SecretError("the server does not have the secret of this job")
         if not wanted:
             return connection
@@ -114,7 +114,7 @@ def greet_server(connection: socket.socket, secret: str, fingerprint: str) -> Gr
         yield from _until_done(connection.do_handshake)
         if hashlib.sha256(connection.getpeercert(True) or b"").hexdigest() != fingerprint:
             raise SecretError("the server does not have the certificate of this job")
-        _send(connection, _hmac(secret, b"client inside TLS", said))
+        _send(connection, _hmac(secret, b"client inside TLS", transcript))
         return connection
     except OSError as error:
         connection.close()
@@ -138,9 +138,9 @@ def _is_local(connection: socket.socket) -> bool:
     return bool(own == peer)
 
 
-def _hmac(secret: str, label: bytes, said: bytes) -> bytes:
-    """Proof of the secret; the label says by whom, so that nobody can be made to prove for another."""
-    return hmac.digest(secret.encode(), label + b"\0" + said, "sha256")
+def _hmac(secret: str, label: bytes, transcript: bytes) -> bytes:
+    """Proof of the secret; the label names the prover, so that nobody can be made to prove for another."""
+    return hmac.digest(secret.encode(), label + b"\0" + transcript, "sha256")
 
 
 def _send(connection: socket.socket, data: bytes) -> None:
