@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -72,6 +73,13 @@ class ConsoleDisplay:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def print_notice(text: str) -> None:
+    """Print a line to stderr that the user must see in any mode of the display."""
+    # Where even that cannot be written, training must not end for it.
+    with contextlib.suppress(OSError):
+        print(f"hpcsgd: {text}", file=sys.stderr, flush=True)
 
 
 def waiting_share(record: dict[str, Any]) -> float:

@@ -135,8 +135,8 @@ class Settings:
     name: str = option("", "Name of the run's folder; empty: time stamp and strategy.")
     resume: str = option(
         "",
-        "Folder of a run, or of one of its checkpoints, to resume; auto: resume the run --name if it has a "
-        "checkpoint, else start it; empty: start a new run.",
+        "Folder of a run, or of one of its checkpoints, to resume; auto: resume the run --name from its "
+        "newest whole checkpoint, or start it if it has none; empty: start a new run.",
     )
     on_failure: str = option(
         "stop",

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from hpcsgd.commands.train import run_folder
+from hpcsgd.commands.train.console import print_notice
 from hpcsgd.commands.train.metrics import Counters, Sums
 from hpcsgd.commands.train.on_failure import check_ranks_may_change
 from hpcsgd.commands.train.plan import Plan
 from hpcsgd.commands.train.settings import AUTO, Settings, parse_resume
 from hpcsgd.mpi.world import World
 from hpcsgd.training import rng_state
-from hpcsgd.training.checkpoint.checkpoints import Checkpoints
+from hpcsgd.training.checkpoint.checkpoints import Checkpoints, Loaded
 from hpcsgd.training.checkpoint.in_memory import InMemoryCheckpoints, State, redistribute, rescale_progress
 from hpcsgd.training.data import Loader
 from hpcsgd.training.run import Run
@@ -192,10 +193,10 @@ def find_resume_point(
     snapshot = snapshots.newest_common(world)
     if snapshot is not None:
         return convert([snapshot], 1)
-    if not _resumes(settings, world, checkpoints):
+    found = _load(settings, world, checkpoints)
+    if found is None:
         return None
-    step = None if settings.resume == AUTO else parse_resume(settings.resume)[1]
-    states, meta = checkpoints.load(step, any_ranks=settings.on_failure != "stop")
+    states, meta = found
     run_folder.check_unchanged(settings, meta["settings"])
     ranks = meta["ranks"]
     if ranks == world.size:
@@ -204,11 +205,19 @@ def find_resume_point(
     return convert(states, len(states) if world.rank < ranks else 0)
 
 
-def _resumes(settings: Settings, world: World, checkpoints: Checkpoints) -> bool:
+def _load(settings: Settings, world: World, checkpoints: Checkpoints) -> Loaded | None:
+    any_ranks = settings.on_failure != "stop"
+    if not settings.resume:
+        return None
     if settings.resume != AUTO:
-        return bool(settings.resume)
-    # Rank 0 decides: all ranks must do the same.
-    return bool(world.gather(checkpoints.steps())[0])
+        return checkpoints.load(parse_resume(settings.resume)[1], any_ranks=any_ranks)
+    found = checkpoints.load_newest_whole(any_ranks=any_ranks)
+    if found is None:
+        return None
+    loaded, damaged = found
+    if damaged and world.rank == 0:
+        print_notice(f"the newest whole checkpoint is resumed; passed over: {'; '.join(damaged)}")
+    return loaded
 
 
 def open_checkpoints(folder: Path, world: World) -> Checkpoints:

@@ -6,11 +6,12 @@ import importlib.metadata
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpcsgd.errors import BadOption, Disagreement, HpcsgdError
+from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, format_ranks
 from hpcsgd.training.checkpoint.files import (
     FORMAT,
     Fault,
@@ -59,6 +60,7 @@ class Checkpoints:
         self._ranks = ranks
         self._gather = gather
         self._keep = keep
+        self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
         """List the steps that have a checkpoint, oldest first, without reading the files."""
@@ -134,9 +136,7 @@ class Checkpoints:
             is missing or damaged; the error names the file, and the newest complete checkpoint.
         """
         self._check_same_step(step)
-        steps: Any = self._gather(self._on_root(self._restore_and_list))[0]
-        if isinstance(steps, Fault):
-            raise _error(f"cannot read {self._folder}", {0: steps})
+        steps = self._list()
         if not steps or (step is not None and step not in steps):
             raise HpcsgdError(
                 f"there is no checkpoint{'' if step is None else f' of step {step}'}",
@@ -154,6 +154,46 @@ class Checkpoints:
             remedy = faults[min(faults)].do or self._suggest(others, any_ranks)
             raise _error(f"cannot load the checkpoint of step {chosen}", faults, remedy)
         return loaded
+
+    def load_newest_whole(self, *, any_ranks: bool = False) -> tuple[Loaded, list[str]] | None:
+        """Read the newest checkpoint that is not damaged, the same on all ranks; None: there is none at all.
+
+        Parameters
+        ----------
+        any_ranks
+            As in `load`.
+
+        Returns
+        -------
+        (loaded, damaged)
+            The result of `load`, and a line for each newer checkpoint, which is damaged and is removed after
+            the next `save`.
+
+        Raises
+        ------
+        HpcsgdError
+            On all ranks: all checkpoints are damaged, and the error names the damage of each; or the newest
+            that is not cannot be used here, for example because it is of another number of ranks.
+        """
+        damaged: list[str] = []
+        steps = self._list()
+        for step in reversed(steps):
+            loaded, faults = self._read(step, any_ranks)
+            if not faults and not isinstance(loaded, Fault):
+                return loaded, damaged
+            if not all(fault.damage for fault in faults.values()):
+                raise _error(f"cannot load the checkpoint of step {step}", faults, "fix the cause")
+            self._damaged.add(step)
+            damaged.append(f"step {step}: {_describe(faults)}")
+        if not steps:
+            return None
+        raise HpcsgdError(
+            f"no checkpoint in {self._folder} is whole",
+            got="\n            ".join(damaged),
+            do=f"restore one of them from a copy; or, to start from the beginning, remove {self._folder} or "
+            "choose another name for the run",
+            everywhere=True,
+        )
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
@@ -195,22 +235,30 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         self._restore()
         for leftover in self._folder.glob(".step-*.partial"):
-            shutil.rmtree(leftover)
+            _delete(leftover)
 
     def _restore(self) -> None:
         """Restore checkpoints that were renamed, but not yet replaced, at the time of a crash."""
         for replaced in self._folder.glob(".step-*.replaced"):
             final = replaced.with_name(replaced.name[1:].removesuffix(".replaced"))
             if final.exists():
-                shutil.rmtree(replaced)
+                _delete(replaced)
             else:
                 replaced.rename(final)
+
+    def _list(self) -> list[int]:
+        """Return the steps that have a checkpoint, as rank 0 sees them."""
+        steps: Any = self._gather(self._on_root(self._restore_and_list))[0]
+        if isinstance(steps, Fault):
+            raise _error(f"cannot read {self._folder}", {0: steps})
+        return list(steps)
 
     def _restore_and_list(self) -> list[int]:
         self._restore()
         return self.steps()
 
     def _prune(self, step: int) -> None:
+        self._damaged.discard(step)
         complete = [other for other in self.steps() if other <= step and self._is_complete(other)]
         for other in set(self.steps()) - set(complete[-self._keep :]):
             # The new checkpoint is saved even if an old one cannot be removed.
@@ -218,6 +266,8 @@ class Checkpoints:
 
     def _is_complete(self, step: int) -> bool:
         folder = self._path(step)
+        if step in self._damaged:
+            return False
         try:
             files: dict[str, Any] = read_manifest(folder)["files"]
             return all((folder / n).stat().st_size == e["bytes"] for n, e in files.items())
@@ -253,12 +303,21 @@ def _publish(partial_folder: Path, final: Path, body: Mapping[str, object]) -> N
         final.rename(replaced)
     partial_folder.rename(final)
     sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        _delete(replaced)
 
 
 def _remove(folder: Path) -> None:
     # Renamed first: a crash during the removal must not leave an incomplete checkpoint under its name.
-    shutil.rmtree(folder.rename(_hidden(folder, "partial")))
+    _delete(folder.rename(_hidden(folder, "partial")))
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint's folder, or the file that has taken its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _hidden(final: Path, suffix: str) -> Path:
@@ -270,12 +329,23 @@ def _attempt(action: Callable[[], T]) -> T | Fault:
         return action()
     except Fault as fault:
         return fault
+    except PermissionError as error:
+        return Fault(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        return Fault(f"{type(error).__name__}: {error}", damage=True)
     except Exception as error:
         return Fault(f"{type(error).__name__}: {error}")
 
 
 def _faults(outcomes: list[object]) -> dict[int, Fault]:
     return {rank: fault for rank, fault in enumerate(outcomes) if isinstance(fault, Fault)}
+
+
+def _describe(faults: Mapping[int, Fault]) -> str:
+    """Return one line: the ranks of some faults, and the first of these."""
+    fault = faults[min(faults)]
+    differs = f" (expected {fault.expected}, got {fault.got})" if fault.expected else ""
+    return f"{format_ranks(faults)}: {fault.what}{differs}"
 
 
 def _error(what: str, faults: Mapping[int, Fault], remedy: str | None = None) -> HpcsgdError:

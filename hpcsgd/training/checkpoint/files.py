@@ -26,6 +26,8 @@ class Fault(Exception):
     ----------
     what, expected, got, do
         As those of `hpcsgd.errors.HpcsgdError`.
+    damage
+        Whether files of a checkpoint are damaged, so that an older checkpoint is the remedy. Default False.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class Fault(Exception):
         expected: str | None = None,
         got: str | None = None,
         do: str | None = None,
+        damage: bool = False,
     ) -> None:
-        super().__init__(what, expected, got, do)
-        self.what, self.expected, self.got, self.do = what, expected, got, do
+        super().__init__(what, expected, got, do, damage)
+        self.what, self.expected, self.got, self.do, self.damage = what, expected, got, do, damage
 
     def __str__(self) -> str:
         return self.what
@@ -79,14 +82,15 @@ def read_state(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
         The file is missing, has another size or digest, or contains more than plain data.
     """
     if not path.is_file():
-        raise Fault(f"{path} is missing")
+        raise Fault(f"{path} is {'not a file' if path.exists() else 'missing'}", damage=True)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry["bytes"]:
-            raise Fault(f"{path} is damaged", f"{entry['bytes']} bytes", f"{size} bytes")
+            raise Fault(f"{path} is damaged", f"{entry['bytes']} bytes", f"{size} bytes", damage=True)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != entry["sha256"]:
-            raise Fault(f"{path} is damaged", f"sha256 {entry['sha256']}", f"sha256 {digest}")
+            expected, got = (f"sha256 {text[:16]}…" for text in (entry["sha256"], digest))
+            raise Fault(f"{path} is damaged", expected, got, damage=True)
         file.seek(0)
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -126,11 +130,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         digest = body.pop("sha256")
         intact = digest == _digest(body)
     except FileNotFoundError:
-        raise Fault(f"{path} is missing") from None
+        raise Fault(f"{path} is missing", damage=True) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         intact = False
     if not intact:
-        raise Fault(f"{path} is damaged")
+        raise Fault(f"{path} is damaged", damage=True)
     if body["format"] != FORMAT:
         do = f"resume with the version of hpcsgd that wrote it: {body.get('hpcsgd')}"
         raise Fault(f"{path} has another format", str(FORMAT), str(body["format"]), do)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -79,14 +81,33 @@ def test_errors_are_reported_once(tmp_path: Path) -> None:
     assert job.stderr.count("saved by another number of ranks") == 1 and "Traceback" not in job.stderr, job
     assert "expected: 2 ranks" in job.stderr and "start 2 ranks; or resume with any number" in job.stderr
 
+    before = (run / "metrics.jsonl").read_bytes()
     newest, older = (run / "checkpoints" / f"step-0000000{step}" for step in (2, 1))
     content = bytearray((newest / "rank-0001.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (newest / "rank-0001.pt").write_bytes(content)
-    damaged, offered = run_commands(tmp_path, 2, ["train", "--resume", run], ["train", "--resume", older])
+    shutil.copytree(run, tmp_path / "requeued")
+    shutil.copytree(run, tmp_path / "lost")
+    for manifest in (tmp_path / "lost").rglob("manifest.json"):
+        manifest.write_text("")
+    damaged, offered, requeued, lost = run_commands(
+        tmp_path,
+        2,
+        ["train", "--resume", run],
+        ["train", "--resume", older],
+        *([*training, *TINY, "--resume", "auto", "--name", name] for name in ("requeued", "lost")),
+    )
     assert_refused(damaged, "rank-0001.pt is damaged", f"step 1 is complete: resume from {older}\n")
+    assert_refused(lost, "is whole", "step 1: ranks 0, 1: ", "step 2: ranks 0, 1: ", "choose another name")
     assert offered.codes == [0, 0] and "from step 1;" in offered.outs[0], offered
-    assert [r["step"] for r in records(run, "test")] == [1, 2]
+    assert requeued.codes == [0, 0] and "from step 1;" in requeued.outs[0], requeued
+    assert re.fullmatch(r"hpcsgd: .* passed over: step 2: rank 1: .* is damaged .*\n", requeued.errs[0]), (
+        requeued
+    )
+    for folder in (run, tmp_path / "requeued"):
+        assert [r["step"] for r in records(folder, "test")] == [1, 2]
+    # Nothing of the run without a whole checkpoint is lost.
+    assert (tmp_path / "lost" / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_bad_command_line_ends_a_job(tmp_path: Path) -> None:
