@@ -31,6 +31,12 @@ def is_alive(pid: int) -> bool:
     return _status(pid).get("State", "Z")[0] not in "ZX"
 
 
+def started(pid: int) -> int:
+    """Return the start of a process, in clock ticks since that of the machine; 0: unknown."""
+    words = _stat(pid)
+    return int(words[19]) if words else 0
+
+
 def can_run(pid: int) -> bool:
     """Return whether a process can handle signals now."""
     return _status(pid).get("State", "Z")[0] in "RS"
@@ -123,9 +129,13 @@ def _status(pid: int) -> dict[str, str]:
 
 
 def _ticks(pid: int) -> int:
-    # The name, in parentheses, may contain spaces and parentheses.
-    words = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    words = _stat(pid)
     return int(words[11]) + int(words[12]) if words else 0
+
+
+def _stat(pid: int) -> list[str]:
+    # The name, in parentheses, may contain spaces and parentheses.
+    return _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 def _kib(fields: dict[str, str], name: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def write_run(
     ranks = len(rows[0]["bytes_sent"]) if rows else 1
     folder.mkdir(parents=True)
     settings = [f"{key} = {json.dumps(value)}" for key, value in (CONFIG | config).items()]
-    settings += ["", "[world]", f"ranks = {ranks}", "nodes = 1", ""]
+    settings += ["", "[world]", f"ranks = {ranks}", "nodes = 1", f'run = "{uuid.uuid4().hex}"', ""]
     (folder / "config.toml").write_text("\n".join(settings))
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + end)
     return folder

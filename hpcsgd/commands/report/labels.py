@@ -9,7 +9,8 @@ from typing import Any
 from hpcsgd.commands.report.records import RunRecord
 
 MAX_LENGTH = 40
-LOCATION_KEYS = ("name", "out", "resume")  # locations of a run's files, which do not affect its results
+#: Locations of the files of a run, and its id, which do not affect its results.
+LOCATION_KEYS = ("name", "out", "resume", "spare", "world.run")
 _KEYLESS = ("strategy", "compress", "model", "data")  # their values need no key in a label
 
 

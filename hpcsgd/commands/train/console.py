@@ -46,10 +46,12 @@ class ConsoleDisplay:
 
     def message(self, text: str) -> None:
         """Display a message, in any mode but "off"."""
-        if self._mode == "bar":
-            self._console.print(text, markup=False)
-        elif self._mode == "plain":
-            print(text, flush=True)
+        # A full disk under the output, or a closed pipe, must not end the run.
+        with contextlib.suppress(OSError):
+            if self._mode == "bar":
+                self._console.print(text, markup=False)
+            elif self._mode == "plain":
+                print(text, flush=True)
 
     def train(self, record: dict[str, Any]) -> None:
         """Display a record of training; plain output is limited to one every few seconds."""
@@ -77,7 +79,6 @@ class ConsoleDisplay:
 
 def print_notice(text: str) -> None:
     """Print a line to stderr that the user must see in any mode of the display."""
-    # Where even that cannot be written, training must not end for it.
     with contextlib.suppress(OSError):
         print(f"hpcsgd: {text}", file=sys.stderr, flush=True)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcsgd.commands.train.console import print_notice
+from hpcsgd.commands.train.metrics_file import MetricsFile
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 
@@ -128,30 +129,46 @@ class MetricsWriter:
         The step from which the run continues: records of later steps will be written again, and are removed.
     last_record
         The same step in the count of other ranks, if these have written the records.
+    restore_folder, must_begin
+        As those of `MetricsFile`. Default: the folder is not created again.
+
+    Attributes
+    ----------
+    file
+        The file `metrics.jsonl`.
     """
 
-    def __init__(self, folder: Path, step: int, last_record: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        last_record: int | None = None,
+        restore_folder: Callable[[], None] = lambda: None,
+        must_begin: bool = True,
+    ) -> None:
         path = folder / FILE
         last = step if last_record is None else last_record
-        retained = [line for line in _lines(path) if _step(path, line) <= last]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(retained))
-        os.replace(partial, path)
-        self._file = path.open("a", buffering=1)
+        retained = (line for line in _lines(path) if _step(path, line) <= last)
+        self.file = MetricsFile(path, retained, restore_folder, print_notice, must_begin)
         self._tensorboard = _tensorboard(folder, step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; the file has it on return."""
-        self._file.write(json.dumps(record) + "\n")
+        """Append one record; the file has it on return, unless it cannot be written."""
+        self.file.append(json.dumps(record) + "\n")
         if self._tensorboard is not None:
-            for name, value in record.items():
-                if name not in ("event", "step") and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(f"{record['event']}/{name}", value, record["step"])
+            try:
+                for name, value in record.items():
+                    if name not in ("event", "step") and isinstance(value, int | float):
+                        self._tensorboard.add_scalar(f"{record['event']}/{name}", value, record["step"])
+            except Exception as error:  # TensorBoard must not fail the run
+                print_notice(f"TensorBoard gets no more records of this run: {error}")
+                self._tensorboard = None
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(Exception):
+                self._tensorboard.close()
 
 
 def _lines(path: Path) -> list[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hpcsgd import registry
 from hpcsgd.commands.train.settings import AUTO, Settings, parse_resume, to_toml
-from hpcsgd.errors import BadOption
+from hpcsgd.errors import BadOption, HpcsgdError
 
-#: File in the folder of a finished run.
-DONE = "done"
+#: The settings of a run; its checkpoints; and the mark of a finished run.
+CONFIG, CHECKPOINTS, DONE = "config.toml", "checkpoints", "done"
 
 #: Settings that must not change on resume: the state of a checkpoint, or its position, depend on them.
 _FIXED_FOR_A_RUN = (
@@ -38,8 +39,41 @@ def path_of(settings: Settings) -> Path:
     return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}")
 
 
-def create(folder: Path, settings: Settings, world: dict[str, object]) -> None:
-    """Create the folder, and write its `config.toml`.
+def claim(folder: Path, settings: Settings) -> None:
+    """Create the folder of a new run, or check that the folder of a resumed run is there.
+
+    Raises
+    ------
+    BadOption
+        The folder exists and the run does not resume it, or the reverse.
+    HpcsgdError
+        The folder cannot be created.
+    """
+    if settings.resume not in ("", AUTO):
+        if not folder.is_dir():
+            raise BadOption(f"there is no run to resume in {folder}", do="give --resume the folder of a run")
+        return
+    try:
+        # With --resume auto a run may have been killed before its first checkpoint.
+        folder.mkdir(parents=True, exist_ok=settings.resume == AUTO)
+    except FileExistsError:
+        raise BadOption(
+            f"{folder} exists",
+            do=f"choose another --name, or continue that run: --resume {folder}",
+        ) from None
+    except OSError as error:
+        what = f"cannot create the run's folder {folder}: {error.strerror}"
+        raise HpcsgdError(what, do="free space there, or create it elsewhere: --out FOLDER") from error
+
+
+def release(folder: Path) -> None:
+    """Remove the folder of a run that has ended before it wrote anything."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def config(folder: Path, settings: Settings, world: dict[str, object]) -> str:
+    """Return the text of `config.toml`.
 
     Parameters
     ----------
@@ -49,29 +83,16 @@ def create(folder: Path, settings: Settings, world: dict[str, object]) -> None:
         Settings of the run.
     world
         Contents of the ``[world]`` table, for the reader's information.
-
-    Raises
-    ------
-    BadOption
-        The folder exists, and the run does not resume it.
     """
-    try:
-        # With --resume auto a run may have been killed before its first checkpoint.
-        folder.mkdir(parents=True, exist_ok=settings.resume == AUTO)
-    except FileExistsError:
-        raise BadOption(
-            f"{folder} exists",
-            do=f"choose another --name, or continue that run: --resume {folder}",
-        ) from None
     named = replace(settings, out=str(folder.parent), name=folder.name, resume="")
-    (folder / "config.toml").write_text(to_toml(named, world))
+    return to_toml(named, world)
 
 
-def mark(folder: Path, rank: int, *, done: bool) -> None:
-    """Let rank 0 create the file `done` at the end of the run, or remove it when the run continues."""
-    if rank == 0 and done:
+def mark(folder: Path, *, done: bool) -> None:
+    """Create the file `done` at the end of the run, or remove it when the run continues."""
+    if done:
         (folder / DONE).touch()
-    elif rank == 0:
+    else:
         (folder / DONE).unlink(missing_ok=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hpcsgd.commands.train.console import ConsoleDisplay
@@ -15,36 +14,29 @@ class RunLog:
 
     Parameters
     ----------
-    folder
-        The run's folder.
-    rank
-        This rank.
+    writer
+        On rank 0: the writer of the records.
     step
-        Steps already taken: records of later steps are removed.
+        Steps already taken.
     total, epochs
         Length of the run, in steps and in epochs.
     steps_per_epoch
         Converts steps to epochs in the records.
     mode
         Mode of `ConsoleDisplay`.
-    last_record
-        As that of `MetricsWriter`.
     """
 
     def __init__(
         self,
-        folder: Path,
-        rank: int,
+        writer: MetricsWriter | None,
         step: int,
         total: int,
         epochs: float,
         steps_per_epoch: int,
         mode: str,
-        last_record: int | None = None,
     ) -> None:
-        self._steps_per_epoch = steps_per_epoch
-        self._writer = MetricsWriter(folder, step, last_record) if rank == 0 else None
-        self._display = ConsoleDisplay(mode if rank == 0 else "off", total, step, epochs)
+        self._steps_per_epoch, self._writer = steps_per_epoch, writer
+        self._display = ConsoleDisplay("off" if writer is None else mode, total, step, epochs)
 
     def message(self, text: str) -> None:
         """Display a message."""
@@ -107,5 +99,3 @@ class RunLog:
 
     def close(self) -> None:
         self._display.close()
-        if self._writer is not None:
-            self._writer.close()

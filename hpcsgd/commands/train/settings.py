@@ -133,6 +133,11 @@ class Settings:
     )
     out: str = option("runs", "Folder in which the run's folder is created.")
     name: str = option("", "Name of the run's folder; empty: time stamp and strategy.")
+    spare: str = option(
+        "",
+        "Folder for a checkpoint and the metrics while the run's own cannot be written, for its disk is full "
+        "for example; empty: that of temporary files, if all ranks see it.",
+    )
     resume: str = option(
         "",
         "Folder of a run, or of one of its checkpoints, to resume; auto: resume the run --name from its "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -218,8 +217,3 @@ def _load(settings: Settings, world: World, checkpoints: Checkpoints) -> Loaded 
     if damaged and world.rank == 0:
         print_notice(f"the newest whole checkpoint is resumed; passed over: {'; '.join(damaged)}")
     return loaded
-
-
-def open_checkpoints(folder: Path, world: World) -> Checkpoints:
-    """Return the checkpoints in a run's folder."""
-    return Checkpoints(folder / "checkpoints", world.rank, world.size, world.gather)

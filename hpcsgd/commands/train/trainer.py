@@ -24,7 +24,8 @@ from hpcsgd.commands.train.optimizers import OPTIMIZERS, learning_rate_schedule
 from hpcsgd.commands.train.plan import Plan
 from hpcsgd.commands.train.run_log import RunLog
 from hpcsgd.commands.train.settings import Settings, default_model
-from hpcsgd.commands.train.state import ResumePoint, RunState, find_resume_point, open_checkpoints
+from hpcsgd.commands.train.state import ResumePoint, RunState, find_resume_point
+from hpcsgd.commands.train.storage import RunStorage
 from hpcsgd.commands.train.strategy import build_strategy, check_delays
 from hpcsgd.diagnostics import trace_file
 from hpcsgd.errors import RankFailed
@@ -138,6 +139,7 @@ class Trainer:
         self._passes = 0  # backward passes of the step under way
         self._signals = SignalRecorder()
         self._stop_signal: int | None = None
+        self._save_now = False  # the earlier checkpoints are gone
 
     def _loader(self, peer: int) -> data.Loader:
         settings, workers = self.settings, self.strategy.workers(self._peers.size)
@@ -157,9 +159,21 @@ class Trainer:
         self._make_plan()
         self.folder = Path(world.gather(self._snapshots.run_folder or str(run_folder.path_of(settings)))[0])
         self._snapshots.run_folder = str(self.folder)
-        self._checkpoints = open_checkpoints(self.folder, world)
+        with RunStorage(self.folder, settings, world, self._snapshots.lock) as self._storage:
+            self._snapshots.lock = self._storage.token
+            self._start()
+            with self._signals.installed(), closing(self.log):
+                self._take_snapshot()
+                self._train()
+                self._finish()
+        self.run.close()
+        return self.folder
+
+    def _start(self) -> None:
+        """Make the run, from the checkpoint that it resumes, if any, and open its log."""
+        settings, world = self.settings, self.world
         resumed = find_resume_point(
-            settings, world, self._plan, self.strategy.synchronous, self._checkpoints, self._snapshots
+            settings, world, self._plan, self.strategy.synchronous, self._storage.checkpoints, self._snapshots
         )
         if resumed is not None and resumed.redistributed:
             self.model.load_state_dict(resumed.state["run"]["model"])
@@ -179,8 +193,13 @@ class Trainer:
             virtual_nodes=settings.virtual_nodes,
         )
         torch.set_num_threads(settings.threads or world.local.threads)
-        spent = self._resume(resumed) if resumed is not None else world.collectively(self._create_folder)
-        self.log = world.collectively(partial(self._open_log, resumed))
+        spent = Counters()
+        if resumed is None:
+            self._storage.create()
+        else:
+            spent = self._resume(resumed)
+        self._storage.open_metrics(self.step, None if resumed is None else resumed.last_record)
+        self.log = self._open_log()
         if self._trace:
             world.start_trace(self.folder)
         # From here on random numbers, of dropout for example, differ from peer to peer.
@@ -188,12 +207,6 @@ class Trainer:
             for peer in self.run.each_peer():
                 rng_state.seed(settings.seed + 1 + peer)
         self.meter = Meter(world, spent)
-        with self._signals.installed(), closing(self.log):
-            self._take_snapshot()
-            self._train()
-            self._finish()
-        self.run.close()
-        return self.folder
 
     @property
     def step(self) -> int:
@@ -215,31 +228,16 @@ class Trainer:
         # With an asynchronous method the time of a step is unknown before the first exchange.
         self._next_exchange = 0 if synchronous else settings.log_every
 
-    def _create_folder(self) -> Counters:
-        ranks: dict[str, object] = {"ranks": self.world.size, "nodes": self.world.nodes}
-        if self.world.rank == 0:
-            run_folder.create(self.folder, self.settings, ranks)
-        return Counters()
-
     def _resume(self, resumed: ResumePoint) -> Counters:
         if not resumed.redistributed:
             # Collectively: a state of another model or optimizer raises the same error on all ranks.
             self.world.collectively(lambda: self.run.load_state_dict(resumed.state["run"]))
         return self._state.restore(resumed.state, self.world)
 
-    def _open_log(self, resumed: ResumePoint | None) -> RunLog:
-        plan, step = self._plan, self.step
-        run_folder.mark(self.folder, self.world.rank, done=False)
-        log = RunLog(
-            self.folder,
-            self.world.rank,
-            step,
-            plan.total,
-            self.settings.epochs,
-            plan.steps_per_epoch,
-            self.settings.progress,
-            resumed.last_record if resumed is not None else None,
-        )
+    def _open_log(self) -> RunLog:
+        plan, settings, step = self._plan, self.settings, self.step
+        writer = self._storage.metrics
+        log = RunLog(writer, step, plan.total, settings.epochs, plan.steps_per_epoch, settings.progress)
         if self._lost is not None:
             log.message(
                 f"{self._lost}\nthe surviving ranks continue from epoch {step / plan.steps_per_epoch:.2f}"
@@ -342,11 +340,12 @@ class Trainer:
         if ended or step % plan.evaluate_every == 0:
             with self.meter.paused(), self.world.tracer.span("evaluation", "compute"):
                 self.evaluate()
-        if ended or self._stop_signal is not None or step % plan.checkpoint_every == 0:
+        if ended or self._stop_signal is not None or self._save_now or step % plan.checkpoint_every == 0:
+            self._save_now = False
             with self.meter.paused(), self.world.tracer.span("checkpoint", "compute"):
                 self.run.check()
                 meta = {"settings": asdict(self.settings), "ranks": self.world.size}
-                self._checkpoints.save(step, self._capture(), meta)
+                self._storage.save(step, self._capture(), meta)
         if not ended and step % plan.snapshot_every == 0:
             self._take_snapshot()
 
@@ -363,8 +362,10 @@ class Trainer:
         """Exchange signals, and the fields of the next record."""
         counters, state = self.meter.read(), self._state
         metrics = self.strategy.metrics() if logging else {}
-        local = (self._signals.received, counters, state.sums, metrics)
-        received, spent, sums, method = zip(*self.world.gather(local, "the exchange of metrics"), strict=True)
+        local = (self._signals.received, counters, state.sums, metrics, self._storage.state())
+        ranks = self.world.gather(local, "the exchange of metrics")
+        received, spent, sums, method, files = zip(*ranks, strict=True)
+        self._save_now = self._storage.check(files)
         self._stop_signal = next((number for number in received if number is not None), None)
         step_seconds = max(each.seconds for each in spent) / state.step
         period = EXCHANGE_PERIOD if self.strategy.synchronous else ASYNCHRONOUS_EXCHANGE_PERIOD
@@ -386,11 +387,11 @@ class Trainer:
         return evaluate(self.run, self.objective, source, shard, self.world)
 
     def _finish(self) -> None:
-        if self._stop_signal is not None and not self.completed:
+        self._storage.finish(done=self.completed)
+        if not self.completed and self._stop_signal is not None:
             name = signal.Signals(self._stop_signal).name
             self.log.message(f"{name}: checkpoint of step {self.step} written; --resume {self.folder}")
         else:
-            run_folder.mark(self.folder, self.world.rank, done=True)
             self.log.message(f"done; hpcsgd report {self.folder}")
         if self.world.tracer.on:
             self.log.message(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -15,6 +14,7 @@ from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, format_ranks
 from hpcsgd.training.checkpoint.files import (
     FORMAT,
     Fault,
+    delete,
     read_manifest,
     read_state,
     sync_folder,
@@ -23,7 +23,20 @@ from hpcsgd.training.checkpoint.files import (
 )
 
 T = TypeVar("T")
+E = TypeVar("E", bound=HpcsgdError)
 Loaded = tuple[list[dict[str, Any]], dict[str, Any]]
+
+
+class NotSaved(HpcsgdError):
+    """A checkpoint that could not be written; earlier ones are untouched.
+
+    Attributes
+    ----------
+    reason
+        The cause, in one line.
+    """
+
+    reason = ""
 
 
 class Checkpoints:
@@ -90,7 +103,7 @@ class Checkpoints:
 
         Raises
         ------
-        HpcsgdError
+        NotSaved
             On all ranks if one failed, which the error names. Earlier checkpoints are untouched.
         """
         self._check_same_step(step)
@@ -152,7 +165,7 @@ class Checkpoints:
         if faults or isinstance(loaded, Fault):
             others = [other for other in reversed(steps) if other != chosen]
             remedy = faults[min(faults)].do or self._suggest(others, any_ranks)
-            raise _error(f"cannot load the checkpoint of step {chosen}", faults, remedy)
+            raise _error(HpcsgdError, f"cannot load the checkpoint of step {chosen}", faults, remedy)
         return loaded
 
     def load_newest_whole(self, *, any_ranks: bool = False) -> tuple[Loaded, list[str]] | None:
@@ -182,7 +195,9 @@ class Checkpoints:
             if not faults and not isinstance(loaded, Fault):
                 return loaded, damaged
             if not all(fault.damage for fault in faults.values()):
-                raise _error(f"cannot load the checkpoint of step {step}", faults, "fix the cause")
+                raise _error(
+                    HpcsgdError, f"cannot load the checkpoint of step {step}", faults, "fix the cause"
+                )
             self._damaged.add(step)
             damaged.append(f"step {step}: {_describe(faults)}")
         if not steps:
@@ -224,7 +239,9 @@ class Checkpoints:
             self._on_root(self._remove_leftovers)
             self._gather(None)
             remedy = "fix the cause, and resume from an earlier checkpoint: those are unchanged"
-            raise _error(f"cannot save the checkpoint of step {step}", faults, remedy)
+            error = _error(NotSaved, f"cannot save the checkpoint of step {step}", faults, remedy)
+            error.reason = _describe(faults)
+            raise error
         return outcomes
 
     def _prepare(self, partial_folder: Path) -> None:
@@ -235,14 +252,14 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         self._restore()
         for leftover in self._folder.glob(".step-*.partial"):
-            _delete(leftover)
+            delete(leftover)
 
     def _restore(self) -> None:
         """Restore checkpoints that were renamed, but not yet replaced, at the time of a crash."""
         for replaced in self._folder.glob(".step-*.replaced"):
             final = replaced.with_name(replaced.name[1:].removesuffix(".replaced"))
             if final.exists():
-                _delete(replaced)
+                delete(replaced)
             else:
                 replaced.rename(final)
 
@@ -250,7 +267,7 @@ class Checkpoints:
         """Return the steps that have a checkpoint, as rank 0 sees them."""
         steps: Any = self._gather(self._on_root(self._restore_and_list))[0]
         if isinstance(steps, Fault):
-            raise _error(f"cannot read {self._folder}", {0: steps})
+            raise _error(HpcsgdError, f"cannot read {self._folder}", {0: steps})
         return list(steps)
 
     def _restore_and_list(self) -> list[int]:
@@ -304,20 +321,12 @@ def _publish(partial_folder: Path, final: Path, body: Mapping[str, object]) -> N
     partial_folder.rename(final)
     sync_folder(final.parent)
     with suppress(OSError):
-        _delete(replaced)
+        delete(replaced)
 
 
 def _remove(folder: Path) -> None:
     # Renamed first: a crash during the removal must not leave an incomplete checkpoint under its name.
-    _delete(folder.rename(_hidden(folder, "partial")))
-
-
-def _delete(path: Path) -> None:
-    """Delete a checkpoint's folder, or the file that has taken its place."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    delete(folder.rename(_hidden(folder, "partial")))
 
 
 def _hidden(final: Path, suffix: str) -> Path:
@@ -348,9 +357,9 @@ def _describe(faults: Mapping[int, Fault]) -> str:
     return f"{format_ranks(faults)}: {fault.what}{differs}"
 
 
-def _error(what: str, faults: Mapping[int, Fault], remedy: str | None = None) -> HpcsgdError:
+def _error(kind: type[E], what: str, faults: Mapping[int, Fault], remedy: str | None = None) -> E:
     fault = faults[min(faults)]
-    return HpcsgdError(
+    return kind(
         f"{what}: {fault.what}",
         rank=sorted(faults),
         expected=fault.expected,

@@ -22,10 +22,12 @@ class InMemoryCheckpoints:
     ----------
     run_folder
         Folder of the run, in which the surviving ranks continue; empty before it is known.
+    lock
+        Token of the lock of that folder, which they take over from a dead rank.
     """
 
     def __init__(self) -> None:
-        self.run_folder = ""
+        self.run_folder = self.lock = ""
         self._states: dict[int, State] = {}
         self._number = 0
 

@@ -166,11 +166,13 @@ def _is_complete(world: World, folder: Path, settings: Settings) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The settings of a run; empty if there is no run."""
+    """The settings of a run, without its id; empty if there is no run."""
     try:
-        return tomllib.loads((folder / "config.toml").read_text())
+        config = tomllib.loads((folder / "config.toml").read_text())
     except FileNotFoundError:
         return {}
+    config.get("world", {}).pop("run", None)
+    return config
 
 
 def _differences(
