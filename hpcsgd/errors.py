@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+_LONGEST_SHOWN = 60  # characters of a wrong value in an error
 
 
 class HpcsgdError(RuntimeError):
@@ -35,16 +38,16 @@ class HpcsgdError(RuntimeError):
         everywhere: bool = False,
         elsewhere: bool = False,
     ) -> None:
-        lines = [what if rank is None else f"{format_ranks(rank)}: {what}"]
-        if expected is not None:
-            lines.append(f"  expected: {expected}")
-        if got is not None:
-            lines.append(f"  got:      {got}")
-        if do is not None:
-            lines.append(f"  do:       {do}")
-        super().__init__("\n".join(lines))
+        what = what if rank is None else f"{format_ranks(rank)}: {what}"
+        super().__init__(self._format(what, expected, got, do))
         self.everywhere = everywhere
         self.elsewhere = elsewhere
+
+    @staticmethod
+    def _format(what: str, expected: object, got: object, do: str | None) -> str:
+        """Return the text of the error."""
+        rows = {"  expected: ": expected, "  got:      ": got, "  do:       ": do}
+        return "\n".join([what, *(f"{title}{text}" for title, text in rows.items() if text is not None)])
 
 
 class Disagreement(HpcsgdError):
@@ -74,12 +77,28 @@ def rank_left(what: str, rank: int) -> RankLeft:
 
 
 class BadOption(HpcsgdError, ValueError):
-    """An unknown option, or a value outside its range; the message lists the valid ones."""
+    """An unknown option, or a value outside its range; the message, one line, lists the valid ones."""
+
+    @staticmethod
+    def _format(what: str, expected: object, got: object, do: str | None) -> str:
+        values = {"expected": expected, "got": got}
+        given = ", ".join(f"{title} {value}" for title, value in values.items() if value is not None)
+        text = ": ".join(filter(None, [what, given]))
+        return re.sub(r"\s*\n\s*", " ", "; ".join(filter(None, [text, do])))
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> BadOption:
     """Return the error for a name that is not in a registry."""
-    return BadOption(f"unknown {kind} {name!r}", do="use one of: " + ", ".join(sorted(valid)))
+    return BadOption(f"unknown {kind} {shown(name)}", do="use one of: " + ", ".join(sorted(valid)))
+
+
+def shown(value: object) -> str:
+    """Return a wrong value for an error: in one line, and short."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
 def format_ranks(ranks: int | Iterable[int]) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsgd import registry
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.registry import Within
 
 
 def everything(
@@ -131,16 +135,79 @@ def test_values_get_the_type_of_the_annotation(written: str, value: object) -> N
         "betas=0.9x0.9x0.9",
     ],
 )
-def test_values_of_the_wrong_type_are_refused_with_all_options(written: str) -> None:
-    with pytest.raises(BadOption) as caught:
+def test_values_of_the_wrong_type_are_refused_with_the_right_ones(written: str) -> None:
+    key, _, text = written.partition("=")
+    kinds = inspect.signature(everything, eval_str=True).parameters
+    expected = f"expected {registry.expected(kinds[key].annotation)}, got {text!r}"
+    message = f"option {key!r} of row 'everything' has a wrong value: {expected}"
+    with pytest.raises(BadOption, match=re.escape(message)):
         registry.build(ROWS, f"everything:{written}", "row")
-    message = str(caught.value)
-    assert repr(written.partition("=")[2]) in message
-    assert "count=int (default 3)" in message
-    assert "nested=yes|no (default no)" in message
-    assert "mode=pull|push (default pull)" in message
-    assert "limit=float|none (default none)" in message
-    assert "shape=intx... (default 3x32x32)" in message
+
+
+def test_kinds_of_values_in_words() -> None:
+    kinds = inspect.signature(everything, eval_str=True).parameters
+    assert {key: registry.expected(p.annotation) for key, p in kinds.items()} == {
+        "count": "a whole number",
+        "rate": "a number",
+        "nested": "yes or no",
+        "label": "a text",
+        "folder": "a path",
+        "mode": "one of pull, push",
+        "limit": "a number, or none",
+        "shape": "one or more joined by x, each a whole number",
+        "betas": "2 joined by x, each a number",
+    }
+    optional = Annotated[int, Within(1, 10**6)] | None
+    assert registry.expected(optional) == "a whole number from 1 to 1e6, or none"
+    assert registry.expected(Annotated[float, Within(0.5, 2**20 + 1)]) == "a number from 0.5 to 1048577"
+    assert registry.expected(Annotated[float, Within(-1e-5, math.inf)]) == "a number from -1e-5 to inf"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "found"),
+    [
+        (np.int64(3), int, 3),
+        (np.float32(0.5), float, 0.5),
+        (2, float, 2.0),
+        ([1, 2], tuple[int, ...], (1, 2)),
+        (None, int | None, None),
+        (Plain(), Plain | str | None, ...),
+        ("auto", int | Literal["auto"], "auto"),
+        ("a", Path, "a"),
+    ],
+)
+def test_objects_are_checked_as_texts_are(value: object, kind: object, found: object) -> None:
+    got = registry.check("option", value, kind)
+    assert got is value if found is ... else got == found and type(got) is type(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(True, int), (1, bool), (1.0, int), ((), tuple[int, ...]), (1, Plain | str | None)]
+)
+def test_objects_of_other_types_are_refused(value: object, kind: object) -> None:
+    with pytest.raises(BadOption, match="option has a wrong value: expected"):
+        registry.check("option", value, kind)
+
+
+@registry.checked
+def sample(size: Annotated[int, Within(1, 9)] = 3, *, rate: float = 0.5, row: Plain | None = None) -> float:
+    return size * rate
+
+
+def test_a_checked_function_is_the_same_but_for_wrong_values() -> None:
+    assert sample() == 1.5 and sample(2, rate=2) == 4.0 and sample(row=Plain()) == 1.5
+    assert registry.describe({"sample": sample})[0][1] == "size=3,rate=0.5"
+    with pytest.raises(BadOption, match=r"option 'size' of sample has a wrong value: .* 1 to 9, got 10"):
+        sample(10)
+    with pytest.raises(TypeError, match="sizes"):
+        sample(sizes=1)  # type: ignore[call-arg]
+
+
+def test_annotations_of_another_package_get_limits() -> None:
+    rows = {"fraction": registry.limited(everything, rate=Annotated[float, Within(0, 1)])}
+    assert registry.build(rows, "fraction:rate=1", "row")["rate"] == 1.0
+    with pytest.raises(BadOption, match="from 0 to 1"):
+        registry.build(rows, "fraction:rate=1.5", "row")
 
 
 def test_unknown_names_and_options_are_answered_with_the_valid_ones() -> None:

@@ -37,8 +37,9 @@ def main() -> None:
     """Run the command line; an error is printed once, by one rank, instead of a traceback by every rank."""
     try:
         code = cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        _exit(error.exit_code, error.show)
+    except click.UsageError as error:
+        text = _one_line(error)
+        _exit(2, lambda: click.echo(text, err=True))
     except click.Abort:
         if _mpi_is_up() and launcher.size()[1] > 1:
             # Perhaps this rank alone was interrupted: the exception ends the others too.
@@ -58,6 +59,15 @@ def _exit(code: int, show: Callable[[], None]) -> None:
     if shutdown.is_reporting_rank():
         show()
     shutdown.exit_process(code)
+
+
+def _one_line(error: click.UsageError) -> str:
+    """The message of a wrong command line, and where to read on; of an incomplete one the help itself."""
+    message, context = error.format_message(), error.ctx
+    if context is not None and message == context.get_help():
+        return message
+    command = context.command_path if context is not None else "hpcsgd"
+    return f"hpcsgd: {' '.join(message.split()).rstrip('.')}; see {command} --help"
 
 
 def _mpi_is_up() -> bool:

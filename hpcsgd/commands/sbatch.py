@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import click
 
+from hpcsgd import registry
+from hpcsgd.commands.options import Value, option
 from hpcsgd.commands.train import settings, sweep
-from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.errors import BadOption, HpcsgdError, shown
+from hpcsgd.registry import Accepted, Text, Within
+from hpcsgd.registry.limits import Natural
 
 #: Slurm's formats of a time limit; a number alone means minutes.
 TIMES = ("minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours", "days-hours:minutes")
-_TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?|(?:(?:(\d+):)?(\d+):)?(\d+))")
-#: Launchers of the ranks: srun with one of its plugins, or the mpiexec of the MPI itself.
-MPI_TYPES = ("pmi2", "pmix", "mpiexec")
+_TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?|(?:(?:(\d+):)?(\d+):)?(\d+))".replace("+", "{1,7}"))
 
 _ENVIRONMENT = """
 # The environment that hpcsgd is installed in; default: the one in which sbatch was called.
@@ -95,6 +98,33 @@ _ABOUT = {
 }
 
 
+def seconds(time: str) -> int:
+    """Convert a time limit in one of Slurm's formats to seconds.
+
+    Raises
+    ------
+    BadOption
+        The text has none of these formats.
+    """
+    match = _TIME.fullmatch(time)
+    if match is None:
+        expected = ", ".join(TIMES) + " or days-hours:minutes:seconds, such as 8:00:00"
+        raise BadOption("the time limit cannot be read", expected=expected, got=shown(time))
+    days, hours, minutes, rest, *short = (int(text or 0) for text in match.groups())
+    if match[1] is None:
+        hours, minutes, rest = short if match[6] else (0, short[2], 0)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _check_word(text: str) -> None:
+    if not text or re.search(r"[\s/]", text):
+        raise ValueError(text)
+
+
+#: A word that Slurm takes as a name.
+Word = Annotated[str, Text(1, 255), Accepted(_check_word, "lasgd-8, without spaces or slashes")]
+
+
 @dataclass(frozen=True)
 class SlurmJob:
     """A job's resources and command, from which its script is written.
@@ -112,7 +142,7 @@ class SlurmJob:
     warn
         Seconds before the time limit at which Slurm sends SIGUSR1: the run writes a checkpoint and ends.
     mpi
-        One of `MPI_TYPES`.
+        Launcher of the ranks: srun with one of its plugins, or the mpiexec of the MPI itself.
     requeue
         Whether the job returns to the queue until the run is done.
     array
@@ -123,34 +153,22 @@ class SlurmJob:
         Arguments of `hpcsgd train`; with a sweep the first is the TOML file.
     """
 
-    nodes: int = 2
-    ranks_per_node: int = 2
-    cpus: int = 2
-    gpus: int = 0
-    time: str = "1:00:00"
-    warn: int = 120
-    mpi: str = "pmi2"
+    nodes: Annotated[int, Within(1, 10**6)] = 2
+    ranks_per_node: Annotated[int, Within(1, 10**4)] = 2
+    cpus: Annotated[int, Within(1, 10**4)] = 2
+    gpus: Annotated[int, Within(0, 1000)] = 0
+    time: Annotated[str, Accepted(seconds)] = "1:00:00"
+    warn: Annotated[int, Within(1, 10**6)] = 120
+    mpi: Literal["pmi2", "pmix", "mpiexec"] = "pmi2"
     requeue: bool = False
-    array: int | None = None
-    name: str = "hpcsgd"
-    partition: str = ""
-    account: str = ""
-    arguments: tuple[str, ...] = ()
+    array: Natural | None = None
+    name: Word = "hpcsgd"
+    partition: Word | Literal[""] = ""
+    account: Word | Literal[""] = ""
+    arguments: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for option, low in ("nodes", 1), ("ranks_per_node", 1), ("cpus", 1), ("gpus", 0), ("warn", 1):
-            value = getattr(self, option)
-            if value < low:
-                what = f"--{option.replace('_', '-')} is too small"
-                raise BadOption(what, expected=f"at least {low}", got=value)
-        if self.mpi not in MPI_TYPES:
-            raise BadOption(f"unknown --mpi {self.mpi!r}", do="use one of: " + ", ".join(MPI_TYPES))
-        for option in ("name", "partition", "account"):
-            if re.search(r"[\s/]", getattr(self, option)):
-                what = f"--{option} cannot have spaces or slashes"
-                raise BadOption(what, got=repr(getattr(self, option)))
-        if not self.name:
-            raise BadOption("--name cannot be empty", do="leave --name out, or give a name")
+        registry.check_fields(self)
         if seconds(self.time) <= self.warn:
             raise BadOption(
                 "--time leaves no time to train before --warn",
@@ -158,27 +176,6 @@ class SlurmJob:
                 got=self.time,
                 do="raise --time, or lower --warn",
             )
-
-
-def seconds(time: str) -> int:
-    """Convert a time limit in one of Slurm's formats to seconds.
-
-    Raises
-    ------
-    BadOption
-        The text has none of these formats.
-    """
-    match = _TIME.fullmatch(time)
-    if match is None:
-        raise BadOption(
-            "--time cannot be read",
-            expected=", ".join(TIMES) + " or days-hours:minutes:seconds, such as 8:00:00",
-            got=repr(time),
-        )
-    days, hours, minutes, rest, *short = (int(text or 0) for text in match.groups())
-    if match[1] is None:
-        hours, minutes, rest = short if match[6] else (0, short[2], 0)
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def count_runs(path: str) -> int:
@@ -221,9 +218,9 @@ def _directives(job: SlurmJob) -> str:
 
 def _directive_lines(job: SlurmJob) -> Iterator[str]:
     yield f"#SBATCH --job-name={job.name}"
-    for option in ("partition", "account"):
-        if value := getattr(job, option):
-            yield f"#SBATCH --{option}={value}"
+    for name in ("partition", "account"):
+        if value := getattr(job, name):
+            yield f"#SBATCH --{name}={value}"
     yield f"#SBATCH --nodes={job.nodes}"
     yield f"#SBATCH --ntasks-per-node={job.ranks_per_node}"
     yield f"#SBATCH --cpus-per-task={job.cpus}"
@@ -272,7 +269,7 @@ def _job_options(function: Callable[..., None]) -> Callable[..., None]:
         "nodes": "Number of nodes.",
         "ranks_per_node": "Ranks per node.",
         "cpus": "Cores per rank.",
-        "gpus": "GPUs per node; default: none.",
+        "gpus": "GPUs per node; 0: none.",
         "time": "Time limit: minutes, hours:minutes:seconds, days-hours, ...",
         "warn": "Seconds before the time limit at which the run writes a checkpoint and ends.",
         "mpi": "Launcher of the ranks: srun with pmi2 or pmix, or mpiexec.",
@@ -281,25 +278,21 @@ def _job_options(function: Callable[..., None]) -> Callable[..., None]:
         "partition": "Partition to submit to; default: Slurm's.",
         "account": "Account to charge; default: Slurm's.",
     }
+    kinds = typing.get_type_hints(SlurmJob, include_extras=True)
     for name, text in reversed(texts.items()):
-        default = getattr(SlurmJob, name)
-        flag, shown = f"--{name.replace('_', '-')}", default not in ("", 0, False)
-        option = click.option(flag, default=default, help=text, is_flag=default is False, show_default=shown)
-        function = option(function)
+        default, flag = getattr(SlurmJob, name), f"--{name.replace('_', '-')}"
+        if kinds[name] is bool:
+            function = click.option(flag, default=default, help=text, is_flag=True)(function)
+        else:
+            function = option(flag, kinds[name], text, default)(function)
     return function
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["train", "sweep"]))
-@click.argument("arguments", nargs=-1)
+@click.argument("kind", type=Value(Literal["train", "sweep"]))
+@click.argument("arguments", nargs=-1, type=Value(str), metavar="[ARGUMENTS]...")
 @_job_options
-@click.option(
-    "-o",
-    "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="File to write the script to; default: standard output.",
-)
+@option("--out", Path, "File to write the script to; default: standard output.", metavar="FILE", short="-o")
 def sbatch(kind: str, arguments: tuple[str, ...], out: Path | None, **options: Any) -> None:
     """Write a job script for Slurm.
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from hpcsgd import registry
-from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment, Wrapper
 from hpcsgd.compress.error_feedback import ErrorFeedback
 from hpcsgd.compress.float32 import Float32
 from hpcsgd.compress.hadamard import Hadamard
@@ -102,6 +102,6 @@ def spec_of(compressor: Compressor) -> str:
             do="use one of: " + ", ".join(sorted(rows)),
             everywhere=True,
         )
-    if isinstance(compressor, ErrorFeedback | Hadamard):
+    if isinstance(compressor, Wrapper):
         return f"{names[0]}+{spec_of(compressor.inner)}"
     return registry.format_spec(names[0], compressor.options())

@@ -11,14 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import Within
 
 CHUNK = 256 * 1024  # elements of work between two polls of the messages
+
+#: Bits of a code.
+Bits = Annotated[int, Within(2, 16)]
+#: Number, and share, of the elements to send.
+SampleSize = Annotated[int, Within(1, 10**12)]
+SampleRatio = Annotated[float, Within(1e-9, 1)]
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,32 @@ class Compressor:
         return f"{type(self).__name__}({options})"
 
 
+class Wrapper(Compressor):
+    """A scheme around another one, each at most once.
+
+    Parameters
+    ----------
+    inner
+        The other scheme.
+
+    Raises
+    ------
+    BadOption
+        `inner` has this wrapper already.
+    """
+
+    def __init__(self, inner: Compressor) -> None:
+        self.inner = within = inner
+        while isinstance(within, Wrapper):
+            if type(within) is type(self):
+                what = f"{type(self).__name__} around {type(inner).__name__} wraps a scheme twice"
+                raise BadOption(what, do="name each wrapper once, as in ef+hadamard+maxnorm")
+            within = within.inner
+
+    def options(self) -> dict[str, object]:
+        return {"inner": str(self.inner)}
+
+
 class MaxMagnitude:
     """Largest magnitude of a segment as one norm: the first message of schemes without scales."""
 
@@ -234,15 +267,7 @@ def kernels_for(tensor: Tensor) -> Any:
 
 
 def levels_of(bits: int) -> int:
-    """Return the levels on either side of zero of codes of `bits` bits: 2**(bits-1) - 1.
-
-    Raises
-    ------
-    BadOption
-        `bits` is not within 2 to 16.
-    """
-    if not 2 <= bits <= 16:
-        raise BadOption("option bits, the bits of a code, is out of range", expected="2 to 16", got=bits)
+    """Return the levels on either side of zero of codes of `bits` bits: 2**(bits-1) - 1."""
     return int(2 ** (bits - 1) - 1)
 
 
@@ -250,20 +275,6 @@ def sample_size(k: int | None, ratio: float, segment: Segment) -> int:
     """Return the number of elements to send of a segment: its share of `k`, or `ratio` of it; at least 1."""
     size = ratio * segment.numel if k is None else k * segment.share
     return min(segment.numel, max(1, math.floor(size + 0.5)))
-
-
-def check_sample_size(k: int | None, ratio: float) -> None:
-    """Raise `BadOption` if `k` is below 1 or `ratio` outside (0, 1]."""
-    if k is not None and k < 1:
-        raise BadOption(
-            "option k, the number of elements to send, is out of range", expected="at least 1, or none", got=k
-        )
-    if not 0 < ratio <= 1:
-        raise BadOption(
-            "option ratio, the fraction of elements to send, is out of range",
-            expected="above 0, at most 1",
-            got=ratio,
-        )
 
 
 def _key(*parts: int) -> tuple[int, int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hpcsgd.compress.base import Codec, Compressor, Segment
+from hpcsgd.compress.base import Codec, Segment, Wrapper
 
 
-class ErrorFeedback(Compressor):
+class ErrorFeedback(Wrapper):
     """Wraps a scheme with error feedback: residual e <- (g + e) - decode(encode(g + e)).
 
     The residual is float32, one number an element, and part of the checkpoint. Schemes read and write it in
@@ -19,15 +19,9 @@ class ErrorFeedback(Compressor):
 
     feedback = True
 
-    def __init__(self, inner: Compressor) -> None:
-        self.inner = inner
-
     @property
     def needs_whole_tensors(self) -> bool:  # type: ignore[override]
         return self.inner.needs_whole_tensors
-
-    def options(self) -> dict[str, object]:
-        return {"inner": str(self.inner)}
 
     def codec(self, segment: Segment) -> Codec:
         return self.inner.codec(segment)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment, kernels_for
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment, Wrapper, kernels_for
 from hpcsgd.errors import BadOption
 
 
-class Hadamard(Compressor):
+class Hadamard(Wrapper):
     """Rotates blocks before `inner` compresses them, and back after the sum.
 
     x becomes H D x: random signs, then a Walsh-Hadamard transform. The rotation is linear, so the sum of
@@ -33,11 +33,8 @@ class Hadamard(Compressor):
     def __init__(self, inner: Compressor) -> None:
         if inner.needs_whole_tensors:
             raise BadOption(f"{inner} cannot be rotated: it needs whole matrices", do="leave out 'hadamard+'")
-        self.inner = inner
+        super().__init__(inner)
         self.feedback = inner.feedback
-
-    def options(self) -> dict[str, object]:
-        return {"inner": str(self.inner)}
 
     def codec(self, segment: Segment) -> Codec:
         plain = Segment(segment.numel, segment.terms, segment.offset, segment.share, (), segment.device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from hpcsgd.compress.base import Codec, Compressor, Segment, levels_of
-from hpcsgd.compress.packed_quantizer import BLOCK, Norm, PackedQuantizer, ScaleOf, Scaling
+from hpcsgd.compress.base import Bits, Codec, Compressor, Segment, levels_of
+from hpcsgd.compress.packed_quantizer import BLOCK, BlockSize, Norm, PackedQuantizer, ScaleOf, Scaling
+from hpcsgd.registry import checked
 
 
 class QSGDMaxNorm(Compressor):
@@ -25,18 +26,13 @@ class QSGDMaxNorm(Compressor):
         Maximum number of elements of a block, rounded up to a multiple of 4. Default 384.
     norm
         "max" (default), or "euclidean".
-
-    Raises
-    ------
-    BadOption
-        An option is out of its range.
     """
 
+    @checked
     def __init__(
-        self, bits: int = 4, scale: ScaleOf = "block", block: int = BLOCK, norm: Norm = "max"
+        self, bits: Bits = 4, scale: ScaleOf = "block", block: BlockSize = BLOCK, norm: Norm = "max"
     ) -> None:
         self.bits, self.scaling = bits, Scaling(scale, block, norm)
-        self.scaling.check()
         self.levels = levels_of(bits)
 
     def options(self) -> dict[str, object]:

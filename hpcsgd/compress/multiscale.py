@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from hpcsgd.compress.base import Codec, Compressor, Segment, levels_of
-from hpcsgd.compress.packed_quantizer import BLOCK, Norm, PackedQuantizer, ScaleOf, Scaling
+from hpcsgd.compress.base import Bits, Codec, Compressor, Segment, levels_of
+from hpcsgd.compress.packed_quantizer import BLOCK, BlockSize, Norm, PackedQuantizer, ScaleOf, Scaling
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import checked
 
 
 class QSGDMaxNormMultiScale(Compressor):
@@ -26,14 +27,15 @@ class QSGDMaxNormMultiScale(Compressor):
     Raises
     ------
     BadOption
-        An option is out of its range.
+        `bits` are not two or more, ascending.
     """
 
+    @checked
     def __init__(
         self,
-        bits: tuple[int, ...] = (4, 8),
+        bits: tuple[Bits, ...] = (4, 8),
         scale: ScaleOf = "block",
-        block: int = BLOCK,
+        block: BlockSize = BLOCK,
         norm: Norm = "max",
     ) -> None:
         if len(bits) < 2 or list(bits) != sorted(set(bits)):
@@ -42,8 +44,7 @@ class QSGDMaxNormMultiScale(Compressor):
                 expected="two or more, ascending, such as (4, 8)",
                 got=bits,
             )
-        self.bits, self.scaling = tuple(bits), Scaling(scale, block, norm)
-        self.scaling.check()
+        self.bits, self.scaling = bits, Scaling(scale, block, norm)
         self.levels = tuple(levels_of(b) for b in bits)
 
     def options(self) -> dict[str, object]:

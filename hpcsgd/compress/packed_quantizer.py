@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from hpcsgd.compress.base import Codec, Message, RandomKey, Segment, all_finite, kernels_for
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import Within
 
 if TYPE_CHECKING:
     from hpcsgd.kernels.codec.spec import Tiling
@@ -25,6 +26,8 @@ ScaleOf = Literal["block", "tensor", "bucket"]
 Norm = Literal["max", "euclidean"]
 
 BLOCK = 384
+#: Elements of a block.
+BlockSize = Annotated[int, Within(16, 2**20)]
 _LARGEST = float(torch.finfo(torch.float32).max)
 
 
@@ -45,23 +48,6 @@ class Scaling:
     scale: ScaleOf = "block"
     block: int = BLOCK
     norm: Norm = "max"
-
-    def check(self) -> None:
-        """Raise `BadOption` for an invalid value."""
-        for name, value, valid in (
-            ("scale", self.scale, ("block", "tensor", "bucket")),
-            ("norm", self.norm, ("max", "euclidean")),
-        ):
-            if value not in valid:
-                raise BadOption(
-                    f"option {name} of a quantiser is invalid", expected=" or ".join(valid), got=repr(value)
-                )
-        if not 16 <= self.block <= 2**20:
-            raise BadOption(
-                "option block of a quantiser is out of range",
-                expected="16 to 1048576 elements",
-                got=self.block,
-            )
 
 
 class PackedQuantizer(Codec):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hpcsgd.compress.base import Codec, Compressor, MaxMagnitude, Message, RandomKey, Segment
-from hpcsgd.errors import BadOption
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Size
 
 
 class PowerSGD(Compressor):
@@ -25,18 +26,12 @@ class PowerSGD(Compressor):
     ----------
     rank
         Columns of the factors, at least 1. Default 2.
-
-    Raises
-    ------
-    BadOption
-        `rank` is below 1.
     """
 
     needs_whole_tensors = True
 
-    def __init__(self, rank: int = 2) -> None:
-        if rank < 1:
-            raise BadOption("option rank of powersgd is out of range", expected="at least 1", got=rank)
+    @checked
+    def __init__(self, rank: Size = 2) -> None:
         self.rank = rank
 
     def options(self) -> dict[str, object]:

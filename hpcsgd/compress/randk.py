@@ -8,21 +8,24 @@ import torch
 from torch import Tensor
 
 from hpcsgd.compress.base import (
+    Bits,
     Codec,
     Compressor,
     MaxMagnitude,
     Message,
     RandomKey,
+    SampleRatio,
+    SampleSize,
     Segment,
     all_finite,
-    check_sample_size,
     kernels_for,
     sample_size,
 )
 from hpcsgd.compress.float32 import Float32
 from hpcsgd.compress.maxnorm import QSGDMaxNorm
 from hpcsgd.compress.multiscale import QSGDMaxNormMultiScale
-from hpcsgd.compress.packed_quantizer import BLOCK, Norm, ScaleOf
+from hpcsgd.compress.packed_quantizer import BLOCK, BlockSize, Norm, ScaleOf
+from hpcsgd.registry import checked
 
 
 class GlobalRandK(Compressor):
@@ -38,15 +41,10 @@ class GlobalRandK(Compressor):
         Number of coordinates of the whole model to send. Default: determined by `ratio`.
     ratio
         Fraction of the coordinates, above 0, at most 1. Default 0.1.
-
-    Raises
-    ------
-    BadOption
-        An option is out of its range.
     """
 
-    def __init__(self, k: int | None = None, ratio: float = 0.1) -> None:
-        check_sample_size(k, ratio)
+    @checked
+    def __init__(self, k: SampleSize | None = None, ratio: SampleRatio = 0.1) -> None:
         self.k, self.ratio = k, ratio
         self.inner: Compressor = Float32()
 
@@ -69,13 +67,14 @@ class GlobalRandKMaxNorm(GlobalRandK):
         See `GlobalRandK`.
     """
 
+    @checked
     def __init__(
         self,
-        bits: int = 4,
-        k: int | None = None,
-        ratio: float = 0.1,
+        bits: Bits = 4,
+        k: SampleSize | None = None,
+        ratio: SampleRatio = 0.1,
         scale: ScaleOf = "block",
-        block: int = BLOCK,
+        block: BlockSize = BLOCK,
         norm: Norm = "max",
     ) -> None:
         super().__init__(k, ratio)
@@ -93,13 +92,14 @@ class GlobalRandKMaxNormMultiScale(GlobalRandK):
         See `GlobalRandK`.
     """
 
+    @checked
     def __init__(
         self,
-        bits: tuple[int, ...] = (4, 8),
-        k: int | None = None,
-        ratio: float = 0.1,
+        bits: tuple[Bits, ...] = (4, 8),
+        k: SampleSize | None = None,
+        ratio: SampleRatio = 0.1,
         scale: ScaleOf = "block",
-        block: int = BLOCK,
+        block: BlockSize = BLOCK,
         norm: Norm = "max",
     ) -> None:
         super().__init__(k, ratio)

@@ -13,10 +13,12 @@ from hpcsgd.compress.base import (
     MaxMagnitude,
     Message,
     RandomKey,
+    SampleRatio,
+    SampleSize,
     Segment,
-    check_sample_size,
     sample_size,
 )
+from hpcsgd.registry import checked
 
 
 class TopK(Compressor):
@@ -31,15 +33,10 @@ class TopK(Compressor):
         Number of elements of the whole model that a rank sends. Default: determined by `ratio`.
     ratio
         Fraction of the elements, above 0, at most 1. Default 0.01.
-
-    Raises
-    ------
-    BadOption
-        An option is out of its range.
     """
 
-    def __init__(self, k: int | None = None, ratio: float = 0.01) -> None:
-        check_sample_size(k, ratio)
+    @checked
+    def __init__(self, k: SampleSize | None = None, ratio: SampleRatio = 0.01) -> None:
         self.k, self.ratio = k, ratio
 
     def options(self) -> dict[str, object]:

@@ -8,13 +8,25 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd import registry
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import launcher
+from hpcsgd.registry.limits import Natural, Timeout
 
+#: The variables that a World reads: the kind of the value, and the default.
+VARIABLES: dict[str, tuple[Any, object]] = {
+    "HPCSGD_TIMEOUT": (Timeout, 300.0),
+    "HPCSGD_RANKS_PER_NODE": (Natural, 0),  # 0: all ranks of a machine
+    "HPCSGD_SHARED_MEMORY": (bool, True),
+    "HPCSGD_DEVICE_WINDOWS": (bool, True),
+    # Never guessed, for an MPI without support reads a device pointer as host memory and crashes.
+    "HPCSGD_CUDA_AWARE": (bool, False),
+    "HPCSGD_TRACE": (Path, None),
+}
 _SPINS_ON_OWN_CORES = 20_000
 _SPINS_ON_SHARED_CORES = 200
 
@@ -41,41 +53,23 @@ def check_launcher(MPI: Any) -> None:
         )
 
 
-def ranks_per_node() -> int:
-    """Return `HPCSGD_RANKS_PER_NODE`; 0 for all ranks of a machine."""
-    text = os.environ.get("HPCSGD_RANKS_PER_NODE", "0")
-    if not text.isdigit():
-        raise BadOption(
-            "HPCSGD_RANKS_PER_NODE is not a number of ranks",
-            expected="a whole number; 0: all ranks of a machine",
-            got=repr(text),
-            do="unset HPCSGD_RANKS_PER_NODE: then each machine is one node",
-        )
-    return int(text)
+def read(variable: str) -> Any:
+    """Return the value of one of `VARIABLES`; its default if it is not set, or empty.
 
-
-def shared_memory_enabled() -> bool:
-    """Return whether `HPCSGD_SHARED_MEMORY` is not 0."""
-    return os.environ.get("HPCSGD_SHARED_MEMORY", "1") != "0"
-
-
-def device_windows_enabled() -> bool:
-    """Return whether `HPCSGD_DEVICE_WINDOWS` is not 0."""
-    return os.environ.get("HPCSGD_DEVICE_WINDOWS", "1") != "0"
-
-
-def cuda_aware() -> bool:
-    """Return whether `HPCSGD_CUDA_AWARE` is 1: MPI accepts device memory.
-
-    It is never guessed, for an MPI without support reads a device pointer as host memory and crashes.
+    Raises
+    ------
+    BadOption
+        It has another type, or is beyond its limits.
     """
-    return os.environ.get("HPCSGD_CUDA_AWARE", "0") == "1"
+    kind, default = VARIABLES[variable]
+    text = os.environ.get(variable, "")
+    return registry.read(variable, text, kind) if text else default
 
 
-def trace_folder() -> Path | None:
-    """Return the folder `HPCSGD_TRACE`, or None."""
-    folder = os.environ.get("HPCSGD_TRACE")
-    return Path(folder) if folder else None
+def check_variables() -> None:
+    """Raise `BadOption` for the first variable with a wrong value."""
+    for variable in VARIABLES:
+        read(variable)
 
 
 def device(name: str, local_rank: int) -> torch.device:
@@ -86,6 +80,17 @@ def device(name: str, local_rank: int) -> torch.device:
     if found.type == "cpu" or ":" in name:
         return found
     return torch.device(found.type, local_rank % max(1, torch.get_device_module(found).device_count()))
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(name) from error
+
+
+#: Name of a device, as annotation of an option.
+DeviceName = Annotated[str, registry.Accepted(_check_device, "auto, cpu, cuda or cuda:1")]
 
 
 def share_of_cores(cores: set[int], bindings: list[set[int]], quota: float = math.inf) -> tuple[int, int]:

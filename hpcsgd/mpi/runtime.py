@@ -45,9 +45,9 @@ class Runtime:
         self._parts_begun = 1
         self.host = hosts[comm.rank]
         self.device, self.timeout = device, timeout
-        self.ranks_per_node = environment.ranks_per_node()
-        self.shared_memory = environment.shared_memory_enabled()
-        self.device_windows = environment.device_windows_enabled()
+        self.ranks_per_node: int = environment.read("HPCSGD_RANKS_PER_NODE")
+        self.shared_memory: bool = environment.read("HPCSGD_SHARED_MEMORY")
+        self.device_windows: bool = environment.read("HPCSGD_DEVICE_WINDOWS")
         self.activity, self.traffic, self.control_traffic = ActivityRecord(), Traffic(), Traffic()
         self.waiter = DeadlineWaiter(comm.rank, timeout)
         self.failure_detector = ulfm.FailureDetector(comm, hosts)

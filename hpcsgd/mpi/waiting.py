@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hpcsgd.diagnostics.trace import NullTracer
-from hpcsgd.errors import BadOption, DeadlineExceeded, format_ranks
+from hpcsgd.errors import DeadlineExceeded, format_ranks
 
-DEFAULT_TIMEOUT = 300.0
 _SPINS = 50
 _LONGEST_SPIN = 1e-3  # seconds; a test may sleep in native code itself
 #: The shortest and the longest sleep in seconds, and between them the share of the wait so far.
@@ -32,23 +31,6 @@ _Missing = Callable[[], Iterable[int]] | None
 
 def _other_thread() -> Iterable[int]:
     return ()  # the other thread waits for the ranks, and knows them
-
-
-def timeout_from_environment() -> float:
-    """Return the deadline of every wait in seconds: `HPCSGD_TIMEOUT`, or 300."""
-    text = os.environ.get("HPCSGD_TIMEOUT", "")
-    try:
-        seconds = float(text) if text else DEFAULT_TIMEOUT
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < threading.TIMEOUT_MAX / 2:
-        raise BadOption(
-            "HPCSGD_TIMEOUT is not a time",
-            expected="seconds, above 0",
-            got=repr(text),
-            do="unset HPCSGD_TIMEOUT for 300 seconds",
-        )
-    return seconds
 
 
 @dataclass(frozen=True)

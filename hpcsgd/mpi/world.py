@@ -19,7 +19,9 @@ from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.node import Node
 from hpcsgd.mpi.rank_calls import RankCalls, different_calls
 from hpcsgd.mpi.runtime import Runtime
-from hpcsgd.mpi.waiting import DeadlineWaiter, timeout_from_environment
+from hpcsgd.mpi.waiting import DeadlineWaiter
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Timeout
 
 T = TypeVar("T")
 _DIAGNOSIS_DELAY = 8.0  # seconds
@@ -53,12 +55,20 @@ class World:
         Where the environment shows that more ranks were started than MPI sees.
     """
 
-    def __init__(self, comm: Any = None, *, device: str = "auto", timeout: float | None = None) -> None:
+    @checked
+    def __init__(
+        self,
+        comm: Any = None,
+        *,
+        device: environment.DeviceName = "auto",
+        timeout: Timeout | None = None,
+    ) -> None:
         from mpi4py import MPI
 
         environment.check_launcher(MPI)
+        environment.check_variables()
         comm = MPI.COMM_WORLD if comm is None else comm
-        timeout = timeout if timeout is not None else timeout_from_environment()
+        timeout = timeout if timeout is not None else environment.read("HPCSGD_TIMEOUT")
         departure.settle()
         # The first collective operation, and the first that a rank may fail to reach.
         private, request = comm.Idup()
@@ -84,7 +94,7 @@ class World:
             self.progress.start()
             kinds = {"the kind of device (device=, --device)": self.device.type}
             self.check_consistent(kinds | {"HPCSGD_CUDA_AWARE": self.cuda_aware})
-        if folder := environment.trace_folder():
+        if folder := environment.read("HPCSGD_TRACE"):
             self.start_trace(folder)
 
     def _connect(self, runtime: Runtime, comm: Any, ranks: Sequence[int], part: int) -> None:
@@ -92,7 +102,8 @@ class World:
         self._runtime, self._part, self._closed = runtime, part, False
         self.rank: int = comm.rank
         self.size: int = comm.size
-        self.host, self.timeout, self.cuda_aware = runtime.host, runtime.timeout, environment.cuda_aware()
+        self.host, self.timeout = runtime.host, runtime.timeout
+        self.cuda_aware: bool = environment.read("HPCSGD_CUDA_AWARE")
         self.activity, self.traffic = runtime.activity, runtime.traffic
         self.control_traffic = runtime.control_traffic
         self.waiter, self.progress = runtime.waiter, runtime.progress

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hpcsgd.registry.limits import ElasticAlpha, Natural, ServerMode, Timeout
+
 
 class Policy(NamedTuple):
     """Settings that are equal on all servers of a model.
@@ -21,10 +23,10 @@ class Policy(NamedTuple):
         Seconds without a message after which a client is no longer awaited, until its next one. Default 10.
     """
 
-    mode: str = "sync"
-    alpha: float | None = None
-    max_staleness: int | None = None
-    lease: float = 10.0
+    mode: ServerMode = "sync"
+    alpha: ElasticAlpha | None = None
+    max_staleness: Natural | None = None
+    lease: Timeout = 10.0
 
     @property
     def synchronous(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hpcsgd import registry
 from hpcsgd.strategies.adpsgd.strategy import ADPSGD
 from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.backup_workers.strategy import BackupWorkers
@@ -29,6 +30,7 @@ __all__ = [
     "Strategy",
     "StrategyContext",
     "Teleportation",
+    "build",
 ]
 
 #: The methods by the name that `--strategy` uses.
@@ -43,3 +45,21 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "teleport": Teleportation,
     "ps": ParameterServer,
 }
+
+
+def build(spec: str, **context: object) -> Strategy:
+    """Make a strategy from ``NAME`` or ``NAME:key=value,key=value``.
+
+    Parameters
+    ----------
+    spec
+        A name of `STRATEGIES` and its options.
+    context
+        Options that the caller sets.
+
+    Raises
+    ------
+    BadOption
+        Unknown name or option, or a value out of range.
+    """
+    return registry.build(STRATEGIES, spec, "strategy", **context)

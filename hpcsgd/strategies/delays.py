@@ -5,28 +5,57 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 
 from hpcsgd import registry
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import Within, checked
+from hpcsgd.registry.limits import Natural, Seconds, Seed
+
+_LONGEST = 1e9  # seconds, which a process can sleep
 
 
 class Delays(ABC):
     """A distribution of the seconds that each gradient of each peer takes.
 
     A sample is a function of peer and number alone: every rank can compute those of all peers, in any order.
+
+    Attributes
+    ----------
+    slow
+        Peers that are slower than the others; none by default.
     """
 
-    @abstractmethod
+    slow = range(0)
+
     def sample(self, peer: int, number: int) -> float:
-        """Return the seconds of gradient `number`, from 0, of a peer."""
+        """Return the seconds, at most 1e9, of gradient `number`, from 0, of a peer."""
+        return min(self._seconds(peer, number), _LONGEST)
+
+    @abstractmethod
+    def _seconds(self, peer: int, number: int) -> float: ...
+
+    def check_peers(self, size: int) -> None:
+        """Raise `BadOption` on all ranks if slow peers are not among `size` peers; of one any may be."""
+        if size > 1 and self.slow.stop > size:
+            raise BadOption(
+                "options peer and count of the delays 'slow' name peers that do not exist",
+                expected=f"some of the peers 0 to {size - 1}",
+                got=f"peer={self.slow.start}, count={len(self.slow)}",
+                everywhere=True,
+            )
+
+    def clamp_to(self, size: int) -> None:
+        """Keep the slow peers among the first `size`, because others have failed."""
+        self.slow = range(min(self.slow.start, size), min(self.slow.stop, size))
 
 
 class NoDelay(Delays):
     """Gradients take no time."""
 
-    def sample(self, peer: int, number: int) -> float:
+    def _seconds(self, peer: int, number: int) -> float:
         return 0.0
 
 
@@ -39,10 +68,11 @@ class ConstantDelay(Delays):
         Time of a gradient, at least 0. Default 1.
     """
 
-    def __init__(self, seconds: float = 1.0) -> None:
-        self.seconds = _at_least_0("seconds", seconds)
+    @checked
+    def __init__(self, seconds: Seconds = 1.0) -> None:
+        self.seconds = seconds
 
-    def sample(self, peer: int, number: int) -> float:
+    def _seconds(self, peer: int, number: int) -> float:
         return self.seconds
 
 
@@ -61,12 +91,19 @@ class SlowPeers(ConstantDelay):
         Number of slow peers. Default 1.
     """
 
-    def __init__(self, peer: int = 0, factor: float = 4.0, seconds: float = 1.0, count: int = 1) -> None:
+    @checked
+    def __init__(
+        self,
+        peer: Natural = 0,
+        factor: Annotated[float, Within(0, 1e9)] = 4.0,
+        seconds: Seconds = 1.0,
+        count: Natural = 1,
+    ) -> None:
         super().__init__(seconds)
-        self.factor = _at_least_0("factor", factor)
-        self.slow = range(peer, peer + int(_at_least_0("count", count)))
+        self.factor = factor
+        self.slow = range(peer, peer + count)
 
-    def sample(self, peer: int, number: int) -> float:
+    def _seconds(self, peer: int, number: int) -> float:
         return self.seconds * (self.factor if peer in self.slow else 1.0)
 
 
@@ -83,11 +120,11 @@ class ExponentialDelay(Delays):
         Seed of the samples. Default 0.
     """
 
-    def __init__(self, mean: float = 1.0, base: float = 0.0, seed: int = 0) -> None:
-        self.mean, self.base, self.seed = _at_least_0("mean", mean), _at_least_0("base", base), seed
-        _at_least_0("seed", seed)
+    @checked
+    def __init__(self, mean: Seconds = 1.0, base: Seconds = 0.0, seed: Seed = 0) -> None:
+        self.mean, self.base, self.seed = mean, base, seed
 
-    def sample(self, peer: int, number: int) -> float:
+    def _seconds(self, peer: int, number: int) -> float:
         return self.base - self.mean * math.log(_uniform(self.seed, peer, number))
 
 
@@ -97,7 +134,7 @@ class ParetoDelay(Delays):
     Parameters
     ----------
     shape
-        Above 0; the smaller, the heavier the tail: the variance is infinite up to 2, the mean up to 1.
+        At least 0.06; the smaller, the heavier the tail: the variance is infinite up to 2, the mean up to 1.
         Default 1.5.
     scale
         Minimum of the added time, in seconds. Default 1.
@@ -107,14 +144,17 @@ class ParetoDelay(Delays):
         Seed of the samples. Default 0.
     """
 
-    def __init__(self, shape: float = 1.5, scale: float = 1.0, base: float = 0.0, seed: int = 0) -> None:
-        if not (math.isfinite(shape) and shape > 0):
-            raise BadOption("option shape of Pareto delays is out of range", expected="above 0", got=shape)
-        self.shape, self.scale, self.base = shape, _at_least_0("scale", scale), _at_least_0("base", base)
-        self.seed = seed
-        _at_least_0("seed", seed)
+    @checked
+    def __init__(
+        self,
+        shape: Annotated[float, Within(0.06, 1e3)] = 1.5,  # below, the largest sample overflows
+        scale: Seconds = 1.0,
+        base: Seconds = 0.0,
+        seed: Seed = 0,
+    ) -> None:
+        self.shape, self.scale, self.base, self.seed = shape, scale, base, seed
 
-    def sample(self, peer: int, number: int) -> float:
+    def _seconds(self, peer: int, number: int) -> float:
         return self.base + self.scale * math.pow(_uniform(self.seed, peer, number), -1 / self.shape)
 
 
@@ -145,14 +185,10 @@ def build(spec: str) -> Delays:
     return registry.build(DELAYS, spec.replace("+", ","), "delays")
 
 
+#: A spec that `build` reads, as annotation of an option.
+DelaysSpec = Annotated[str, registry.Accepted(build)]
+
+
 def _uniform(seed: int, peer: int, number: int) -> float:
     """Return a sample of the uniform distribution on (0, 1]."""
     return 1.0 - float(np.random.default_rng([seed, peer, number]).random())
-
-
-def _at_least_0(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise BadOption(
-            f"option {name} of delays is out of range", expected="at least 0, and finite", got=value
-        )
-    return value

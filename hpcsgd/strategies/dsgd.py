@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcsgd.mpi.progress import Work
+from hpcsgd.registry import checked
 from hpcsgd.strategies.gossip import Gossip
+from hpcsgd.topology import TopologySpec
 
 
 class DSGD(Gossip):
@@ -29,7 +31,8 @@ class DSGD(Gossip):
 
     title = "D-SGD"
 
-    def __init__(self, topology: str = "exponential", overlap: bool = False) -> None:
+    @checked
+    def __init__(self, topology: TopologySpec = "exponential", overlap: bool = False) -> None:
         super().__init__(topology, overlap)
 
     def step(self, update: Callable[[], None]) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.collectives.step_status import StepStatus
-from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Count
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
 
@@ -29,20 +31,12 @@ class LocalSGD(ReplicaStrategy):
     ----------
     period
         Steps between two averages, at least 1. Default 8.
-
-    Raises
-    ------
-    BadOption
-        `period` below 1.
     """
 
     accepts_weights = True
 
-    def __init__(self, period: int = 8) -> None:
-        if period < 1:
-            raise BadOption(
-                "option period of local SGD is out of range", expected="at least 1 step", got=period
-            )
+    @checked
+    def __init__(self, period: Count = 8) -> None:
         self.period = period
 
     def options(self) -> dict[str, object]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from hpcsgd.registry import checked
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.gossip import Gossip
 from hpcsgd.strategies.push_sum import PushSumWeights
 from hpcsgd.tensors.weighted_sum import weighted_sum
+from hpcsgd.topology import TopologySpec
 
 
 class SGP(Gossip):
@@ -39,7 +41,8 @@ class SGP(Gossip):
 
     title = "SGP"
 
-    def __init__(self, topology: str = "one-peer-exponential", overlap: bool = False) -> None:
+    @checked
+    def __init__(self, topology: TopologySpec = "one-peer-exponential", overlap: bool = False) -> None:
         super().__init__(topology, overlap)
 
     def attach(self, context: StrategyContext) -> None:

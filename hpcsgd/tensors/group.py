@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.errors import BadOption
 from hpcsgd.mpi.shared_memory import SharedMemory
 from hpcsgd.mpi.world import World
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import BucketMib
 from hpcsgd.tensors.memory import is_dense, pinned, registered, with_own_storage
 
 #: Dtypes that can be averaged; groups of other dtypes can only be broadcast and gathered.
@@ -161,15 +162,15 @@ class TensorGroup:
         `bucket_mib` is not above 0.
     """
 
+    @checked
     def __init__(
         self,
         world: World,
         tensors: Iterable[tuple[str, Tensor]],
-        bucket_mib: float = DEFAULT_BUCKET_MIB,
+        bucket_mib: BucketMib = DEFAULT_BUCKET_MIB,
         *,
         staged: bool | None = None,
     ) -> None:
-        check_bucket_mib(bucket_mib)
         self.world = world
         templates = list(tensors)
         plans = _plan(templates, bucket_mib * 2**20)
@@ -273,16 +274,6 @@ class TensorGroup:
             if dtype in _KERNEL_DTYPES and self._shared_rows is not None:
                 bucket.matrix = self._shared_rows.rows.view(_KERNEL_DTYPES[dtype])
         return bucket
-
-
-def check_bucket_mib(bucket_mib: float) -> None:
-    """Raise `BadOption` unless the size is above 0; infinity is one bucket."""
-    if not bucket_mib > 0:
-        raise BadOption(
-            "the bucket size (bucket_mib, --bucket-mib) is out of range",
-            expected="MiB, above 0",
-            got=bucket_mib,
-        )
 
 
 def aligned_part(flat: Tensor, index: int, parts: int) -> slice:

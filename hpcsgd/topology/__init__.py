@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 from hpcsgd import registry
 from hpcsgd.topology.base import Graph, Topology
@@ -30,8 +31,10 @@ __all__ = [
     "Ring",
     "Star",
     "Topology",
+    "TopologySpec",
     "Torus",
     "build",
+    "check",
     "metropolis",
 ]
 
@@ -71,3 +74,18 @@ def build(spec: str, size: int) -> Topology:
     topology = registry.build(TOPOLOGIES, spec.replace("+", ","), "topology", size=size)
     topology.matrix()
     return topology
+
+
+def check(spec: str) -> None:
+    """Check name and options of a spec, as far as they do not depend on the number of peers.
+
+    Raises
+    ------
+    BadOption
+        The name or an option is unknown, or a value is out of range.
+    """
+    registry.bind(TOPOLOGIES, spec.replace("+", ","), "topology", size=None)
+
+
+#: A spec that `build` reads, as annotation of an option.
+TopologySpec = Annotated[str, registry.Accepted(check)]

@@ -9,7 +9,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import PeerCount
 from hpcsgd.topology.graphs import spanning
 from hpcsgd.topology.mixing import TOLERANCE, Edge, Matrix, check_mixing_matrix, metropolis, unreachable
 
@@ -39,15 +41,14 @@ class Topology(ABC):
     Raises
     ------
     BadOption
-        `size` below 1.
+        `size` below 1, or too large for a matrix.
     """
 
     period: int = 1
     directed: bool = False
 
-    def __init__(self, size: int) -> None:
-        if size < 1:
-            raise BadOption("a topology needs peers", expected="a size of at least 1", got=size)
+    @checked
+    def __init__(self, size: PeerCount) -> None:
         self.size = size
         self._neighbours: dict[tuple[int, int], tuple[list[tuple[int, float]], list[int], list[int]]] = {}
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd, prod
+from typing import Annotated
 
 import numpy as np
 
-from hpcsgd.errors import BadOption
+from hpcsgd.registry import Within, checked
 from hpcsgd.topology.base import Topology
 from hpcsgd.topology.hyper_hypercube import WeightedEdges, clique, factorise, hyper_hypercube, union
 from hpcsgd.topology.mixing import Matrix
@@ -28,17 +29,11 @@ class BaseGraph(Topology):
         Number of peers.
     k
         Maximum number of edges of a peer in a step, at least 1. Default 1.
-
-    Raises
-    ------
-    BadOption
-        `k` below 1.
     """
 
-    def __init__(self, size: int, k: int = 1) -> None:
+    @checked
+    def __init__(self, size: int, k: Annotated[int, Within(1, 10_000)] = 1) -> None:
         super().__init__(size)
-        if k < 1:
-            raise BadOption("option k of topology base is out of range", expected="at least 1", got=k)
         self._steps = base_graph(range(size), k) or [{}]
         self.period = len(self._steps)
 
@@ -58,7 +53,7 @@ def base_graph(peers: Sequence[int], degree: int) -> list[WeightedEdges]:
     average, averages within blocks by `simple_base_graph`, and then across blocks.
     """
     count = len(peers)
-    blocks = prod(gcd(count, prime ** count.bit_length()) for prime in _primes(degree + 1))
+    blocks = prod(gcd(count, prime ** count.bit_length()) for prime in _primes(min(degree + 1, count)))
     width = count // blocks
     within = [simple_base_graph(peers[i * width : (i + 1) * width], degree) for i in range(blocks)]
     across = [hyper_hypercube(peers[i::width], degree) for i in range(width)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import checked
 from hpcsgd.topology.base import Graph
 from hpcsgd.topology.mixing import Edge
 
@@ -27,6 +28,7 @@ class EdgeList(Graph):
         The graph is not connected (on first use).
     """
 
+    @checked
     def __init__(self, size: int, path: Path) -> None:
         super().__init__(size)
         try:

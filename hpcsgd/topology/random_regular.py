@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Annotated
 
 import numpy as np
 
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import Within, checked
+from hpcsgd.registry.limits import Seed
 from hpcsgd.topology.base import Graph
 from hpcsgd.topology.graphs import is_connected
 from hpcsgd.topology.mixing import Edge
@@ -28,15 +31,12 @@ class RandomRegular(Graph):
     Raises
     ------
     BadOption
-        No such graph exists, or `seed` is negative.
+        No such graph exists.
     """
 
-    def __init__(self, size: int, degree: int = 3, seed: int = 0) -> None:
+    @checked
+    def __init__(self, size: int, degree: Annotated[int, Within(1, 10_000)] = 3, seed: Seed = 0) -> None:
         super().__init__(size)
-        if seed < 0:
-            raise BadOption(
-                "option seed of topology random-regular is out of range", expected="at least 0", got=seed
-            )
         least = min(2, size - 1)
         if size > 1 and (not least <= degree < size or size * degree % 2):
             expected = "a degree below the number of peers, their product even, and above 1 to be connected"

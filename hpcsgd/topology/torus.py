@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import isqrt
+from typing import Annotated
 
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import Within, checked
 from hpcsgd.topology.base import Graph, Point
 from hpcsgd.topology.mixing import Edge
 
@@ -27,7 +29,8 @@ class Torus(Graph):
         `rows` does not divide `size`.
     """
 
-    def __init__(self, size: int, rows: int = 0) -> None:
+    @checked
+    def __init__(self, size: int, rows: Annotated[int, Within(0, 10_000)] = 0) -> None:
         super().__init__(size)
         sides = [side for side in range(1, size + 1) if size % side == 0]
         if rows and rows not in sides:

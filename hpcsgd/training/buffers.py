@@ -266,10 +266,6 @@ def _unequal_error(found: list[tuple[int, list[tuple[str, str]]]]) -> HpcsgdErro
 def _check_period(period: int | None, treatment: str, strategy: Strategy) -> None:
     if period is None:
         return
-    if period < 1:
-        raise BadOption(
-            "buffer_period is out of range", expected="at least 1 step, or None", got=period, everywhere=True
-        )
     if treatment == "local":
         raise BadOption(
             "buffer_period synchronises buffers, which buffers='local' leaves alone",

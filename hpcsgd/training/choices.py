@@ -1,23 +1,13 @@
-"""Options of `Run` that are one of a few words."""
+"""Options of `Run` that are one of a few words; without torch, so that a command's help needs none."""
 
 from __future__ import annotations
 
-from hpcsgd import collectives
-from hpcsgd.errors import BadOption
+from typing import Literal
 
-_CHOICES = {
-    "algorithm": ("auto", *collectives.ALGORITHMS),
-    "buffers": ("broadcast", "average", "local"),
-    "nonfinite": ("error", "skip"),
-    "sparse": ("rows", "dense"),
-    "uneven": ("join", "stop"),
-    "unused": ("zeros", "error"),
-    "wait": ("backward", "step"),
-}
-
-
-def check_choices(**options: str) -> None:
-    """Raise `BadOption` for a value that does not exist."""
-    for option, value in options.items():
-        if value not in _CHOICES[option]:
-            raise BadOption(f"unknown {option} {value!r}", do="use one of: " + ", ".join(_CHOICES[option]))
+Algorithm = Literal["auto", "library", "ring", "node", "two-level"]
+Buffers = Literal["broadcast", "average", "local"]
+Nonfinite = Literal["error", "skip"]
+Sparse = Literal["rows", "dense"]
+Uneven = Literal["join", "stop"]
+Unused = Literal["zeros", "error"]
+Wait = Literal["backward", "step"]

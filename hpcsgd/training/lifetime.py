@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.progress import Progress
 from hpcsgd.mpi.world import World
+from hpcsgd.registry import checked
 from hpcsgd.strategies import Strategy
 from hpcsgd.tensors.gradients import Named
 
@@ -151,17 +152,19 @@ def _leave_after_last_exception(lifetimes: Container[Lifetime]) -> None:
 
 
 def starting(start: Start) -> Start:
-    """Decorate the start of a run: one that is refused claims nothing, though its exception may keep it.
+    """Decorate the start of a run: its options are checked before anything else is done.
 
-    A start makes many objects, none of which is garbage.
+    A run that is refused claims nothing, though its exception may keep it. A start makes many objects, none
+    of which is garbage.
     """
+    checked_start = checked(start)
 
     @functools.wraps(start)
     def wrapped(run: Run, *arguments: Any, **options: Any) -> None:
         was_enabled = gc.isenabled()
         gc.disable()
         try:
-            start(run, *arguments, **options)
+            checked_start(run, *arguments, **options)
         except BaseException as error:
             if hasattr(run, "_lifetime"):
                 run._lifetime.leave_after(error)

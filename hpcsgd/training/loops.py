@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.registry import check
+from hpcsgd.registry.limits import Natural
 from hpcsgd.strategies import Strategy, StrategyContext
 from hpcsgd.training.asynchronous_batches import AsynchronousBatches
 from hpcsgd.training.batches import loaders_of_peers, synchronous_batches
@@ -91,6 +93,7 @@ class Loops:
         self, loader: Iterable[Any] | Sequence[Iterable[Any]], steps: int | None, shard: bool | None
     ) -> Batches:
         """Return the batches of a loader; see `Run.batches`."""
+        steps = check("option 'steps' of run.batches", steps, Natural | None)
         loaders, tracer = loaders_of_peers(loader, self._context), self._context.world.tracer
 
         def begin() -> Iterator[Any]:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from hpcsgd.collectives import broadcast
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
-from hpcsgd.tensors.group import ALIGNMENT, DEFAULT_BUCKET_MIB, Bucket, TensorGroup, check_bucket_mib
+from hpcsgd.tensors.group import ALIGNMENT, DEFAULT_BUCKET_MIB, Bucket, TensorGroup
 from hpcsgd.tensors.memory import overwrite, without_repetition
 
 _MOST_MIB = 1024  # of memory that a copy takes beside the model
@@ -102,7 +102,6 @@ class RootCopy:
 
     def __init__(self, world: World, bucket_mib: float = DEFAULT_BUCKET_MIB) -> None:
         self._world = world
-        check_bucket_mib(bucket_mib)
         self._limit = max(ALIGNMENT, int(min(bucket_mib, _MOST_MIB) * 2**20) // ALIGNMENT * ALIGNMENT)
         self._buffer: Bucket | None = None
 

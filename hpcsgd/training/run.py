@@ -11,11 +11,12 @@ from torch import nn
 
 from hpcsgd.compress import Compressor, build
 from hpcsgd.mpi.world import World
+from hpcsgd.registry.limits import BucketMib, Count, Natural, PeerCount, Seed
 from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
+from hpcsgd.training import choices
 from hpcsgd.training.buffers import Buffers, named_buffers
-from hpcsgd.training.choices import check_choices
 from hpcsgd.training.lifetime import Lifetime, starting, world_of_run
 from hpcsgd.training.loops import Batches, Loops
 from hpcsgd.training.model_copy import check_trainable, copy_from_rank_0
@@ -88,7 +89,7 @@ class Run(Scalars):
     Disagreement
         On all ranks, if their models, options or versions differ.
     BadOption
-        An option has a value that does not exist, or that the strategy does not support.
+        An option has a value beyond its limits, or that the strategy does not support.
     """
 
     #: Makes torch's GradScaler leave unscaling and skipping to `step`, which runs on every rank.
@@ -102,23 +103,21 @@ class Run(Scalars):
         strategy: Strategy | None = None,
         *,
         comm: Any = None,
-        bucket_mib: float = DEFAULT_BUCKET_MIB,
-        algorithm: str = "auto",
-        buffers: str = "broadcast",
-        buffer_period: int | None = None,
-        unused: str = "zeros",
-        uneven: str = "join",
+        bucket_mib: BucketMib = DEFAULT_BUCKET_MIB,
+        algorithm: choices.Algorithm = "auto",
+        buffers: choices.Buffers = "broadcast",
+        buffer_period: Count | None = None,
+        unused: choices.Unused = "zeros",
+        uneven: choices.Uneven = "join",
         compress: Compressor | str | None = None,
-        seed: int = 0,
-        nonfinite: str = "error",
-        virtual_nodes: int | None = None,
+        seed: Seed = 0,
+        nonfinite: choices.Nonfinite = "error",
+        virtual_nodes: PeerCount | None = None,
         local: Sequence[str] = (),
-        sparse: str = "rows",
-        wait: str = "backward",
-        check_every: int = 50,
+        sparse: choices.Sparse = "rows",
+        wait: choices.Wait = "backward",
+        check_every: Natural = 50,
     ) -> None:
-        check_choices(algorithm=algorithm, buffers=buffers, nonfinite=nonfinite, sparse=sparse)
-        check_choices(uneven=uneven, unused=unused, wait=wait)
         self.model = model
         self.optimizer = as_optimizer(optimizer)
         self._trained = TrainedParameters(model, self.optimizer, local)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from hpcsgd import BadOption, DeadlineExceeded
+from hpcsgd import DeadlineExceeded
 from hpcsgd.diagnostics.activity import ActivityRecord
 from hpcsgd.mpi.progress import POLL_INTERVAL, Progress
-from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks, timeout_from_environment
+from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks
 
 
 @pytest.fixture
@@ -132,13 +132,6 @@ def test_a_wait_ends_when_its_condition_is_true() -> None:
     began = time.monotonic()
     DeadlineWaiter(0, 20.0).until(lambda: time.monotonic() - began > 0.1, "a moment")
     assert 0.1 < time.monotonic() - began < 5
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
-def test_an_invalid_timeout_is_an_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HPCSGD_TIMEOUT", text)
-    with pytest.raises(BadOption, match="HPCSGD_TIMEOUT"):
-        timeout_from_environment()
 
 
 def test_a_poller_runs_while_idle_and_while_waiting_until_removed(progress: Progress) -> None:

@@ -56,7 +56,7 @@ def frozen() -> nn.Module:
 
 
 def test_a_size_of_buckets_that_is_no_number_is_an_error(world: Any) -> None:
-    with pytest.raises(BadOption, match=r"bucket size .* is out of range"):
+    with pytest.raises(BadOption, match="'bucket_mib' of Run has a wrong value"):
         start(world, net(), bucket_mib=float("nan"))
     with start(world, net(), bucket_mib=float("inf")) as run:
         assert len(run.strategy.gradients.group) <= 1  # one rank has none

@@ -24,7 +24,7 @@ from tests.support.protocol_clients import ScriptedClient, make_contract
     ("compress", "text"),
     [
         ({"scheme": "zip", "tensors": [[]]}, "unknown compression scheme 'zip'"),
-        ({"scheme": "maxnorm:bits=99", "tensors": [[]]}, "bits of a code"),
+        ({"scheme": "maxnorm:bits=99", "tensors": [[]]}, "option 'bits'"),
         (
             {"scheme": "ef+powersgd", "tensors": [[]]},
             "cannot compress messages to and from a parameter server",

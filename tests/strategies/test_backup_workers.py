@@ -241,6 +241,8 @@ def test_a_step_outside_run_batches_is_an_error(world: Any) -> None:
 def test_an_iteration_needs_two(world: Any) -> None:
     with pytest.raises(BadOption, match=f"0 to {world.size - 2}"):
         Job(world, backups=world.size - 1)
+    with pytest.raises(BadOption, match=f"some of the peers 0 to {world.size - 1}, got peer=99"):
+        Job(world, delays="slow:peer=99")
 
 
 @pytest.mark.mpi(min_size=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -62,17 +63,27 @@ def test_peers_gradients_and_seeds_are_independent(name: str) -> None:
     assert not np.any(sample(f"{name}:seed=1", numbers=500) == found)
 
 
-WRONG = [
-    "constant:seconds=-1",
-    "slow:factor=-1",
-    "slow:count=-1",
-    "exponential:mean=-1",
-    "exponential:seed=-1",
-]
-WRONG += ["pareto:shape=0", "pareto:scale=inf", "never", "none:seconds=1"]
-
-
-@pytest.mark.parametrize("spec", WRONG)
+@pytest.mark.parametrize("spec", ["never", "none:seconds=1"])
 def test_wrong_specs_are_rejected(spec: str) -> None:
     with pytest.raises(BadOption):
         delays.build(spec)
+
+
+def test_slow_peers_must_exist_unless_they_have_failed() -> None:
+    slow = delays.build("slow:peer=2,count=2")
+    slow.check_peers(4)
+    slow.check_peers(1)
+    with pytest.raises(BadOption, match=r"expected some of the peers 0 to 2, got peer=2, count=2"):
+        slow.check_peers(3)
+    slow.clamp_to(3)
+    slow.check_peers(3)
+    assert [slow.sample(peer, 0) for peer in range(3)] == [1.0, 1.0, 4.0]
+    slow.clamp_to(1)
+    slow.check_peers(1)
+    assert slow.sample(0, 0) == 1.0
+
+
+def test_the_longest_sample_can_be_slept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delays, "_uniform", lambda *_: 2.0**-53)
+    for spec in ("pareto:shape=0.06,scale=1e9", "exponential:mean=1e9", "slow:seconds=1e9,factor=1e9"):
+        assert delays.build(spec).sample(0, 0) == 1e9 <= threading.TIMEOUT_MAX

@@ -12,15 +12,10 @@ from typing import Any
 
 import click
 
-from hpcsgd import compress, registry
 from hpcsgd import topology as topologies
 from hpcsgd.commands.cli import cli
-from hpcsgd.commands.train.optimizers import OPTIMIZERS
-from hpcsgd.commands.train.settings import FIELDS, Settings, click_options
+from hpcsgd.commands.train.settings import FIELDS, click_options
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.strategies import STRATEGIES, delays
-from hpcsgd.training.data import DATASETS
-from hpcsgd.training.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -276,54 +271,9 @@ def _check_values(path: list[str], params: Mapping[str, Any]) -> None:
         given = {name: params[name] for name in FIELDS}
         if given["resume"]:
             given["resume"] = "auto"  # its folder need not exist
-        _check_settings(_settings(**given, config=None, element=None))
-    elif path[0] == "bench":
-        _check_benchmark(params)
+        _settings(**given, config=None, element=None)
     elif path[0] == "sbatch" and params["kind"] == "train":
         for arguments in (value for value in params.values() if isinstance(value, tuple)):
             _parse(["train", *arguments])
     elif path[0] == "topology" and params["name"]:
         topologies.build(params["name"], params["peers"])
-
-
-def _check_settings(settings: Settings) -> None:
-    _strategy(settings.strategy, connect=settings.connect)
-    compress.build(settings.compress)
-    delays.build(settings.delays)
-    _row(DATASETS, settings.data)
-    if settings.model:
-        _row(MODELS, settings.model)
-    _row(OPTIMIZERS, settings.optimizer)
-
-
-def _check_benchmark(params: Mapping[str, Any]) -> None:
-    for spec in _listed(params.get("methods")):
-        _strategy(spec)
-    for spec in _listed(params.get("schemes")):
-        compress.build(spec)
-    for spec in _listed(params.get("delays")):
-        delays.build(spec)
-    if params.get("topology"):
-        topologies.build(params["topology"], 4)
-    if params.get("model"):
-        _row(MODELS, params["model"])
-    if params.get("optimizer"):
-        _row(OPTIMIZERS, params["optimizer"])
-
-
-def _listed(specs: str | None) -> list[str]:
-    return [spec.strip() for spec in (specs or "").split(";") if spec.strip()]
-
-
-def _strategy(spec: str, connect: str = "") -> None:
-    if connect:
-        registry.build(STRATEGIES, spec, "strategy", connect=connect)
-    else:
-        registry.build(STRATEGIES, spec, "strategy")
-
-
-def _row(rows: Mapping[str, Callable[..., Any]], spec: str) -> None:
-    """Check a spec against a registry's row without calling that."""
-    uncalled = {name: functools.wraps(row)(lambda **_: None) for name, row in rows.items()}
-    given = {"params": None, "lr": 0.1, "shape": (), "classes": 2}
-    registry.build(uncalled, spec, "row", **given)

@@ -34,11 +34,6 @@ def test_base_graphs_of_one_link_are_as_long_as_published(size: int, period: int
     assert BaseGraph(size).period == period
 
 
-def test_a_base_graph_needs_a_link() -> None:
-    with pytest.raises(BadOption, match="at least 1"):
-        build("base:k=0", 4)
-
-
 def test_one_peer_exponential_is_exact_for_powers_of_two_and_no_other_number() -> None:
     exact = [size for size in range(1, 40) if build("one-peer-exponential", size).exact]
     assert exact == [1, 2, 4, 8, 16, 32]
@@ -89,11 +84,9 @@ def test_random_regular_graphs_are_regular_connected_and_set_by_the_seed(
 
 def test_other_seeds_draw_other_graphs() -> None:
     assert len({tuple(RandomRegular(16, 3, seed).edges_at(0)) for seed in range(5)}) > 1
-    with pytest.raises(BadOption, match=r"seed of topology random-regular(.|\n)*at least 0"):
-        build("random-regular:seed=-1", 16)
 
 
-@pytest.mark.parametrize(("size", "degree"), [(5, 3), (4, 4), (4, 1), (6, 0), (1000, 1000), (6, -2)])
+@pytest.mark.parametrize(("size", "degree"), [(5, 3), (4, 4), (4, 1), (1000, 1000)])
 def test_impossible_degrees_are_refused(size: int, degree: int) -> None:
     with pytest.raises(BadOption, match="use degree=2"):
         build(f"random-regular:degree={degree}", size)

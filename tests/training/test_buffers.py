@@ -138,7 +138,6 @@ def test_unequal_buffers_are_named_on_all_ranks(world: Any, change: Callable[[Ki
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"buffer_period": 0}, "out of range"),
         ({"buffer_period": 1, "buffers": "local"}, "leaves alone"),
         ({"buffer_period": 1, "strategy": LASGD()}, "LASGD"),
     ],

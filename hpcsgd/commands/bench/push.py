@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.timing import check_positive
 from hpcsgd.commands.serve.service import ServeOptions, Service
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
@@ -48,7 +47,6 @@ def main(
     csv
         A CSV file for the results. Default: none.
     """
-    check_positive("mib and repeats", [mib, repeats])
     with World(device="cpu") as world:
         if world.size != 2:
             raise BadOption(

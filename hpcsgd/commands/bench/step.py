@@ -23,9 +23,7 @@ from hpcsgd.commands.bench.step_loop import (
     plain_loop,
     sgd,
 )
-from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
-from hpcsgd.compress import build as build_scheme
-from hpcsgd.errors import unknown
+from hpcsgd.commands.bench.timing import Contender, interleave
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import AllReduce
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
@@ -91,16 +89,11 @@ def main(
     Raises
     ------
     BadOption
-        An option is out of its range, or torch cannot use the device.
+        Torch cannot use the device.
     HpcsgdError
         On all ranks, if hpcsgd and DDP do not train the same model, or `csv` cannot be written.
     """
-    check_positive("batch, repeats, steps and context", [batch, repeats, steps, context])
     devices.check_device(device)
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    if compress is not None:
-        build_scheme(compress)
     path = None if csv is None else Path(csv)
     settings = _Settings(batch, repeats, steps, seed, DTYPES[dtype], context, compress, bucket_mib)
     with World(device=device) as world:

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from hpcsgd.errors import BadOption
-
 
 @dataclass
 class Contender:
@@ -95,9 +93,3 @@ def with_barrier(comm: Any, run: Callable[[], None]) -> Callable[[], None]:
         barrier(comm)
 
     return run_and_wait
-
-
-def check_positive(option: str, values: Sequence[float]) -> None:
-    """Raise `BadOption` if a value is not above 0, or `values` is empty."""
-    if not values or not all(value > 0 for value in values):
-        raise BadOption(f"out of range: {option}", expected="values above 0", got=values, everywhere=True)

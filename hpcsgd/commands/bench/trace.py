@@ -13,7 +13,7 @@ import torch
 
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.step_loop import StepLoop, make_batches, sgd
-from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
+from hpcsgd.commands.bench.timing import Contender, interleave
 from hpcsgd.diagnostics.trace import NullTracer, Tracer
 from hpcsgd.mpi.world import World
 from hpcsgd.training.data import load
@@ -50,7 +50,6 @@ def main(
     """
     from mpi4py import MPI
 
-    check_positive("batch, repeats and steps", [batch, repeats, steps])
     comm = MPI.COMM_WORLD.Dup()
     with World(device="cpu") as world, tempfile.TemporaryDirectory() as folder:
         world.start_trace(Path(world.gather(folder)[0]) / "trace")

@@ -6,16 +6,11 @@ from pathlib import Path
 
 import click
 
+from hpcsgd.commands.options import option
+
 
 @click.command()
-@click.option(
-    "--out",
-    default="runs",
-    show_default=True,
-    metavar="FOLDER",
-    type=click.Path(path_type=Path),
-    help="Folder of the runs: its file system is checked.",
-)
+@option("--out", Path, "Folder of the runs: its file system is checked.", "runs", metavar="FOLDER")
 def doctor(out: Path) -> int:
     """Check the setup of this cluster: mpiexec -n 4 hpcsgd doctor.
 

@@ -19,6 +19,7 @@ from hpcsgd.commands.doctor.check import (
     ranks_by_value,
 )
 from hpcsgd.commands.doctor.ranks import ExaminedJob
+from hpcsgd.mpi import environment
 
 _FAULT_TOLERANT = "OMPI_MCA_mpi_ft_enable"  # set by mpiexec --with-ft ulfm
 _LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
@@ -34,7 +35,7 @@ def collect(job: ExaminedJob) -> Facts:
         "thread level": next(level for level in _LEVELS if job.mpi.Query_thread() == _value(job.mpi, level)),
         "failed ranks": _fault_tolerance(job.mpi, name),
         "mpi cuda": _cuda_support(),
-        "cuda aware": os.environ.get("HPCSGD_CUDA_AWARE", "0") == "1",
+        "cuda aware": environment.read("HPCSGD_CUDA_AWARE"),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from hpcsgd.commands.doctor.check import (
     ranks_by_value,
 )
 from hpcsgd.commands.doctor.ranks import ExaminedJob
+from hpcsgd.mpi import environment
 from hpcsgd.mpi.shared_memory import SharedAllocator
 
 _TEST_BYTES = 2**20  # per rank
@@ -25,7 +25,7 @@ _BUFFERS = 2  # buffers of the model's size per rank: gradients, and one more wi
 
 
 def collect(job: ExaminedJob) -> Facts:
-    problem = "HPCSGD_SHARED_MEMORY=0" if os.environ.get("HPCSGD_SHARED_MEMORY", "1") == "0" else ""
+    problem = "" if environment.read("HPCSGD_SHARED_MEMORY") else "HPCSGD_SHARED_MEMORY=0"
     try:
         space = shutil.disk_usage("/dev/shm")
     except OSError:

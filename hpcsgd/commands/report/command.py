@@ -7,18 +7,17 @@ from pathlib import Path
 
 import click
 
-_PATH = click.Path(path_type=Path)
+from hpcsgd.commands.options import Label, Value, option
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=_PATH)
-@click.option(
-    "--out", default="report", show_default=True, type=_PATH, help="Folder of the page and the figures."
-)
-@click.option(
+@click.argument("runs", nargs=-1, required=True, type=Value(Path), metavar="RUNS...")
+@option("--out", Path, "Folder of the page and the figures.", "report")
+@option(
     "--over",
+    Label,
+    "Print only a table, with one row for runs that differ in this setting alone (such as seed).",
     metavar="SETTING",
-    help="Print only a table, with one row for runs that differ in this setting alone (such as seed).",
 )
 def report(runs: tuple[Path, ...], out: Path, over: str | None) -> None:
     """Compare runs in a table, figures and an HTML page.

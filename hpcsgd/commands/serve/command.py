@@ -3,92 +3,68 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from hpcsgd.commands import signals
-
-_PATH = click.Path(path_type=Path)
-_SECONDS = click.FloatRange(0, min_open=True)
+from hpcsgd.commands.options import Label, option
+from hpcsgd.registry.limits import Count, ElasticAlpha, Natural, Seconds, ServerMode, Timeout
 
 
 @click.command()
-@click.option(
-    "--listen",
-    required=True,
-    metavar="FILE",
-    type=_PATH,
-    help="File to write the servers' addresses to, for --connect.",
+@option(
+    "--listen", Path, "File to write the servers' addresses to, for --connect.", metavar="FILE", required=True
 )
-@click.option(
+@option(
     "--mode",
-    default="sync",
-    show_default=True,
-    type=click.Choice(["sync", "async", "elastic"]),
-    help="sync: a step with the mean gradient of all groups; async: a step with the gradient of each group; "
+    ServerMode,
+    "sync: a step with the mean gradient of all groups; async: a step with the gradient of each group; "
     "elastic: elastic averaging of models.",
+    "sync",
 )
-@click.option(
+@option(
     "--alpha",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Mode elastic: fraction of their distance by which a group's model and the servers' move towards "
+    ElasticAlpha,
+    "Mode elastic: fraction of their distance by which a group's model and the servers' move towards "
     "each other; default: 0.9 / groups.",
 )
-@click.option(
+@option(
     "--max-staleness",
-    type=click.IntRange(0),
-    help="Largest number of pushes that a group may be ahead of the slowest; 0: all groups push together; "
+    Natural,
+    "Largest number of pushes that a group may be ahead of the slowest; 0: all groups push together; "
     "default: unlimited.",
 )
-@click.option(
-    "--lease",
-    default=10.0,
-    show_default=True,
-    type=_SECONDS,
-    help="Seconds without a message after which a group is no longer awaited.",
-)
-@click.option(
+@option("--lease", Timeout, "Seconds without a message after which a group is no longer awaited.", 10.0)
+@option(
     "--checkpoint",
+    Path,
+    "Folder of the servers' checkpoint and update log; default: FILE.checkpoint.",
     metavar="FOLDER",
-    type=_PATH,
-    help="Folder of the servers' checkpoint and update log; default: FILE.checkpoint.",
 )
-@click.option(
-    "--checkpoint-every", default=60.0, show_default=True, type=_SECONDS, help="Seconds between checkpoints."
+@option("--checkpoint-every", Timeout, "Seconds between checkpoints.", 60.0)
+@option(
+    "--groups", Count, "Number of groups that must have connected and finished before the servers exit.", 1
 )
-@click.option(
-    "--groups",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Number of groups that must have connected and finished before the servers exit.",
-)
-@click.option(
-    "--linger",
-    default=60.0,
-    show_default=True,
-    type=click.FloatRange(0),
-    help="Seconds to wait for disconnected groups before exiting.",
-)
-@click.option(
+@option("--linger", Seconds, "Seconds to wait for disconnected groups before exiting.", 60.0)
+@option(
     "--bind",
-    multiple=True,
-    metavar="ADDRESS",
-    help="Address, network (10.1.0.0/16) or interface (ib0) at which to listen, can be repeated; default: "
+    Label,
+    "Address, network (10.1.0.0/16) or interface (ib0) at which to listen, can be repeated; default: "
     "all addresses of the host.",
+    metavar="ADDRESS",
+    multiple=True,
 )
 @click.option(
     "--tls/--no-tls",
     default=None,
     help="Encrypt all links, or none; default: those that leave the host.",
 )
-@click.option(
+@option(
     "--progress",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "live", "plain", "off"]),
-    help="Output: a live table, plain lines, or none; auto: live on a terminal.",
+    Literal["auto", "live", "plain", "off"],
+    "Output: a live table, plain lines, or none; auto: live on a terminal.",
+    "auto",
 )
 def serve(**options: Any) -> None:
     """Run parameter servers for groups of workers in other jobs.

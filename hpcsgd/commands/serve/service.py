@@ -20,6 +20,7 @@ from hpcsgd.commands.signals import SignalRecorder
 from hpcsgd.commands.train.metrics import FILE
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.world import World
+from hpcsgd.registry.limits import ServerMode
 from hpcsgd.server import Policy, Server, listening
 from hpcsgd.server.certificate import make_server_context
 from hpcsgd.server.metrics import server_metrics
@@ -61,7 +62,7 @@ class ServeOptions(NamedTuple):
     """
 
     listen: Path
-    mode: str = "sync"
+    mode: ServerMode = "sync"
     alpha: float | None = None
     max_staleness: int | None = None
     lease: float = 10.0

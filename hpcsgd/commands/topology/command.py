@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import click
 
-from hpcsgd.commands.bench.commands import parse_count
+from hpcsgd.commands.options import ShortCount, TopologySpec, Value, option
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.registry import Within
 
 
 @click.command()
-@click.argument("name", required=False)
-@click.option("-n", "--peers", default=16, show_default=True, type=click.IntRange(1), help="Number of peers.")
-@click.option(
+@click.argument("name", required=False, type=Value(TopologySpec), metavar="[NAME]")
+@option("--peers", Annotated[int, Within(1, 4096)], "Number of peers.", 16, short="-n")
+@option(
     "--parameters",
-    default="1M",
-    show_default=True,
+    ShortCount(Annotated[int, Within(1, 10**12)]),
+    "Number of float32 parameters of the model, such as 11.2M.",
+    "1M",
     metavar="N",
-    help="Number of float32 parameters of the model, such as 11.2M.",
 )
-@click.option(
-    "--png",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Draw the topology into this file, FILE.png.",
-)
-def topology(name: str | None, peers: int, parameters: str, png: Path | None) -> None:
+@option("--png", Path, "Draw the topology into this file, FILE.png.", metavar="FILE")
+def topology(name: str | None, peers: int, parameters: int, png: Path | None) -> None:
     """Compare the mixing rate and the traffic of topologies.
 
     Shows topology NAME, or all topologies without NAME. NAME takes options, joined by "+":
@@ -40,15 +37,12 @@ def topology(name: str | None, peers: int, parameters: str, png: Path | None) ->
 
     if png is not None and (name is None or png.suffix != ".png"):
         raise click.UsageError("--png draws one topology: give its NAME, and a FILE that ends in .png")
-    count = parse_count(parameters, "--parameters")
-    if count < 1:
-        raise click.BadParameter("expected at least 1", param_hint="--parameters")
     console = Console(width=None if sys.stdout.isatty() else 160)
     if name is None:
-        console.print(tables.comparison(peers, count))
+        console.print(tables.comparison(peers, parameters))
         return
     built = build(name, peers)
-    console.print(tables.details(built, name, count))
+    console.print(tables.details(built, name, parameters))
     if png is not None:
         from hpcsgd.commands.report import figures
         from hpcsgd.commands.topology.drawing import draw

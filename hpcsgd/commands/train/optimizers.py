@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 
+from hpcsgd import registry
+from hpcsgd.registry import Within
+
+_Share = Annotated[float, Within(0, 1)]
+_Beta = Annotated[float, Within(0, 0.999999999)]
+_Betas = tuple[_Beta, _Beta]
+_Decay = Annotated[float, Within(0, 1e6)]
 #: Names of `--optimizer`; the options are those of torch's classes.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    "sgd": registry.limited(torch.optim.SGD, momentum=_Share, dampening=_Share, weight_decay=_Decay),
+    "adam": registry.limited(torch.optim.Adam, betas=_Betas, eps=_Share, weight_decay=_Decay),
+    "adamw": registry.limited(torch.optim.AdamW, betas=_Betas, eps=_Share, weight_decay=_Decay),
 }
 _STEP_AT = (0.5, 0.75)
 _STEP_FACTOR = 0.1
+
+
+def check(spec: str) -> None:
+    """Check name and options of a spec.
+
+    Raises
+    ------
+    BadOption
+        Unknown name or option, or a value out of range.
+    """
+    registry.bind(OPTIMIZERS, spec, "optimizer", params=None, lr=None)
 
 
 def learning_rate_schedule(schedule: str, warmup: int, total: int) -> Callable[[int], float]:

@@ -1,25 +1,31 @@
 """The settings of ``hpcsgd train``: one definition for the command line and for TOML files."""
 
+# ruff: noqa: RUF009 - `option` returns a field
+
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import functools
-import math
 import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import click
 import tomli_w
 
 from hpcsgd import registry
+from hpcsgd.commands import options
+from hpcsgd.commands.options import CompressSpec, DataSpec, DelaysSpec, ModelSpec, OptimizerSpec, StrategySpec
 from hpcsgd.commands.train import sweep
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import Text, Within
+from hpcsgd.registry.limits import BucketMib, Count, PeerCount, Skew, Timeout
+from hpcsgd.training import choices
 
 R = TypeVar("R")
 
@@ -40,15 +46,11 @@ _DEFAULT_MODELS = {
 }
 
 
-def option(
-    default: object,
-    help: str,
-    unit: str | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """Declare one setting: its default, help text, unit, and valid values.
+Epochs = Annotated[float, Within(0, 1e9)]
+
+
+def option(default: object, help: str, unit: str | None = None) -> Any:
+    """Declare one setting, whose annotation has its limits: its default, help text and unit.
 
     Parameters
     ----------
@@ -58,81 +60,73 @@ def option(
         One sentence for ``--help``.
     unit
         Unit of the value.
-    low, high
-        Smallest and largest valid value.
-    choices
-        The valid values, if these are listed.
     """
-    about = {"help": help, "unit": unit, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata={"help": help, "unit": unit})
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings of a training run; `merge` and `validate` check them."""
 
-    data: str = option("digits", "Data set, as NAME:key=value,key=value.")
-    model: str = option("", "Model, as NAME:key=value or module:callable; empty: the default for the data.")
-    strategy: str = option("allreduce", "Method of distributed SGD, as NAME:key=value,key=value.")
+    data: DataSpec = option("digits", "Data set, as NAME:key=value,key=value.")
+    model: Literal[""] | ModelSpec = option(
+        "", "Model, as NAME:key=value or module:callable; empty: the default for the data."
+    )
+    strategy: StrategySpec = option("allreduce", "Method of distributed SGD, as NAME:key=value,key=value.")
     connect: str = option(
         "",
         "FILE of `hpcsgd serve --listen FILE`, whose servers hold the model of --strategy ps; empty: none.",
     )
-    virtual_nodes: int | None = option(
+    virtual_nodes: PeerCount | None = option(
         None,
         "Number of peers of a gossip method, a multiple of the ranks: each rank trains several models; "
         "none: one model a rank.",
-        low=1,
     )
-    compress: str = option(
+    compress: CompressSpec = option(
         "none", "Compression of messages, as NAME:key=value,key=value; ef+NAME adds error feedback."
     )
-    nonfinite: str = option(
+    nonfinite: choices.Nonfinite = option(
         "error",
         "Reaction to NaN or infinity in a gradient with compression: raise an error, or skip the step; "
         "--autocast float16 always skips.",
-        choices=("error", "skip"),
     )
-    optimizer: str = option("sgd:momentum=0.9", "Optimizer, as NAME:key=value,key=value.")
-    learning_rate: float = option(0.1, "Learning rate after the warm-up, before the schedule.", low=0.0)
-    schedule: str = option(
-        "cosine",
-        "Learning-rate schedule after the warm-up.",
-        choices=("constant", "cosine", "step"),
+    optimizer: OptimizerSpec = option("sgd:momentum=0.9", "Optimizer, as NAME:key=value,key=value.")
+    learning_rate: Annotated[float, Within(0, 1e9)] = option(
+        0.1, "Learning rate after the warm-up, before the schedule."
     )
-    warmup: float = option(0.0, "Length of the linear warm-up of the learning rate.", "epochs", low=0.0)
-    batch: int = option(32, "Samples per rank and backward pass.", "samples", low=1)
-    epochs: float = option(20.0, "Length of the run; may be a fraction.", "epochs", low=0.0)
-    alpha: float | None = option(
-        None,
-        "Dirichlet parameter of the label skew between ranks: the smaller, the more skewed; none: IID.",
-        low=0.001,
+    schedule: Literal["constant", "cosine", "step"] = option(
+        "cosine", "Learning-rate schedule after the warm-up."
     )
-    seed: int = option(0, "Seed of all random numbers.", low=0, high=2**32 - 1)
-    clip: float | None = option(
-        None, "Norm to which larger gradients are clipped; none: no clipping.", low=1e-6
+    warmup: Epochs = option(0.0, "Length of the linear warm-up of the learning rate.", "epochs")
+    batch: Count = option(32, "Samples per rank and backward pass.", "samples")
+    epochs: Epochs = option(20.0, "Length of the run; may be a fraction.", "epochs")
+    alpha: Skew | None = option(
+        None, "Dirichlet parameter of the label skew between ranks: the smaller, the more skewed; none: IID."
     )
-    accumulate: int = option(1, "Backward passes per step (gradient accumulation).", low=1)
-    delays: str = option(
+    seed: Annotated[int, Within(0, 2**32 - 1)] = option(0, "Seed of all random numbers.")
+    clip: Annotated[float, Within(1e-6, 1e9)] | None = option(
+        None, "Norm to which larger gradients are clipped; none: no clipping."
+    )
+    accumulate: Count = option(1, "Backward passes per step (gradient accumulation).")
+    delays: DelaysSpec = option(
         "none",
         "Simulated stragglers, as NAME:key=value,key=value: ranks sleep before each gradient is ready.",
     )
-    bucket_mib: float = option(4.0, "Size of a communication bucket.", "MiB", low=0.001)
-    algorithm: str = option(
-        "auto", "All-reduce algorithm.", choices=("auto", "library", "ring", "node", "two-level")
-    )
-    buffers: str = option(
+    bucket_mib: BucketMib = option(4.0, "Size of a communication bucket.", "MiB")
+    algorithm: choices.Algorithm = option("auto", "All-reduce algorithm.")
+    buffers: choices.Buffers = option(
         "broadcast",
         "Buffers (BatchNorm statistics) at evaluation: those of rank 0, their mean, or each rank's own.",
-        choices=("broadcast", "average", "local"),
     )
-    evaluate_every: float = option(1.0, "Period of evaluations; 0: only at the end.", "epochs", low=0.0)
-    log_every: int = option(10, "Period of records of training in metrics.jsonl.", "steps", low=1)
-    checkpoint_every: float = option(
-        1.0, "Period of checkpoints; 0: only at the end and on signals.", "epochs", low=0.0
+    evaluate_every: Epochs = option(1.0, "Period of evaluations; 0: only at the end.", "epochs")
+    log_every: Count = option(10, "Period of records of training in metrics.jsonl.", "steps")
+    checkpoint_every: Epochs = option(
+        1.0, "Period of checkpoints; 0: only at the end and on signals.", "epochs"
     )
-    out: str = option("runs", "Folder in which the run's folder is created.")
-    name: str = option("", "Name of the run's folder; empty: time stamp and strategy.")
+    out: Annotated[str, Text(1)] = option("runs", "Folder in which the run's folder is created.")
+    name: Annotated[str, Text(0, 255)] = option(
+        "", "Name of the run's folder; empty: time stamp and strategy."
+    )
     spare: str = option(
         "",
         "Folder for a checkpoint and the metrics while the run's own cannot be written, for its disk is full "
@@ -143,40 +137,35 @@ class Settings:
         "Folder of a run, or of one of its checkpoints, to resume; auto: resume the run --name from its "
         "newest whole checkpoint, or start it if it has none; empty: start a new run.",
     )
-    on_failure: str = option(
+    on_failure: Literal["stop", "restart", "shrink"] = option(
         "stop",
         "Policy when a rank dies. stop: the run stops; restart: it stops, and any number of ranks may "
         "--resume it; shrink: it continues on the surviving ranks (needs Open MPI's mpiexec --with-ft ulfm).",
-        choices=("stop", "restart", "shrink"),
     )
-    keep_every: float = option(
-        0.25, "Period of in-memory checkpoints for --on-failure shrink.", "epochs", low=0.001
+    keep_every: Annotated[float, Within(0.001, 1e9)] = option(
+        0.25, "Period of in-memory checkpoints for --on-failure shrink.", "epochs"
     )
-    device: str = option(
-        "auto", "Device of the model; auto: CUDA if available.", choices=("auto", "cpu", "cuda")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Device of the model; auto: CUDA if available.")
+    autocast: Literal["off", "bfloat16", "float16"] = option(
+        "off", "Reduced precision of the forward pass (torch.autocast)."
     )
-    autocast: str = option(
-        "off",
-        "Reduced precision of the forward pass (torch.autocast).",
-        choices=("off", "bfloat16", "float16"),
+    threads: Annotated[int, Within(0, 1024)] = option(
+        0, "Compute threads per rank; 0: its share of the node's cores."
     )
-    threads: int = option(0, "Compute threads per rank; 0: its share of the node's cores.", low=0)
-    timeout: float = option(300.0, "Deadline of each wait for other ranks.", "s", low=0.1)
-    uneven: str = option(
+    timeout: Timeout = option(300.0, "Deadline of each wait for other ranks.", "s")
+    uneven: choices.Uneven = option(
         "join",
         "Epochs in which ranks have unequal numbers of batches. join: ranks without batches take part until "
         "the last rank is done; stop: the epoch ends when the first rank is done.",
-        choices=("join", "stop"),
     )
-    progress: str = option(
-        "auto",
-        "Output while training; auto: a bar on a terminal, else plain lines.",
-        choices=("auto", "bar", "plain", "off"),
+    progress: Literal["auto", "bar", "plain", "off"] = option(
+        "auto", "Output while training; auto: a bar on a terminal, else plain lines."
     )
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
-_HINTS = typing.get_type_hints(Settings)
+#: The annotation of each setting, with its limits.
+KINDS = typing.get_type_hints(Settings, include_extras=True)
 
 
 def default_model(data: str) -> str:
@@ -295,11 +284,11 @@ def click_options(function: Callable[..., R]) -> Callable[..., R]:
     """
 
     @functools.wraps(function)
-    def with_settings(*args: Any, config: str | None, element: int | None, **values: Any) -> R:
+    def with_settings(*args: Any, config: Path | None, element: int | None, **values: Any) -> R:
         given = {name: values.pop(name) for name in FIELDS}
         read = {name: _parsed(name, text) for name, text in given.items() if text is not None}
         if not config and read.get("resume", "") not in ("", AUTO):
-            config = str(parse_resume(str(read["resume"]))[0] / "config.toml")
+            config = parse_resume(str(read["resume"]))[0] / "config.toml"
         if not config and element is not None:
             raise BadOption("--element needs a sweep", do="name the file of the sweep: --config FILE")
         settings = merge(from_toml(config, element) if config else {}, read)
@@ -307,66 +296,29 @@ def click_options(function: Callable[..., R]) -> Callable[..., R]:
 
     for name in reversed(FIELDS):
         flag = "--" + name.replace("_", "-")
-        metavar = _type(name).__name__.upper().replace("STR", "TEXT")
+        kind = registry.type_name(KINDS[name]).removesuffix("|none")
+        metavar = kind.upper() if kind in ("int", "float") else "TEXT"
         with_settings = click.option(flag, name, metavar=metavar, help=_help(name))(with_settings)
     about = "Number of the run, from 0, in a sweep: a --config file with tables [[run]]."
-    with_settings = click.option("--element", metavar="INT", type=int, help=about)(with_settings)
+    element = options.option("--element", sweep.Element, about, metavar="INT")
     about = "TOML file of settings, such as the config.toml of an earlier run."
-    return click.option("--config", metavar="FILE", help=about)(with_settings)
-
-
-def _type(name: str) -> type:
-    hint: Any = _HINTS[name]
-    return hint if isinstance(hint, type) else typing.cast(type, typing.get_args(hint)[0])
-
-
-def _optional(name: str) -> bool:
-    return FIELDS[name].default is None
+    return options.option("--config", Path, about, metavar="FILE")(element(with_settings))
 
 
 def _none_if_unset(name: str, value: object) -> object:
-    return None if _optional(name) and value == "none" else value
+    return None if FIELDS[name].default is None and value == "none" else value
 
 
 def _parsed(name: str, text: str) -> object:
-    value = _none_if_unset(name, text)
+    """Return the value of a text, or the text for the error of `validate`."""
     try:
-        return value if value is None else _type(name)(value)
+        return registry.convert(text, KINDS[name])
     except ValueError:
-        return value
+        return text
 
 
-def _checked(name: str, value: Any) -> Any:
-    expected_type: Any = _type(name)
-    about = FIELDS[name].metadata
-    if value is None and _optional(name):
-        return None
-    if expected_type is float and type(value) is int and value.bit_length() < 1024:
-        value = float(value)
-    low, high, choices = about["low"], about["high"], about["choices"]
-    fits = (
-        type(value) is expected_type
-        and (expected_type is not float or math.isfinite(value))
-        and (low is None or value >= low)
-        and (high is None or value <= high)
-        and (choices is None or value in choices)
-    )
-    if not fits:
-        what = f"option {name!r} has a wrong value"
-        raise BadOption(what, expected=_expected(name), got=repr(value))
-    return value
-
-
-def _expected(name: str) -> str:
-    about = FIELDS[name].metadata
-    if about["choices"]:
-        return "one of " + ", ".join(about["choices"])
-    words = {int: "a whole number", float: "a number", str: "a text"}[_type(name)]
-    if about["low"] is not None:
-        words += f" of at least {about['low']:g}" if about["high"] is None else ""
-    if about["high"] is not None:
-        words += f" from {about['low']} to {about['high']}"
-    return words + (", or none" if _optional(name) else "")
+def _checked(name: str, value: object) -> Any:
+    return registry.check(f"option {name!r}", value, KINDS[name])
 
 
 def _help(name: str) -> str:
@@ -374,8 +326,8 @@ def _help(name: str) -> str:
     default: Any = FIELDS[name].default
     shown = {None: "none", "": "empty"}.get(default, default)
     facts = [f"in {about['unit']}"] if about["unit"] else []
-    if about["choices"] or about["low"] is not None:
-        facts.append(_expected(name))
+    if registry.type_name(KINDS[name]) not in ("str", "|str"):
+        facts.append(registry.expected(KINDS[name]))
     return f"{about['help']}  [{'; '.join([*facts, f'default: {shown}'])}]"
 
 

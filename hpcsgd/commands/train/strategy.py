@@ -1,4 +1,4 @@
-"""The strategy of a run, and the checks of settings that depend on each other."""
+"""The strategy and the simulated delays of a run, and the checks of settings that depend on each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from hpcsgd import registry
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.commands.train.settings import Settings
 from hpcsgd.errors import BadOption
-from hpcsgd.strategies import STRATEGIES, Strategy
+from hpcsgd.strategies import Strategy, build, delays
+from hpcsgd.strategies.delays import Delays
 
 
 def build_strategy(settings: Settings) -> Strategy:
@@ -18,7 +19,7 @@ def build_strategy(settings: Settings) -> Strategy:
         Unknown strategy or option, or `--connect` with a strategy without parameter servers.
     """
     if not settings.connect:
-        return registry.build(STRATEGIES, settings.strategy, "strategy")
+        return build(settings.strategy)
     if registry.parse(settings.strategy)[0] != "ps":
         raise BadOption(
             "--connect needs a strategy with parameter servers",
@@ -26,11 +27,28 @@ def build_strategy(settings: Settings) -> Strategy:
             do="use --strategy ps:mode=..., with the mode of the servers, or leave out --connect",
             everywhere=True,
         )
-    return registry.build(STRATEGIES, settings.strategy, "strategy", connect=settings.connect)
+    return build(settings.strategy, connect=settings.connect)
 
 
-def check_delays(settings: Settings, peers: Peers) -> None:
-    """Raise on all ranks if simulated delays are combined with virtual nodes."""
+def build_delays(settings: Settings, peers: Peers, *, clamp: bool) -> Delays:
+    """Build the simulated delays of a run.
+
+    Parameters
+    ----------
+    settings, peers
+        Those of the run.
+    clamp
+        Whether delays may name peers that do not exist any more, since ranks have failed.
+
+    Raises
+    ------
+    BadOption
+        On all ranks: peers that do not exist, or delays with virtual nodes.
+    """
+    found = delays.build(settings.delays)
+    if clamp:
+        found.clamp_to(peers.size)
+    found.check_peers(peers.size)
     if settings.delays != "none" and peers.per_rank > 1:
         raise BadOption(
             "virtual nodes cannot have delays in real time: those of one rank compute one after the other",
@@ -38,3 +56,4 @@ def check_delays(settings: Settings, peers: Peers) -> None:
             do=f"use virtual time: --strategy backup:delays={settings.delays.replace(',', '+')}",
             everywhere=True,
         )
+    return found

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import Within
 
 _RUNS = "run"
+#: Number of a run.
+Element = Annotated[int, Within(0, 10**6)]
 
 
 def count_runs(table: dict[str, Any], path: str | Path) -> int:

@@ -26,11 +26,10 @@ from hpcsgd.commands.train.run_log import RunLog
 from hpcsgd.commands.train.settings import Settings, default_model
 from hpcsgd.commands.train.state import ResumePoint, RunState, find_resume_point
 from hpcsgd.commands.train.storage import RunStorage
-from hpcsgd.commands.train.strategy import build_strategy, check_delays
+from hpcsgd.commands.train.strategy import build_delays, build_strategy
 from hpcsgd.diagnostics import trace_file
 from hpcsgd.errors import RankFailed
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import delays
 from hpcsgd.training import data, models, rng_state
 from hpcsgd.training.checkpoint.in_memory import InMemoryCheckpoints
 from hpcsgd.training.data.base import Source
@@ -131,8 +130,7 @@ class Trainer:
         self._peers = Peers(world, settings.virtual_nodes)
         if lost is not None:
             self.strategy.clamp_to(self._peers.size)
-        self._delays = delays.build(settings.delays)
-        check_delays(settings, self._peers)
+        self._delays = build_delays(settings, self._peers, clamp=lost is not None)
         self._loaders = [self._loader(peer) for peer in self._peers.local]
         self.shard = data.evaluation_shard(len(self.data.test), world.rank, world.size)
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=settings.autocast == "float16")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from hpcsgd.commands.train.settings import Settings, click_options
+from hpcsgd.commands.options import option
+from hpcsgd.commands.train.settings import Epochs, Settings, click_options
 
 
 @click.group()
@@ -14,9 +15,7 @@ def tune() -> None:
 
 @tune.command()
 @click_options
-@click.option(
-    "--search-epochs", type=float, metavar="FLOAT", help="Length of the search, in epochs; default: --epochs."
-)
+@option("--search-epochs", Epochs, "Length of the search, in epochs; default: --epochs.")
 @click.option("--go-on", "train_best", is_flag=True, help="Train with the best number afterwards.")
 def teleportation(settings: Settings, search_epochs: float | None, train_best: bool) -> None:
     """Search for the best number of active peers of `teleport`.

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import torch
 
-from hpcsgd.errors import BadOption, unknown
+from hpcsgd.errors import BadOption
+from hpcsgd.registry import checked
 from hpcsgd.strategies.adpsgd.async_pairs import PairwiseAverager
 from hpcsgd.strategies.adpsgd.pairing import BipartitePairs, SynchronousPairs
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
 from hpcsgd.tensors.parameters import Parameters
-from hpcsgd.topology import build
+from hpcsgd.topology import TopologySpec, build
 
 _NO_TARGET = 2**62
 
@@ -48,12 +49,11 @@ class ADPSGD(ReplicaStrategy):
     Raises
     ------
     BadOption
-        Unknown schedule; on attachment also a graph that is not bipartite.
+        On attachment, a graph that is not bipartite.
     """
 
-    def __init__(self, topology: str = "ring", schedule: Literal["free", "drawn"] = "free") -> None:
-        if schedule not in ("free", "drawn"):
-            raise unknown("schedule of AD-PSGD", schedule, ("free", "drawn"))
+    @checked
+    def __init__(self, topology: TopologySpec = "ring", schedule: Literal["free", "drawn"] = "free") -> None:
         self.topology, self.schedule = topology, schedule
         self.synchronous = schedule == "drawn"
         self.averages_in_background = not self.synchronous

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.staging import after_compute, wait_for_compute
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Natural
 from hpcsgd.strategies import delays as delay_specs
 from hpcsgd.strategies.backup_workers.agreement import (
     CLOSE_OF_ITERATION,
@@ -21,7 +23,7 @@ from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser, fixed
 from hpcsgd.strategies.backup_workers.virtual_time import VirtualTime
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
-from hpcsgd.topology import build
+from hpcsgd.topology import TopologySpec, build
 from hpcsgd.topology.graphs import adjacency
 from hpcsgd.topology.mixing import metropolis_among
 
@@ -62,8 +64,12 @@ class BackupWorkers(ReplicaStrategy):
 
     synchronous = False
 
+    @checked
     def __init__(
-        self, topology: str = "ring", backups: Literal["dynamic"] | int = "dynamic", delays: str = "none"
+        self,
+        topology: TopologySpec = "ring",
+        backups: Literal["dynamic"] | Natural = "dynamic",
+        delays: delay_specs.DelaysSpec = "none",
     ) -> None:
         self.topology, self.backups, self.delays = topology, backups, delays
         self._delay_samples = delay_specs.build(delays)
@@ -74,12 +80,14 @@ class BackupWorkers(ReplicaStrategy):
     def clamp_to(self, peers: int) -> None:
         if isinstance(self.backups, int):
             self.backups = max(0, min(self.backups, peers - 2))
+        self._delay_samples.clamp_to(peers)
 
     def attach(self, context: StrategyContext) -> None:
         context.reject("dynamic backup workers", compression=True)
         graph = context.world.collectively(lambda: build(self.topology, context.peers.size))
         size, edges = graph.size, graph.spanning()
         fixed = fixed_backups(self.backups, size)
+        self._delay_samples.check_peers(size)
         super().attach(context)
         self._adjacency = adjacency(size, graph.edges())
         self._exchange = Exchange(context.peers, self.parameters.groups)

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.compress import Compressor
-from hpcsgd.errors import BadOption, unknown
+from hpcsgd.errors import BadOption
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Count
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.lasgd.averaging import NO_TARGET, Averaging, Records
 from hpcsgd.strategies.lasgd.model_delta import Merge, ModelDelta
@@ -52,33 +54,25 @@ class LASGD(ReplicaStrategy):
     Raises
     ------
     BadOption
-        An option out of range, or `max_lag` below `period`.
+        `max_lag` below `period`.
     """
 
     synchronous = False
     averages_in_background = True
 
+    @checked
     def __init__(
         self,
-        period: int | Literal["auto"] = "auto",
-        max_lag: int | None = None,
+        period: Count | Literal["auto"] = "auto",
+        max_lag: Count | None = None,
         trigger: Trigger = "any",
         merge: Merge = "damped",
         compress: Compressor | None = None,
     ) -> None:
-        if trigger not in ("any", "all", "free"):
-            raise unknown("trigger of LASGD", trigger, ("any", "all", "free"))
-        if merge not in ("damped", "delta", "overwrite"):
-            raise unknown("merge of LASGD", merge, ("damped", "delta", "overwrite"))
-        if period != "auto" and (not isinstance(period, int) or period < 1):
-            raise BadOption(
-                "option period of LASGD is out of range", expected="at least 1 step, or auto", got=period
-            )
-        least = 1 if period == "auto" else period
-        if max_lag is not None and max_lag < least:
+        if max_lag is not None and period != "auto" and max_lag < period:
             raise BadOption(
                 "option max_lag of LASGD is below its period: it would wait for a round before it is due",
-                expected=f"max_lag of at least {least}, the period",
+                expected=f"max_lag of at least {period}, the period",
                 got=max_lag,
                 do="raise max_lag, lower period, or do not set max_lag",
             )

@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from hpcsgd.collectives import broadcast
 from hpcsgd.compress import spec_of
 from hpcsgd.compress.point_to_point import check_stateless
-from hpcsgd.errors import BadOption, unknown
+from hpcsgd.errors import BadOption
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Count, ElasticAlpha, Natural, ServerMode, Timeout
 from hpcsgd.server import Policy
 from hpcsgd.server.update_rules import describe_optimizer
 from hpcsgd.strategies.allreduce import AllReduce
@@ -24,8 +26,6 @@ from hpcsgd.strategies.parameter_server.server_rank import ServerRole
 from hpcsgd.strategies.parameter_server.worker import ElasticWorker, GradientWorker, GroupConfig, Worker
 from hpcsgd.tensors.group import TensorGroup
 from hpcsgd.tensors.parameters import grouped_by_memory
-
-_MODES = ("sync", "async", "elastic")
 
 
 class ParameterServer(Strategy):
@@ -69,25 +69,18 @@ class ParameterServer(Strategy):
         set the options of servers. Default "": the servers are ranks of this job.
     """
 
+    @checked
     def __init__(
         self,
-        mode: Literal["sync", "async", "elastic"] = "sync",
-        servers: int = 1,
-        groups: int | None = None,
-        interval: int = 8,
-        alpha: float | None = None,
-        max_staleness: int | None = None,
-        lease: float = 10.0,
+        mode: ServerMode = "sync",
+        servers: Natural = 1,
+        groups: Count | None = None,
+        interval: Count = 8,
+        alpha: ElasticAlpha | None = None,
+        max_staleness: Natural | None = None,
+        lease: Timeout = 10.0,
         connect: str = "",
     ) -> None:
-        if mode not in _MODES:
-            raise unknown("mode of a parameter server", mode, _MODES)
-        _check("servers", servers, servers >= 0, "at least 0")
-        _check("groups", groups, groups is None or groups >= 1, "at least 1")
-        _check("interval", interval, interval >= 1, "at least 1 step")
-        _check("alpha", alpha, alpha is None or 0 < alpha < 1, "above 0 and below 1")
-        _check("max_staleness", max_staleness, max_staleness is None or max_staleness >= 0, "at least 0")
-        _check("lease", lease, 0 < lease < math.inf, "seconds, above 0")
         if servers == 0 and mode != "sync" and not connect:
             raise BadOption(
                 f"mode {mode} needs a server",
@@ -280,8 +273,3 @@ class ParameterServer(Strategy):
                 p.data.copy_(value)
         if self._group_world is not self.context.world:
             self._group_world.close()
-
-
-def _check(name: str, value: object, good: bool, expected: str) -> None:
-    if not good:
-        raise BadOption(f"{name} of a parameter server", expected=expected, got=value)

@@ -7,11 +7,14 @@ from typing import Any
 
 from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.staging import after_compute
-from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import PeerCount
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
 from hpcsgd.strategies.teleportation.optimizer_state import PortableOptimizerState
 from hpcsgd.strategies.teleportation.tokens import Tokens
+from hpcsgd.topology import TopologySpec
 
 
 class Teleportation(ReplicaStrategy):
@@ -51,22 +54,19 @@ class Teleportation(ReplicaStrategy):
     Raises
     ------
     BadOption
-        `active` below 1; on attachment also if it is above the number of peers.
+        On attachment, `active` above the number of peers.
     """
 
     synchronous = False
     evaluated_group = 0
 
+    @checked
     def __init__(
         self,
-        active: int | tuple[int, ...] | None = None,
-        topology: str = "exponential",
+        active: PeerCount | tuple[PeerCount, ...] | None = None,
+        topology: TopologySpec = "exponential",
         fused: bool = True,
     ) -> None:
-        if active is not None and min(active if isinstance(active, tuple) else (active,)) < 1:
-            raise BadOption(
-                "option active of TELEPORTATION is out of range", expected="active of at least 1", got=active
-            )
         self.active, self.topology, self.fused = active, topology, fused
 
     def options(self) -> dict[str, object]:

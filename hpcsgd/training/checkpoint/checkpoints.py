@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, format_ranks
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Count
 from hpcsgd.training.checkpoint.files import (
     FORMAT,
     Fault,
@@ -58,16 +60,15 @@ class Checkpoints:
         Number of checkpoints to retain; at least 1, default 2.
     """
 
+    @checked
     def __init__(
         self,
         folder: Path,
         rank: int,
         ranks: int,
         gather: Callable[[object], list[object]],
-        keep: int = 2,
+        keep: Count = 2,
     ) -> None:
-        if keep < 1:
-            raise BadOption("keep, the number of checkpoints, is too small", expected="at least 1", got=keep)
         self._folder = Path(folder)
         self._rank = rank
         self._ranks = ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hpcsgd.registry import build
+from hpcsgd.registry import bind, build
 from hpcsgd.training.data.base import Augment, Data, Source
 from hpcsgd.training.data.cifar import cifar10, cifar100
 from hpcsgd.training.data.digits import digits
@@ -23,6 +23,7 @@ __all__ = [
     "Loader",
     "Source",
     "TensorSource",
+    "check",
     "evaluation_shard",
     "load",
     "partition",
@@ -56,3 +57,14 @@ def load(spec: str) -> Data:
         Files are missing, truncated or of another format.
     """
     return build(DATASETS, spec, "data set")
+
+
+def check(spec: str) -> None:
+    """Check name and options of a spec, without loading the data set.
+
+    Raises
+    ------
+    BadOption
+        Unknown name or option, or a value out of range.
+    """
+    bind(DATASETS, spec, "data set")

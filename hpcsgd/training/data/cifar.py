@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpcsgd.registry import checked
 from hpcsgd.training.data.augment import crop_and_flip
 from hpcsgd.training.data.base import Data
 from hpcsgd.training.data.files import corrupt_file, find_folder
@@ -55,6 +56,7 @@ CIFAR100 = BinaryVersion(
 )
 
 
+@checked
 def cifar10(path: Path = Path("data/cifar10")) -> Data:
     """60 000 photographs of 10 classes, 32 by 32 pixels, from the binary version in a folder.
 
@@ -70,6 +72,7 @@ def cifar10(path: Path = Path("data/cifar10")) -> Data:
     return read(path, CIFAR10)
 
 
+@checked
 def cifar100(path: Path = Path("data/cifar100")) -> Data:
     """60 000 photographs of 100 classes, 32 by 32 pixels, from the binary version in a folder.
 

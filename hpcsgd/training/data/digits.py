@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Seed
 from hpcsgd.training.data.base import Data
 from hpcsgd.training.data.in_memory import TensorSource
 from hpcsgd.training.data.rng_streams import preserve_python_random, torch_stream
 
 
-def digits(seed: int = 0) -> Data:
+@checked
+def digits(seed: Seed = 0) -> Data:
     """1797 handwritten digits of 8 by 8 pixels, bundled with scikit-learn.
 
     Parameters

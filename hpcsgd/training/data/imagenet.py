@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.registry import Within, checked
 from hpcsgd.training.data.base import Data
 from hpcsgd.training.data.rng_streams import preserve_python_random
 
@@ -22,7 +23,8 @@ _FLIP = 0  # PIL.Image.Transpose.FLIP_LEFT_RIGHT
 _SIZE = 224
 
 
-def imagenet(path: Path = Path("data/imagenet"), workers: int = 4) -> Data:
+@checked
+def imagenet(path: Path = Path("data/imagenet"), workers: Annotated[int, Within(1, 1024)] = 4) -> Data:
     """Images of 224 by 224 pixels, from folders ``train`` and ``val`` with a folder for each class.
 
     A training image is a random crop of 8 to 100 % of the area, mirrored half of the time; a test
@@ -45,8 +47,6 @@ def imagenet(path: Path = Path("data/imagenet"), workers: int = 4) -> Data:
     Russakovsky et al., ImageNet large scale visual recognition challenge, 2015. Crops: Szegedy et
     al., Going deeper with convolutions, 2015.
     """
-    if workers < 1:
-        raise BadOption("imagenet needs a decoding thread", expected="workers=1 or more", got=workers)
     train, val = (_folder(path / name) for name in ("train", "val"))
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))

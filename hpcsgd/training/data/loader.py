@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Count, Seed, Skew
 from hpcsgd.training.data.base import Augment, Source
 from hpcsgd.training.data.partition import dirichlet_shards, partition, shuffled
 from hpcsgd.training.data.rng_streams import torch_stream
@@ -43,22 +45,21 @@ class Loader:
     Raises
     ------
     BadOption
-        A value out of range, or more ranks or larger batches than there are samples.
+        More ranks or larger batches than there are samples.
     """
 
+    @checked
     def __init__(
         self,
         source: Source,
-        batch: int,
+        batch: Count,
         rank: int = 0,
         ranks: int = 1,
-        alpha: float | None = None,
-        seed: int = 0,
+        alpha: Skew | None = None,
+        seed: Seed = 0,
         augment: Augment | None = None,
         drop_last: bool = False,
     ) -> None:
-        if batch < 1:
-            raise BadOption("the batch size is too small", expected="1 or more", got=batch)
         if not 0 <= rank < ranks:
             raise BadOption(
                 "option rank of the loader is out of range", expected=f"0 to {ranks - 1}", got=rank

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpcsgd.registry import checked
 from hpcsgd.training.data.base import Data
 from hpcsgd.training.data.files import corrupt_file, find_folder
 from hpcsgd.training.data.in_memory import TensorSource
@@ -18,6 +19,7 @@ from hpcsgd.training.data.in_memory import TensorSource
 _NAMES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 
+@checked
 def mnist(path: Path = Path("data/mnist")) -> Data:
     """70 000 handwritten digits of 28 by 28 pixels, from idx files (.gz or not) in a folder.
 
@@ -33,6 +35,7 @@ def mnist(path: Path = Path("data/mnist")) -> Data:
     return _read(path, 0.1307, 0.3081, "the page 'The MNIST database of handwritten digits'")
 
 
+@checked
 def fashion_mnist(path: Path = Path("data/fashion-mnist")) -> Data:
     """70 000 pieces of clothing of 28 by 28 pixels, from idx files (.gz or not) in a folder.
 

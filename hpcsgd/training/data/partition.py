@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import checked
+from hpcsgd.registry.limits import Natural, Seed, Skew
 from hpcsgd.training.data.rng_streams import numpy_stream, torch_stream
 
 Indices = NDArray[np.int64]
 
 
+@checked
 def partition(
-    labels: Tensor | None, samples: int, ranks: int, alpha: float | None, seed: int, epoch: int
+    labels: Tensor | None, samples: int, ranks: int, alpha: Skew | None, seed: Seed, epoch: Natural
 ) -> list[Tensor]:
     """Assign every sample to exactly one rank, in the order of one epoch.
 
@@ -42,7 +43,7 @@ def partition(
     Raises
     ------
     BadOption
-        Fewer samples than ranks, ``alpha`` out of range, or ``alpha`` without labels.
+        Fewer samples than ranks, or ``alpha`` without labels.
 
     Notes
     -----
@@ -64,8 +65,6 @@ def partition(
             "alpha skews the distribution of classes, and this data has no classes",
             do="leave out --alpha for language data",
         )
-    if not (math.isfinite(alpha) and 1e-6 <= alpha <= 1e6):
-        raise BadOption("alpha is out of range", expected="1e-6 to 1e6", got=alpha)
     shards = dirichlet_shards(labels, ranks, alpha, seed)
     return [shuffled(shard, rank, seed, epoch) for rank, shard in enumerate(shards)]
 

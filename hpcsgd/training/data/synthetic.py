@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import Within, checked
+from hpcsgd.registry.limits import Count, Seed, Size
 from hpcsgd.training.data.base import Data
 from hpcsgd.training.data.in_memory import TensorSource
 from hpcsgd.training.data.rng_streams import torch_stream
 
+_MOST_NUMBERS = 10**10  # of all samples together: 40 GB
 
-def synthetic(shape: tuple[int, ...] = (32,), classes: int = 10, samples: int = 4096, seed: int = 0) -> Data:
+
+@checked
+def synthetic(
+    shape: tuple[Size, ...] = (32,),
+    classes: Annotated[int, Within(2, 10**6)] = 10,
+    samples: Count = 4096,
+    seed: Seed = 0,
+) -> Data:
     """Gaussian clusters of unit variance, one a class, around normally distributed centres.
 
     Parameters
@@ -26,11 +37,16 @@ def synthetic(shape: tuple[int, ...] = (32,), classes: int = 10, samples: int = 
         class. Default 4096.
     seed
         Seed of centres and samples. Default 0.
+
+    Raises
+    ------
+    BadOption
+        Fewer samples than classes, or more than 40 GB of them.
     """
-    if classes < 2 or samples < classes or min(shape) < 1:
+    if not classes <= samples <= _MOST_NUMBERS // math.prod(shape):
         raise BadOption(
-            "synthetic data is too small",
-            expected="2 classes, a sample for each, and no empty dimension",
+            "synthetic data has too few or too many samples",
+            expected=f"{classes} samples, one a class, to {_MOST_NUMBERS // math.prod(shape)} of this shape",
             got=f"classes={classes}, samples={samples}, shape={shape}",
         )
     generator = torch_stream("synthetic", seed)

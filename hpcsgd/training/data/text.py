@@ -7,12 +7,15 @@ import hashlib
 import os
 import sysconfig
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.errors import HpcsgdError
+from hpcsgd.registry import Within, checked
+from hpcsgd.registry.limits import Size
 from hpcsgd.training.data.base import Data
 
 _HELD_OUT = 0.1
@@ -44,7 +47,8 @@ class WindowSource:
         return self.tokens[positions].long(), self.tokens[positions + 1].long()
 
 
-def text(files: str = "", context: int = 64, limit: float = 4.0) -> Data:
+@checked
+def text(files: str = "", context: Size = 64, limit: Annotated[float, Within(1e-6, 1e6)] = 4.0) -> Data:
     """Bytes of text, each predicted from the preceding ones; a tenth, in whole files, is held out.
 
     Parameters
@@ -62,9 +66,6 @@ def text(files: str = "", context: int = 64, limit: float = 4.0) -> Data:
     HpcsgdError
         No such file, or not enough text.
     """
-    if context < 1 or not limit > 0:
-        got = f"context={context}, limit={limit}"
-        raise BadOption("text needs a positive context and limit", got=got)
     texts = _read(_user_files(files) if files else _library(), limit * 1e6)
     train, test = _split(texts)
     if min(len(train), len(test)) <= context:

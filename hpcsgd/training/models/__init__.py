@@ -20,7 +20,7 @@ from hpcsgd.training.models.mlp import logistic, two_nn
 from hpcsgd.training.models.resnet import resnet18, resnet20, resnet50
 from hpcsgd.training.models.vgg import vgg11, vgg16
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "build", "check"]
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "logistic": logistic,
@@ -71,6 +71,19 @@ def build(spec: str, data: Data) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise BadOption(f"{spec} returned no model", expected="a torch.nn.Module", got=type(model))
     return model
+
+
+def check(spec: str) -> None:
+    """Check name and options of a spec, without building the model or importing the user's modules.
+
+    Raises
+    ------
+    BadOption
+        Unknown name or option, or a value out of range.
+    """
+    match = _USER_MODEL.fullmatch(spec.strip())
+    if not match or match["module"] in MODELS:
+        registry.bind(MODELS, spec, "model", shape=None, classes=None)
 
 
 def _import(module: str, attribute: str) -> Callable[..., Any]:

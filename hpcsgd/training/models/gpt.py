@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcsgd.errors import BadOption
+from hpcsgd.registry import Within, checked
+
+Width = Annotated[int, Within(1, 2**16)]
 
 
-def gpt(shape: tuple[int, ...], classes: int, layers: int = 4, heads: int = 4, width: int = 128) -> nn.Module:
+@checked
+def gpt(
+    shape: tuple[int, ...],
+    classes: int,
+    layers: Annotated[int, Within(1, 10_000)] = 4,
+    heads: Width = 4,
+    width: Width = 128,
+) -> nn.Module:
     """Decoder-only transformer: pre-norm, GELU, learned positions, tied embedding and head.
 
     Parameters
@@ -32,11 +42,11 @@ def gpt(shape: tuple[int, ...], classes: int, layers: int = 4, heads: int = 4, w
         raise BadOption(
             "gpt needs tokens", expected="inputs of shape (context,), as from --data text", got=shape
         )
-    if min(layers, heads, width) < 1 or width % heads:
+    if width % heads:
         raise BadOption(
             "the options of gpt do not fit together",
-            expected="layers, heads and width of at least 1, and a width that is a multiple of heads",
-            got=f"layers={layers}, heads={heads}, width={width}",
+            expected="a width that is a multiple of heads",
+            got=f"heads={heads}, width={width}",
         )
     return GPT(classes, shape[0], layers, heads, width)
 

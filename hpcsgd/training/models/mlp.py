@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 from torch import nn
+
+from hpcsgd.registry import Within, checked
 
 
 def logistic(shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -20,7 +23,8 @@ def logistic(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
 
 
-def two_nn(shape: tuple[int, ...], classes: int, width: int = 200) -> nn.Module:
+@checked
+def two_nn(shape: tuple[int, ...], classes: int, width: Annotated[int, Within(1, 2**16)] = 200) -> nn.Module:
     """Perceptron with two hidden layers: the 2NN.
 
     Parameters

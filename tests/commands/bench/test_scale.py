@@ -89,16 +89,7 @@ def test_mean_and_deviation_of_the_last_evaluation(capsys: pytest.CaptureFixture
 
 
 def test_mapping_is_one_value_or_one_per_key() -> None:
-    assert scale._parse_mapping("active", "4", ["8", "16"], int) == {"8": 4, "16": 4}
-    assert scale._parse_mapping("active", "8=2,16=4,32=8", ["8", "16"], int) == {"8": 2, "16": 4}
-    for wrong in ("x", "8=2", "8=2,16=x", ""):
-        with pytest.raises(BadOption, match="8=2,16=2"):
-            scale._parse_mapping("active", wrong, ["8", "16"], int)
-
-
-@pytest.mark.parametrize(
-    "options", [{"methods": []}, {"nodes": [8, 8]}, {"nodes": [0]}, {"steps": 0}, {"alpha": -1.0}]
-)
-def test_bad_options(options: dict[str, Any]) -> None:
-    with pytest.raises(BadOption):
-        scale.main(**options)
+    assert scale._by_key("active", {"": 4}, ["8", "16"]) == {"8": 4, "16": 4}
+    assert scale._by_key("active", {"8": 2, "16": 4, "32": 8}, ["8", "16", "8"]) == {"8": 2, "16": 4}
+    with pytest.raises(BadOption, match=r"lacks 16.*8=2,16=2"):
+        scale._by_key("active", {"8": 2}, ["8", "16"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcsgd.commands.bench.studies import runner, straggler
+from hpcsgd.commands.bench.studies import runner
 from hpcsgd.commands.bench.studies.runner import FinishedRun, with_option
 from hpcsgd.commands.bench.studies.straggler_results import StragglerStudy, StragglerTrial
 from hpcsgd.commands.train.settings import Settings, to_toml
@@ -146,19 +146,3 @@ def test_option_is_added_if_it_exists_and_is_unset() -> None:
     assert with_option(STRATEGIES, "dsgd:topology=star", "topology", "ring") == "dsgd:topology=star"
     assert with_option(STRATEGIES, "allreduce", "topology", "ring") == "allreduce"
     assert with_option(DELAYS, "exponential:mean=2", "seed", 3) == "exponential:mean=2,seed=3"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"methods": []},
-        {"methods": ["dsgd", "dsgd"]},
-        {"methods": ["sdgd"]},
-        {"delays": ["slo"]},
-        {"seeds": 0},
-        {"base_ms": -1},
-    ],
-)
-def test_bad_options(options: dict[str, Any]) -> None:
-    with pytest.raises(BadOption):
-        straggler.main(**options)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
-from hpcsgd.errors import BadOption
+from hpcsgd.commands.bench.timing import Contender, interleave
 
 pytestmark = pytest.mark.mpi
 
@@ -52,10 +51,3 @@ def test_preparation_is_not_timed() -> None:
     slow = Contender("slow to prepare", lambda: time.sleep(0.2), lambda: None)
     assert np.median(interleave(comm, [slow], 3)["slow to prepare"]) < 0.1
     comm.Free()
-
-
-@pytest.mark.parametrize("values", [[], [0], [4, -1]])
-def test_options_are_positive(values: list[float]) -> None:
-    check_positive("sizes", [1, 2.5])
-    with pytest.raises(BadOption, match="sizes"):
-        check_positive("sizes", values)

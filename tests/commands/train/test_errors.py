@@ -31,9 +31,20 @@ def test_errors_are_reported_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     # Most of these before MPI is up, as in a process of their own.
     early: list[Wrong] = [
-        (["--batch", 0], ["option 'batch' has a wrong value", "at least 1"]),
+        (["--batch", 0], ["option 'batch' has a wrong value", "from 1 to 1e9, got '0'"]),
         (["--schedule", "linear"], ["option 'schedule' has a wrong value", "constant, cosine, step"]),
         (["--lr", "0.1"], ["No such option", "--lr"]),
+        (["--data", "digit"], ["unknown data set 'digit'", "use one of: cifar10"]),
+        (["--data", "digits:size=3"], ["data set 'digits' has no option 'size'"]),
+        (["--model", "lenet5"], ["unknown model 'lenet5'", "lenet, "]),
+        (["--strategy", "locl"], ["unknown strategy 'locl'", "use one of: "]),
+        (["--strategy", "dsgd:topology=rng"], ["unknown topology 'rng'", "one-peer-exponential, "]),
+        (["--strategy", "local:period=0"], ["option 'period' of strategy 'local'", "from 1 to 1e9"]),
+        (
+            ["--strategy", "local:perod=2"],
+            ["strategy 'local' has no option 'perod'", "period=int (default 8)"],
+        ),
+        (["--optimizer", "lion"], ["unknown optimizer 'lion'", "adam, adamw, sgd"]),
         (["--config", tmp_path / "bad.toml"], ["unknown option 'bach'", "use one of: batch, "]),
         (["--config", tmp_path / "no.toml"], [f"cannot read settings from {tmp_path / 'no.toml'}:"]),
         (
@@ -43,20 +54,10 @@ def test_errors_are_reported_once(tmp_path: Path) -> None:
     ]
     late: list[Wrong] = [
         (["--name", "run"], [f"{run} exists", "choose another --name", f"--resume {run}"]),
-        (["--data", "digit"], ["unknown data set 'digit'", "use one of: cifar10"]),
         (["--data", f"mnist:path={tmp_path}"], ["files of the data set are missing", "path=FOLDER"]),
-        (["--data", "digits:size=3"], ["data set 'digits' has no option 'size'"]),
-        (["--model", "lenet5"], ["unknown classification model 'lenet5'", "lenet, "]),
+        (["--model", "gpt"], ["unknown classification model 'gpt'", "lenet, "]),
         (["--model", "nowhere:model"], ["there is no module 'nowhere'"]),
         (["--model", "own:fails"], ["mine"]),
-        (["--strategy", "locl"], ["unknown strategy 'locl'", "use one of: "]),
-        (["--strategy", "dsgd:topology=rng"], ["unknown topology 'rng'", "one-peer-exponential, "]),
-        (["--strategy", "local:period=0"], ["period of local SGD", "at least 1 step"]),
-        (
-            ["--strategy", "local:perod=2"],
-            ["strategy 'local' has no option 'perod'", "period=int (default 8)"],
-        ),
-        (["--optimizer", "lion"], ["unknown optimizer 'lion'", "adam, adamw, sgd"]),
         (["--resume", run / "checkpoints" / "step-00000009"], ["no checkpoint of step 9", "steps 1, 2"]),
         (["--resume", run, "--model", "logistic"], ["loading state_dict"]),
         (["--resume", run, "--optimizer", "adam"], ["cannot be resumed with another optimizer", "adam"]),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from hpcsgd import registry
 from hpcsgd.commands.train.optimizers import OPTIMIZERS, learning_rate_schedule
-from hpcsgd.commands.train.settings import FIELDS, Settings
+from hpcsgd.commands.train.settings import KINDS, Settings
 
-SCHEDULES = FIELDS["schedule"].metadata["choices"]
+SCHEDULES = get_args(KINDS["schedule"])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

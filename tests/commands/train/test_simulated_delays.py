@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from hpcsgd import BadOption, World
+from hpcsgd.collectives.peers import Peers
 from hpcsgd.commands.train.settings import Settings
+from hpcsgd.commands.train.strategy import build_delays
 from hpcsgd.commands.train.trainer import Trainer
 from hpcsgd.strategies import delays
 from tests.support.train_jobs import records, trained
@@ -74,6 +76,14 @@ def test_each_gradient_is_slept_for_once_and_a_resume_counts_on(tmp_path: Path) 
     assert last["compute_seconds"][1] >= 0.1 * steps and last["wait_seconds"][0] >= 0.05 * steps
 
     assert slept(outputs[3]) == [[], []] and "simulated" not in outputs[3]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_slow_ranks_must_exist_at_the_start(world: World) -> None:
+    settings, peers = Settings(delays=f"slow:peer={world.size},seconds=0"), Peers(world)
+    with pytest.raises(BadOption, match=f"some of the peers 0 to {world.size - 1}"):
+        build_delays(settings, peers, clamp=False)
+    assert build_delays(settings, peers, clamp=True).sample(0, 0) == 0
 
 
 def test_virtual_nodes_have_virtual_time(alone: World) -> None:

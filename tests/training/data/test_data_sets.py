@@ -69,8 +69,8 @@ def test_synthetic_clusters_can_be_learned() -> None:
 
 
 def test_synthetic_data_that_cannot_be_is_refused() -> None:
-    for options in ("classes=1", "samples=3", "shape=3x0"):
-        with pytest.raises(BadOption, match="too small"):
+    for options in ("samples=3", "samples=1000000,shape=3x64x64"):
+        with pytest.raises(BadOption, match="too few or too many samples"):
             load(f"synthetic:{options}")
 
 
@@ -138,9 +138,6 @@ def test_text_that_is_missing_or_too_short_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, {"short": b"to be or not to be"})
     with pytest.raises(HpcsgdError, match="not enough text"):
         load(f"text:files={tmp_path}")
-    for option in ("context=0", "limit=0", "limit=-1"):
-        with pytest.raises(BadOption, match="positive"):
-            load(f"text:{option}")
 
 
 def test_unknown_names_and_options_list_the_valid_ones() -> None:

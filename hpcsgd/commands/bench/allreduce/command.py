@@ -12,7 +12,7 @@ import torch
 from hpcsgd.commands.bench import baselines, devices, output
 from hpcsgd.commands.bench.allreduce.contenders import COPY, AllReduceMethod, check, methods
 from hpcsgd.commands.bench.allreduce.results import Limit, SizeResult, report, rows
-from hpcsgd.commands.bench.timing import Contender, check_positive, interleave
+from hpcsgd.commands.bench.timing import Contender, interleave
 from hpcsgd.mpi.world import World
 
 SIZES = (4 * 2**10, 256 * 2**10, 4 * 2**20, 64 * 2**20)
@@ -59,7 +59,7 @@ def main(
     Raises
     ------
     BadOption
-        An option is out of its range, or torch cannot use the device.
+        Torch cannot use the device.
     HpcsgdError
         On all ranks, if a method's result is not the mean, or `csv` cannot be written.
 
@@ -71,9 +71,6 @@ def main(
     gradients into buckets count as bytes that "hpcsgd with copy" must move too. Buffers that fit the GPU's
     cache may exceed the limit, as those that backward has just written would.
     """
-    check_positive("sizes", [size // 4 for size in sizes])
-    check_positive("repeats", [repeats])
-    check_positive("link_mbit", [1.0 if link_mbit is None else link_mbit])
     devices.check_device(device)
     path = None if csv is None else Path(csv)
     with World(device=device) as world, contextlib.ExitStack() as stack:

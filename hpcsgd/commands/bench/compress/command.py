@@ -24,9 +24,9 @@ from hpcsgd.commands.bench.compress.error_bounds import error_bound
 from hpcsgd.commands.bench.compress.gradients import DATA, resize
 from hpcsgd.commands.bench.compress.problem import AveragingProblem
 from hpcsgd.commands.bench.compress.results import ALLREDUCE, SchemeResult, report, rows
-from hpcsgd.commands.bench.timing import Contender, check_positive, interleave, with_barrier
+from hpcsgd.commands.bench.timing import Contender, interleave, with_barrier
 from hpcsgd.compress import Compressor, build
-from hpcsgd.errors import BadOption, unknown
+from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 
@@ -88,15 +88,12 @@ def main(
     Raises
     ------
     BadOption
-        An option is out of its range, or a scheme does not exist or does not fit the ranks.
+        Torch cannot use the device, or a scheme does not exist or does not fit the ranks.
     HpcsgdError
         On all ranks, if a result is wrong, or `csv` cannot be written.
     """
-    check_positive(
-        "repeats, elements and bucket_mib", [repeats, 1 if elements is None else elements, bucket_mib]
-    )
     compressors = {spec.strip(): build(spec) for spec in schemes}
-    _check_names(compressors, data)
+    _check(compressors)
     devices.check_device(device)
     path = None if csv is None else Path(csv)
     with World(device=device) as world:
@@ -119,12 +116,9 @@ def main(
             output.write_csv(path, lines)
 
 
-def _check_names(compressors: dict[str, Compressor | None], data: Sequence[str]) -> None:
-    for name in data:
-        if name not in DATA:
-            raise unknown("data", name, DATA)
-    if not compressors or None in compressors.values():
-        expected = "at least one scheme, none of them 'none': float32 is always measured"
+def _check(compressors: dict[str, Compressor | None]) -> None:
+    if None in compressors.values():
+        expected = "no scheme 'none': float32 is always measured"
         raise BadOption(
             "the schemes (--schemes) cannot be compared", expected=expected, got=list(compressors)
         )

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from hpcsgd import registry
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.runner import check_unique, find_finished, run_plan
+from hpcsgd.commands.bench.studies.runner import find_finished, run_plan
 from hpcsgd.commands.bench.studies.subworlds import ranks_per_method
 from hpcsgd.commands.bench.studies.time_to_loss import TimeToLossStudy, TimeToLossTrial
 from hpcsgd.commands.bench.studies.workloads import FAST, StudyCondition, Workload, plan_run
-from hpcsgd.commands.bench.timing import check_positive
-from hpcsgd.errors import BadOption, unknown
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import STRATEGIES
 
 
 def run_study(
@@ -60,25 +55,13 @@ def run_study(
     Raises
     ------
     BadOption
-        An option is out of its range, or a method or data set does not exist.
+        An option of `Workload` is out of its range.
     HpcsgdError
         On all ranks, if a run fails.
     """
-    if data not in study.workloads:
-        raise unknown("data set of this study", data, study.workloads)
-    if not re.fullmatch(r"[\w.]+", link):
-        raise BadOption(
-            "--link has characters that are not valid in a run name",
-            expected="letters, digits, dots and underscores",
-            got=repr(link),
-        )
-    check_unique("methods", methods)
-    for method in methods:
-        registry.build(STRATEGIES, method, "strategy")
     workload = replace(
         study.workloads[data], **{name: value for name, value in overrides.items() if value is not None}
     )
-    check_positive("seeds, base_ms and target", [seeds, workload.base_ms, workload.target])
     workloads = {**study.workloads, data: workload}
     plan = [
         plan_run(workload, StudyCondition(data, link, slow_ranks), seed, method)

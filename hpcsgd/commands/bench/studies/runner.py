@@ -109,15 +109,6 @@ def find_finished(out: Path, name: str, settings: Settings, ranks: int) -> Finis
     return _read_run(folder) if same and _is_finished(folder, settings) else None
 
 
-def check_unique(names: str, *options: Sequence[object]) -> None:
-    """Raise `BadOption` if the first of some lists is empty, or a list holds a value twice."""
-    if not options[0] or any(len({*values}) < len(values) for values in options):
-        got = [value for values in options for value in values]
-        raise BadOption(
-            f"empty, or a value given twice: {names}", expected="one or more values, each once", got=got
-        )
-
-
 def with_option(rows: Mapping[str, Callable[..., object]], spec: str, key: str, value: object) -> str:
     """Add an option to a spec, if its registry row has the option and the spec does not set it."""
     name, options = registry.parse(spec)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from hpcsgd import registry
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.runner import check_unique, run_plan, with_option
+from hpcsgd.commands.bench.studies.runner import run_plan, with_option
 from hpcsgd.commands.bench.studies.scale_results import ScaleStudy, ScaleTrial
-from hpcsgd.commands.bench.timing import check_positive
 from hpcsgd.commands.train.settings import Settings, validate
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import STRATEGIES
+from hpcsgd.strategies import build as build_strategy
 from hpcsgd.training.data import load
 from hpcsgd.training.data.base import Source
 from hpcsgd.training.data.partition import partition
@@ -30,19 +30,20 @@ METHODS = (
     "teleport",
 )
 NODES = (8, 16, 32, 64)
+ACTIVE = {"": 4}
 #: The best of 0.03, 0.1 and 0.3 at 16 nodes.
-RATES = "dsgd=0.3,teleport=0.1"
+RATES = {"dsgd": 0.3, "teleport": 0.1}
 
 
 def main(
     methods: Sequence[str] = METHODS,
     nodes: Sequence[int] = NODES,
-    active: str = "4",
+    active: Mapping[str, int] = ACTIVE,
     seeds: int = 3,
     steps: int = 150,
     batch: int = 8,
     alpha: float = 0.1,
-    learning_rate: str = RATES,
+    learning_rate: Mapping[str, float] = RATES,
     optimizer: str = "sgd:momentum=0.9",
     model: str = "2nn:width=64",
     data: str = "digits",
@@ -61,8 +62,8 @@ def main(
     nodes
         Numbers of virtual nodes, multiples of the number of ranks. Default 8, 16, 32, 64.
     active
-        Active nodes of a teleport method that does not set them: one number, or comma-separated NODES=ACTIVE,
-        for example as found by `hpcsgd tune teleportation`. Default 4.
+        Active nodes of a teleport method that does not set them, by number of nodes, for example as found by
+        `hpcsgd tune teleportation`; with the key "" for all numbers. Default 4.
     seeds
         Runs per method and number of nodes, at least 1; the seed sets the model, the skew and the order of
         the samples. Default 3.
@@ -71,23 +72,21 @@ def main(
     batch, alpha, optimizer, model, data
         As for `hpcsgd train`.
     learning_rate
-        One number for all methods, or comma-separated NAME=RATE; the same for all numbers of nodes, with
-        cosine decay. Default: the best of 0.03, 0.1 and 0.3 at 16 nodes for D-SGD and for teleport.
+        By name of the method, or with the key "" for all; the same for all numbers of nodes, with cosine
+        decay. Default: the best of 0.03, 0.1 and 0.3 at 16 nodes for D-SGD and for teleport.
     out
         The folder of the study. Default "scale".
 
     Raises
     ------
     BadOption
-        An option is out of its range, or a method does not exist.
+        An option of the runs is out of its range, or `active` or `learning_rate` lacks a key.
     HpcsgdError
         On all ranks, if a run fails.
     """
-    check_positive("nodes, seeds and steps", [*nodes, seeds, steps])
-    check_unique("methods and nodes", methods, nodes)
-    names = {registry.parse(method)[0] for method in methods}
-    active_nodes = _parse_mapping("active", active, {str(count) for count in nodes}, int)
-    rates = _parse_mapping("learning_rate", learning_rate, names, float)
+    names = [registry.parse(method)[0] for method in methods]
+    active_nodes = _by_key("active", active, list(map(str, nodes)))
+    rates = _by_key("learning_rate", learning_rate, names)
     common = validate(
         Settings(
             data=data,
@@ -127,16 +126,16 @@ def main(
             print(out / "scale.csv", study.plot(out), sep="\n", flush=True)
 
 
-def _parse_mapping(option: str, text: str, keys: Iterable[str], convert: Callable[[str], T]) -> dict[str, T]:
-    """Parse a value for each key: one value for all, or comma-separated KEY=VALUE."""
-    keys = list(keys)
-    pairs = [part.partition("=") for part in text.split(",")]
-    values = {key.strip(): value for key, equals, value in pairs if equals} or dict.fromkeys(keys, text)
-    try:
-        return {key: convert(values[key]) for key in keys}
-    except (KeyError, ValueError):
-        expected = "one number, or for example " + ",".join(f"{key}=2" for key in keys)
-        raise BadOption(f"cannot read option {option}", expected=expected, got=repr(text)) from None
+def _by_key(option: str, values: Mapping[str, T], keys: Sequence[str]) -> dict[str, T]:
+    """Return the value of each key, or that of all."""
+    keys = list(dict.fromkeys(keys))
+    if "" not in values and (missing := [key for key in keys if key not in values]):
+        raise BadOption(
+            f"option {option} lacks {', '.join(missing)}",
+            expected="one number, or for example " + ",".join(f"{key}=2" for key in keys),
+            got=dict(values),
+        )
+    return {key: values[key] if key in values else values[""] for key in keys}
 
 
 def _with_length(steps: int, settings: Settings, source: Source) -> Settings:
@@ -144,7 +143,7 @@ def _with_length(steps: int, settings: Settings, source: Source) -> Settings:
     nodes = settings.virtual_nodes or 1
     shards = partition(source.labels, len(source), nodes, settings.alpha, settings.seed, 0)
     batches = [-(-len(shard) // settings.batch) for shard in shards]
-    synchronous = registry.build(STRATEGIES, settings.strategy, "strategy").synchronous
+    synchronous = build_strategy(settings.strategy).synchronous
     # A run takes as many steps as these epochs begin.
     return replace(settings, epochs=(steps - 0.5) / (min(batches) if synchronous else max(batches)))
 

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hpcsgd import registry
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.runner import check_unique, run_plan, with_option
+from hpcsgd.commands.bench.studies.runner import run_plan, with_option
 from hpcsgd.commands.bench.studies.straggler_results import StragglerStudy, StragglerTrial
-from hpcsgd.commands.bench.timing import check_positive
 from hpcsgd.commands.train.settings import Settings, validate
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies import STRATEGIES
@@ -74,13 +72,11 @@ def main(
     Raises
     ------
     BadOption
-        An option is out of its range, or a method or a delay does not exist.
+        An option of the runs is out of its range.
     HpcsgdError
         On all ranks, if a run fails.
     """
-    check_positive("seeds, base_ms and target", [seeds, base_ms, target])
     delays = [delay.replace("+", ",") for delay in delays] or default_delays(base_ms)
-    _check(methods, delays)
     common = validate(
         Settings(
             data=data,
@@ -106,14 +102,6 @@ def main(
                 trials, target, f"{data}{skew}, {output.describe_ranks(world)}, topology {topology}"
             )
             study.publish(out, output.environment(world))
-
-
-def _check(methods: Sequence[str], delays: Sequence[str]) -> None:
-    check_unique("methods and delays", methods, delays)
-    for delay in delays:
-        delay_specs.build(delay)
-    for method in methods:
-        registry.build(STRATEGIES, method, "strategy")
 
 
 def _settings(common: Settings, topology: str, delay: str, seed: int, method: str) -> Settings:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from hpcsgd import registry
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import STRATEGIES
+from hpcsgd.strategies import build
 
 
 def ranks_per_method(methods: Sequence[str], ranks: int) -> dict[str, int]:
@@ -20,7 +19,7 @@ def ranks_per_method(methods: Sequence[str], ranks: int) -> dict[str, int]:
     ranks
         The ranks of the job.
     """
-    strategies = {method: registry.build(STRATEGIES, method, "strategy") for method in methods}
+    strategies = {method: build(method) for method in methods}
     workers = min(strategy.workers(ranks) for strategy in strategies.values())
     return {
         method: next(count for count in range(workers, ranks + 1) if strategy.workers(count) == workers)

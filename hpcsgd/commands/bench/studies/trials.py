@@ -8,11 +8,10 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from hpcsgd import registry
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.studies.runner import FinishedRun
 from hpcsgd.commands.report.records import EvaluationRecords, Floats
-from hpcsgd.strategies import STRATEGIES
+from hpcsgd.strategies import build
 
 S = TypeVar("S")
 
@@ -34,7 +33,7 @@ class Trial(Generic[S]):
     def workers(self) -> int:
         """Number of ranks that compute gradients: the first ones."""
         ranks = len(self.finished.gradients)
-        return registry.build(STRATEGIES, self.method, "strategy").workers(ranks)
+        return build(self.method).workers(ranks)
 
     @property
     def gradients(self) -> list[int]:

@@ -1,0 +1,191 @@
+"""Types of options on the command line; the modules that know specs are imported when one is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import click
+
+from hpcsgd import registry
+from hpcsgd.errors import BadOption, shown
+from hpcsgd.registry import Accepted, Text, Within
+
+
+def _strategy(spec: str) -> None:
+    from hpcsgd import strategies
+
+    strategies.build(spec)
+
+
+def _compress(spec: str) -> None:
+    from hpcsgd import compress
+
+    compress.build(spec)
+
+
+def _delays(spec: str) -> None:
+    from hpcsgd.strategies import delays
+
+    delays.build(spec)
+
+
+def _topology(spec: str) -> None:
+    from hpcsgd import topology
+
+    topology.check(spec)
+
+
+def _data(spec: str) -> None:
+    from hpcsgd.training import data
+
+    data.check(spec)
+
+
+def _model(spec: str) -> None:
+    from hpcsgd.training import models
+
+    models.check(spec)
+
+
+def _optimizer(spec: str) -> None:
+    from hpcsgd.commands.train import optimizers
+
+    optimizers.check(spec)
+
+
+StrategySpec = Annotated[str, Accepted(_strategy)]
+CompressSpec = Annotated[str, Accepted(_compress)]
+DelaysSpec = Annotated[str, Accepted(_delays)]
+TopologySpec = Annotated[str, Accepted(_topology)]
+DataSpec = Annotated[str, Accepted(_data)]
+ModelSpec = Annotated[str, Accepted(_model)]
+OptimizerSpec = Annotated[str, Accepted(_optimizer)]
+#: A text that names something.
+Label = Annotated[str, Text(1, 255)]
+
+
+class Value(click.ParamType):  # type: ignore[type-arg]
+    """A value of an annotation, within its limits.
+
+    Parameters
+    ----------
+    kind
+        The annotation, see `hpcsgd.registry.check`.
+    """
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+        self.name = registry.type_name(kind).strip("|").replace("str", "text")
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return the range of a number, the words of a choice, or the type."""
+        limits = [str(each) for each in get_args(self.kind)[1:] if isinstance(each, Within)]
+        if get_origin(self.kind) is Literal:
+            return f"[{self.name}]"
+        return limits[0].removeprefix("from ").replace(" to ", "..") if limits else self.name.upper()
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value  # a default
+        try:
+            return self.parse(value)
+        except BadOption as error:
+            self.fail(str(error), param, ctx)
+        except ValueError:
+            self.fail(f"expected {self.expected}, got {shown(value)}", param, ctx)
+
+    def parse(self, text: str) -> Any:
+        """Return the value; raise `ValueError` for another text."""
+        return registry.convert(text, self.kind)
+
+    @property
+    def expected(self) -> str:
+        """The valid values in words."""
+        return registry.expected(self.kind)
+
+
+class Values(Value):
+    """One or more values of an annotation, each once.
+
+    Parameters
+    ----------
+    kind
+        The annotation.
+    separator
+        Text between two values. Default a comma.
+    """
+
+    def __init__(self, kind: Any, separator: str = ",") -> None:
+        super().__init__(kind)
+        self.separator = separator
+
+    def parse(self, text: str) -> list[Any]:
+        parts = [part.strip() for part in self.split(text)]
+        values = [super(Values, self).parse(part) for part in parts if part]
+        if not values or len(set(values)) < len(values):
+            raise ValueError
+        return values
+
+    def split(self, text: str) -> list[str]:
+        """Return the texts of the values."""
+        return text.split(self.separator)
+
+    @property
+    def expected(self) -> str:
+        """The valid values in words."""
+        return f"one or more, each once and separated by {self.separator!r}, each {super().expected}"
+
+
+class ValueByName(Value):
+    """NAME=VALUE for some names, separated by commas, or one value for all, whose name is then empty."""
+
+    def parse(self, text: str) -> dict[str, Any]:
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        return {name.strip(): super(ValueByName, self).parse(value.strip()) for name, _, value in pairs}
+
+    @property
+    def expected(self) -> str:
+        """The valid values in words."""
+        return f"one value, or NAME=VALUE separated by commas, each {super().expected}"
+
+
+class ShortCount(Value):
+    """A number that may end in k (thousands) or M (millions)."""
+
+    def parse(self, text: str) -> int:
+        scale = {"k": 1e3, "M": 1e6}.get(text[-1:], 1)
+        number = float(text[:-1] if scale > 1 else text) * scale
+        return int(registry.check("", round(number) if math.isfinite(number) else number, self.kind))
+
+    @property
+    def expected(self) -> str:
+        """The valid values in words."""
+        return f"{super().expected}, such as 65536, 64k or 11.2M"
+
+
+def option(
+    flag: str, kind: Any, help: str, default: object = None, *, short: str = "", **more: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare an option with a value.
+
+    Parameters
+    ----------
+    flag
+        The name of the option.
+    kind
+        The annotation of its value, or a click type.
+    help
+        One sentence for ``--help``.
+    default
+        Its default; None: it may be absent.
+    short
+        Another name, of one letter.
+    more
+        Further arguments of `click.option`.
+    """
+    kind = kind if isinstance(kind, click.ParamType) else Value(kind)
+    if default is not None:
+        more |= {"default": default, "show_default": default != ""}
+    return click.option(*([short] if short else []), flag, type=kind, help=help, **more)

@@ -1,0 +1,26 @@
+"""Options: specs, ``NAME:key=value,key=value``, and the limits of values, declared in annotations."""
+
+from __future__ import annotations
+
+from hpcsgd.registry.limits import Accepted, Text, Within
+from hpcsgd.registry.specs import bind, build, describe, format_spec, limited, parse
+from hpcsgd.registry.values import check, check_fields, checked, convert, expected, read, type_name
+
+__all__ = [
+    "Accepted",
+    "Text",
+    "Within",
+    "bind",
+    "build",
+    "check",
+    "check_fields",
+    "checked",
+    "convert",
+    "describe",
+    "expected",
+    "format_spec",
+    "limited",
+    "parse",
+    "read",
+    "type_name",
+]
