@@ -101,6 +101,39 @@ def memory(pid: int) -> str:
     return text
 
 
+def mappings(folder: str) -> tuple[dict[tuple[int, int], set[int]], set[int]]:
+    """Return the processes that map the files of a folder, and the users whose processes are not visible.
+
+    Parameters
+    ----------
+    folder
+        The folder; files that are mapped under this name elsewhere, as in a container, have other numbers.
+
+    Returns
+    -------
+    tuple
+        Process ids by (device, inode), and user ids.
+    """
+    found: dict[tuple[int, int], set[int]] = defaultdict(set)
+    hidden = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            maps = (process / "maps").read_text(errors="replace")
+        except PermissionError:
+            if process.name != "1":  # init, which maps none of them
+                with contextlib.suppress(OSError):
+                    hidden.add(process.stat().st_uid)
+            continue
+        except OSError:  # it has ended
+            continue
+        for line in maps.splitlines():
+            if f" {folder}/" in line:
+                _, _, _, device, inode, _ = line.split(maxsplit=5)
+                major, minor = (int(number, 16) for number in device.split(":"))
+                found[os.makedev(major, minor), int(inode)].add(int(process.name))
+    return found, hidden
+
+
 def killed_for_memory() -> int:
     """Return the number of processes of this machine that the kernel has killed for lack of memory."""
     return int(_fields("/proc/vmstat", " ").get("oom_kill", "0"))

@@ -119,7 +119,7 @@ def options_of_any_program() -> set[str]:
     while commands:
         command = commands.pop()
         commands += getattr(command, "commands", {}).values()
-        found |= {name for option in command.params for name in option.opts}
+        found |= {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     scripts = [*(ROOT / "jobs").glob("*.sbatch"), ROOT / "jobs/gpu_check/__main__.py"]
     others = "".join(path.read_text() for path in scripts)
     return found | set(re.findall(r"--[a-z][a-z-]*", others)) | FOREIGN_OPTIONS

@@ -248,7 +248,11 @@ def _parse(words: list[str], complete: bool = True) -> None:
         command, words = inner or command, words[1:]
         context = click.Context(command, info_name=path[-1], parent=context)
     own = words[: words.index("--")] if "--" in words else words
-    known = {name for option in command.params for name in option.opts} | {"--help", "-h", "--version"}
+    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {
+        "--help",
+        "-h",
+        "--version",
+    }
     for option in (word.partition("=")[0] for word in own if re.match(r"--?[a-z]", word)):
         _require(option in known, f"{' '.join(path)} has no option {option!r}")
     if not complete or {"--help", "-h", "--version"} & set(own):

@@ -102,11 +102,8 @@ def launch(
     command = [*mpiexec(), "-n", str(ranks), sys.executable, "-c", UNCOMPILED + script, *args]
     if has_private_shm():
         # The listing comes from inside: the namespace ends with its last process.
-        inside = (
-            f"mount -t tmpfs -o size={shm} tmpfs /dev/shm; trap : INT; "
-            '"$@"; code=$?; sleep 0.3; echo "/dev/shm:" $(ls -A /dev/shm) >&2; exit $code'
-        )
-        command = [*_unshare(), "sh", "-c", inside, "sh", *command]
+        end = 'code=$?; sleep 0.3; echo "/dev/shm:" $(ls -A /dev/shm) >&2; exit $code'
+        command = with_private_shm(command, shm, end)
     started = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -114,7 +111,7 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=_environment(mark, env or {}),
+        env=environment(mark, env or {}),
         start_new_session=True,
     )
     timed_out = False
@@ -144,7 +141,7 @@ def run_alone(script: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        env=_environment("", {}),
+        env=environment("", {}),
         timeout=50,
     )
 
@@ -164,10 +161,26 @@ def is_open_mpi() -> bool:
     except PackageNotFoundError:
         code = "from mpi4py import MPI; print(MPI.Get_library_version())"
         found = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=_environment("", {})
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment("", {})
         )
         return "Open MPI" in found.stdout
     return True
+
+
+def with_private_shm(command: list[str], size: str, end: str = "") -> list[str]:
+    """Return a command that runs another one in a namespace with a /dev/shm of its own.
+
+    Parameters
+    ----------
+    command
+        The other command.
+    size
+        Size of /dev/shm.
+    end
+        What the shell runs afterwards.
+    """
+    inside = f'mount -t tmpfs -o size={size} tmpfs /dev/shm; trap : INT; "$@"; {end}'
+    return [*_unshare(), "sh", "-c", inside, "sh", *command]
 
 
 @cache
@@ -197,7 +210,7 @@ def _unshare() -> list[str]:
     return ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
 
 
-def _environment(mark: str, more: Mapping[str, str]) -> dict[str, str]:
+def environment(mark: str, more: Mapping[str, str]) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()

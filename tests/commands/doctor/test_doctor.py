@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import subprocess
 import sys
@@ -9,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import CLI, UNCOMPILED, has_private_shm, is_open_mpi, launch
+from tests.support.launch import (
+    CLI,
+    UNCOMPILED,
+    environment,
+    has_private_shm,
+    is_open_mpi,
+    launch,
+    mpiexec,
+    with_private_shm,
+)
 
 pytestmark = [pytest.mark.together, pytest.mark.long, pytest.mark.timeout(110)]
 
@@ -50,6 +60,46 @@ def test_mistakes_of_a_job_are_found(tmp_path: Path) -> None:
     assert "this MPI is not CUDA-aware" in " ".join(found.split()) or "CUDA-aware: unknown" in job.stdout, job
     if has_private_shm():
         assert "--shm-size=1g" in found, job
+
+
+# A job whose ranks and launcher are killed; then the doctor, and the command of its page.
+KILLED = """
+import os, re, signal, subprocess, sys
+launcher, program, doctor = eval(sys.argv[1])
+start = [*launcher, "-n", "2", sys.executable, "-c"]
+job = subprocess.Popen([*start, program], stdout=subprocess.PIPE, text=True)
+for pid in [*(int(job.stdout.readline()) for _ in range(2)), job.pid]:
+    os.kill(pid, signal.SIGKILL)
+job.wait()
+files = {name: os.stat(f"/dev/shm/{name}").st_size for name in os.listdir("/dev/shm")}
+page = subprocess.run([*start, doctor, sys.argv[2]], capture_output=True, text=True, timeout=80).stdout
+subprocess.run(re.search(r"rm(\\s+/dev/shm/\\S+)+", page)[0].split(), check=True)
+print(repr((files, os.listdir("/dev/shm"), page)))
+"""
+ENDLESS = """
+from mpi4py import MPI
+import os, sys, time
+MPI.COMM_WORLD.Barrier()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not has_private_shm(), reason="a /dev/shm of its own needs a mount namespace")
+def test_files_of_a_killed_job_are_named_with_the_command_that_removes_them(
+    tmp_path: Path,
+) -> None:
+    given = repr((mpiexec(), ENDLESS, UNCOMPILED + DOCTOR))
+    command = with_private_shm([sys.executable, "-c", KILLED, given, str(tmp_path)], "1g")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment("", {}))
+    assert done.returncode == 0, done
+    files, remaining, page = eval(done.stdout)
+    assert files and not remaining, (files, remaining, page)
+    library = "Open MPI" if is_open_mpi() else "MPICH"
+    for name, nbytes in files.items():
+        user = getpass.getuser()
+        assert f"{name}: {nbytes / 1e6:,.1f} MB, {library}, {user}, mapped by no process" in page, page
+    assert f"has {len(files)} file" in page and "of ended jobs" in page, page
 
 
 # Two real checks, on one core, and three that fail, hang, or are never run.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hpcsgd.commands.doctor import cores, layout, network, shared_memory, storage
+from hpcsgd.commands.doctor import cores, layout, leftovers, network, shared_memory, storage
 from hpcsgd.commands.doctor.check import Facts, Finding, name_ranks
 from hpcsgd.commands.doctor.checks import CHECKS
 
@@ -47,6 +47,7 @@ def healthy(rank: int, nodes: int = 2, per_node: int = 2) -> Facts:
         "mpiexec in PATH": "/usr/bin/mpiexec",
         "shm": (16 * GB, 15 * GB),
         "window": "",
+        "shared files": [],
         "links": found,
         "skews": dict.fromkeys(first[1:], (0.001, 0.0001)) if rank == 0 else {},
         "resolution": 1e-9,
@@ -101,6 +102,11 @@ def alone(**changed: Any) -> list[Facts]:
 
 VERSIONS = healthy(0)["versions"]
 SLOW = {"inside": {}, "between": {(2, 4): (1e-6, 1e9)}}
+FILES = [
+    leftovers.SharedFile("mpich_shm_1_0", "MPICH", "ada", 2_100_000, ()),
+    leftovers.SharedFile("mpich_shm_2_0", "MPICH", "ada", 2_100_000, (3, 4, 5, 6)),
+    leftovers.SharedFile("sm_segment.h1.7.1.0", "Open MPI", "bob", 16_800_000, None),
+]
 #: The level, part of the problem's text and of its fix, and the facts.
 MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
     "size 1 under MPICH's mpiexec": (
@@ -217,6 +223,12 @@ MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
         [facts | ({"shm": (64_000_000, 50_000_000)} if r > 1 else {}) for r, facts in enumerate(job())],
     ),
     "no windows": ("warning", "no shared memory on h0 (not allowed)", "/dev/shm", job(window="not allowed")),
+    "files of an ended job": (
+        "warning",
+        "/dev/shm of h1 has 1 file of ended jobs, 2.1 MB of memory, mapped by no process: mpich_shm_1_0",
+        "on h1: rm /dev/shm/mpich_shm_1_0",
+        [facts | ({"shared files": FILES} if r == 2 else {}) for r, facts in enumerate(job())],
+    ),
     "a slow link": (
         "warning",
         "the link h1 (rank 2) to h2 (rank 4) has a bandwidth of 1.00 GB/s, the median is 10.00 GB/s",
