@@ -94,7 +94,10 @@ def test_invalid_options_are_errors(tmp_path: Path) -> None:
         ((*SERVE, "--checkpoint", tmp_path / "job"), "belongs to servers with another mode"),
         ((*SERVE, "--mode", "none"), "expected one of sync, async, elastic"),
         ((*SERVE, "--lease", 0), "expected a number from 0.001 to 1e9, got '0'"),
-        ((*SERVE, "--bind", "198.51.100.0/24"), "is no address, network or interface of"),
+        (
+            (*SERVE, "--checkpoint", tmp_path / "new", "--bind", "198.51.100.0/24"),
+            "is no address, network or interface of",
+        ),
     ]
     commands = [(*command, *(["--out", tmp_path] if command[0] == "train" else [])) for command, _ in cases]
     for outcome, (command, text) in zip(run_commands(tmp_path, 1, *commands), cases, strict=True):
