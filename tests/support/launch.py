@@ -111,7 +111,7 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(mark, env or {}),
+        env=_environment(mark, env or {}),
         start_new_session=True,
     )
     timed_out = False
@@ -141,7 +141,7 @@ def run_alone(script: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        env=environment("", {}),
+        env=_environment("", {}),
         timeout=50,
     )
 
@@ -161,7 +161,7 @@ def is_open_mpi() -> bool:
     except PackageNotFoundError:
         code = "from mpi4py import MPI; print(MPI.Get_library_version())"
         found = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment("", {})
+            [sys.executable, "-c", code], capture_output=True, text=True, env=_environment("", {})
         )
         return "Open MPI" in found.stdout
     return True
@@ -210,7 +210,7 @@ def _unshare() -> list[str]:
     return ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
 
 
-def environment(mark: str, more: Mapping[str, str]) -> dict[str, str]:
+def _environment(mark: str, more: Mapping[str, str]) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()

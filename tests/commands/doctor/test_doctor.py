@@ -13,7 +13,7 @@ import pytest
 from tests.support.launch import (
     CLI,
     UNCOMPILED,
-    environment,
+    _environment,
     has_private_shm,
     is_open_mpi,
     launch,
@@ -91,7 +91,7 @@ def test_files_of_a_killed_job_are_named_with_the_command_that_removes_them(
 ) -> None:
     given = repr((mpiexec(), ENDLESS, UNCOMPILED + DOCTOR))
     command = with_private_shm([sys.executable, "-c", KILLED, given, str(tmp_path)], "1g")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment("", {}))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=_environment("", {}))
     assert done.returncode == 0, done
     files, remaining, page = eval(done.stdout)
     assert files and not remaining, (files, remaining, page)
