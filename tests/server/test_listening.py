@@ -25,7 +25,7 @@ def test_address_network_and_interface_select_addresses(bind: str) -> None:
 
 @pytest.mark.parametrize("bind", ["", "nowhere0", "198.51.100.0/24", "300.1.1.1", "127.0.0.1:80", "a\nb"])
 def test_what_this_host_does_not_have_is_an_error_that_names_its_interfaces(bind: str) -> None:
-    with pytest.raises(BadOption, match=r"expected: one of .*lo \(127\.0\.0\.1\)"):
+    with pytest.raises(BadOption, match=r"expected one of .*lo \(127\.0\.0\.1\)"):
         resolve([bind])
 
 

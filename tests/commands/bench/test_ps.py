@@ -166,6 +166,6 @@ def test_command_defaults_to_all_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "main", lambda **options: called.append(options))
     cli(["bench", "ps"], standalone_mode=False)
     cli(["bench", "ps", "--methods", f"{SYNC}; {GROUPS}", "--seeds", "1"], standalone_mode=False)
-    assert called[0]["methods"] == servers.METHODS and called[0]["out"] == "ps"
+    assert called[0]["methods"] == servers.METHODS and called[0]["out"] == Path("ps")
     assert called[1]["methods"] == [SYNC, GROUPS] and called[1]["seeds"] == 1
     assert set(ranks_per_method(servers.METHODS, 9).values()) == {8, 9}
