@@ -63,10 +63,10 @@ class World:
         device: environment.DeviceName = "auto",
         timeout: Timeout | None = None,
     ) -> None:
+        environment.check_variables()
         from mpi4py import MPI
 
         environment.check_launcher(MPI)
-        environment.check_variables()
         comm = MPI.COMM_WORLD if comm is None else comm
         timeout = timeout if timeout is not None else environment.read("HPCSGD_TIMEOUT")
         departure.settle()
