@@ -182,7 +182,7 @@ class CompressedReducer:
         moved = traffic.sent + (0 if self._by_node else traffic.shared) - before
         if self._communicator is not None:
             uncompressed, ranks = shard.values.nbytes, self._communicator.size
-            traffic.saved += 2 * (ranks - 1) * uncompressed // ranks - moved
+            traffic.count(saved=2 * (ranks - 1) * uncompressed // ranks - moved)
 
     def _steps(
         self, task: BucketTask, shard: BucketShard, scale: float, number: int, computed: torch.Event | None

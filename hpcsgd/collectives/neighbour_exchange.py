@@ -196,7 +196,7 @@ class Exchange:
                 )
             self._kernel.release(self._flags[row], index, slot)
             if self._members[row] != self.world.rank:
-                self.world.traffic.shared += self.nbytes
+                self.world.traffic.count(shared=self.nbytes)
 
     def _own_buffers(self, group: TensorGroup) -> list[Tensor]:
         return [bucket.flat if bucket.flat.device == self.device else bucket.host for bucket in group]

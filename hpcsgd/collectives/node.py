@@ -36,7 +36,7 @@ def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
     phase, target = kernel.ENTER, 0
     slots = world.local.next_slots(bucket.nbytes, matrix.dtype)
     if slots is not None:
-        world.traffic.shared += (world.local_size - 1) * bucket.nbytes
+        world.traffic.count(shared=(world.local_size - 1) * bucket.nbytes)
         run = kernel.allreduce_small
         arguments: tuple[Any, ...] = (slots, matrix, start, start + bucket.numel, factor, me)
     else:
@@ -60,7 +60,7 @@ def broadcast(bucket: Bucket, operation: str, root: int) -> None:
     barrier(bucket, operation)
     source = world.local.members.index(root)
     if source != world.local_rank:
-        world.traffic.shared += bucket.nbytes
+        world.traffic.count(shared=bucket.nbytes)
         bucket.own_row.copy_(bucket.rows[source])
     barrier(bucket, operation)
 
@@ -154,4 +154,4 @@ def _count_traffic(bucket: Bucket, part: slice, passes: int) -> None:
     """Count the bytes of the other ranks' buffers that are read, or written, or both (2 passes)."""
     world = bucket.world
     nbytes = (part.stop - part.start) * bucket.flat.element_size()
-    world.traffic.shared += passes * (world.local_size - 1) * nbytes
+    world.traffic.count(shared=passes * (world.local_size - 1) * nbytes)

@@ -97,7 +97,7 @@ class Communicator:
 
     def isend(self, buffer: Buffer, dest: int, tag: int = 0) -> Any:
         """Start to send a buffer, which must not change until the request is complete."""
-        self._traffic.sent += buffer.nbytes
+        self._traffic.count(sent=buffer.nbytes)
         return large_messages.begin(lambda part: self.comm.Isend(part, dest, tag), buffer)
 
     def irecv(self, buffer: Buffer, source: int, tag: int = 0) -> Any:
@@ -136,7 +136,7 @@ class Communicator:
 
     def iallgather(self, row: Buffer, rows: Buffer) -> Any:
         """Start to gather the equally sized rows of all ranks."""
-        self._traffic.sent += (self.size - 1) * row.nbytes
+        self._traffic.count(sent=(self.size - 1) * row.nbytes)
         if rows.nbytes > large_messages.LARGEST:
             return self._iallgather_large(row, np.split(as_bytes(rows).reshape(-1), self.size))
         request = self.comm.Iallgather(as_bytes(row), as_bytes(rows))
@@ -163,12 +163,12 @@ class Communicator:
             self.comm.Allreduce(MPI.IN_PLACE, part)
 
     def _count_allreduce(self, buffer: Buffer) -> None:
-        self._traffic.sent += 2 * (self.size - 1) * int(buffer.nbytes) // self.size
+        self._traffic.count(sent=2 * (self.size - 1) * int(buffer.nbytes) // self.size)
 
     def broadcast(self, buffer: Buffer, root: int, operation: str) -> None:
         """Overwrite the buffer with that of `root`."""
         if self.rank == root:
-            self._traffic.sent += buffer.nbytes
+            self._traffic.count(sent=buffer.nbytes)
         self.wait(self._ibroadcast(buffer, root), operation, root)
 
     def barrier(self, operation: str) -> None:
@@ -205,7 +205,7 @@ class Communicator:
         starts = np.concatenate([[0], np.cumsum(sizes)])
         received = np.empty(starts[-1], np.uint8)
         self.wait(self._iallgatherv(pickled, received, sizes, starts[:-1]), operation)
-        self._traffic.sent += pickled.nbytes
+        self._traffic.count(sent=pickled.nbytes)
         return [pickle.loads(received[a:b].tobytes()) for a, b in pairwise(starts)]
 
     def _iallgatherv(

@@ -189,8 +189,8 @@ class Link:
         """
         self.sent += HEADER_BYTES + header.nbytes
         if self._traffic is not None and header.type in VALUE_TYPES:
-            self._traffic.sent += header.nbytes
-            self._traffic.saved += 0 if dense_nbytes is None else dense_nbytes - header.nbytes
+            saved = 0 if dense_nbytes is None else dense_nbytes - header.nbytes
+            self._traffic.count(sent=header.nbytes, saved=saved)
         self._queue(header, body if header.nbytes else None)
 
     def _queue(self, header: Header, body: np.ndarray | None) -> None:

@@ -230,14 +230,14 @@ class Store:
         request = Request(header, _bytes(bucket), None if into is None else _bytes(into))
         if index in self._codecs:
             request = self._codecs[index].encode_push(request, bucket.host)
-            self._world.traffic.saved += bucket.nbytes
+            self._world.traffic.count(saved=bucket.nbytes)
         self._send(request)
 
     def _send(self, request: Request) -> None:
         index = request.header.shard
         self._requests[index] = request
         if index in self._codecs:
-            self._world.traffic.saved -= request.header.nbytes
+            self._world.traffic.count(saved=-request.header.nbytes)
         self._connection(index).send_request(request)
 
     def _continue_pushes(self) -> None:

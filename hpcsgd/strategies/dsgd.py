@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hpcsgd.mpi.progress import Work
 from hpcsgd.registry import checked
 from hpcsgd.strategies.gossip import Gossip
+from hpcsgd.strategies.step_work import StepWork
 from hpcsgd.topology import TopologySpec
 
 
@@ -50,7 +50,7 @@ class DSGD(Gossip):
             self._begin(context.step).wait()
         self._exchange.flush()
 
-    def _begin(self, step: int) -> Work:
+    def _begin(self, step: int) -> StepWork:
         return self._submit("averaging with neighbours", step, self._average)
 
     def _average(self, step: int) -> None:

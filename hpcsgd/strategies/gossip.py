@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 
 from hpcsgd.collectives.neighbour_exchange import Exchange
-from hpcsgd.collectives.staging import after_compute
-from hpcsgd.mpi.progress import Work
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
+from hpcsgd.strategies.step_work import StepWork
 from hpcsgd.topology import build
 
 
@@ -53,13 +52,12 @@ class Gossip(ReplicaStrategy):
             else []
             for group in self.parameters.groups
         ]
-        self._exchange_in_flight: Work | None = None
+        self._exchange_in_flight: StepWork | None = None
 
     def detach(self) -> None:
         del self._exchange, self._exchange_in_flight
         super().detach()
 
-    def _submit(self, what: str, step: int, job: Callable[[int], None]) -> Work:
-        """Run `job(step)` in the communication thread, on a GPU after all work that is queued there now."""
-        world = self.context.world
-        return world.progress.submit(f"{what} at step {step}", after_compute(world.device, lambda: job(step)))
+    def _submit(self, what: str, step: int, job: Callable[[int], None]) -> StepWork:
+        """Run `job(step)` in the communication thread."""
+        return StepWork(self.context.world, f"{what} at step {step}", lambda: job(step))

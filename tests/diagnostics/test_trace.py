@@ -79,17 +79,17 @@ def test_bytes_belong_to_the_innermost_span_of_the_thread(rank: Rank) -> None:
 
     def job() -> None:
         with tracer.span("job", "communication"):
-            traffic.sent += 1
+            traffic.count(sent=1)
             with tracer.span("a wait", "wait"):
-                traffic.sent += 10
+                traffic.count(sent=10)
                 with tracer.span("service", "service"):
-                    traffic.shared += 100
-            traffic.sent += 1000
+                    traffic.count(shared=100)
+            traffic.count(sent=1000)
 
-    traffic.sent += 5
+    traffic.count(sent=5)
     rank.in_other_thread(job)
     with tracer.span("inline", "communication"):
-        traffic.sent += 7
+        traffic.count(sent=7)
     found = {e["name"]: e for e in rank.events()}
     bytes_of = {n: (e["args"].get("bytes_sent"), e["args"].get("bytes_shared")) for n, e in found.items()}
     assert bytes_of == {
@@ -107,12 +107,12 @@ def test_bytes_of_two_threads_at_once_are_counted_once(rank: Rank) -> None:
 
     def service() -> None:
         with tracer.span("service", "service"):
-            traffic.sent += 20
+            traffic.count(sent=20)
 
     with tracer.span("job", "communication"):
-        traffic.sent += 3
+        traffic.count(sent=3)
         rank.in_other_thread(service)
-        traffic.sent += 400
+        traffic.count(sent=400)
     found = {e["name"]: e["args"]["bytes_sent"] for e in rank.events()}
     assert found == {"job": 403, "service": 20}
 

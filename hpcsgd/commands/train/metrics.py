@@ -16,6 +16,14 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 
 FILE = "metrics.jsonl"
+#: Fields of records that are times, or shares of times; those of LASGD and of parameter servers are the last.
+#: All others are equal in each run of a deterministic method (`Strategy.deterministic`), resumed or not.
+TIME_FIELDS = frozenset(
+    (
+        *("time", "samples_per_second", "compute_seconds", "wait_seconds", "communication_seconds"),
+        *("hidden", "queue", "load"),
+    )
+)
 
 
 @dataclass
@@ -51,12 +59,17 @@ class Counters:
     bytes_saved: int = 0
     gradients: int = 0
 
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(a - b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
 class Meter:
     """Reads a rank's clocks and byte counters as totals of the run, across pauses and resumes.
+
+    Bytes of communication that lasts from one step into the next count in the step that uses its result.
 
     Parameters
     ----------
@@ -74,32 +87,34 @@ class Meter:
     def __init__(self, world: World, before: Counters) -> None:
         self._world = world
         self.gradients = before.gradients
-        self._offset = self._now() - before
+        now, used = self._now()
+        self._offset = now + used - before
+        self._pause: Counters | None = None
 
     def read(self) -> Counters:
-        """Return the totals up to now."""
-        return self._now() - self._offset
+        """Return the totals up to now, or up to the begin of the pause."""
+        now, used = self._now()
+        return (self._pause or now) + used - self._offset
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the enclosed code from the totals."""
-        before = self.read()
+        self._pause = before = self._now()[0]
         try:
             yield
         finally:
-            self._offset = self._now() - before
+            self._offset = self._offset + self._now()[0] - before
+            self._pause = None
 
-    def _now(self) -> Counters:
-        progress, traffic = self._world.progress, self._world.traffic
-        return Counters(
-            time.perf_counter(),
-            progress.wait_seconds,
-            progress.busy_seconds,
-            traffic.sent,
-            traffic.shared,
-            traffic.saved,
-            self.gradients,
-        )
+    def _now(self) -> tuple[Counters, Counters]:
+        """Return the clocks, and the bytes that count at once; and those that count when a step uses them.
+
+        The latter belong to steps also in a pause: a state that is saved waits for them.
+        """
+        progress, (moved, used) = self._world.progress, self._world.traffic.of_steps()
+        clocks = time.perf_counter(), progress.wait_seconds, progress.busy_seconds
+        now = Counters(*clocks, moved.sent, moved.shared, moved.saved, self.gradients)
+        return now, Counters(bytes_sent=used.sent, bytes_shared=used.shared, bytes_saved=used.saved)
 
 
 def counter_fields(counters: Sequence[Counters]) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from hpcsgd.collectives.neighbour_exchange import Exchange
-from hpcsgd.collectives.staging import after_compute
 from hpcsgd.errors import BadOption
-from hpcsgd.mpi.progress import Work
 from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.strategies.step_work import StepWork
 from hpcsgd.tensors.group import Bucket, TensorGroup
 from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.topology import Topology
@@ -87,7 +86,7 @@ class SynchronousPairs:
             TensorGroup(context.world, parameters.templates, context.bucket_mib) for _ in context.peers.local
         ]
         self._exchange = Exchange(context.peers, self._replicas)
-        self._averages_in_flight: Work | None = None
+        self._averages_in_flight: StepWork | None = None
 
     def step(self, update: Callable[[], None]) -> None:
         context = self._context
@@ -121,10 +120,9 @@ class SynchronousPairs:
         for group, replica in zip(self._parameters.groups, self._replicas, strict=True):
             yield from zip(group, replica, strict=True)
 
-    def _start(self, step: int) -> Work:
-        world = self._context.world
-        job = after_compute(world.device, partial(self._average, step))
-        return world.progress.submit(f"averaging in pairs at step {step}", job)
+    def _start(self, step: int) -> StepWork:
+        operation = f"averaging in pairs at step {step}"
+        return StepWork(self._context.world, operation, partial(self._average, step))
 
     def _average(self, step: int) -> None:
         """Write the change of each local model by the averages of a step to its replica."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hpcsgd.commands.train.metrics import FILE, Counters, Meter, MetricsWriter, Sums, counter_fields
+from hpcsgd.diagnostics.traffic import Moved, Traffic
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,9 @@ def no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fake_world() -> Any:
     progress = SimpleNamespace(wait_seconds=5.0, busy_seconds=7.0)
-    return SimpleNamespace(progress=progress, traffic=SimpleNamespace(sent=100, shared=200, saved=300))
+    traffic = Traffic()
+    traffic.count(sent=100, shared=200, saved=300)
+    return SimpleNamespace(progress=progress, traffic=traffic)
 
 
 def test_sums_of_parts_give_the_mean_of_the_whole() -> None:
@@ -43,9 +46,7 @@ def test_meter_adds_to_the_totals_of_earlier_parts() -> None:
     meter.gradients += 4
     world.progress.wait_seconds += 0.25
     world.progress.busy_seconds += 0.5
-    world.traffic.sent += 1
-    world.traffic.shared += 2
-    world.traffic.saved += 3
+    world.traffic.count(sent=1, shared=2, saved=3)
     found = meter.read()
     assert 10.0 < found.seconds < 11.0
     assert (found.wait_seconds, found.communication_seconds) == (1.25, 2.5)
@@ -59,15 +60,30 @@ def test_a_meter_leaves_pauses_out() -> None:
     meter.gradients = 3
     before = meter.read()
     with pytest.raises(KeyError), meter.paused():
-        world.traffic.sent += 1000
+        world.traffic.count(sent=1000)
+        assert meter.read().bytes_sent == before.bytes_sent
         world.progress.wait_seconds += 9.0
         time.sleep(0.2)
         raise KeyError
-    world.traffic.sent += 1
+    world.traffic.count(sent=1)
     after = meter.read()
     assert after.gradients == 3 and after.bytes_sent == before.bytes_sent + 1
     assert after.wait_seconds == before.wait_seconds
     assert 0 < after.seconds - before.seconds < 0.15
+
+
+def test_bytes_in_flight_count_when_a_step_uses_them_also_in_a_pause() -> None:
+    world = fake_world()
+    meter, moved = Meter(world, Counters()), Moved()
+    with world.traffic.counted_ahead(moved):
+        world.traffic.count(shared=40)
+        with meter.paused():
+            world.traffic.count(shared=2, saved=1)
+    assert (world.traffic.shared, meter.read().bytes_shared) == (242, 0)
+    with meter.paused():
+        world.traffic.use(moved)
+        assert meter.read().bytes_shared == 42
+    assert (meter.read().bytes_shared, meter.read().bytes_saved) == (42, 1)
 
 
 def test_computing_is_what_is_not_waiting() -> None:
