@@ -43,17 +43,18 @@ class CodeSumClient:
         self._point_to_point, self._residual = point_to_point, residual
         self.terms = self.part = 0
         self._unsent: Tensor | None = None
-        self._set_terms(1)
+        self.set_terms(1)
         messages = _messages(self._codec, point_to_point.zeros(), RandomKey(0, 0, 0, 0), None)
         self._last = sum(1 for _ in messages) - 1
 
-    def _set_terms(self, terms: int) -> None:
+    def set_terms(self, terms: int) -> None:
+        """Set the number of clients in the next sum, as far as it is known."""
         if terms != self.terms:
             self.terms, self._codec = terms, self._point_to_point.make_codec(terms)
 
     def begin(self, values: Tensor, key: RandomKey, terms: int) -> np.ndarray | None:
         """First part of a push of values, which are overwritten; None if one is not finite."""
-        self._set_terms(terms)
+        self.set_terms(terms)
         self._unsent = None if self._residual is None else self._residual.clone()
         self._run, self.part = _messages(self._codec, values, key, self._unsent, 1 / terms), 0
         self._message = next(self._run)

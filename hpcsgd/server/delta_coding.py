@@ -186,10 +186,11 @@ class ClientDeltaCodec(_DeltaCodec):
         elif reply.nbytes and not self._models:
             self._reference.reset(values)
 
-    def state_dict(self) -> dict[str, Tensor | None]:
-        """Residual and reference."""
+    def state_dict(self) -> dict[str, Any]:
+        """Residual, reference, and the number of clients in a code sum."""
         parts = {"residual": self._residual, "told": self._reference.values}
-        return {name: None if part is None else part.clone() for name, part in parts.items()}
+        state = {name: None if part is None else part.clone() for name, part in parts.items()}
+        return state if self._sum is None else {**state, "terms": self._sum.terms}
 
     def load_state_dict(self, state: dict[str, Any], with_reference: bool) -> None:
         """Restore a state of `state_dict`; without `with_reference` its residual only."""
@@ -197,6 +198,8 @@ class ClientDeltaCodec(_DeltaCodec):
             self._residual.copy_(state["residual"])
         if with_reference:
             self._reference.values = None if state["told"] is None else state["told"].clone()
+        if with_reference and self._sum is not None:
+            self._sum.set_terms(state.get("terms", 1))  # older checkpoints have none
 
 
 class ServerDeltaCodec(_DeltaCodec):

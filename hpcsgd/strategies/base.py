@@ -22,6 +22,9 @@ class Strategy:
     synchronous
         Whether every peer takes every step. If not, `peer_schedule` yields the local peer of the next step,
         loaders are started again at their end, and `step` itself advances `context.step`.
+    deterministic
+        Whether runs with equal options, seed and ranks have the same bits, wherever their loops end; known
+        after `attach`. One peer alone always has.
     averages_gradients
         Whether each step uses the mean gradient of all ranks.
     accepts_weights
@@ -33,6 +36,7 @@ class Strategy:
 
     context: StrategyContext
     synchronous = True
+    deterministic = True
     averages_gradients = False
     accepts_weights = False
     averages_in_background = False

@@ -139,6 +139,7 @@ def test_save_resume_and_go_on_is_identical(world: Any, row: s.Row) -> None:
         assert second.steps == before + 4
         s.train(second, s.ByIteration(second, 3, 4))
         assert second.steps == before + 7
+        assert second.strategy.deterministic
         np.testing.assert_array_equal(s.vector(second.model), expected)
         assert not row.make().options() or "strategy" in state
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ from hpcsgd.mpi import launcher
 from tests.lab import slurm
 from tests.lab.slurm import Slurm
 from tests.support.launch import CLI, UNCOMPILED
+from tests.support.train_jobs import without_times
 
 JOBS = Path(slurm.__file__).parents[2] / "jobs"
 OBSTACLE = slurm.obstacle() or (
@@ -28,9 +28,6 @@ pytestmark = [pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE or "none"), pyt
 #: Options of every run: the result does not depend on the times of its gradients.
 SAME = "--data synthetic:samples=64 --batch 4 --epochs 20 --log-every 1 --evaluate-every 5 --threads 1"
 STEPS, RANKS = 80, 4
-#: Fields that may differ between two records of the same step of the same training.
-TIMES = {"time", "samples_per_second", "compute_seconds", "wait_seconds", "communication_seconds"}
-
 #: Seconds for operations that take a few on an idle machine.
 TIMEOUT = 150.0
 
@@ -121,11 +118,6 @@ def uninterrupted(cluster: Cluster, limited: str) -> Path:
     assert f"over {RANKS} ranks on 2 nodes" in cluster.output(job)
     assert cluster.facts(job)["NumNodes"] == "2"
     return cluster.runs / "uninterrupted"
-
-
-def without_times(run: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
 
 
 def tensors(run: Path, rank: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcsgd.commands.train.metrics import TIME_FIELDS
 from tests.support import devices
 from tests.support.launch import CLI, launch
 
@@ -65,9 +66,6 @@ def noisy(shape: tuple[int, ...], classes: int, stop: int = 0, rank: int = 0, nu
     return Noisy(nn.Sequential(*layers), stop if launcher.rank() == rank else 0, number)
 """
 
-#: Fields that may differ between two records of the same step of the same training.
-TIMES = {"time", "samples_per_second", "compute_seconds", "wait_seconds", "communication_seconds"}
-
 
 @dataclass
 class Outcome:
@@ -104,7 +102,7 @@ def records(run: Path, event: str | None = None) -> list[dict[str, Any]]:
 
 
 def without_times(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records(run)]
+    return [{k: v for k, v in record.items() if k not in TIME_FIELDS} for record in records(run)]
 
 
 def newest_state(run: Path, rank: int) -> dict[str, Any]:

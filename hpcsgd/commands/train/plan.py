@@ -22,6 +22,8 @@ class Plan:
     evaluate_every, checkpoint_every, snapshot_every
         Periods, in steps, of evaluations, of checkpoints in files, and of checkpoints in memory; longer than
         the run if there are none.
+    log_every
+        Period of records of training; of an asynchronous method the step of the first one.
     """
 
     batches: int
@@ -31,6 +33,7 @@ class Plan:
     evaluate_every: int
     checkpoint_every: int
     snapshot_every: int
+    log_every: int
 
     @classmethod
     def make(cls, settings: Settings, batches_of_peers: Sequence[int], synchronous: bool) -> Plan:
@@ -61,9 +64,17 @@ class Plan:
             evaluate_every=in_steps(settings.evaluate_every),
             checkpoint_every=in_steps(settings.checkpoint_every),
             snapshot_every=in_steps(settings.keep_every if settings.on_failure == "shrink" else 0.0),
+            log_every=settings.log_every,
         )
 
     def steps_to_next_stop(self, step: int) -> int:
-        """Return the steps from `step` to the next evaluation, checkpoint or end of the run."""
+        """Return the steps from `step` to the next evaluation, checkpoint or end, or to `log_every`."""
         periods = (self.evaluate_every, self.checkpoint_every, self.snapshot_every, self.total)
-        return min(every - step % every for every in periods)
+        stops = [every - step % every for every in periods]
+        return min(*stops, self.log_every - step) if step < self.log_every else min(stops)
+
+    def has_record(self, step: int, synchronous: bool) -> bool:
+        """Return whether the settings require a record of training after a step, at whatever time."""
+        if synchronous:
+            return step % self.log_every == 0 or step == self.total
+        return self.steps_to_next_stop(step - 1) == 1

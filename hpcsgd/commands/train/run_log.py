@@ -69,13 +69,16 @@ class RunLog:
             The strategy's own metrics, of each rank.
         """
         fields = {
-            "loss": sums.mean_loss,
-            "accuracy": sums.accuracy,
-            "samples_per_second": round(sums.samples / (counters[0].seconds - since.seconds), 1),
+            **_training_fields(counters, sums, since),
             "learning_rate": learning_rate,
             **{name: [metrics[name] for metrics in method] for name in method[0]},
         }
         self._display.train(self.write("train", step, counters, {**fields, **counter_fields(counters)}))
+
+    def progress(self, step: int, counters: Sequence[Counters], sums: Sums, since: Counters) -> None:
+        """Display the training since the last record; the parameters are those of `train`."""
+        fields = {**_training_fields(counters, sums, since), **counter_fields(counters)}
+        self._display.train(self._record("train", step, counters, fields))
 
     def test(self, step: int, counters: Sequence[Counters], sums: Sums, distance: float) -> None:
         """Record an evaluation of the consensus model, with the distance of the models from it."""
@@ -86,16 +89,29 @@ class RunLog:
         self, event: str, step: int, counters: Sequence[Counters], fields: dict[str, Any]
     ) -> dict[str, Any]:
         """Write a record of an event at a step, with further fields; returns the complete record."""
-        record = {
+        record = self._record(event, step, counters, fields)
+        if self._writer is not None:
+            self._writer.write(record)
+        return record
+
+    def _record(
+        self, event: str, step: int, counters: Sequence[Counters], fields: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {
             "event": event,
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 6),
             "time": round(counters[0].seconds, 6),
             **fields,
         }
-        if self._writer is not None:
-            self._writer.write(record)
-        return record
 
     def close(self) -> None:
         self._display.close()
+
+
+def _training_fields(counters: Sequence[Counters], sums: Sums, since: Counters) -> dict[str, Any]:
+    return {
+        "loss": sums.mean_loss,
+        "accuracy": sums.accuracy,
+        "samples_per_second": round(sums.samples / (counters[0].seconds - since.seconds), 1),
+    }

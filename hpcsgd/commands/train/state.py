@@ -10,7 +10,7 @@ import torch
 
 from hpcsgd.commands.train import run_folder
 from hpcsgd.commands.train.console import print_notice
-from hpcsgd.commands.train.metrics import Counters, Sums
+from hpcsgd.commands.train.metrics import Counters, Meter, Sums
 from hpcsgd.commands.train.on_failure import check_ranks_may_change
 from hpcsgd.commands.train.plan import Plan
 from hpcsgd.commands.train.settings import AUTO, Settings, parse_resume
@@ -73,15 +73,15 @@ class RunState:
         elif self.batch == self._plan.batches:
             self.epoch, self.batch = self.epoch + 1, 0
 
-    def capture(self, run: Run, spent: Counters) -> dict[str, Any]:
+    def capture(self, run: Run, meter: Meter) -> dict[str, Any]:
         """Return the contents of a checkpoint of this rank.
 
         Parameters
         ----------
         run
             The run.
-        spent
-            This rank's counters, now.
+        meter
+            This rank's counters; those of the state that the run waits for are included.
         """
         return {
             "run": run.state_dict(),
@@ -96,7 +96,7 @@ class RunState:
             "sums": asdict(self.sums),
             "logged": asdict(self.logged),
             "generators": rng_state.state(),
-            "spent": asdict(spent),
+            "spent": asdict(meter.read()),
         }
 
     def restore(self, state: State, world: World) -> Counters:

@@ -329,10 +329,10 @@ class Trainer:
         return self.settings.learning_rate * self._factor(self._state.base + self.run.steps)
 
     def _after_step(self) -> None:
-        plan, step = self._plan, self.step
+        plan, step, strategy = self._plan, self.step, self.strategy
         ended = step == plan.total
         # Ranks of an asynchronous method exchange nothing but when they stop together, as here.
-        logging = step % self.settings.log_every == 0 or ended or not self.strategy.synchronous
+        logging = plan.has_record(step, strategy.synchronous) or not strategy.deterministic
         if logging or step >= self._next_exchange:
             self._exchange(logging)
         if ended or step % plan.evaluate_every == 0:
@@ -348,7 +348,7 @@ class Trainer:
             self._take_snapshot()
 
     def _capture(self) -> dict[str, Any]:
-        return self._state.capture(self.run, self.meter.read())
+        return self._state.capture(self.run, self.meter)
 
     def _take_snapshot(self) -> None:
         """Copy the state in memory, after all ranks have reached this step."""
@@ -372,6 +372,8 @@ class Trainer:
             rate = self._learning_rate()
             self.log.train(state.step, spent, sum(sums, Sums()), state.logged, rate, method)
             state.sums, state.logged = Sums(), counters
+        elif not self.strategy.synchronous:
+            self.log.progress(state.step, spent, sum(sums, Sums()), state.logged)
 
     @torch.no_grad()
     def evaluate(self) -> None:

@@ -67,6 +67,7 @@ class ADPSGD(ReplicaStrategy):
         if not self.synchronous:
             _check_one_peer_a_rank(context)
         super().attach(context)
+        self.deterministic = self.synchronous or context.peers.size == 1
         make = SynchronousPairs if self.synchronous else AsynchronousPairs
         self._pairs: SynchronousPairs | AsynchronousPairs = make(context, self.parameters, pairs)
 

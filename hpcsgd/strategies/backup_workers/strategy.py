@@ -96,6 +96,8 @@ class BackupWorkers(ReplicaStrategy):
             self._iterations = VirtualTime(IterationCloser(size, edges, fixed), self._delay_samples)
         else:
             self._iterations = make_agreement(context.world, edges, fixed)
+        in_real_time = not isinstance(self._iterations, VirtualTime)
+        self.deterministic = not in_real_time or fixed == 0 or size == 1
         self._end: int | None = None
         self.virtual_seconds = 0.0
         self.record: deque[tuple[int, list[int]]] = deque(maxlen=10_000)

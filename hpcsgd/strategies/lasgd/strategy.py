@@ -93,6 +93,7 @@ class LASGD(ReplicaStrategy):
         super().attach(context)
         self._is_free = False  # whether steps were taken outside of a loop, of which others may not know yet
         self._equal_steps = self.trigger == "all" and self.max_lag == self.period
+        self.deterministic = self._equal_steps or context.peers.size == 1
         self._period = AdaptivePeriod(self.max_lag) if self.period == "auto" else FixedPeriod(self.period)
         model, scheme = self.parameters.group, self.compress or context.compress
         average = TensorGroup(context.world, self.parameters.templates, context.bucket_mib)

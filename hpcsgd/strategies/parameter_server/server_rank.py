@@ -119,13 +119,19 @@ class ServerRole(Strategy):
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        shards = self.server.shards
+        shards, aggregator = self.server.shards, self.server.aggregator
+        new = aggregator.staleness - self._reported_staleness
         return {
+            "pushes": {"staleness": dict(new), "dropped": aggregator.dropped},
             "shards": {index: shard.state_dict() for index, shard in shards.items()},
             "codes": {i: shard.codec.state_dict() for i, shard in shards.items() if shard.codec is not None},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        aggregator, pushes = self.server.aggregator, state.get("pushes", {})  # older checkpoints have none
+        aggregator.staleness.clear()
+        aggregator.staleness.update(pushes.get("staleness", {}))
+        aggregator.dropped, self._reported_staleness = pushes.get("dropped", 0), Counter()
         for index, shard in self.server.shards.items():
             shard.load_state_dict(state["shards"][index])
             if shard.codec is not None:

@@ -107,6 +107,9 @@ class ParameterServer(Strategy):
         super().attach(context)
         world = context.world
         self.synchronous = self._is_pure_mpi(world.size)
+        # Groups with an interval exchange also at the end of each loop, and other jobs join at any time.
+        in_turns = self._groups_are_synchronous() and self.interval == 1 and not self.connect
+        self.deterministic = self.synchronous or in_turns
         self._group_world = world
         if self.synchronous:
             self._role: AllReduce | Worker | ServerRole = AllReduce()
@@ -166,8 +169,11 @@ class ParameterServer(Strategy):
         name = f"group {group:0{len(str(groups - 1))}d}"
         return self._make_worker(list(connectors), name, group, groups)
 
+    def _groups_are_synchronous(self) -> bool:
+        return self.mode == "sync" or self.max_staleness == 0
+
     def _make_worker(self, connectors: list[Any], name: str, number: int, groups: int) -> Worker:
-        synchronous = self.mode == "sync" or self.max_staleness == 0
+        synchronous = self._groups_are_synchronous()
         config = GroupConfig(
             self.context, connectors, name, number, groups, self.mode, self.interval, synchronous
         )

@@ -239,6 +239,7 @@ class Worker(AllReduce):
             "store": self._store.state_dict(),
             "since": self._steps_since_exchange,
             "ever": self._total_steps,
+            "late": self._store.late,
         }
         return {**super().state_dict(), **counters}
 
@@ -247,6 +248,7 @@ class Worker(AllReduce):
         # Servers of another job are not restored.
         self._store.load_state_dict(state["store"], with_servers=self._group.groups > 0)
         self._steps_since_exchange, self._total_steps = int(state["since"]), int(state["ever"])
+        self._store.late = int(state.get("late", 0))  # older checkpoints have none
 
 
 class GradientWorker(Worker):

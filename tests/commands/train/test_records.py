@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from hpcsgd.commands.cli import cli
 from hpcsgd.commands.report import run_reader
+from hpcsgd.commands.train.metrics import TIME_FIELDS
 from hpcsgd.commands.train.settings import FIELDS
 from hpcsgd.training import data, models
-from tests.support.train_jobs import TIMES, newest_state, records, trained, without_times
+from tests.support.train_jobs import newest_state, records, trained, without_times
 
 DATA, RANKS, PERIOD = "synthetic:samples=404", 2, 4  # 101 test samples: one more on a rank
 COMMON = f"--data {DATA} --epochs 3 --log-every 1 --evaluate-every 0.5 --optimizer sgd --clip 5 --warmup 0.5"
-TRAIN = TIMES | {"event", "step", "epoch", "loss", "accuracy", "learning_rate", "compression_ratio"}
-TRAIN |= {"bytes_sent", "bytes_shared", "bytes_saved", "gradients"}
+TRAIN = {"event", "step", "epoch", "loss", "accuracy", "learning_rate", "compression_ratio", "gradients"}
+TRAIN |= {"bytes_sent", "bytes_shared", "bytes_saved"} | TIME_FIELDS - {"hidden", "queue", "load"}
 TEST = TRAIN - {"samples_per_second", "learning_rate"} | {"consensus_distance"}
 
 
