@@ -12,17 +12,22 @@ import socket
 import struct
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
 from hpcsgd.diagnostics import procfs
+from hpcsgd.errors import DeadlineExceeded
 
 #: Time of the last change (the machine's monotonic clock), 1 for an operation in flight, its name, the step,
-#: and the work that keeps the rank busy.
-_RECORD = struct.Struct("=dq256sq64s")
+#: the work that keeps the rank busy, the phase of its start, and the signal at which it writes its stacks.
+_RECORD = struct.Struct("=dq256sq64s64sq")
 _OPERATION = struct.Struct("=dq256s")
 _STEP = _OPERATION.size // 8
-_BUSY = slice(_OPERATION.size + 8, _RECORD.size)
+_BUSY = slice(_OPERATION.size + 8, _OPERATION.size + 72)
+_PHASE = slice(_BUSY.stop, _BUSY.stop + 64)
+_NAME = "hpcsgd-"  # of the file; a unique number follows
 _PAGE = 4096  # of the record; stack dumps follow
 _SIGNALS = range(signal.SIGRTMAX - 3, signal.SIGRTMIN, -1)
 _DUMP_TIMEOUT, _DUMP_QUIET, _DUMP_POLL = 1.0, 0.05, 0.01  # seconds
@@ -55,6 +60,19 @@ class ProcessInfo:
             return path if os.readlink(path).startswith(f"/memfd:{self.file} ") else None
         return None
 
+    @staticmethod
+    def find(pid: int) -> ProcessInfo | None:
+        """Find the record of a process of this machine that has not sent where it is; None without one."""
+        with contextlib.suppress(OSError, struct.error):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                file = os.readlink(f"/proc/{pid}/fd/{fd}")
+                if file.startswith(f"/memfd:{_NAME}"):
+                    with open(f"/proc/{pid}/fd/{fd}", "rb") as record:
+                        *_, number = _RECORD.unpack(record.read(_RECORD.size))
+                    file = file.removeprefix("/memfd:").split()[0]
+                    return ProcessInfo(socket.gethostname(), pid, int(fd), file, number)
+        return None
+
 
 @dataclass(frozen=True)
 class LastActivity:
@@ -70,6 +88,8 @@ class LastActivity:
         The last operation, and whether it is still in flight.
     busy
         Long work of this rank alone, for which the others wait; "": none.
+    phase
+        Work in which it may answer no other rank; "": none.
     """
 
     ago: float
@@ -77,6 +97,7 @@ class LastActivity:
     operation: str
     in_flight: bool
     busy: str = ""
+    phase: str = ""
 
 
 class ActivityRecord:
@@ -120,12 +141,31 @@ class ActivityRecord:
 
     @busy.setter
     def busy(self, work: str) -> None:
-        size = _BUSY.stop - _BUSY.start
-        self._memory[_BUSY] = work.encode()[:size].ljust(size, b"\0")
+        _write(self._memory, _BUSY, work)
 
     def last(self) -> LastActivity:
         """Return the last activity."""
         return _read(self._memory)
+
+
+@contextmanager
+def phase(work: str) -> Iterator[None]:
+    """Context of work in which this process may answer no other one, which its record names.
+
+    Such as "importing torch", which holds Python's lock.
+    """
+    this_process()  # which others find
+    before, given_up = _read(_record()[1]).phase, False
+    _set_phase(work)
+    try:
+        yield
+    except DeadlineExceeded:
+        # Ranks whose deadlines pass a moment later still look.
+        given_up = True
+        raise
+    finally:
+        if not given_up:
+            _set_phase(before)
 
 
 class ProcessView:
@@ -192,23 +232,35 @@ class ProcessView:
 @cache
 def this_process() -> ProcessInfo:
     """Return this process; it appends its stacks to its record at a signal that was unused."""
-    fd, _, file = _record()
+    fd, memory, file = _record()
     used = procfs.signals(os.getpid(), "SigCgt", "SigIgn", "SigBlk")
     free = next((number for number in _SIGNALS if number not in used), 0)
     if free:
         faulthandler.register(free, fd, all_threads=True, chain=False)
+    struct.pack_into("=q", memory, _RECORD.size - 8, free)
     return ProcessInfo(socket.gethostname(), os.getpid(), fd, file, free)
 
 
 def _read(memory: mmap.mmap) -> LastActivity:
-    when, in_flight, operation, step, busy = _RECORD.unpack_from(memory)
-    texts = [text.rstrip(b"\0").decode(errors="replace") for text in (operation, busy)]
-    return LastActivity(time.perf_counter() - when, step, texts[0], bool(in_flight), texts[1])
+    when, in_flight, operation, step, busy, phase, _ = _RECORD.unpack_from(memory)
+    texts = [text.rstrip(b"\0").decode(errors="replace") for text in (operation, busy, phase)]
+    return LastActivity(time.perf_counter() - when, step, texts[0], bool(in_flight), *texts[1:])
+
+
+def _write(memory: mmap.mmap, place: slice, text: str) -> None:
+    size = place.stop - place.start
+    memory[place] = text.encode()[:size].ljust(size, b"\0")
+
+
+def _set_phase(work: str) -> None:
+    memory = _record()[1]
+    _write(memory, _PHASE, work)
+    struct.pack_into("=d", memory, 0, time.perf_counter())
 
 
 @cache
 def _record() -> tuple[int, mmap.mmap, str]:
-    file = f"hpcsgd-{uuid.uuid4().hex}"
+    file = f"{_NAME}{uuid.uuid4().hex}"
     fd = os.memfd_create(file)
     os.ftruncate(fd, _PAGE)
     os.lseek(fd, _PAGE, os.SEEK_SET)

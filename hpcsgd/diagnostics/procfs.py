@@ -65,11 +65,22 @@ def load(pids: list[int]) -> dict[int, float]:
     return {pid: (_ticks(pid) - before[pid]) / _TICKS / _SAMPLE for pid in pids}
 
 
+def parent(pid: int) -> int:
+    """Return the parent of a process; 0 for one that has none, or does not exist."""
+    return int(_status(pid).get("PPid", "0"))
+
+
+def environment(pid: int) -> dict[str, str]:
+    """Return the variables with which a process was started; none where they are not readable."""
+    pairs = (line.partition("=") for line in _text(f"/proc/{pid}/environ").split("\0"))
+    return {name: value for name, _, value in pairs if name}
+
+
 def children(pid: int) -> list[int]:
     """Return all descendants of a process, oldest first."""
     started = defaultdict(list)
     for folder in Path("/proc").glob("[0-9]*"):
-        started[int(_status(int(folder.name)).get("PPid", "0"))].append(int(folder.name))
+        started[parent(int(folder.name))].append(int(folder.name))
     return sorted(_descendants(started, pid))
 
 

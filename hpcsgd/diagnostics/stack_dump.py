@@ -10,7 +10,10 @@ _BOOTSTRAP = re.compile(r'/threading.py", line \d+ in (_bootstrap|_bootstrap_inn
 _COMMUNICATION = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _execute_jobs$')
 _IDLE = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in (_next_job|_call)$')
 #: The innermost frames of the thread that answers a request for the stacks.
-_ANSWER = re.compile(r'hpcsgd/(mpi/(stall_detector|control_messages)|diagnostics/activity)\.py"')
+_ANSWER = re.compile(
+    r'hpcsgd/(mpi/(stall_detector|control_messages)|diagnostics/(activity|inspection))\.py"'
+    r'|hpcsgd/mpi/(runtime|progress)\.py", line \d+ in (_check|_check_or_fail)$'
+)
 _STANDARD_LIBRARY = re.compile(r"/lib/python3[^/]*/(?!site-packages/)")
 _FRAMES = {"main": 16, "communication": 4}
 _FRAMES_OF_OTHERS = 3

@@ -71,6 +71,7 @@ class Communicator:
         `free_duplicates`.
         """
         if purpose not in self._duplicates:
+            self.barrier(f"a duplicate of the communicator for {purpose}")  # MPI's own wait has no deadline
             comm = self.comm.Dup()
             self._duplicates[purpose] = Communicator(comm, self.ranks, self._waiter, self._traffic)
         return self._duplicates[purpose]

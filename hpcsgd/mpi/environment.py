@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
-
-import torch
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hpcsgd import registry
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import launcher
 from hpcsgd.registry.limits import Natural, Timeout
+
+if TYPE_CHECKING:
+    import torch
 
 #: The variables that a World reads: the kind of the value, and the default.
 VARIABLES: dict[str, tuple[Any, object]] = {
@@ -74,6 +74,8 @@ def check_variables() -> None:
 
 def device(name: str, local_rank: int) -> torch.device:
     """Return the device of a rank; `name` is "cpu", "cuda", "cuda:1" or "auto"."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.device(name)
@@ -83,6 +85,8 @@ def device(name: str, local_rank: int) -> torch.device:
 
 
 def _check_device(name: str) -> None:
+    import torch
+
     try:
         torch.device("cpu" if name == "auto" else name)
     except RuntimeError as error:
@@ -157,15 +161,3 @@ def warn_of_narrow_binding(cores: set[int], bindings: list[set[int]]) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def unlink_mpich_segments() -> None:
-    """Unlink the start-up segments of MPICH, after all ranks of the node have mapped them.
-
-    MPICH unlinks them in MPI_Finalize only, so an aborted job would leave them in memory; their names are not
-    needed any more.
-    """
-    with contextlib.suppress(OSError):
-        maps = Path("/proc/self/maps").read_text()
-        for segment in set(re.findall(r"/dev/shm/mpich_shm_\w+", maps)):
-            os.unlink(segment)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Mapping
+
+from hpcsgd.diagnostics import procfs
 
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _TORCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
@@ -12,6 +16,26 @@ _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_
 def rank() -> int:
     """Return this process's rank; 0 without a launcher."""
     return _first(_RANK)[1]
+
+
+def local_processes() -> dict[int, list[int]]:
+    """Return the ids of this job's processes on this machine by rank, oldest first, as far as they are found.
+
+    They have the launcher's variable, and descend from one of its processes: the nearest ancestor of this one
+    without it. A rank may have several, such as a shell around it, and workers of its data loader.
+    """
+    variable, own = _first(_RANK)
+    if not variable:
+        return {}
+    above = procfs.parent(os.getpid())
+    while _first([variable], procfs.environment(above)) == (variable, own):
+        above = procfs.parent(above)
+    found = defaultdict(list)
+    for pid in procfs.children(above):
+        name, number = _first([variable], procfs.environment(pid))
+        if name:
+            found[number].append(pid)
+    return dict(found)
 
 
 def size() -> tuple[str, int]:
@@ -41,9 +65,11 @@ def other_launcher() -> tuple[str, int]:
     return name, int(values[0])
 
 
-def _first(names: list[str] | tuple[str, ...]) -> tuple[str, int]:
+def _first(
+    names: list[str] | tuple[str, ...], environment: Mapping[str, str] = os.environ
+) -> tuple[str, int]:
     for name in names:
-        text = os.environ.get(name, "")
+        text = environment.get(name, "")
         if text.isdigit():
             return name, int(text)
     return "", 0

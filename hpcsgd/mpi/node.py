@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.mpi import environment
+from hpcsgd.diagnostics.activity import phase
+from hpcsgd.mpi import environment, shutdown
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.shared_memory import SharedAllocator, SharedMemory
 from hpcsgd.mpi.waiting import DeadlineWaiter
@@ -67,7 +68,7 @@ class Node:
         self._allocator = SharedAllocator(comm)
         self._device_allocator: DeviceAllocator | None = None
         if self.rank == 0:
-            environment.unlink_mpich_segments()
+            shutdown.unlink_mpich_segments()
         self.flags: np.ndarray | None = None
         self._slots: dict[tuple[int, np.dtype[Any]], np.ndarray] = {}
         self._parity = 0
@@ -75,8 +76,9 @@ class Node:
             self._allocate_barrier()
 
     def _allocate_barrier(self) -> None:
-        from hpcsgd.kernels.sums import node_reduce
-        from hpcsgd.kernels.sync import barrier
+        with phase("importing numba"):
+            from hpcsgd.kernels.sums import node_reduce
+            from hpcsgd.kernels.sync import barrier
 
         memory = self.allocate(barrier.flags_size(self.size))
         if memory is not None:
@@ -154,7 +156,8 @@ class Node:
         """Compile kernels on one rank of the node and load them from the cache on the others; collective."""
         for selected in (self.rank == 0, self.rank != 0):
             if selected:
-                warm_up()
+                with phase("compiling kernels"):
+                    warm_up()
             self.comm.barrier("the compilation of kernels")
 
     def release(self) -> None:

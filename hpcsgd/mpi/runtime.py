@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from hpcsgd.diagnostics.activity import ActivityRecord
+from hpcsgd.diagnostics.activity import ActivityRecord, ProcessInfo
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.mpi import environment, ulfm
+from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.departure import Departure, Part
 from hpcsgd.mpi.progress import Progress
 from hpcsgd.mpi.stall_detector import StallDetector
 from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -39,10 +43,7 @@ class Runtime:
     def __init__(self, comm: Any, hosts: list[str], device: str, timeout: float) -> None:
         from mpi4py import MPI
 
-        detector_comm = comm.Dup()
         self.comm = comm
-        self.parts = {0: Part(to_free=[comm, detector_comm])}
-        self._parts_begun = 1
         self.host = hosts[comm.rank]
         self.device, self.timeout = device, timeout
         self.ranks_per_node: int = environment.read("HPCSGD_RANKS_PER_NODE")
@@ -50,6 +51,10 @@ class Runtime:
         self.device_windows: bool = environment.read("HPCSGD_DEVICE_WINDOWS")
         self.activity, self.traffic, self.control_traffic = ActivityRecord(), Traffic(), Traffic()
         self.waiter = DeadlineWaiter(comm.rank, timeout)
+        detector_comm, request = comm.Idup()
+        self.waiter.until(request.Test, "a communicator for control messages")
+        self.parts = {0: Part(to_free=[comm, detector_comm])}
+        self._parts_begun = 1
         self.failure_detector = ulfm.FailureDetector(comm, hosts)
         threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self.progress = Progress(self.waiter, self.activity, threaded=threaded)
@@ -75,6 +80,27 @@ class Runtime:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+    def connect(self, process: ProcessInfo) -> None:
+        """Let the ranks find each other's records, and answer each other, from now on; collective.
+
+        Parameters
+        ----------
+        process
+            This process.
+        """
+        if self.comm.size == 1:
+            return
+        everyone = Communicator(self.comm, range(self.comm.size), self.waiter, self.control_traffic)
+        self.stall_detector.connect(everyone.gather_objects(process, "the exchange of process ids"))
+        self.progress.start()
+
+    def run_blocking(self, operation: str, call: Callable[[], T]) -> T:
+        """Return the result of MPI calls that return only when all ranks make them.
+
+        They run in the communication thread, for which this one waits with a deadline.
+        """
+        return call() if self.comm.size == 1 else self.progress.submit(operation, call).wait()
 
     def _check(self) -> None:
         self.failure_detector.check()

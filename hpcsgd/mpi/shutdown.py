@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import sys
 import time
 import traceback
 import weakref
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -67,10 +69,23 @@ def abort_job() -> None:
     from mpi4py import MPI
 
     _flush()
+    unlink_mpich_segments()
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(_OUTPUT_DELAY)
     MPI.COMM_WORLD.Abort(1)
+
+
+def unlink_mpich_segments() -> None:
+    """Unlink the start-up segments of MPICH, after all ranks of the node have mapped them.
+
+    MPICH unlinks them in MPI_Finalize only, so an aborted job would leave them in memory; their names are not
+    needed any more.
+    """
+    with contextlib.suppress(OSError):
+        maps = Path("/proc/self/maps").read_text()
+        for segment in set(re.findall(r"/dev/shm/mpich_shm_\w+", maps)):
+            os.unlink(segment)
 
 
 def exit_process(code: int) -> NoReturn:

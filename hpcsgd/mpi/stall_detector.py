@@ -14,7 +14,7 @@ from typing import Any
 
 from hpcsgd.diagnostics import procfs
 from hpcsgd.diagnostics.activity import ActivityRecord, ProcessInfo, ProcessView
-from hpcsgd.diagnostics.stack_dump import summarize
+from hpcsgd.diagnostics.inspection import inspect
 from hpcsgd.errors import format_ranks
 from hpcsgd.mpi.control_messages import ControlChannel
 from hpcsgd.mpi.rank_calls import RankCalls, certain_mismatch
@@ -26,7 +26,6 @@ _FIRST_QUERIED = 4  # ranks that are queried at once for the lowest responsive o
 _NOTIFY_INTERVAL = 5.0  # seconds
 _MOST_DETAILED = 3  # ranks
 _INDENT = " " * 12  # of the "got" lines of an error
-_MOST_CHILDREN = 2  # whose stacks are printed
 _MOST_OBSERVERS = 2  # ranks of a node that are queried about a silent one
 
 
@@ -231,7 +230,8 @@ class StallDetector:
         if view is None:
             return None
         if kind != "state":
-            return self._inspect(view, *options)
+            stacks, silent = options
+            return inspect(view.info.pid, view, stacks=stacks, silent=silent, killed_before=self._killed)
         last = view.last()
         return RankState(last if procfs.is_alive(view.info.pid) else replace(last, busy=""), None)
 
@@ -245,22 +245,6 @@ class StallDetector:
         own = {} if silent else self.channel.request([rank], request)
         lines = own.get(rank) or self._observe(rank, request, states)
         return [f"  {line}" for line in lines or ["no rank on its machine answers"]]
-
-    def _inspect(self, view: ProcessView, stacks: bool, silent: bool) -> list[str]:
-        pid = view.info.pid
-        if not procfs.is_alive(pid) or view.info.record_of(pid) is None:
-            killed = procfs.killed_for_memory() - self._killed
-            why = f"; the kernel has killed {killed} processes there for lack of memory" * (killed > 0)
-            return [f"its process has ended or was killed{why}"]
-        children = procfs.children(pid)
-        held = ", in native code that holds Python's lock" * (silent and procfs.can_run(pid))
-        lines = [f"it {procfs.condition(pid)}{held}", procfs.memory(pid)]
-        lines += procfs.list_of_children(children)
-        for process in [pid, *children[:_MOST_CHILDREN]] if stacks else []:
-            if procfs.can_run(process):
-                owner = "" if process == pid else f" of child {process}"
-                lines += summarize(view.stacks(process), owner)
-        return lines
 
     def _line(self, rank: int, states: Mapping[int, RankState]) -> str:
         where = ""

@@ -73,6 +73,8 @@ def describe_activity(rank: int, states: Mapping[int, RankState]) -> str:
     last = state.last
     if last.busy:
         return f"is busy: {last.busy}"
+    if last.phase:
+        return f"is {last.phase}, for {last.ago:.0f} s"
     verb = "it is in" if last.in_flight else "after"
     operation = f"{verb} {last.operation}" if last.operation else "no operation yet"
     behind = max(other.last.step for other in states.values()) - last.step

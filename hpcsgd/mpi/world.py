@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +14,11 @@ from hpcsgd.diagnostics import trace_file
 from hpcsgd.diagnostics.activity import this_process
 from hpcsgd.diagnostics.trace import NullTracer, Tracer
 from hpcsgd.errors import DeadlineExceeded, HpcsgdError, RankFailed
-from hpcsgd.mpi import clock_sync, consistency, departure, environment, interactive, shutdown, ulfm
+from hpcsgd.mpi import clock_sync, consistency, departure, environment, interactive, shutdown, start, ulfm
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.node import Node
 from hpcsgd.mpi.rank_calls import RankCalls, different_calls
 from hpcsgd.mpi.runtime import Runtime
-from hpcsgd.mpi.waiting import DeadlineWaiter
 from hpcsgd.registry import checked
 from hpcsgd.registry.limits import Timeout
 
@@ -64,34 +63,30 @@ class World:
         timeout: Timeout | None = None,
     ) -> None:
         environment.check_variables()
-        from mpi4py import MPI
-
+        timeout = timeout if timeout is not None else environment.read("HPCSGD_TIMEOUT")
+        MPI = start.initialize(timeout)
         environment.check_launcher(MPI)
         comm = MPI.COMM_WORLD if comm is None else comm
-        timeout = timeout if timeout is not None else environment.read("HPCSGD_TIMEOUT")
         departure.settle()
-        # The first collective operation, and the first that a rank may fail to reach.
-        private, request = comm.Idup()
-        operation = "the start of hpcsgd.World, which all ranks must reach"
-        DeadlineWaiter(comm.rank, timeout).until(request.Test, operation)
-        private.Set_errhandler(MPI.ERRORS_RETURN)
-        shutdown.set_reporting_rank(min(private.allgather(MPI.COMM_WORLD.rank)))
-        self._start(Runtime(private, private.allgather(socket.gethostname()), device, timeout))
+        if comm.size > 1:  # before the first wait, which a rank may never reach
+            shutdown.abort_on_uncaught_exception()
+        with start.at_start():
+            private, places = start.meet(comm, timeout)
+            private.Set_errhandler(MPI.ERRORS_RETURN)
+            shutdown.set_reporting_rank(min(number for number, _ in places))
+            runtime = Runtime(private, [host for _, host in places], device, timeout)
+            runtime.connect(this_process())
+        self._start(runtime)
 
     def _start(self, runtime: Runtime) -> None:
         """Start a whole world, which owns its runtime."""
         self._owns_runtime = True
         weakref.finalize(self, runtime.leave, "was dropped without close()").atexit = False
         self._connect(runtime, runtime.comm, range(runtime.comm.size), 0)
-        if self.size > 1:
-            processes = self.control.gather_objects(this_process(), "the exchange of process ids")
-            runtime.stall_detector.connect(processes)
         self.device = environment.device(runtime.device, self.local_rank)
         shutdown.drain_at_exit(runtime)
         if self.size > 1:
-            shutdown.abort_on_uncaught_exception()
             interactive.watch(runtime)
-            self.progress.start()
             kinds = {"the kind of device (device=, --device)": self.device.type}
             self.check_consistent(kinds | {"HPCSGD_CUDA_AWARE": self.cuda_aware})
         if folder := environment.read("HPCSGD_TRACE"):
@@ -108,9 +103,9 @@ class World:
         self.control_traffic = runtime.control_traffic
         self.waiter, self.progress = runtime.waiter, runtime.progress
         self.all = Communicator(comm, ranks, self.waiter, self.traffic)
-        self.control = Communicator(self._free_at_close(comm.Dup()), ranks, self.waiter, self.control_traffic)
-        node, members = self._split_by_node(comm)
-        self._connect_nodes(comm)
+        node, members = runtime.run_blocking(
+            "the communicators of a world", lambda: self._make_communicators(comm)
+        )
         #: The ranks of this rank's node, and the memory that they share.
         runtime.parts[part].communicators |= {"all": self.all, "control": self.control, "node": node}
         if self.internode is not None:
@@ -123,6 +118,14 @@ class World:
             device_windows=runtime.device_windows,
         )
         runtime.parts[part].node = self.local
+
+    def _make_communicators(self, comm: Any) -> tuple[Communicator, list[int]]:
+        """Make those of this node, and between nodes; return that of the node, and its members."""
+        control = self._free_at_close(comm.Dup())
+        self.control = Communicator(control, self.all.ranks, self.waiter, self.control_traffic)
+        node = self._split_by_node(comm)
+        self._connect_nodes(comm)
+        return node
 
     def _free_at_close(self, comm: Any) -> Any:
         self._runtime.parts[self._part].to_free.append(comm)
@@ -215,6 +218,7 @@ class World:
             runtime = None
             try:
                 runtime = Runtime(comm, hosts, self._runtime.device, self.timeout)
+                runtime.connect(this_process())
                 return _Survivors(runtime), error
             except Exception as failure:
                 detector = ulfm.FailureDetector(comm, hosts)
@@ -232,9 +236,9 @@ class World:
 
         They keep their order, and share this world's threads, clocks and counters; close it before this one.
         """
-        with self.progress.waiting("the split of a world"):
-            comm = self.control.comm.Split(color, self.rank)
         colors = self.gather(color, "the split of a world")
+        split = partial(self.control.comm.Split, color, self.rank)
+        comm = self._runtime.run_blocking("the split of a world", split)
         return _Subworld(self, comm, [self.all.ranks[r] for r, other in enumerate(colors) if other == color])
 
     def gather(self, value: object, operation: str = "a gather of small objects") -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hpcsgd.diagnostics.activity import phase
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.server import Policy, Server
 from hpcsgd.server.metrics import server_metrics
@@ -60,7 +61,8 @@ class ServerRole(Strategy):
         super().attach(context)
         from hpcsgd.kernels.sums import server_update
 
-        server_update.warm_up()
+        with phase("compiling kernels"):
+            server_update.warm_up()
         communicator, traffic = self._communicator, context.world.traffic
         for rank in self._gateways:
             name = f"rank {communicator.ranks[rank]}"

@@ -1,0 +1,134 @@
+"""A rank that never completes its start: the job ends at the deadline, and one error names what it does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.support import launch as jobs
+from tests.support.failing_jobs import BEGIN, SECONDS, check_end
+from tests.support.launch import Finished, launch
+
+pytestmark = pytest.mark.timeout(150)
+
+#: All ranks of these jobs have imported torch, and begin here.
+TOGETHER = BEGIN + (
+    "import ctypes, signal\n"
+    "from mpi4py import MPI\n"
+    "MPI.COMM_WORLD.Barrier()\n"
+    "rank = MPI.COMM_WORLD.rank\n"
+    "def hold_lock(*_): ctypes.PyDLL(None).sleep(1000)\n"
+)
+#: An import that lasts.
+LATE = """
+import importlib.abc, sys, time
+def late(module):
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name == module: time.sleep(1000)
+    sys.meta_path.insert(0, Finder())
+"""
+NODE_REDUCE = "hpcsgd.kernels.sums.node_reduce"
+
+
+def end_of(script: str, *words: str) -> Finished:
+    job = launch(script, 3, *words, timeout=SECONDS, env={"HPCSGD_TIMEOUT": "3"})
+    check_end(job)
+    return job
+
+
+def assert_named(job: Finished, rank: int, clause: str, operation: str) -> None:
+    """One error is printed, which names a rank by what it does."""
+    assert job.stderr.count("Traceback") == 1 and job.stderr.count("ends the job:") == 1, job
+    assert re.search(rf"DeadlineExceeded: rank \d: waited \d+ s .*in {operation}", job.stderr), job
+    assert re.search(rf"\n +rank {rank} \(\S+, process \d+\) {clause}", job.stderr), job
+    assert "does not answer" not in job.stderr, job
+
+
+@pytest.mark.long
+def test_a_rank_that_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "UNCOMPILED", "")  # which imports it
+    script = LATE + (
+        "import os\n"
+        "from hpcsgd.commands.cli import main\n"
+        "if os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '0': late('torch')\n"
+        "main()\n"
+    )
+    # The others import it, and may be slow.
+    job = launch(script, 3, "train", "--timeout", "12", "--name", "none", timeout=SECONDS + 30)
+    check_end(job)
+    assert_named(job, 0, r"is importing torch, for \d+ s", "the start of hpcsgd.World")
+
+
+def test_a_rank_that_compiles_and_holds_the_lock_of_python() -> None:
+    script = TOGETHER + (
+        "import hpcsgd.collectives.neighbour_exchange as exchange\n"
+        "world = World(timeout=60); world.close()\n"
+        "if rank == 1: exchange.Exchange._warm_up = hold_lock\n"
+        "train(hpcsgd.DSGD(), 1)\n"
+    )
+    assert_named(end_of(script), 1, r"is compiling kernels, for \d+ s", "the compilation of kernels")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("begin", "rank", "clause", "operation"),
+    [
+        ("if rank == 1: time.sleep(1000)", 1, "has not begun", "the start of hpcsgd.World"),
+        ("if rank == 0: time.sleep(1000)", 0, "has not begun", "the start of hpcsgd.World"),
+        ("if rank == 1: sys.exit(0)", 1, "has not begun", "the start of hpcsgd.World"),
+        (
+            "if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)",
+            1,
+            r"has not begun.*\n +it is stopped \(SIGSTOP\)",
+            "the start of hpcsgd.World",
+        ),
+        (
+            f"if rank == 1: late({NODE_REDUCE!r})",
+            1,
+            r"is importing numba, for \d+ s",
+            "the allocation of shared memory",
+        ),
+        (
+            f"import {NODE_REDUCE} as kernels\nif rank == 0: kernels.warm_up = hold_lock",
+            0,
+            r"is compiling kernels, for \d+ s",
+            "the compilation of kernels",
+        ),
+        (
+            "split = World._split_by_node\n"
+            "def stop(*arguments):\n"
+            "    if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\n"
+            "    return split(*arguments)\n"
+            "World._split_by_node = stop",
+            1,
+            r"has not moved for \d+ s: it is in the communicators of a world",
+            "the communicators of a world",
+        ),
+    ],
+)
+def test_a_rank_that_does_not_complete_its_world(begin: str, rank: int, clause: str, operation: str) -> None:
+    job = end_of(f"{LATE}{TOGETHER}{begin}\nWorld()\n")
+    if "communicators" in operation:  # stopped in MPI, it answers nobody
+        job.stderr = job.stderr.replace("; it does not answer", "")
+    assert_named(job, rank, clause, operation)
+
+
+@pytest.mark.long
+def test_a_rank_that_never_initializes_mpi() -> None:
+    """The others wait in native code, and end with their stacks."""
+    script = BEGIN + (
+        "if os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '1': time.sleep(1000)\n"
+        "World(timeout=10)\n"
+    )
+    job = launch(script, 3, timeout=SECONDS)
+    assert job.returncode != 0 and not job.timed_out and not job.left, job
+    assert "Timeout (0:00:10)!" in job.stderr and "in _wait_for_all_ranks_to_initialize" in job.stderr, job
+
+
+@pytest.mark.long
+def test_an_error_of_one_rank_in_its_world_ends_the_job() -> None:
+    job = end_of(TOGETHER + "if rank == 1: os.environ['HPCSGD_RANKS_PER_NODE'] = 'x'\nWorld()\n")
+    assert "rank 1 ends the job" in job.stderr and "HPCSGD_RANKS_PER_NODE is not a number" in job.stderr, job
+    assert job.stderr.count("Traceback") == 1, job
