@@ -24,7 +24,7 @@ class HpcsgdError(RuntimeError):
     everywhere
         True where all ranks raise this same error, so that only one prints it.
     elsewhere
-        True where another rank raises a more detailed error, which is printed first.
+        True where another rank raises the error too, and prints it unless it ends before.
     """
 
     def __init__(

@@ -28,6 +28,7 @@ _STEP = _OPERATION.size // 8
 _BUSY = slice(_OPERATION.size + 8, _OPERATION.size + 72)
 _PHASE = slice(_BUSY.stop, _BUSY.stop + 64)
 _NAME = "hpcsgd-"  # of the file; a unique number follows
+_END = "at its end"  # a phase
 _PAGE = 4096  # of the record; stack dumps follow
 _SIGNALS = range(signal.SIGRTMAX - 3, signal.SIGRTMIN, -1)
 _DUMP_TIMEOUT, _DUMP_QUIET, _DUMP_POLL = 1.0, 0.05, 0.01  # seconds
@@ -166,6 +167,16 @@ def phase(work: str) -> Iterator[None]:
     finally:
         if not given_up:
             _set_phase(before)
+
+
+def end_in_order(how: str) -> None:
+    """Record that this process ends by itself, and how: "ending the job"."""
+    _set_phase(f"{_END}: {how}")
+
+
+def has_ended_in_order(last: LastActivity) -> bool:
+    """Return whether a process has recorded that it ends by itself."""
+    return last.phase.startswith(_END)
 
 
 class ProcessView:

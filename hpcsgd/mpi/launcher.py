@@ -48,6 +48,11 @@ def sizes() -> dict[str, int]:
     return {name: count for name, count in map(_first, ([name] for name in _SIZE)) if name}
 
 
+def names_processes_only() -> bool:
+    """Return whether the launcher is that of MPICH, which reports a rank that was killed by its process."""
+    return "HYDI_CONTROL_FD" in os.environ
+
+
 def starts_only_open_mpi() -> bool:
     """Return whether Open MPI's mpiexec started this process, and no variable of an MPICH launcher is set."""
     return "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_SIZE" not in os.environ

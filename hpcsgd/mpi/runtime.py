@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from hpcsgd.diagnostics import observer
 from hpcsgd.diagnostics.activity import ActivityRecord, ProcessInfo
 from hpcsgd.diagnostics.traffic import Traffic
-from hpcsgd.mpi import environment, ulfm
+from hpcsgd.mpi import environment, launcher, ulfm
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.departure import Departure, Part
 from hpcsgd.mpi.progress import Progress
@@ -16,6 +17,19 @@ from hpcsgd.mpi.stall_detector import StallDetector
 from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks
 
 T = TypeVar("T")
+
+#: Whether this process has started an observer.
+_observed: list[bool] = []
+
+
+def _observe(processes: list[ProcessInfo]) -> None:
+    """Start the observer of a job on one machine: on others a rank may just have ended first by mpiexec."""
+    from mpi4py import MPI
+
+    is_whole = len(processes) == MPI.COMM_WORLD.size and len({each.host for each in processes}) == 1
+    if is_whole and not _observed:
+        _observed.append(True)
+        observer.start(processes)
 
 
 class Runtime:
@@ -92,8 +106,11 @@ class Runtime:
         if self.comm.size == 1:
             return
         everyone = Communicator(self.comm, range(self.comm.size), self.waiter, self.control_traffic)
-        self.stall_detector.connect(everyone.gather_objects(process, "the exchange of process ids"))
+        processes = everyone.gather_objects(process, "the exchange of process ids")
+        self.stall_detector.connect(processes)
         self.progress.start()
+        if self.comm.rank == 0 and launcher.names_processes_only():
+            _observe(processes)
 
     def run_blocking(self, operation: str, call: Callable[[], T]) -> T:
         """Return the result of MPI calls that return only when all ranks make them.

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
+from hpcsgd.diagnostics.activity import end_in_order
 from hpcsgd.diagnostics.trace import NullTracer
 from hpcsgd.mpi import launcher, ulfm
 
@@ -56,6 +57,8 @@ def _flush() -> None:
 
 @atexit.register
 def _drain() -> None:
+    if _running:
+        end_in_order("its program has ended")
     for runtime in list(_running):
         try:
             runtime.end(min(_DRAIN_TIMEOUT, runtime.timeout))
@@ -69,6 +72,7 @@ def abort_job() -> None:
     from mpi4py import MPI
 
     _flush()
+    end_in_order("it ends the job")
     unlink_mpich_segments()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -92,6 +96,7 @@ def exit_process(code: int) -> NoReturn:
     """Exit; without MPI_Finalize where ranks have failed, since it would wait for them."""
     if not _lost_ranks:
         sys.exit(code)
+    end_in_order(f"exit status {code}")
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(_EXIT_DELAY)  # else the first rank to exit would be taken for another failed one

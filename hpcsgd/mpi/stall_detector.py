@@ -24,6 +24,8 @@ from hpcsgd.mpi.waiting import DeadlineWaiter
 _REPORT_INTERVAL = 0.9  # of the time waited: another rank reports a stall only after so long
 _FIRST_QUERIED = 4  # ranks that are queried at once for the lowest responsive one; then as many times more
 _NOTIFY_INTERVAL = 5.0  # seconds
+#: Seconds for which a rank waits for the report of another: in all, without an answer, and between requests.
+_LONGEST_REPORT, _LONGEST_SILENCE, _REPORT_PAUSE = 60.0, 10.0, 0.1
 _MOST_DETAILED = 3  # ranks
 _INDENT = " " * 12  # of the "got" lines of an error
 _MOST_OBSERVERS = 2  # ranks of a node that are queried about a silent one
@@ -57,8 +59,10 @@ class StallDetector:
         self._killed = procfs.killed_for_memory()
         self._buddy: int | None = None
         self._notified_at, self._notifications_sent = 0.0, 0
-        self._reported_at: dict[str, float] = {}
-        self._arbitrating = threading.Lock()
+        #: By action, the rank that this one has chosen last to report, and when.
+        self._reporters: dict[str, tuple[int, float]] = {}
+        self._arbitrating, self._reporting = threading.Lock(), threading.Lock()
+        self._reported = -math.inf, ""
 
     def connect(self, processes: list[ProcessInfo]) -> None:
         """Register the processes of all ranks, and map the activity records of those on this machine."""
@@ -110,12 +114,42 @@ class StallDetector:
         state = self.channel.request([rank], ("state", None)).get(rank)
         return state.calls if state else None
 
-    def explain(self, seconds: float) -> str | None:
-        """Return the state of each rank, after a wait of `seconds`; None where another rank reports it."""
-        if not self._is_reporter("explain", seconds):
-            return None
+    def explain(self, seconds: float) -> tuple[str, bool]:
+        """Return the state of each rank, after a wait of `seconds`, and whether another rank prints it.
+
+        One rank finds it out, and the others get it there: each can print it, should that one end before.
+        """
+        reporter, _ = self._reporter("explain", seconds)
+        if reporter != self._rank and (report := self._report_of(reporter, seconds)):
+            return report, True
+        with self._reporting:  # both threads may come here, and either's error be the one that is printed
+            if not self._report(seconds):
+                self._reported = time.monotonic(), self._make_report()
+            return self._reported[1], False
+
+    def _report(self, seconds: float) -> str:
+        """The report of this rank, if it has made one in the last `seconds`."""
+        made, text = self._reported
+        return text if time.monotonic() - made < _REPORT_INTERVAL * seconds else ""
+
+    def _report_of(self, rank: int, seconds: float) -> str:
+        """The report of another rank, for which this one waits; "" if it makes none, for it has ended."""
+        began = answered = time.monotonic()
+        while (now := time.monotonic()) - began < _LONGEST_REPORT and now - answered < _LONGEST_SILENCE:
+            if rank in self._views and not procfs.is_alive(self._views[rank].info.pid):
+                break
+            reply = self.channel.request([rank], ("report", rank, seconds))
+            if reply.get(rank):
+                return str(reply[rank])
+            answered = now if rank in reply else answered
+            time.sleep(_REPORT_PAUSE)
+        return ""
+
+    def _make_report(self) -> str:
         states = self._states()
         blocking = blocking_ranks(self._rank, states, self._size)
+        # Under load more ranks may be silent than those that are stopped, which have moved last.
+        blocking.sort(key=lambda rank: states[rank].last.ago if rank in states else math.inf, reverse=True)
         lines = []
         for rank in blocking[:_MOST_DETAILED]:
             lines += [self._line(rank, states), *self._details(rank, True, states)]
@@ -125,7 +159,7 @@ class StallDetector:
 
     def warn(self, seconds: float) -> bool:
         """Print a warning on one rank that all have waited; False where the blocking ranks are active."""
-        if not self._is_reporter("warn", seconds):
+        if self._reporter("warn", seconds) != (self._rank, True):
             return True
         states = self._states()
         blocking = blocking_ranks(self._rank, states, self._size)
@@ -150,7 +184,7 @@ class StallDetector:
         Disagreement
             With the ranks and their calls.
         """
-        if not self._is_reporter("compare", seconds):
+        if self._reporter("compare", seconds) != (self._rank, True):
             return
         states = self._states()
         places = {rank: state.calls for rank, state in states.items() if state.calls is not None}
@@ -163,8 +197,11 @@ class StallDetector:
         """Return whether another rank is alive and busy."""
         return any(state.last.busy for rank, state in self._states().items() if rank != self._rank)
 
-    def _is_reporter(self, action: str, seconds: float) -> bool:
-        """Whether no other rank has reported in these last seconds; the lowest responsive rank arbitrates."""
+    def _reporter(self, action: str, seconds: float) -> tuple[int, bool]:
+        """The rank that reports, and whether it has been chosen now, and not in the last `seconds`.
+
+        The lowest responsive rank chooses.
+        """
         queried = 0
         while queried < self._rank:
             some = range(queried, min(_FIRST_QUERIED * (queried + 1), self._rank))
@@ -172,17 +209,18 @@ class StallDetector:
             if responsive:
                 arbiter = min(responsive)
                 reply = self.channel.request([arbiter], ("arbitrate", self._rank, action, seconds))
-                return bool(reply.get(arbiter, True))
+                return reply.get(arbiter) or (self._rank, True)
             queried = some.stop
-        return self._arbitrate(action, seconds)
+        return self._arbitrate(self._rank, action, seconds)
 
-    def _arbitrate(self, action: str, seconds: float) -> bool:
+    def _arbitrate(self, rank: int, action: str, seconds: float) -> tuple[int, bool]:
         with self._arbitrating:
             now = time.monotonic()
-            if now - self._reported_at.get(action, -math.inf) < _REPORT_INTERVAL * seconds:
-                return False
-            self._reported_at[action] = now
-            return True
+            reporter, chosen = self._reporters.get(action, (rank, -math.inf))
+            if now - chosen < _REPORT_INTERVAL * seconds:
+                return reporter, False
+            self._reporters[action] = rank, now
+            return rank, True
 
     def _states(self) -> dict[int, RankState]:
         replies = self.channel.request(range(self._size), ("state", None))
@@ -220,7 +258,9 @@ class StallDetector:
         if rank is None:
             return self._own_state()
         if kind == "arbitrate":
-            return self._arbitrate(*options)
+            return self._arbitrate(rank, *options)
+        if kind == "report":
+            return self._report(*options)
         if kind == "notified":
             if rank not in self.channel.notifications:
                 return None

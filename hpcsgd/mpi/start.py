@@ -126,15 +126,15 @@ class Arrivals:
         """Return the ranks of this machine that have not arrived."""
         return [rank for rank, (_, view) in self._processes().items() if not _has_arrived(view)]
 
-    def explain(self, seconds: float) -> str | None:
-        """Return the states of the missing ranks; None where another rank of this machine reports them."""
-        lines = self._report(stacks=True)
-        return None if lines is None else ("\n" + " " * 12).join(lines)
+    def explain(self, seconds: float) -> tuple[str, bool]:
+        """Return the states of the missing ranks, and whether another rank of this machine prints them."""
+        lines, is_first = self._report(stacks=True)
+        return ("\n" + " " * 12).join(lines), not is_first
 
     def warn(self, seconds: float) -> bool:
         """Print a warning, on one rank of each machine, that some have not arrived."""
-        lines = self._report(stacks=False)
-        if lines is not None and (self.missing() or self._rank == 0):
+        lines, is_first = self._report(stacks=False)
+        if is_first and (self.missing() or self._rank == 0):
             limit = f"after {self._timeout:g} s (--timeout, HPCSGD_TIMEOUT) the job ends"
             begin = f"hpcsgd: {seconds:.0f} s in {_OPERATION}; {limit}:"
             print("\n  ".join([begin, *lines]), file=sys.stderr, flush=True)
@@ -151,13 +151,12 @@ class Arrivals:
                 found[self._ranks[number]] = pid, views.get(pid)
         return dict(sorted(found.items()))
 
-    def _report(self, *, stacks: bool) -> list[str] | None:
+    def _report(self, *, stacks: bool) -> tuple[list[str], bool]:
+        """Lines, and whether this is the first rank of its machine that has arrived."""
         processes, host = self._processes(), socket.gethostname()
         arrived = [rank for rank, (_, view) in processes.items() if _has_arrived(view)]
-        if min(arrived, default=self._rank) < self._rank:
-            return None
         if not arrived:
-            return []  # the launcher has not named its processes
+            return [], True  # the launcher has not named its processes
         missing = [rank for rank in processes if rank not in arrived]
         lines = [f"{format_ranks(arrived)} of {host} {'wait' if arrived[1:] else 'waits'} for the others"]
         for rank in missing[:_MOST_DETAILED]:
@@ -169,7 +168,7 @@ class Arrivals:
             lines.append(f"{format_ranks(missing[_MOST_DETAILED:])} are missing too")
         if elsewhere := self._size - len(processes):
             lines.append(f"nothing is known here of {elsewhere} ranks on other machines")
-        return lines
+        return lines, arrived[0] == self._rank
 
 
 def _view(pid: int) -> ProcessView | None:

@@ -58,7 +58,7 @@ class WaitHooks:
         Returns whether no thread depends on this one's wait: it then polls less often, for polling takes time
         from the compute thread.
     explain
-        Takes the seconds waited; returns the state of each rank, or None where another rank reports it.
+        Takes the seconds waited; returns the state of each rank, and whether another rank prints it first.
     warn
         Takes the seconds waited; reports the wait before its deadline. False where there is nothing to report
         yet.
@@ -72,7 +72,7 @@ class WaitHooks:
     answer: Callable[[], None] = lambda: None
     poll: Callable[[], bool] = lambda: False
     is_background: Callable[[], bool] = lambda: False
-    explain: Callable[[float], str | None] = lambda seconds: ""
+    explain: Callable[[float], tuple[str, bool]] = lambda seconds: ("", False)
     warn: Callable[[float], bool] = lambda seconds: True
     compare: Callable[[float], None] = lambda seconds: None
     is_busy: Callable[[], bool] = lambda: False
@@ -216,14 +216,14 @@ class DeadlineWaiter:
 
     def _deadline_error(self, waited: float, limit: float) -> DeadlineExceeded:
         operation, _, missing = self._pending[threading.get_ident()]
-        ranks, report = _ranks(missing), self.hooks.explain(waited)
+        ranks, (report, elsewhere) = _ranks(missing), self.hooks.explain(waited)
         return DeadlineExceeded(
             f"waited {limit:g} s" + (f" for {format_ranks(ranks)}" if ranks else "") + f" in {operation}",
             rank=self.rank,
-            got="another rank prints the state of each rank" if report is None else report or None,
+            got=report or None,
             do="find out why the missing rank stopped; to wait longer raise --timeout or "
             "HPCSGD_TIMEOUT (seconds)",
-            elsewhere=report is None,
+            elsewhere=elsewhere,
         )
 
 

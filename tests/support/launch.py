@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -203,6 +205,18 @@ def processes(mark: str) -> dict[int, str]:
                 found[int(folder.name)] = command[:200]
         except OSError:
             continue
+    return found
+
+
+def rank_processes(job: Iterable[int]) -> dict[int, int]:
+    """Return the process of each rank among the processes of a job."""
+    found = {}
+    for pid in job:
+        with contextlib.suppress(OSError):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().decode().replace("\0", "\n")
+            rank = re.search(r"^(?:PMI|OMPI_COMM_WORLD)_RANK=(\d+)$", variables, re.MULTILINE)
+            if rank:
+                found.setdefault(int(rank[1]), pid)
     return found
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hpcsgd.training import data
-from tests.support.launch import launch
+from tests.support.launch import launch, rank_processes
 from tests.support.train_jobs import CLI, NOISY, newest_state, records, trained, without_times
 
 SAMPLES, BATCH, ALPHA, SEED = 64, 4, 0.3, 7
@@ -116,16 +116,9 @@ def signal_rank_1(number: int, metrics: Path) -> Any:
         give_up = time.monotonic() + 60
         while not (metrics.exists() and metrics.read_text()) and time.monotonic() < give_up:
             time.sleep(0.02)
-        (rank_1,) = (pid for pid in job if rank_of(pid) == 1)
-        os.kill(rank_1, number)
+        os.kill(rank_processes(job)[1], number)
 
     return send
-
-
-def rank_of(pid: int) -> int | None:
-    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-    found = re.search(r"^(?:PMI|OMPI_COMM_WORLD)_RANK=(\d+)$", "\n".join(variables), re.MULTILINE)
-    return int(found[1]) if found else None
 
 
 @pytest.mark.timeout(170)
