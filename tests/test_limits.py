@@ -375,6 +375,7 @@ WRONG = [
     ("train", "--strategy", "backup:backups=-1"),
     ("train", "--name", "a\nb"),
     ("bench", "step", "--repeats", "0"),
+    ("HPCSGD_TIMEOUT=nan", "train"),
 ]
 
 
@@ -384,7 +385,8 @@ def test_processes_end_with_status_2_and_one_line(tmp_path: Path) -> None:
         "import os, hpcsgd.commands.train.trainer\n"
         "for words in eval(sys.argv[1]):\n"
         "    if os.fork() == 0:\n"
-        "        sys.argv[1:] = words\n"
+        "        os.environ |= [word.split('=') for word in words if 'HPCSGD' in word]\n"
+        "        sys.argv[1:] = [word for word in words if 'HPCSGD' not in word]\n"
         "        main()\n"
         "    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)\n"
     )
