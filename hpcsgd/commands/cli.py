@@ -19,6 +19,7 @@ from hpcsgd.commands.topology.command import topology
 from hpcsgd.commands.trace import trace
 from hpcsgd.commands.train.command import train
 from hpcsgd.commands.tune.command import tune
+from hpcsgd.diagnostics import activity
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import launcher, shutdown
 
@@ -35,6 +36,8 @@ for _command in (bench, doctor, report, sbatch, serve, topology, trace, train, t
 
 def main() -> None:
     """Run the command line; an error is printed once, by one rank, instead of a traceback by every rank."""
+    if launcher.size()[1] > 1:
+        activity.begin_phase("importing torch and reading options")  # until its first World
     try:
         code = cli.main(standalone_mode=False)
     except click.UsageError as error:

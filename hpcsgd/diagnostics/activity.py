@@ -149,15 +149,20 @@ class ActivityRecord:
         return _read(self._memory)
 
 
+def begin_phase(work: str) -> None:
+    """Let the record of this process name its work, until the end of the next `phase`."""
+    this_process()  # which others find
+    _set_phase(work)
+
+
 @contextmanager
 def phase(work: str) -> Iterator[None]:
     """Context of work in which this process may answer no other one, which its record names.
 
-    Such as "importing torch", which holds Python's lock.
+    Such as "importing numba", which holds Python's lock.
     """
-    this_process()  # which others find
-    before, given_up = _read(_record()[1]).phase, False
-    _set_phase(work)
+    given_up = False
+    begin_phase(work)
     try:
         yield
     except DeadlineExceeded:
@@ -166,7 +171,7 @@ def phase(work: str) -> Iterator[None]:
         raise
     finally:
         if not given_up:
-            _set_phase(before)
+            _set_phase("")
 
 
 def end_in_order(how: str) -> None:

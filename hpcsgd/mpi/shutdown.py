@@ -80,14 +80,19 @@ def abort_job() -> None:
     MPI.COMM_WORLD.Abort(1)
 
 
-def unlink_mpich_segments() -> None:
+def unlink_mpich_segments(pid: int | None = None) -> None:
     """Unlink the start-up segments of MPICH, after all ranks of the node have mapped them.
 
     MPICH unlinks them in MPI_Finalize only, so an aborted job would leave them in memory; their names are not
     needed any more.
+
+    Parameters
+    ----------
+    pid
+        A process that has mapped them. Default: this one.
     """
     with contextlib.suppress(OSError):
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path(f"/proc/{pid or 'self'}/maps").read_text()
         for segment in set(re.findall(r"/dev/shm/mpich_shm_\w+", maps)):
             os.unlink(segment)
 

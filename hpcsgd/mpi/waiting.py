@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -217,14 +217,31 @@ class DeadlineWaiter:
     def _deadline_error(self, waited: float, limit: float) -> DeadlineExceeded:
         operation, _, missing = self._pending[threading.get_ident()]
         ranks, (report, elsewhere) = _ranks(missing), self.hooks.explain(waited)
-        return DeadlineExceeded(
-            f"waited {limit:g} s" + (f" for {format_ranks(ranks)}" if ranks else "") + f" in {operation}",
-            rank=self.rank,
-            got=report or None,
-            do="find out why the missing rank stopped; to wait longer raise --timeout or "
-            "HPCSGD_TIMEOUT (seconds)",
-            elsewhere=elsewhere,
-        )
+        return deadline_error(self.rank, limit, ranks, operation, report, elsewhere)
+
+
+def deadline_error(
+    rank: int, limit: float, missing: Sequence[int], operation: str, report: str, elsewhere: bool = False
+) -> DeadlineExceeded:
+    """Return the error of a rank whose wait has lasted for `limit` seconds.
+
+    Parameters
+    ----------
+    rank, limit
+        The rank, and its deadline.
+    missing, operation
+        The ranks for which it waits, as far as they are known, and in which operation.
+    report, elsewhere
+        See `WaitHooks.explain`.
+    """
+    return DeadlineExceeded(
+        f"waited {limit:g} s" + (f" for {format_ranks(missing)}" if missing else "") + f" in {operation}",
+        rank=rank,
+        got=report or None,
+        do="find out why the missing rank stopped; to wait longer raise --timeout or HPCSGD_TIMEOUT "
+        "(seconds)",
+        elsewhere=elsewhere,
+    )
 
 
 class _Deadline:

@@ -58,7 +58,12 @@ def test_a_rank_that_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     # The others import it, and may be slow.
     job = launch(script, 3, "train", "--timeout", "12", "--name", "none", timeout=SECONDS + 30)
     check_end(job)
-    assert_named(job, 0, r"is importing torch, for \d+ s", "the start of hpcsgd.World")
+    assert re.search(r"DeadlineExceeded: rank \d: waited 12 s for rank 0 in the start of MPI", job.stderr), (
+        job
+    )
+    clause = r"is importing torch and reading options, for \d+ s"
+    assert re.search(rf"\n +rank 0 \(\S+, process \d+\) {clause}", job.stderr), job
+    assert job.stderr.count("ends the job:") == 1 and "does not answer" not in job.stderr, job
 
 
 def test_a_rank_that_compiles_and_holds_the_lock_of_python() -> None:
@@ -116,19 +121,24 @@ def test_a_rank_that_does_not_complete_its_world(begin: str, rank: int, clause: 
 
 
 @pytest.mark.long
-def test_a_rank_that_never_initializes_mpi() -> None:
-    """The others wait in native code, and end with their stacks."""
+@pytest.mark.parametrize("wait", ["time.sleep(1000)", "os.kill(os.getpid(), signal.SIGSTOP)"])
+def test_a_rank_that_never_initializes_mpi(wait: str) -> None:
+    """The others wait in native code that holds the lock of Python."""
     script = BEGIN + (
-        "if os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '1': time.sleep(1000)\n"
+        "import signal\n"
+        f"if os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '1': {wait}\n"
         "World(timeout=10)\n"
     )
     job = launch(script, 3, timeout=SECONDS)
-    assert job.returncode != 0 and not job.timed_out and not job.left, job
-    assert "Timeout (0:00:10)!" in job.stderr and "in _wait_for_all_ranks_to_initialize" in job.stderr, job
+    check_end(job)
+    assert "waited 10 s for rank 1 in the start of MPI, which all ranks must reach" in job.stderr, job
+    assert re.search(r"\n +rank 1 \(\S+, process \d+\) has not begun", job.stderr), job
+    assert job.stderr.count("ends the job:") == 1, job
 
 
 @pytest.mark.long
 def test_an_error_of_one_rank_in_its_world_ends_the_job() -> None:
-    job = end_of(TOGETHER + "if rank == 1: os.environ['HPCSGD_RANKS_PER_NODE'] = 'x'\nWorld()\n")
-    assert "rank 1 ends the job" in job.stderr and "HPCSGD_RANKS_PER_NODE is not a number" in job.stderr, job
+    begin = "def fail(*_): raise ValueError('on one rank')\nif rank == 1: hpcsgd.mpi.world.Runtime = fail\n"
+    job = end_of(f"{TOGETHER}{begin}World()\n")
+    assert "rank 1 ends the job" in job.stderr and job.stderr.count("ValueError: on one rank") == 1, job
     assert job.stderr.count("Traceback") == 1, job

@@ -75,11 +75,8 @@ def serve(**options: Any) -> None:
     continues from the saved state, and the groups reconnect.
     """
     signals.defer_sigusr1()
-    from hpcsgd.mpi import start
-
-    with start.importing("torch"):
-        from hpcsgd.commands.serve.job import serve as execute
-        from hpcsgd.commands.serve.service import ServeOptions
+    from hpcsgd.commands.serve.job import serve as execute
+    from hpcsgd.commands.serve.service import ServeOptions
 
     execute(ServeOptions(**options))
     signals.ignore_sigusr1()

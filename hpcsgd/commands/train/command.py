@@ -60,10 +60,7 @@ def train(settings: Settings, trace: bool) -> None:
     checkpoint and exit status 0; --resume FOLDER continues it. The file `done` marks a finished run.
     """
     signals.defer_sigusr1()
-    from hpcsgd.mpi import start
-
-    with start.importing("torch", settings.timeout):
-        from hpcsgd.commands.train.trainer import train as execute
+    from hpcsgd.commands.train.trainer import train as execute
 
     execute(settings, trace)
     signals.ignore_sigusr1()

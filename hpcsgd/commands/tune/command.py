@@ -24,9 +24,6 @@ def teleportation(settings: Settings, search_epochs: float | None, train_best: b
     training. To choose the numbers and other options:
     --strategy teleport:active=1x3x9,topology=ring.
     """
-    from hpcsgd.mpi import start
-
-    with start.importing("torch", settings.timeout):
-        from hpcsgd.commands.tune.teleportation import search
+    from hpcsgd.commands.tune.teleportation import search
 
     search(settings, search_epochs, train_best)
