@@ -379,6 +379,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.timeout(110)
 def test_processes_end_with_status_2_and_one_line(tmp_path: Path) -> None:
     """One process for all, but for the first: the import of torch takes seconds."""
     script = CLI + (
@@ -391,7 +392,7 @@ def test_processes_end_with_status_2_and_one_line(tmp_path: Path) -> None:
         "    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)\n"
     )
     words = [sys.executable, "-c", UNCOMPILED + script, repr(WRONG)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=50, cwd=tmp_path, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=tmp_path, check=False)
     assert done.stdout.split() == ["2"] * len(WRONG), done
     lines = done.stderr.splitlines()
     assert len(lines) == len(WRONG) and all(line.startswith("hpcsgd: ") for line in lines), done
