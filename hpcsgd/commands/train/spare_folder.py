@@ -85,19 +85,15 @@ class SpareFolder:
         """
         # Ranks may have different folders for temporary files, and see different ones.
         self.path = self._world.gather(self.path)[0]
-        checkpoints = Checkpoints(
-            self.path / run_folder.CHECKPOINTS, self._world.rank, self._world.size, self._world.gather
-        )
-        failure = self._failure(lambda: self.create(config) if metrics_file else None)
-        failure = failure or self._failure(lambda: self._check_shared(config))
+        rank, ranks = self._world.rank, self._world.size
+        checkpoints = Checkpoints(self.path / run_folder.CHECKPOINTS, rank, ranks, self._world.gather)
+        failure = first_failure(self._world, lambda: self._begin(config, metrics_file))
+        failure = failure or first_failure(self._world, lambda: self._check_shared(config))
         try:
             if not failure:
                 checkpoints.save(step, state, meta)
         except NotSaved as second:
             failure = second.reason
-        failure = failure or self._failure(
-            lambda: metrics_file.copy_to(self.path / metrics.FILE) if metrics_file else None
-        )
         if failure:
             raise HpcsgdError(
                 f"the checkpoint of step {step} can be saved neither in {self._run} nor in the spare folder "
@@ -148,14 +144,10 @@ class SpareFolder:
         moved = f"the checkpoint of step {newest} and the metrics" if newest > before else "the metrics"
         return f"{moved} of {self._run} are back from the spare folder {self.path}"
 
-    def _failure(self, action: Callable[[], None]) -> str:
-        """Run an action on each rank; returns the first failure of a rank, on all, or ""."""
-        failure = ""
-        try:
-            action()
-        except OSError as error:
-            failure = f"rank {self._world.rank}: {error}"
-        return next(filter(None, self._world.gather(failure)), "")
+    def _begin(self, config: str, metrics_file: MetricsFile | None) -> None:
+        if metrics_file is not None:
+            self.create(config)
+            metrics_file.copy_to(self.path / metrics.FILE)
 
     def _check_shared(self, config: str) -> None:
         if (self.path / run_folder.CONFIG).read_text() != config:
@@ -170,6 +162,16 @@ class SpareFolder:
         except OSError:
             return False
         return bool(found) and run_id(str(found)) == run_id(config) != ""
+
+
+def first_failure(world: World, action: Callable[[], None]) -> str:
+    """Run an action that may fail to write or read; returns the first failure of a rank, on all, or ""."""
+    failure = ""
+    try:
+        action()
+    except OSError as error:
+        failure = f"rank {world.rank}: {error}"
+    return next(filter(None, world.gather(failure)), "")
 
 
 def run_id(config: str) -> str:

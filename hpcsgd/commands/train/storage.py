@@ -13,10 +13,10 @@ from hpcsgd.commands.train import run_folder
 from hpcsgd.commands.train.console import print_notice
 from hpcsgd.commands.train.metrics import FILE, MetricsWriter
 from hpcsgd.commands.train.settings import Settings
-from hpcsgd.commands.train.spare_folder import SpareFolder
+from hpcsgd.commands.train.spare_folder import SpareFolder, first_failure
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
-from hpcsgd.training.checkpoint.checkpoints import Checkpoints, NotSaved
+from hpcsgd.training.checkpoint.checkpoints import Checkpoints, NotSaved, not_saved
 from hpcsgd.training.checkpoint.folder_lock import FolderLock
 
 T = TypeVar("T")
@@ -119,10 +119,13 @@ class RunStorage:
         """
         self._on_root(self._lock.check)
         self._restore_on_root()
+        metrics = None if self.metrics is None else self.metrics.file
         try:
+            # First: after a crash in between no record before a checkpoint may be missing.
+            if failure := first_failure(self._world, lambda: metrics.sync() if metrics else None):
+                raise not_saved(step, failure)
             self._save_at_home(step, state, meta)
         except NotSaved as error:
-            metrics = None if self.metrics is None else self.metrics.file
             config = self._world.gather(self._config)[0]
             self._spare.save(step, state, meta, config, metrics, error)
             if not self._in_spare:
@@ -134,11 +137,8 @@ class RunStorage:
         else:
             if self._in_spare:
                 self._print(f"{self._folder} can be written again, and has the checkpoint of step {step}")
-            # Errors of the metrics have had their notice, and are final only at the end.
-            with suppress(OSError):
-                if self.metrics is not None:
-                    self.metrics.file.sync()
-                    self._spare.remove()
+            if metrics is not None:
+                self._spare.remove()
             self._in_spare = False
         self._lost_checkpoints = False
 

@@ -29,6 +29,9 @@ E = TypeVar("E", bound=HpcsgdError)
 Loaded = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
+_EARLIER = "fix the cause, and resume from an earlier checkpoint: those are unchanged"
+
+
 class NotSaved(HpcsgdError):
     """A checkpoint that could not be written; earlier ones are untouched.
 
@@ -39,6 +42,14 @@ class NotSaved(HpcsgdError):
     """
 
     reason = ""
+
+
+def not_saved(step: int, reason: str) -> NotSaved:
+    """Return the error of all ranks for a checkpoint that must not be written, for a reason in one line."""
+    what = f"cannot save the checkpoint of step {step}"
+    error = NotSaved(what, got=reason, do=_EARLIER, everywhere=True)
+    error.reason = reason
+    return error
 
 
 class Checkpoints:
@@ -239,8 +250,7 @@ class Checkpoints:
         if faults:
             self._on_root(self._remove_leftovers)
             self._gather(None)
-            remedy = "fix the cause, and resume from an earlier checkpoint: those are unchanged"
-            error = _error(NotSaved, f"cannot save the checkpoint of step {step}", faults, remedy)
+            error = _error(NotSaved, f"cannot save the checkpoint of step {step}", faults, _EARLIER)
             error.reason = _describe(faults)
             raise error
         return outcomes
