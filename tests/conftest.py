@@ -27,6 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="device of models: cpu (default), cuda, or standin, a GPU whose work is late and out of order",
     )
+    # Of tests/faults/chaos: pytest reads options of this folder alone before it collects.
+    parser.addoption("--chaos-seed", type=int, help="seed of the trial of faults; default: a random one")
+    parser.addoption("--chaos-seconds", type=float, help="its length in seconds; default: 60")
+    parser.addoption("--chaos-faults", type=int, help="number of its faults at most; default: no limit")
 
 
 @pytest.hookimpl(trylast=True)

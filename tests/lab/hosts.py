@@ -124,8 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     try:
-        with Hosts(options.hosts, options.rate) as hosts, _launcher(hosts.name) as launcher:
-            return _wait_for(hosts.command(options.ppn, options.extra, launcher, options.program))
+        with Hosts(options.hosts, options.rate) as hosts, launcher(hosts.name) as started_by:
+            return _wait_for(hosts.command(options.ppn, options.extra, started_by, options.program))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except subprocess.CalledProcessError as error:
@@ -164,7 +164,8 @@ def _create_bridge() -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _launcher(name: str) -> Iterator[Path]:
+def launcher(name: str) -> Iterator[Path]:
+    """Context with an executable that MPICH uses in place of ssh, for hosts with this prefix."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "launcher")
         path.write_text(_LAUNCHER.format(name=name))

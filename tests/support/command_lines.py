@@ -210,6 +210,8 @@ def _module(module: str, words: list[str]) -> None:
         _parse(words)
     elif module == "pytest":
         _pytest(words)
+    elif module.startswith("tests."):
+        _python([f"{module.replace('.', '/')}/__main__.py", *words])
     else:
         _require(module == "venv", f"python -m {module}")
 
