@@ -118,7 +118,8 @@ def test_stop_ends_the_thread_and_a_later_job_starts_another(progress: Progress)
 def test_a_deadline_error_names_rank_operation_and_missing_ranks() -> None:
     waiter, checks = DeadlineWaiter(2, 0.3), []
     waiter.hooks = WaitHooks(
-        check=lambda: checks.append(1), explain=lambda seconds: f"rank 1: asleep for {seconds > 0.3}"
+        check=lambda: checks.append(1),
+        explain=lambda seconds: (f"rank 1: asleep for {seconds > 0.3}", False),
     )
     with pytest.raises(DeadlineExceeded) as error:
         waiter.until(lambda: False, "all-reduce of bucket 3 at step 17", lambda: [4, 1])
