@@ -32,7 +32,7 @@ from hpcsgd.strategies.delays import DELAYS
 from hpcsgd.training.checkpoint.checkpoints import Checkpoints
 from hpcsgd.training.data import DATASETS, Loader, partition
 from hpcsgd.training.models import MODELS
-from tests.support.launch import CLI, UNCOMPILED
+from tests.support.launch import CLI, UNCOMPILED, _environment
 
 TEXTS = ["nan", "inf", "-inf", "0", "-1", "-1.5", "1e308", "1e400", "9" * 30, "9" * 5000, "", "word", "a\nb"]
 OBJECTS: list[Any] = [*map(float, ["nan", "inf", "-inf"]), 0, -1, -1.5, 1e308, 10**30, 10**5000, "", "a\nb"]
@@ -392,7 +392,8 @@ def test_processes_end_with_status_2_and_one_line(tmp_path: Path) -> None:
         "    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)\n"
     )
     words = [sys.executable, "-c", UNCOMPILED + script, repr(WRONG)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=tmp_path, check=False)
+    alone = _environment("", {})  # as one of several ranks it would leave the error to rank 0
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=tmp_path, env=alone)
     assert done.stdout.split() == ["2"] * len(WRONG), done
     lines = done.stderr.splitlines()
     assert len(lines) == len(WRONG) and all(line.startswith("hpcsgd: ") for line in lines), done
