@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 import selectors
 import socket
 import ssl
 from collections.abc import Callable, Generator
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from hpcsgd.server.protocol import Disconnected, ProtocolError, connection_broke
@@ -26,9 +28,10 @@ from hpcsgd.server.protocol import Disconnected, ProtocolError, connection_broke
 Greeting = Generator[int, None, socket.socket]
 
 _MAGIC = b"hpcsgd2\n"  # and the version of the protocol
-_NONCE_BYTES = _PROOF_BYTES = 32
-_CHALLENGE_BYTES = len(_MAGIC) + 1 + _NONCE_BYTES  # with a flag: whether this side wants TLS
-_ANSWER_BYTES = 1 + _NONCE_BYTES + _PROOF_BYTES
+_NONCE_BYTES = _PROOF_BYTES = _PLACE_BYTES = 32
+_WANT_BYTES = 1 + _PLACE_BYTES  # whether this side wants TLS, and where it is
+_CHALLENGE_BYTES = len(_MAGIC) + _WANT_BYTES + _NONCE_BYTES
+_ANSWER_BYTES = _WANT_BYTES + _NONCE_BYTES + _PROOF_BYTES
 _REFUSED = bytes(_PROOF_BYTES)  # in the place of the server's proof
 _T = TypeVar("_T")
 
@@ -64,7 +67,7 @@ def greet_client(connection: socket.socket, identity: ServerIdentity) -> Greetin
     """Server's side of a non-blocking connection, which is closed if the greeting fails."""
     try:
         wanted = identity.context is not None and (identity.always or not _is_local(connection))
-        challenge = _MAGIC + bytes([wanted]) + secrets.token_bytes(_NONCE_BYTES)
+        challenge = _MAGIC + bytes([wanted]) + _place() + secrets.token_bytes(_NONCE_BYTES)
         _send(connection, challenge)
         answer = yield from _receive(connection, _ANSWER_BYTES)
         transcript, proof = challenge + answer[:-_PROOF_BYTES], answer[-_PROOF_BYTES:]
@@ -96,11 +99,12 @@ def greet_server(connection: socket.socket, secret: str, fingerprint: str) -> Gr
         challenge = yield from _receive(connection, _CHALLENGE_BYTES)
         if not challenge.startswith(_MAGIC):
             raise ProtocolError("received bytes that are no greeting of hpcsgd")
-        server_wants = bool(challenge[len(_MAGIC)])
+        server_wants, place = bool(challenge[len(_MAGIC)]), challenge[len(_MAGIC) + 1 :][:_PLACE_BYTES]
         if server_wants and not fingerprint:
             raise ProtocolError("the server wants encryption, and its file has no certificate")
-        wanted = bool(fingerprint) and (server_wants or not _is_local(connection))
-        own = bytes([wanted]) + secrets.token_bytes(_NONCE_BYTES)
+        # Two ends that each see a local one may be those of a relay: the place is under both proofs.
+        wanted = bool(fingerprint) and (server_wants or place != _place() or not _is_local(connection))
+        own = bytes([wanted]) + _place() + secrets.token_bytes(_NONCE_BYTES)
         transcript = challenge + own
         _send(connection, own + _hmac(secret, b"client", transcript))
         proof = yield from _receive(connection, _PROOF_BYTES)
@@ -132,8 +136,15 @@ def _client_context() -> ssl.SSLContext:
     return context
 
 
+@cache
+def _place() -> bytes:
+    """Hash of this host's present start and network namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    return hashlib.sha256(boot + str(os.stat("/proc/self/ns/net").st_ino).encode()).digest()
+
+
 def _is_local(connection: socket.socket) -> bool:
-    """Whether both ends are on one host: nothing of the link leaves it."""
+    """Whether both ends of this connection, but perhaps not of a link over a relay, are on one host."""
     own, peer = connection.getsockname()[0], connection.getpeername()[0]
     return bool(own == peer)
 

@@ -1,8 +1,8 @@
 """Connections whose client has not proved the job's secret yet: bounded in time, number and work.
 
-A stranger costs a descriptor and 105 bytes. It is closed when its time is over, which single bytes do not
-extend, and when there are too many: then the oldest of the address with most of them goes, so that a flood
-from one host drives out itself.
+A stranger costs a descriptor, and less than 200 of its bytes are kept. It is closed when its time is over,
+which single bytes do not extend, and when there are too many: then the oldest of the address with most of
+them goes, so that a flood from one host drives out itself.
 """
 
 from __future__ import annotations

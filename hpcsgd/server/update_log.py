@@ -263,7 +263,7 @@ def restore_server(server: Server, saved: dict[str, Any]) -> None:
     _set_contract(server, json.loads(saved["contract"]))
     for index, shard in server.shards.items():
         shard.load_state_dict(saved["shards"][index])
-        if shard.codec is not None and index in saved["codes"]:
+        if shard.codec is not None and index in saved.get("codes", ()):  # older states have none
             shard.codec.load_state_dict(saved["codes"][index])
             shard.codec.reference_versions = dict(saved["code_versions"][index])
     server.steps_begun = saved["begun"]

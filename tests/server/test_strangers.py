@@ -118,7 +118,7 @@ def test_no_descriptor_and_no_memory_are_left_behind(gate: Gate) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for number in range(200):
         client = gate.open()
-        client.sendall(bytes(number % 100))
+        client.sendall(bytes(number % 150))
         gate.strangers.serve()
         client.close()
         gate.strangers.serve()
@@ -153,7 +153,7 @@ def test_refusals_are_logged_at_a_limited_rate(
 ) -> None:
     with caplog.at_level(logging.WARNING, "hpcsgd.server"):
         for _ in range(105):
-            gate.open().sendall(bytes(65))
+            gate.open().sendall(bytes(97))
             gate.strangers.serve()
         assert caplog.text.count("was not admitted") == 5
         now = time.monotonic() + 61
