@@ -175,8 +175,9 @@ def phase(work: str) -> Iterator[None]:
 
 
 def end_in_order(how: str) -> None:
-    """Record that this process ends by itself, and how: "ending the job"."""
-    _set_phase(f"{_END}: {how}")
+    """Record that this process ends by itself, and how: "it ends the job"; not in one without a record."""
+    if _record.cache_info().currsize:
+        _set_phase(f"{_END}: {how}")
 
 
 def has_ended_in_order(last: LastActivity) -> bool:

@@ -80,7 +80,8 @@ class Arrivals:
         return dict(sorted(found.items()))
 
     def _has_arrived(self, view: ProcessView | None) -> bool:
-        return view is not None and view.last().phase == self._phase
+        # One that is stopped there does not complete it.
+        return view is not None and view.last().phase == self._phase and procfs.can_run(view.info.pid)
 
     def _report(self, *, stacks: bool) -> tuple[list[str], bool]:
         """Lines, and whether this is the first rank of its machine that has arrived."""

@@ -57,8 +57,7 @@ def _flush() -> None:
 
 @atexit.register
 def _drain() -> None:
-    if _running:
-        end_in_order("its program has ended")
+    end_in_order("its program has ended")
     for runtime in list(_running):
         try:
             runtime.end(min(_DRAIN_TIMEOUT, runtime.timeout))

@@ -48,13 +48,13 @@ def _watched(timeout: float) -> Iterator[None]:
     A child of this process does: at the deadline it reports the missing ranks, and kills this process, and
     with it the job.
     """
-    done, end = os.pipe()
+    parent, (done, end) = os.getpid(), os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child needs none of their locks
         watcher = os.fork()
     if watcher == 0:
         os.close(end)
-        _watch(done, timeout)
+        _watch(parent, done, timeout)
     os.close(done)
     try:
         yield
@@ -64,32 +64,34 @@ def _watched(timeout: float) -> Iterator[None]:
             os.waitpid(watcher, 0)
 
 
-def _watch(done: int, timeout: float) -> NoReturn:
+def _watch(parent: int, done: int, timeout: float) -> NoReturn:
     """Do the child's part, until `done` can be read."""
     try:
-        _report_at_deadline(done, timeout)
+        if _report_at_deadline(done, timeout) and os.getppid() == parent:
+            shutdown.unlink_mpich_segments(parent)
+            os.kill(parent, signal.SIGKILL)
     finally:
         os._exit(0)
 
 
-def _report_at_deadline(done: int, timeout: float) -> None:
+def _report_at_deadline(done: int, timeout: float) -> bool:
+    """Report the missing ranks after `timeout` seconds; False if `done` can be read before."""
     rank, waiter = launcher.rank(), DeadlineWaiter(launcher.rank(), timeout)
     arrivals = Arrivals(_MPI, range(launcher.size()[1]), rank, timeout)
     until_warning = min(waiter.warn_after, timeout)
     if select.select([done], [], [], until_warning)[0]:
-        return
+        return False
     if until_warning < timeout:
         arrivals.warn(until_warning)
     if select.select([done], [], [], timeout - until_warning)[0]:
-        return
+        return False
     report, elsewhere = arrivals.explain(timeout)
-    if elsewhere:
-        select.select([done], [], [], _REPORT_DELAY)
+    if elsewhere and select.select([done], [], [], _REPORT_DELAY)[0]:
+        return False
     error = deadline_error(rank, timeout, arrivals.missing(), arrivals.operation, report)
     text = f"hpcsgd: rank {rank} ends the job:\n{type(error).__module__}.{type(error).__name__}: {error}\n"
     os.write(_STDERR, text.encode())
-    shutdown.unlink_mpich_segments(os.getppid())
-    os.kill(os.getppid(), signal.SIGKILL)
+    return True
 
 
 def at_start() -> contextlib.AbstractContextManager[None]:

@@ -121,18 +121,29 @@ def test_a_rank_that_does_not_complete_its_world(begin: str, rank: int, clause: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("wait", ["time.sleep(1000)", "os.kill(os.getpid(), signal.SIGSTOP)"])
-def test_a_rank_that_never_initializes_mpi(wait: str) -> None:
+@pytest.mark.parametrize(
+    ("wait", "clause"),
+    [
+        ("time.sleep(1000)", "has not begun"),
+        (
+            "subprocess.Popen(['sh', '-c', f'sleep 2; kill -STOP {os.getpid()}'])",
+            r"is at the start of MPI, for \d+ s\n +it is stopped \(SIGSTOP\)",
+        ),
+    ],
+)
+def test_a_rank_that_never_initializes_mpi(wait: str, clause: str) -> None:
     """The others wait in native code that holds the lock of Python."""
     script = BEGIN + (
-        "import signal\n"
-        f"if os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '1': {wait}\n"
-        "World(timeout=10)\n"
+        "import subprocess\n"
+        "rank = os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK'))\n"
+        f"if rank == '1': {wait}\n"
+        "elif 'kill' in sys.argv: time.sleep(6)  # the other one is stopped meanwhile\n"
+        "World(timeout=12)\n"
     )
-    job = launch(script, 3, timeout=SECONDS)
+    job = launch(script, 3, *(["kill"] if "kill" in wait else []), timeout=SECONDS + 15)
     check_end(job)
-    assert "waited 10 s for rank 1 in the start of MPI, which all ranks must reach" in job.stderr, job
-    assert re.search(r"\n +rank 1 \(\S+, process \d+\) has not begun", job.stderr), job
+    assert "waited 12 s for rank 1 in the start of MPI, which all ranks must reach" in job.stderr, job
+    assert re.search(rf"\n +rank 1 \(\S+, process \d+\) {clause}", job.stderr), job
     assert job.stderr.count("ends the job:") == 1, job
 
 
