@@ -57,13 +57,13 @@ class PushAggregator:
         self.staleness: Counter[int] = Counter()
         self.dropped = 0
 
-    def pull(self, session: Session, shard: Shard) -> None:
-        """Reply with the values of a shard, if it has any."""
+    def pull(self, session: Session, shard: Shard, joins: bool = False) -> None:
+        """Reply with the values of a shard, if it has any; a client that `joins` trains with them."""
         reply = Header(MessageType.REPLY, shard.index, ReplyStatus.NO_VALUES)
         if shard.centre is not None:
             self.subscribe(session, shard)
             reply = Header(MessageType.REPLY, shard.index, version=shard.version, nbytes=shard.nbytes)
-        self._reply(session, shard, reply)
+        self._reply(session, shard, reply, joins)
 
     def push(self, session: Session, shard: Shard, header: Header, values: np.ndarray) -> None:
         """Apply a push, now or when the awaited clients have pushed too."""
@@ -179,12 +179,14 @@ class PushAggregator:
             reply = session.pending_replies.pop(shard.index)
             self._reply(session, shard, replace(reply, version=shard.version))
 
-    def _reply(self, session: Session, shard: Shard, reply: Header) -> None:
+    def _reply(self, session: Session, shard: Shard, reply: Header, joins: bool = False) -> None:
         if session.link is None:
             return
         body, code = session.buffer(shard), None
         if reply.nbytes and (shard.rule.takes_gradients or not reply.push_number):
             shard.copy_to(body)
+        if reply.nbytes and joins and shard.codec is not None:
+            shard.codec.continue_from_reference(session.name, shard.version, shard.view(body))
         if reply.nbytes and reply.push_number and shard.codec is not None:
             code = shard.codec.encode_reply(session.name, reply, shard.view(body))
         if code is not None:

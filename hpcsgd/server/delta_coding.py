@@ -288,6 +288,18 @@ class ServerDeltaCodec(_DeltaCodec):
         values.copy_(reference.values)
         return None
 
+    def continue_from_reference(self, client: str, version: int, values: Tensor) -> None:
+        """Replace the shard's values by a client's reference of the same version.
+
+        Its loops may begin and end at times of their own (a stop to exchange signals, say): its model has the
+        bits that it would have without them.
+        """
+        if self._models or self.reference_versions.get(client) != version:
+            return
+        reference = self._reference_of(client).values
+        if reference is not None:
+            values.copy_(reference)
+
     def replay_reply(self, client: str, version: int, centre: Tensor) -> None:
         """Update a client's reference as the reply to its push has, of which only the update was logged."""
         if not self._models:

@@ -268,17 +268,21 @@ class Server:
         if session is None:
             session = self.sessions[name] = Session(name, link, shards, options)
             _log.info("%s has connected, from %s", name, link.name)
-        elif session.link is not None:
-            self.disconnect(session.link, "the client has opened another connection")
         else:
-            _log.info("%s has reconnected, from %s", name, link.name)
-        for shard in self.shards.values():
-            if shard.codec is not None:
-                shard.codec.on_reconnect(name)
+            self._reconnect(session, link)
         session.link, session.shards, session.options, session.done = link, shards, options, False
         session.subscribed &= shards
         session.seed = seed
         return session
+
+    def _reconnect(self, session: Session, link: Link) -> None:
+        if session.link is not None:
+            self.disconnect(session.link, "the client has opened another connection")
+        else:
+            _log.info("%s has reconnected, from %s", session.name, link.name)
+        for shard in self.shards.values():
+            if shard.codec is not None:
+                shard.codec.on_reconnect(session.name)
 
     def _validate_options(self, options: Options, shards: Iterable[int]) -> None:
         # One shard for each type and set of parameter groups is enough: the others have equal rules.
@@ -291,9 +295,10 @@ class Server:
                 raise ProtocolError(f"the client's optimizer rejects these options: {error!r}") from None
 
     def _handle_pull(self, session: Session, header: Header, body: np.ndarray) -> None:
-        if header.steps:
+        joins = bool(header.steps)
+        if joins:
             session.paused = False
-        self.aggregator.pull(session, self._requested_shard(session, header))
+        self.aggregator.pull(session, self._requested_shard(session, header), joins)
 
     def _handle_init(self, session: Session, header: Header, body: np.ndarray) -> None:
         shard = self._requested_shard(session, header)

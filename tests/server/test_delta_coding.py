@@ -266,6 +266,64 @@ def test_sync_clients_of_a_killed_server_continue_with_the_same_bits(
     assert train(tmp_path / "killed", 6) == train(tmp_path / "undisturbed", -1)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_pauses_between_steps_change_no_bit(spec: str) -> None:
+    """A loop that ends and begins again, at a time of its own, pulls the model that it trains."""
+
+    def train(pauses: bool) -> list[bytes]:
+        server = Server(Policy("sync"))
+        clients = make_clients(server, 2, spec)
+        for step in range(6):
+            for number, client in enumerate(clients):
+                client.push_values(random_values(7 * step + number))
+            exchange_all(clients)
+            if pauses and step % 2:
+                for client in clients:
+                    client.send(Header(MessageType.PAUSE))
+                    client.pull_model(joins=True)
+        return [bits(client.model) for client in clients] + [bits(centre(server))]
+
+    assert train(pauses=True) == train(pauses=False)
+
+
+def test_client_that_joins_behind_the_others_has_the_server_s_values() -> None:
+    server = Server(Policy("sync"))
+    one, other = make_clients(server, 2, "ef+maxnorm")
+    for step in range(3):
+        one.push_values(random_values(step))
+        if step < 2:
+            other.push_values(random_values(step))
+            exchange_all([one, other])
+        else:
+            other.send(Header(MessageType.PAUSE))
+            exchange_all([one])
+    other.pull_model(joins=True)
+    assert bits(other.model) == bits(centre(server)) != bits(one.model)
+    for each in (one, other):
+        each.push_values(random_values(9))
+    exchange_all([one, other])
+    for each in (one, other):
+        reference = reference_of(server, each.name)
+        assert reference is not None and bits(each.model) == bits(reference)
+
+
+def test_first_connection_of_a_client_costs_no_dense_reply_after_a_checkpoint_is_loaded() -> None:
+    """Whether its hello comes before the first values of a shard, or after: a matter of chance."""
+    server = Server(Policy("sync"))
+    clients = [*make_clients(server, 1, "ef+maxnorm"), CodingClient(server, "late", "ef+maxnorm")]
+    clients[-1].pull_model()
+    server.start_steps(None)
+    codec, reference = server.shards[0].codec, torch.zeros(SIZE)
+    assert codec is not None
+    codec.load_state_dict({client.name: reference for client in clients})
+    for client in clients:
+        client.codec.load_state_dict({**client.codec.state_dict(), "told": reference}, with_reference=True)
+        client.push_values(random_values(2))
+    exchange_all(clients)
+    expected = (ReplyStatus.OK, clients[0].codec.reply_bytes)
+    assert [client.replies for client in clients] == [[expected]] * 2
+
+
 def test_push_without_a_reference_on_the_server_is_repeated_dense() -> None:
     server = Server(Policy("elastic", 0.3))
     (client,) = make_clients(server, 1, "ef+maxnorm")

@@ -61,13 +61,14 @@ class CodingClient(ScriptedClient):
     def dense_bytes(self) -> int:
         return self.model.nbytes
 
-    def pull_model(self, values: np.ndarray | None = None) -> None:
+    def pull_model(self, values: np.ndarray | None = None, joins: bool = False) -> None:
         if values is not None:
             self.initialize(values)
-        self.model.copy_(torch.from_numpy(self.pull(0, values.dtype if values is not None else None).copy()))
+        dtype = values.dtype if values is not None else None
+        self.model.copy_(torch.from_numpy(self.pull(0, dtype, joins).copy()))
 
-    def pull(self, shard: int = 0, dtype: Any = None) -> np.ndarray:
-        return super().pull(shard, dtype or self.model.numpy(force=True).dtype)
+    def pull(self, shard: int = 0, dtype: Any = None, joins: bool = False) -> np.ndarray:
+        return super().pull(shard, dtype or self.model.numpy(force=True).dtype, joins)
 
     def push_values(self, gradient: np.ndarray | None = None, weight: float = 1.0) -> None:
         """Push a gradient, or the model."""

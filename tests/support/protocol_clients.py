@@ -121,9 +121,9 @@ class ScriptedClient:
         self.deliver()
         self.receive()
 
-    def pull(self, shard: int = 0, dtype: Any = np.float32) -> np.ndarray:
+    def pull(self, shard: int = 0, dtype: Any = np.float32, joins: bool = False) -> np.ndarray:
         """Pull the values of a shard."""
-        self.send(Header(MessageType.PULL, shard))
+        self.send(Header(MessageType.PULL, shard, steps=int(joins)))
         header, body = self.received.pop()
         assert (
             header.type is MessageType.REPLY and header.shard == shard and header.status is ReplyStatus.OK

@@ -48,13 +48,16 @@ def test_stopped_group_and_server_resume(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(240)
 def test_compressed_groups_have_the_same_bits_though_the_server_is_killed(tmp_path: Path) -> None:
-    """Rounding is drawn anew in each run, from the seed and the number of the push alone."""
+    """Rounding is drawn anew in each run, from the seed and the number of the push alone.
+
+    The group stops for exchanges of signals at other steps, as it does when it is slowed down.
+    """
     group = (*TRAIN, "--strategy", "ps", "--connect", "servers", "--epochs", 3, "--seed", 5, "--name", "run")
-    group += ("--compress", "ef+maxnorm:bits=4", "--out", ".")
+    group += ("--compress", "fp16", "--out", ".")
     for name in ("undisturbed", "killed"):
         folder = tmp_path / name
         folder.mkdir()
-        pause = ("--delays", "constant:seconds=0.03") if name == "killed" else ()
+        pause = ("--delays", "constant:seconds=0.03", "--log-every", 4) if name == "killed" else ()
         with Job(folder, "server", *SERVE) as server, Job(folder, "group", *group, *pause) as job:
             if name == "killed":
                 job.wait_for("epoch 1.00/")
