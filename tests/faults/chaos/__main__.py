@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def main() -> int:
     file, keep = given.pop("json"), given.pop("keep")
     options = Options(**given)
     print(options.command(), flush=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else jobs, mounts and namespaces stay
+        signal.signal(number, lambda *_: sys.exit(1))
     result = Trial(options, lambda line: print(line, flush=True), keep).run()
     print(result)
     if file is None:

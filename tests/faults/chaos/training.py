@@ -71,7 +71,6 @@ class TrainingJob(Job):
         if hosts is not None:
             self.kinds = (*self.kinds, "cut")
         self._grown = self._parts = 0
-        self._started = 0, 0  # starts of the program, and parts of the run before the last one
         self._intruders: list[Program] = []
 
     @property
@@ -109,12 +108,9 @@ class TrainingJob(Job):
         self._program = Program(command, output, self.place.folder, variables)
         tolerance = 2 * _KEEP / _EPOCHS if self._shrinks else 0.0
         self._journal = Journal(self._run, spare, lambda: self._program.text, tolerance)
-        self._started = 0, 0
         self._program.start()
 
     def _tick(self) -> None:
-        if self._program.starts != self._started[0]:
-            self._started = self._program.starts, len(self._journal.parts)
         if not self._is_finished():
             self._start_again(self._program)
         for intruder in [each for each in self._intruders if each.status() is not None]:
@@ -133,22 +129,6 @@ class TrainingJob(Job):
         while self._intruders:
             self._intruders.pop().kill()
         super().remove()
-
-    def _kill(self, fault: Fault) -> None:
-        if self._waits_for_start():
-            self._crash(fault)
-        else:
-            super()._kill(fault)
-
-    def _end(self, fault: Fault) -> None:
-        if self._waits_for_start():
-            self._crash(fault)
-        else:
-            super()._end(fault)
-
-    def _waits_for_start(self) -> bool:
-        """Whether ranks may be in MPI_Init, in which ULFM lets them wait for ever for one that has died."""
-        return self._shrinks and len(self._journal.parts) == self._started[1]
 
     def _cut(self, fault: Fault) -> Undo:
         assert self._hosts is not None
