@@ -224,9 +224,11 @@ class CompressedReducer:
             buffer.views[0][:numel]
             for buffer, (numel, _) in zip(shard.buffers, codec.sum_buffers, strict=True)
         ]
-        sums_left = len(codec.sum_buffers)
+        sums_left, residual = len(codec.sum_buffers), shard.residual
+        narrow = values.dtype is torch.float16  # no scheme keeps to its range for certain
         try:
-            run = codec.run(values, buffers, random_key, scale, shard.residual)
+            new_residual = residual.clone() if narrow and residual is not None else residual
+            run = codec.run(values, buffers, random_key, scale, new_residual)
             for message in self._traced(run, sums_left, shard.bucket):
                 if message is None:
                     yield None
@@ -234,10 +236,31 @@ class CompressedReducer:
                 yield from self._combine(task, shard, message)
                 sums_left -= message.op == "sum"
                 task.all_sent = sums_left == 0 and message.op == "sum" and not self._by_node
+            if narrow:
+                self._check_range(shard)
+                if residual is not None and new_residual is not None:
+                    residual.copy_(new_residual)
         except _NonFinite:
             self._flags.flat.fill_(1)
             values.fill_(torch.nan)
         shard.clear_gaps()
+
+    def _check_range(self, shard: BucketShard) -> None:
+        """Raise if decoded values exceed the range of their type."""
+        values = shard.values
+        if bool(values.isfinite().all()):
+            return
+        if self._nonfinite == "error":
+            raise HpcsgdError(
+                f"{self._compressor} cannot represent the mean {self._kind} of {shard.bucket} "
+                f"at step {self._world.activity.step}",
+                rank=self._world.global_rank,
+                expected=f"decoded values up to {torch.finfo(values.dtype).max:g}, the largest of float16",
+                got="larger ones: rounding, or the factor of sampled coordinates, has enlarged some",
+                do="use parameters of bfloat16 or float32, or a scheme that enlarges less: norm=max, "
+                "more bits, error feedback (ef+) with samples; nonfinite='skip' skips such steps",
+            )
+        raise _NonFinite
 
     def _traced(
         self, run: Iterator[Message | None], sums_left: int, bucket: Bucket

@@ -81,14 +81,21 @@ class PointToPointCodec:
         Returns
         -------
         array or None
-            The code, a new array (nbytes,) uint8; None if a value is not finite, and then nothing is changed.
+            The code, a new array (nbytes,) uint8. None if a value is not finite, and then nothing is changed;
+            or if a decoded one is not, in float16, and then the residual is unchanged.
         """
         code, end = np.empty(self.nbytes, np.uint8), 0
-        for message in self._messages(values, random_key, residual):
+        narrow = self.dtype is torch.float16
+        new_residual = residual.clone() if narrow and residual is not None else residual
+        for message in self._messages(values, random_key, new_residual):
             if message.op == "max" and not all_finite(message.data):
                 return None
             start, end = end, end + message.data.nbytes
             code[start:end] = bytes_of(message.data)
+        if narrow and not bool(values.isfinite().all()):
+            return None
+        if residual is not None and new_residual is not None and new_residual is not residual:
+            residual.copy_(new_residual)
         return code
 
     def encode_scaled(self, values: Tensor, random_key: RandomKey) -> np.ndarray | None:
@@ -96,10 +103,12 @@ class PointToPointCodec:
 
         With this factor the error of any scheme is smaller than the values, so it can be sent later. With a
         factor of 1 this holds neither for `randk`, which multiplies its coordinates, nor for coarse rounding.
+        Without a code nothing is changed.
         """
         before = values.to(torch.float64, copy=True)
         code = self.encode(values, random_key)
         if code is None:
+            values.copy_(before)
             return None
         decoded = values.double()
         square = float(decoded @ decoded)

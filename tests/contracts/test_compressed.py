@@ -247,6 +247,24 @@ def test_a_non_finite_bucket_is_skipped_on_all_ranks(
         expected.check(iter(results))
 
 
+@each_layout
+def test_a_bucket_beyond_the_range_of_float16_is_skipped(world_of: WorldOf, layout: tuple[int, bool]) -> None:
+    """A step of coarse codes is the euclidean norm of its block, beyond the largest number of float16."""
+    world = world_of(*layout)
+    for spec, fits_range in (("ef+maxnorm:bits=2,norm=euclidean", False), ("ef+maxnorm:bits=2", True)):
+        group = group_of(world, torch.float16, [(4000,)])
+        reducer = make_reducer(group, "auto", build(spec), SEED, nonfinite="skip")
+        (view,) = group.views.values()
+        view.fill_(3e4)
+        before = residuals(reducer)
+        start_all(reducer, group, 1 / world.size)
+        assert reducer.finish() == fits_range
+        assert bool(view.isfinite().all()) == fits_range
+        if not fits_range:
+            kept = zip(before, residuals(reducer), strict=True)
+            assert all(old is None or torch.equal(old, new) for old, new in kept)
+
+
 @pytest.mark.parametrize("layout", [(0, True), (2, True), (0, False)], ids=str)
 def test_a_reduction_that_is_dropped_with_work_outstanding(
     world_of: WorldOf, layout: tuple[int, bool]

@@ -73,7 +73,7 @@ def reduce_and_check(row: c.Row, lock: Lockstep, rows: Tensor, step: int) -> Ten
     residuals = residuals_of(lock)
 
     assert all(torch.equal(other, out[0]) for other in out)
-    assert torch.isfinite(out).all() and torch.isfinite(residuals).all()
+    assert torch.isfinite(residuals).all()
     total = (rotate(lock, rows.float()) if row.rotated else rows.float()) + before
     error = np.abs(residuals.double().numpy(force=True))
     assert np.all(error <= row.bound(total.double().numpy(force=True), lock.segment) * (1 + 2 * EPS))
@@ -87,5 +87,7 @@ def reduce_and_check(row: c.Row, lock: Lockstep, rows: Tensor, step: int) -> Ten
         size = np.full(numel, np.linalg.norm(size) * 8)
     tolerance = (4 * EPS + ranks * row.precision) * size + 2.0**-147
     tolerance += torch.finfo(rows.dtype).eps * (np.abs(expected) + torch.finfo(rows.dtype).tiny)
-    assert np.all(np.abs(out[0].double().numpy(force=True) - expected) <= tolerance)
+    found, largest = out[0].double().numpy(force=True), torch.finfo(rows.dtype).max
+    overflows = np.isinf(found) & (np.abs(expected) + tolerance > largest)  # in float16, by coarse rounding
+    assert np.all(np.abs(found - expected)[~overflows] <= tolerance[~overflows])
     return residuals
