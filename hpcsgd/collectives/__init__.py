@@ -222,7 +222,7 @@ def _run(target: Target, kind: str, choose: Callable[[Bucket], Operation], *argu
         progress.run(name, _job(choose(bucket), bucket, name, *arguments))
 
 
-def _job(operation: Operation, bucket: Bucket, name: str, *arguments: Any) -> Callable[[], None]:
+def _job(operation: Operation, bucket: Bucket, name: str, *arguments: Any) -> Callable[[], object]:
     if operation is _scale:  # a single rank, which communicates nothing
         return after_compute(bucket.flat.device, partial(operation, bucket, name, *arguments))
     return via_host(operation, bucket, name, *arguments)

@@ -71,7 +71,7 @@ def _copied(values: Tensor, host: Tensor) -> Iterator[Tensor]:
     values.copy_(host, non_blocking=True)
 
 
-def after_compute(device: torch.device, job: Callable[[], None]) -> Callable[[], None]:
+def after_compute(device: torch.device, job: Callable[[], object]) -> Callable[[], object]:
     """Return a job that runs `job` after all work that is queued on the caller's current stream.
 
     The job ends when its copies between device and host are complete. On a CPU it is `job` itself.

@@ -25,6 +25,7 @@ _GRACE = 10.0
 _WARN_AFTER = (0.25, 30.0)  # of the deadline, and no fewer seconds than this
 _COMPARE_AFTER = 1.5  # seconds, doubled at each comparison
 _BUSY_INTERVAL = 10.0  # seconds between two looks at a busy rank
+_ADVICE = "find out why the missing rank stopped"
 
 _Missing = Callable[[], Iterable[int]] | None
 
@@ -111,6 +112,7 @@ class DeadlineWaiter:
         done: Callable[[], bool],
         operation: str,
         missing: _Missing = None,
+        advice: str = _ADVICE,
     ) -> None:
         """Return once `done()` is true.
 
@@ -122,6 +124,8 @@ class DeadlineWaiter:
             The operation, for the error: "all-reduce of bucket 3, step 17".
         missing
             Returns the ranks that have not arrived yet, where that is known.
+        advice
+            What to do after the timeout. Default: look for the missing rank.
 
         Raises
         ------
@@ -138,9 +142,9 @@ class DeadlineWaiter:
         os.sched_yield()
         if not done():
             with self._recorded(operation, started, missing), self.tracer.span(operation, "wait"):
-                self._sleep_until(done, started)
+                self._sleep_until(done, started, advice)
 
-    def _sleep_until(self, done: Callable[[], bool], started: float) -> None:
+    def _sleep_until(self, done: Callable[[], bool], started: float, advice: str) -> None:
         checked, warn_at = started, started + self.warn_after
         compare_at, deadline = started + _COMPARE_AFTER, _Deadline(self, started, self.timeout)
         while not done():
@@ -156,7 +160,7 @@ class DeadlineWaiter:
                     compare_at = started + 2 * (now - started)
                     self.hooks.compare(now - started)
                 if deadline.has_passed(now):
-                    raise self._deadline_error(now - started, self.timeout)
+                    raise self._deadline_error(now - started, self.timeout, advice)
                 if now > warn_at:
                     warn_at = math.inf if self.hooks.warn(now - started) else now + self.warn_after
             # In proportion to the wait so far: the relative delay of noticing its end is bounded.
@@ -214,14 +218,20 @@ class DeadlineWaiter:
             if not given_up:
                 self._pending.pop(thread, None)
 
-    def _deadline_error(self, waited: float, limit: float) -> DeadlineExceeded:
+    def _deadline_error(self, waited: float, limit: float, advice: str = _ADVICE) -> DeadlineExceeded:
         operation, _, missing = self._pending[threading.get_ident()]
         ranks, (report, elsewhere) = _ranks(missing), self.hooks.explain(waited)
-        return deadline_error(self.rank, limit, ranks, operation, report, elsewhere)
+        return deadline_error(self.rank, limit, ranks, operation, report, elsewhere, advice)
 
 
 def deadline_error(
-    rank: int, limit: float, missing: Sequence[int], operation: str, report: str, elsewhere: bool = False
+    rank: int,
+    limit: float,
+    missing: Sequence[int],
+    operation: str,
+    report: str,
+    elsewhere: bool = False,
+    advice: str = _ADVICE,
 ) -> DeadlineExceeded:
     """Return the error of a rank whose wait has lasted for `limit` seconds.
 
@@ -233,13 +243,14 @@ def deadline_error(
         The ranks for which it waits, as far as they are known, and in which operation.
     report, elsewhere
         See `WaitHooks.explain`.
+    advice
+        What to do.
     """
     return DeadlineExceeded(
         f"waited {limit:g} s" + (f" for {format_ranks(missing)}" if missing else "") + f" in {operation}",
         rank=rank,
         got=report or None,
-        do="find out why the missing rank stopped; to wait longer raise --timeout or HPCSGD_TIMEOUT "
-        "(seconds)",
+        do=f"{advice}; to wait longer raise --timeout or HPCSGD_TIMEOUT (seconds)",
         elsewhere=elsewhere,
     )
 

@@ -143,23 +143,31 @@ class Connection:
                 return _IDLE_INTERVAL
             if self._link is None:
                 self._open()
-            if not self._admitted:
+            moved = self._link is not None and self._pump(self._link)
+            if not self._admitted and not self._closed:
                 self._check_timeout()
             if self._link is None:
-                return _RETRY_INTERVAL
-            try:
-                moved = self._link.pump()
-            except Disconnected as error:
-                if isinstance(error, SecretError) and not self._was_admitted:
-                    self._raise_refused(str(error))
-                self._disconnect(str(error))
-                return 0.0
+                return _IDLE_INTERVAL if self._closed else _RETRY_INTERVAL
             now = time.monotonic()
             if self._admitted and not self._closing and now >= self._heartbeat_at:
                 self._heartbeat_at = now + self._heartbeat_interval
                 self._link.send(Header(MessageType.HEARTBEAT))
             busy = self._pending or not self._admitted or not self._link.idle or self._closing
             return 0.0 if moved else POLL_INTERVAL if busy else max(0.0, self._heartbeat_at - now)
+
+    def _pump(self, link: Link) -> bool:
+        try:
+            return bool(link.pump())
+        except Disconnected as error:
+            if isinstance(error, SecretError) and not self._was_admitted:
+                raise HpcsgdError(
+                    f"{self._connector.server_name} does not know this group",
+                    got=str(error),
+                    do="pass the file of the servers' --listen to --connect; if these have ended, and "
+                    "another program has their port, remove the file and start them again",
+                ) from None
+            self._disconnect(str(error))
+            return True
 
     def _open(self) -> None:
         if time.monotonic() < self._retry_at:
@@ -176,7 +184,8 @@ class Connection:
             raise HpcsgdError(
                 f"{self._connector.server_name} cannot be reached for {self._timeout:g} s",
                 got=self._reason,
-                do="start or restart the server; to wait longer raise --timeout or HPCSGD_TIMEOUT (seconds)",
+                do="start or restart the server, or see its output; to wait longer raise --timeout or "
+                "HPCSGD_TIMEOUT (seconds)",
             )
 
     def _disconnect(self, reason: str) -> None:

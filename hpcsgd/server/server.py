@@ -163,10 +163,11 @@ class Server:
     def _extend_leases(self, gap: float) -> None:
         """Extend all leases by the time in which the server itself was stalled and received nothing."""
         if gap > max(self.policy.lease / 4, _MIN_STALL):
+            now = time.monotonic()
             for session in self.sessions.values():
-                session.last_seen += gap
+                session.last_seen = min(session.last_seen + gap, now)
             for link in self.links:
-                link.last_received = min(link.last_received + gap, time.monotonic())
+                link.last_received = min(link.last_received + gap, now)
 
     def start_steps(self, step_limit: int | None) -> None:
         """All clients are about to take `step_limit` more steps in total: all of them are awaited."""

@@ -8,6 +8,7 @@ group's first node are its gateways, the only ones with connections to the serve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,7 @@ class Store:
             index = self._first_index[key] + bucket.index
             if self._is_gateway_of(index):
                 name = f"{what} of {key}, bucket {bucket.index} at step {self._world.activity.step}"
-                work = progress.submit(name, after_compute(bucket.flat.device, _bind(job, bucket, index)))
+                work = progress.submit(name, after_compute(bucket.flat.device, partial(job, bucket, index)))
             if self._world.size > 1:
                 work = ibroadcast(bucket, self._gateway_of(index))
         return work or progress.submit(f"{what} of nothing", lambda: None)
@@ -260,8 +261,7 @@ class Store:
             self._continue_pushes()
             return self._requests[index].done
 
-        what = f"the reply to a push of {bucket} (the server has not replied)"
-        self._world.waiter.until(is_done, what)
+        self._until(is_done, f"the reply to a push of {bucket}")
         reply = self._record_reply(self._requests.pop(index))
         if index in self._codecs:
             self._codecs[index].decode_reply(reply, bucket.host)
@@ -294,8 +294,12 @@ class Store:
         return status
 
     def _wait_for(self, request: Request, what: str) -> Header:
-        self._world.waiter.until(lambda: request.done, f"{what} (the server has not replied)")
+        self._until(lambda: request.done, what)
         return self._record_reply(request)
+
+    def _until(self, done: Callable[[], bool], what: str) -> None:
+        advice = "see the output of the servers, and of the other groups, which mode sync awaits"
+        self._world.waiter.until(done, f"{what} (the server has not replied)", advice=advice)
 
     def _record_reply(self, request: Request) -> Header:
         reply = request.reply
@@ -375,13 +379,6 @@ class Store:
             self._push_numbers, self._versions = list(state["rounds"]), list(state["versions"])
         for index, codec in self._codecs.items():
             codec.load_state_dict(state["codes"][index], with_servers)
-
-
-def _bind(job: Callable[[Bucket, int], object], bucket: Bucket, index: int) -> Callable[[], None]:
-    def run() -> None:
-        job(bucket, index)
-
-    return run
 
 
 def _bytes(bucket: Bucket) -> np.ndarray:

@@ -23,6 +23,7 @@ _SECONDS = 10.0  # from the connection to the proof
 _MOST, _DESCRIPTOR_SHARE = 256, 4  # strangers at a time, and at most a quarter of all descriptors
 _ACCEPTED_AT_ONCE = 16
 _QUANTUM = 0.001  # seconds of work, then the known clients' turn has come
+_SHARE = 20  # while clients send, one part in so many of the time is for strangers
 _PAUSE_WITHOUT_DESCRIPTORS = 1.0  # seconds
 _LOGGED_AT_ONCE, _LOG_INTERVAL = 5, 60.0  # refusals, then their number once a minute
 
@@ -38,6 +39,11 @@ class Strangers:
         See `ServerIdentity`.
     on_proof
         Called with a connection whose client has proved the secret, and its name "host:port".
+
+    Attributes
+    ----------
+    due_at
+        Time, of `time.monotonic`, before which `serve` does nothing.
     """
 
     def __init__(
@@ -54,7 +60,8 @@ class Strangers:
         self._number_by_host: Counter[str] = Counter()
         self._most = min(_MOST, raise_descriptor_limit() // _DESCRIPTOR_SHARE)
         self._refusals = _RefusalLog()
-        self._paused_until = 0.0
+        self._proved: list[tuple[socket.socket, str]] = []
+        self.due_at = 0.0
 
     def fileno(self) -> int:
         """For `selectors`: readable while `serve` has something to do."""
@@ -63,11 +70,25 @@ class Strangers:
     def __len__(self) -> int:
         return len(self._greeted)
 
-    def serve(self) -> None:
-        """Accept and greet what is ready, for a millisecond at most."""
-        if time.monotonic() < self._paused_until:
+    def serve(self, busy: bool = False) -> None:
+        """Accept and greet what is ready, for a millisecond at most.
+
+        Parameters
+        ----------
+        busy
+            Whether clients send: then these have 19 times as long before the next turn. Default False.
+        """
+        started = time.monotonic()
+        if started < self.due_at:
             return
-        deadline = time.monotonic() + _QUANTUM
+        self._greet_until(started + _QUANTUM)
+        now = time.monotonic()
+        if busy:
+            self.due_at = max(self.due_at, started + _SHARE * (now - started))
+        while self._proved:  # what clients cost is no stranger's
+            self._on_proof(*self._proved.pop(0))
+
+    def _greet_until(self, deadline: float) -> None:
         for key, _ in self._selector.select(0):
             stranger = self._greeted.get(key.fd)
             if key.data is None:
@@ -104,7 +125,7 @@ class Strangers:
                 continue  # it is gone already
             except OSError as error:
                 self._refusals.add("a connection", str(error))
-                self._paused_until = time.monotonic() + _PAUSE_WITHOUT_DESCRIPTORS
+                self.due_at = time.monotonic() + _PAUSE_WITHOUT_DESCRIPTORS
                 return
             connection.setblocking(False)
             self._make_room()
@@ -125,7 +146,7 @@ class Strangers:
             event = next(stranger.greeting)
         except StopIteration as proved:
             self._forget(stranger)
-            self._on_proof(proved.value, stranger.name)
+            self._proved.append((proved.value, stranger.name))
         except Disconnected as error:
             self._refuse(stranger, str(error))
         else:

@@ -7,6 +7,7 @@ import socket
 import ssl
 import time
 from collections import deque
+from collections.abc import Generator
 
 import numpy as np
 
@@ -15,27 +16,8 @@ from hpcsgd.server.proof import Greeting
 from hpcsgd.server.protocol import HEADER_BYTES, Disconnected, Handler, Header, Link, connection_broke
 
 _MAX_BYTES_PER_PUMP = 8 * 2**20  # of one link, then the others are served
-_CONNECT_TIMEOUT = 2.0  # seconds, for each address
-_GREETING_TIMEOUT = 10.0  # seconds, then another connection is tried
 _USER_TIMEOUT_MS = 30_000  # without an acknowledgement by the other host, then the connection is broken
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-
-def connect(hosts: list[str], port: int) -> socket.socket:
-    """Connect to the first address that accepts; raises `OSError` if none does."""
-    errors = []
-    for host in hosts:
-        try:
-            connection = socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT)
-        except OSError as error:
-            errors.append(f"{host}:{port}: {error}")
-            continue
-        if connection.getsockname() != connection.getpeername():
-            return connection
-        # With no listener on the port, a host may by chance connect to itself.
-        connection.close()
-        errors.append(f"{host}:{port}: no server listens there")
-    raise OSError("; ".join(errors))
 
 
 class TCPLink(Link):
@@ -44,30 +26,34 @@ class TCPLink(Link):
     Parameters
     ----------
     connection
-        A connected socket, which the link owns and closes.
+        A connected socket, whose other side has been greeted, or the greeting that leads to one. The link
+        owns and closes it.
     handler, name, traffic
         See `Link`.
-    greeting
-        Greets the other side before the first message. Default: it has been greeted.
     """
 
     def __init__(
         self,
-        connection: socket.socket,
+        connection: socket.socket | Greeting,
         handler: Handler,
         name: str,
         traffic: Traffic | None = None,
-        greeting: Greeting | None = None,
     ) -> None:
         super().__init__(handler, name, traffic)
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
-        self._socket = connection
-        self._greeting, self._opened_at = greeting, time.monotonic()
+        self._greeting: Greeting | None = None
+        if isinstance(connection, Generator):
+            self._greeting = connection
+        else:
+            self._use(connection)
         self._outgoing: deque[memoryview] = deque()
         self._buffer = bytearray(HEADER_BYTES)
         self._unfilled = memoryview(self._buffer)  # rest of the header or body that is being received
+
+    def _use(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+        self._socket, self._greeting = connection, None
 
     def fileno(self) -> int:
         """For `selectors`."""
@@ -89,10 +75,8 @@ class TCPLink(Link):
         try:
             next(greeting)
         except StopIteration as done:
-            self._socket, self._greeting = done.value, None
+            self._use(done.value)
             return True
-        if time.monotonic() - self._opened_at > _GREETING_TIMEOUT:
-            raise Disconnected(f"the server has not answered for {_GREETING_TIMEOUT:g} s")
         return False
 
     def flush(self) -> None:
@@ -154,4 +138,5 @@ class TCPLink(Link):
     def close(self) -> None:
         if self._greeting is not None:
             self._greeting.close()
-        self._socket.close()
+        else:
+            self._socket.close()

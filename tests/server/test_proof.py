@@ -33,15 +33,13 @@ Ends = tuple[socket.socket, socket.socket]
 
 def assert_connected(client: object, server: object) -> None:
     assert isinstance(client, socket.socket) and isinstance(server, socket.socket), (client, server)
+    for each in (client, server):
+        each.settimeout(5)
     for one, other in ((client, server), (server, client)):
-        one.setblocking(True)
-        other.setblocking(True)
-        one.settimeout(5)
         one.sendall(b"to the other side")
         assert other.recv(100) == b"to the other side"
-        one.close()
-        break
-    server.close()
+    for each in (client, server):
+        each.close()
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,16 @@ def test_stall_of_the_server_extends_all_leases() -> None:
     assert one.pop_reply()[0].status is ReplyStatus.OK
 
 
+def test_stall_of_the_server_extends_no_lease_into_the_future() -> None:
+    """As that of its start, before which the sessions of its last state have their leases."""
+    server, _, two = pair(Policy("sync", lease=5.0))
+    two.link.close()
+    server.pump([two.server_link])
+    server._leases_checked_at -= 60.0
+    server.check_leases()
+    assert min(session.silent_for for session in server.sessions.values()) >= 0.0
+
+
 def test_link_without_a_hello_is_closed_after_the_lease() -> None:
     server, one, _ = pair(Policy("sync", lease=5.0))
     _near, server_link = QueueLink.pair(one, server)

@@ -59,6 +59,16 @@ class Gate:
             each.close()
 
 
+class Clock:
+    """Stands still at `seconds[0]`."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self._seconds = seconds
+
+    def monotonic(self) -> float:
+        return self._seconds[0]
+
+
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(strangers, "_QUANTUM", 10.0)
@@ -144,8 +154,54 @@ def test_without_descriptors_the_known_are_served(gate: Gate, caplog: pytest.Log
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for other in others:
             other.close()
-    gate.strangers._paused_until = 0.0
+    gate.strangers.due_at = 0.0
     gate.admit(client)
+
+
+def test_strangers_have_a_twentieth_of_the_time_while_clients_send(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by a tenth of a millisecond whenever it is read."""
+    monkeypatch.setattr(strangers, "_QUANTUM", 0.001)
+    clock = [time.monotonic()]
+
+    def now() -> float:
+        clock[0] += 1e-4
+        return clock[0]
+
+    monkeypatch.setattr(time, "monotonic", now)
+    gate.strangers.serve(busy=True)
+    start = clock[0]
+    spent = 0.0
+    for number in range(3000):
+        if number % 3 == 0:
+            gate.clients.append(socket.create_connection(("127.0.0.1", gate.port), 5))
+            gate.clients.pop(0).close()
+        before = clock[0]
+        gate.strangers.serve(busy=True)
+        spent += clock[0] - before
+        clock[0] += 1e-3  # for clients
+    assert 0.02 < (spent - 3000 * 1e-4) / (clock[0] - start) < 0.051  # less the looks at the clock
+    gate.strangers.due_at = 0.0
+    gate.admit(gate.open())
+
+
+def test_what_an_admitted_client_costs_is_no_stranger_s(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr(strangers, "time", Clock(seconds))
+
+    def welcome(connection: socket.socket, name: str) -> None:
+        gate.proved.append((connection, name))
+        seconds[0] += 5.0
+
+    monkeypatch.setattr(gate.strangers, "_on_proof", welcome)
+    client = gate.open()
+    client.setblocking(False)
+    greeting = greet_server(client, "s", "")
+    while not gate.proved:
+        gate.strangers.serve(busy=True)
+        next(greeting, None)
+    assert seconds[0] == 5.0 and gate.strangers.due_at == 0.0
 
 
 def test_refusals_are_logged_at_a_limited_rate(

@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsgd.diagnostics.traffic import Traffic
-from hpcsgd.server import tcp_link
-from hpcsgd.server.listening import listen
 from hpcsgd.server.protocol import HEADER_BYTES, Disconnected, Header, Link, MessageType, ProtocolError
 from hpcsgd.server.tcp_link import TCPLink
 from tests.support.sockets import sockets
@@ -187,24 +185,3 @@ def test_partial_message_counts_as_received() -> None:
     assert other.last_received > before and not handler.received
     one.close()
     other.close()
-
-
-def test_the_first_address_that_answers_is_taken() -> None:
-    (listener,) = listen(["127.0.0.1"])
-    port = listener.getsockname()[1]
-    connection = tcp_link.connect(["127.0.0.2", "127.0.0.1"], port)
-    assert connection.getpeername() == ("127.0.0.1", port)
-    connection.close()
-    listener.close()
-    with pytest.raises(OSError, match=str(port)):
-        tcp_link.connect(["127.0.0.1"], port)
-
-
-def test_connection_to_itself_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TCP connects a port to itself if the client is assigned the port that it connects to."""
-    own = socket.socket()
-    own.bind(("127.0.0.1", 0))
-    own.connect(own.getsockname())
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: own)
-    with pytest.raises(OSError, match="no server listens there"):
-        tcp_link.connect(["127.0.0.1"], own.getsockname()[1])

@@ -33,7 +33,6 @@ from hpcsgd.server.utilization import Utilization
 _log = logging.getLogger("hpcsgd.server")
 _TICK_SECONDS = 0.2  # between two checks of leases, checkpoints and signals
 _METRICS_INTERVAL = 5.0  # seconds
-_STRANGERS_SHARE = 20  # while clients send, one part in so many of the time is for strangers
 
 
 class ServeOptions(NamedTuple):
@@ -109,7 +108,7 @@ class Service:
         self._vote = EndVote(world.control)
         self._utilization = Utilization()
         self._expected_groups_connected = self._lingering = self._seeds_reported = False
-        self._tick_at = self._metrics_at = self._strangers_at = 0.0
+        self._tick_at = self._metrics_at = 0.0
 
     def _open_port(self, secret: str) -> None:
         options = self._options
@@ -159,21 +158,15 @@ class Service:
     def _poll(self) -> None:
         """Wait for events on the sockets, and pump their links."""
         self._update_selector()
-        pause = self._strangers_at - time.monotonic()
-        ready = [key.fileobj for key, _ in self._selector.select(pause if pause > 0 else _TICK_SECONDS)]
+        pause = self._strangers.due_at - time.monotonic()
+        timeout = min(pause, _TICK_SECONDS) if pause > 0 else _TICK_SECONDS
+        ready = [key.fileobj for key, _ in self._selector.select(timeout)]
         started = time.perf_counter()
         moved = self.server.pump([link for link in ready if isinstance(link, TCPLink)])
         self._utilization.record_poll(moved, time.perf_counter() - started)
         if self._strangers in ready:
-            self._serve_strangers(moved > 0)
+            self._strangers.serve(busy=moved > 0)
         self._expected_groups_connected = self._expected_groups_connected or self._groups_connected()
-
-    def _serve_strangers(self, busy: bool) -> None:
-        """Greet strangers; while clients send they are given a small share of the time."""
-        started = time.monotonic()
-        self._strangers.serve()
-        spent = time.monotonic() - started
-        self._strangers_at = started + (spent * _STRANGERS_SHARE if busy else 0.0)
 
     def _groups_connected(self) -> bool:
         """Whether the expected number of groups has connected, and at least one is not done."""
@@ -189,7 +182,7 @@ class Service:
             for link in self.server.links
             if isinstance(link, TCPLink)
         }
-        if time.monotonic() >= self._strangers_at:
+        if time.monotonic() >= self._strangers.due_at:
             events[self._strangers] = selectors.EVENT_READ
         for link in self._registered.keys() - events.keys():
             self._selector.unregister(link)
@@ -261,6 +254,7 @@ class Service:
 
     def _shut_down(self) -> None:
         options, caught = self._options, self._signals.received
+        self._strangers.close()  # their descriptors may be the last ones, and the state needs some
         if self._world.rank == 0:
             options.listen.unlink(missing_ok=True)
             self._dashboard.show(self.server.sessions.values())

@@ -11,12 +11,12 @@ from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.world import World
-from hpcsgd.server import tcp_link
 from hpcsgd.server.connection import Connector
 from hpcsgd.server.mpi_link import MPILink
-from hpcsgd.server.proof import greet_server
 from hpcsgd.server.protocol import Handler, Link
+from hpcsgd.server.reaching import reach_server
 from hpcsgd.server.rendezvous import RendezvousFile
+from hpcsgd.server.tcp_link import TCPLink
 
 _FILE_POLL_INTERVAL = 0.2  # seconds
 
@@ -67,9 +67,7 @@ class TCPConnector:
                 do="restart `hpcsgd serve` with as many ranks as before",
             )
         endpoint = file.servers[self._index]
-        connection = tcp_link.connect(endpoint.addresses, endpoint.port)
-        greeting = greet_server(connection, file.secret, endpoint.fingerprint)
-        return tcp_link.TCPLink(connection, handler, self.server_name, self._traffic, greeting)
+        return TCPLink(reach_server(endpoint, file.secret), handler, self.server_name, self._traffic)
 
 
 def make_connectors(path: Path, world: World) -> list[Connector]:
