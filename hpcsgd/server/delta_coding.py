@@ -291,7 +291,7 @@ class ServerDeltaCodec(_DeltaCodec):
     def continue_from_reference(self, client: str, version: int, values: Tensor) -> None:
         """Replace the shard's values by a client's reference of the same version.
 
-        Its loops may begin and end at times of their own (a stop to exchange signals, say): its model has the
+        Its loops may begin and end at times of their own, as for an exchange of signals: its model has the
         bits that it would have without them.
         """
         if self._models or self.reference_versions.get(client) != version:
