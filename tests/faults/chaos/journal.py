@@ -70,8 +70,8 @@ class Journal:
         self._lines: list[bytes] = []
         self._of_lines = 0  # parts when these lines were read
         self._saved = 0.0  # the place of the newest checkpoint of the current part, or of its start
-        self._earlier: set[tuple[int, int]] = set()  # checkpoints that this part has not written
-        self._seen: set[tuple[int, int]] = set()
+        self._earlier: set[tuple[str, int]] = set()  # checkpoints that this part has not written
+        self._seen: set[tuple[str, int]] = set()
         self._stat: tuple[int, int] | None = None
 
     def read(self) -> None:
@@ -191,12 +191,12 @@ class Journal:
                 )
 
 
-def _identity(checkpoint: Path) -> tuple[int, int]:
+def _identity(checkpoint: Path) -> tuple[str, int]:
+    """Step and time of a checkpoint, which it keeps when it is brought home from the spare folder."""
     try:
-        stat = (checkpoint / "manifest.json").stat()
+        return checkpoint.name, (checkpoint / "manifest.json").stat().st_mtime_ns
     except FileNotFoundError:
-        return 0, 0
-    return stat.st_ino, stat.st_mtime_ns
+        return checkpoint.name, 0
 
 
 def _count_equal(one: list[bytes], other: list[bytes]) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 
 from tests.faults.chaos.hand import KINDS, Hand
+from tests.faults.chaos.journal import Journal
 from tests.faults.chaos.table import Case, Result
 from tests.faults.chaos.training import METHODS
 from tests.faults.chaos.trial import Options, Trial
@@ -44,6 +47,27 @@ def test_the_table_has_sums() -> None:
     assert rows["all", "all"] == (3, 2, 3.0, 4.0)
     assert rows["kill", "all"] == (2, 2, 3.0, 4.0) and rows["all", "dsgd"] == (2, 1, 4.0, 4.0)
     assert "3 faults in 60 s, 0 failures" in str(result) and '"recovered": 2' in result.json()
+
+
+def test_a_damaged_checkpoint_is_no_new_one_where_it_comes_home_from_the_spare_folder(tmp_path: Path) -> None:
+    """The run goes on from the checkpoint before it, in which nothing is lost."""
+    run, spare = tmp_path / "run", tmp_path / "spare"
+    for folder in (run / "checkpoints/step-00000010", spare / "hpcsgd-run/checkpoints/step-00000020"):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        (folder / "rank-0000.pt").write_bytes(b"state")
+    text = "sgp over 1 ranks on 1 node; 90 steps; run\n"
+    journal = Journal(run, spare, lambda: text)
+    journal.read()
+    journal.damage_newest()
+    shutil.copytree(spare / "hpcsgd-run/checkpoints/step-00000020", run / "checkpoints/step-00000020")
+    shutil.rmtree(spare / "hpcsgd-run")
+    journal.read()
+    text += "sgp over 1 ranks on 1 node; 90 steps, from step 10; run\n"
+    journal.read()
+    text += "sgp over 1 ranks on 1 node; 90 steps; run\n"
+    with pytest.raises(AssertionError, match="had one of step 10"):
+        journal.read()
 
 
 def test_a_trial_can_be_repeated_by_its_command() -> None:
