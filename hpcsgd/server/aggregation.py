@@ -77,9 +77,9 @@ class PushAggregator:
             self._drop_late(session, shard, number)
         else:
             shard.dropped.discard(session.name)
-            session.pending_staleness[shard.index] = max(0, shard.version - header.version)
             if summed_pushes.accepts(shard, session.name, header, len(self._sessions)):
-                push = Push(session.name, number, header.weight, values, header.terms)
+                staleness = max(0, shard.version - header.version)
+                push = Push(session.name, number, header.weight, values, header.terms, staleness)
                 shard.pending[session.name] = push
             else:
                 reply = summed_pushes.restart(shard, number, len(self._awaited(shard)))
@@ -161,11 +161,13 @@ class PushAggregator:
         context = UpdateContext([push.weight for push in pushes], clients, options)
         self._record_update(shard, pushes, context)
         shard.apply(pushes, context)
+        self.count(pushes)
+
+    def count(self, pushes: list[Push]) -> None:
+        """Add applied pushes to the histograms of the staleness."""
         for push in pushes:
-            session = self._sessions[push.client]
-            staleness = session.pending_staleness.pop(shard.index)
-            session.staleness[staleness] += 1
-            self.staleness[staleness] += 1
+            self._sessions[push.client].staleness[push.staleness] += 1
+            self.staleness[push.staleness] += 1
 
     def _send_replies(self, shard: Shard) -> None:
         """Reply to pushes that have been applied, unless their clients are too far ahead."""

@@ -39,8 +39,6 @@ class Session:
         By shard: header of the reply to a push, which waits for the pushes of other clients.
     buffers
         By shard: memory for one push and its reply.
-    pending_staleness
-        By shard: updates of others that a pending push has missed.
     staleness
         Histogram: number of pushes by the number of updates of others that they had missed.
     dropped
@@ -67,7 +65,6 @@ class Session:
     subscribed: set[int] = field(default_factory=set)
     pending_replies: dict[int, Header] = field(default_factory=dict)
     buffers: dict[int, np.ndarray] = field(default_factory=dict)
-    pending_staleness: dict[int, int] = field(default_factory=dict)
     staleness: Counter[int] = field(default_factory=Counter)
     dropped: int = 0
     received: int = 0

@@ -34,6 +34,8 @@ class Push(NamedTuple):
         for the first client, and an empty array for the others.
     terms
         In a code sum: the number of pushes that are summed.
+    staleness
+        Number of updates that the client had missed.
     """
 
     client: str
@@ -41,6 +43,7 @@ class Push(NamedTuple):
     weight: float
     values: np.ndarray
     terms: int = 0
+    staleness: int = 0
 
 
 @dataclass

@@ -166,7 +166,7 @@ class UpdateLog:
         assert self._log is not None and self._server is not None
         if self._server.contract is not self._recorded["contract"]:
             self.record_sessions()
-        rows = [(p.client, p.number, p.weight, shard.clocks.get(p.client, 0)) for p in pushes]
+        rows = [(p.client, p.number, p.weight, shard.clocks.get(p.client, 0), p.staleness) for p in pushes]
         record = {"shard": shard.index, "version": shard.version, "pushes": rows, "terms": context}
         self._log.append(record, [push.values for push in pushes])
 
@@ -195,7 +195,7 @@ def _replay(server: Server, record: Record, values: np.ndarray) -> int:
     pushes = []
     # In a code sum the first push has the sum, and the others have no values.
     bodies, nothing = iter(values.reshape(-1, shard.nbytes)), np.empty(0, np.uint8)
-    for name, number, weight, clock in record["pushes"]:
+    for name, number, weight, clock, *rest in record["pushes"]:
         body = next(bodies, nothing)
         if number == INITIAL_PUSH:
             shard.initialize(body)
@@ -206,8 +206,10 @@ def _replay(server: Server, record: Record, values: np.ndarray) -> int:
         shard.dropped.discard(name)
         copied = session.buffer(shard)[: body.size]
         copied[:] = body
-        pushes.append(Push(name, number, weight, copied))
+        (staleness,) = rest or (0,)  # older logs have none
+        pushes.append(Push(name, number, weight, copied, staleness=staleness))
     shard.apply(pushes, UpdateContext(*record["terms"]))
+    server.aggregator.count(pushes)
     if shard.codec is not None and shard.centre is not None:
         for push in pushes:
             shard.codec.replay_reply(push.client, shard.version, shard.centre)
