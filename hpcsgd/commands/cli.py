@@ -50,7 +50,7 @@ def main() -> None:
         _exit(130, lambda: click.echo("interrupted", err=True))
     except HpcsgdError as error:
         text = str(error)
-        if _mpi_is_up() and not error.everywhere:
+        if _mpi_is_up() and launcher.size()[1] > 1 and not error.everywhere:
             raise  # the others may be inside a collective: the exception ends them too
         _exit(2, lambda: click.echo(f"hpcsgd: {text}", err=True))
     else:

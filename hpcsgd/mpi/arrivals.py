@@ -98,8 +98,10 @@ class Arrivals:
             lines += [f"  {line}" for line in found]
         if missing[_MOST_DETAILED:]:
             lines.append(f"{format_ranks(missing[_MOST_DETAILED:])} are missing too")
-        if elsewhere := len(self._ranks) - len(processes):
-            lines.append(f"nothing is known here of {elsewhere} ranks on other machines")
+        if unknown := sorted(set(self._ranks.values()) - processes.keys()):
+            lines.append(
+                f"{format_ranks(unknown)}: no process here; on another machine, or ended before this"
+            )
         return lines, arrived[0] == self._rank
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 from hpcsgd.diagnostics.activity import ActivityRecord
@@ -111,6 +112,7 @@ class Progress:
         self._count = threading.Lock()
         self._unfinished = 0
         self._failed: BaseException | None = None
+        self._failed_at: TracebackType | None = None
         self._thread: threading.Thread | None = None
         self._pollers: list[Poller] = []
         self._polling = threading.Lock()
@@ -224,7 +226,7 @@ class Progress:
         if self._departure is not None and not self.in_communication_thread():
             raise self._departure.error()
         if self._failed is not None:
-            raise self._failed
+            raise self._failed.with_traceback(self._failed_at)  # its own: each raise adds frames
 
     def until(
         self, done: Callable[[], bool], operation: str, missing: Callable[[], Iterable[int]] | None = None
@@ -278,7 +280,7 @@ class Progress:
 
     def release(self) -> None:
         """Forget what refers to buffers: the error of a failed job, pollers, and jobs they have queued."""
-        self._failed = None
+        self._failed = self._failed_at = None
         self._pollers.clear()
         with contextlib.suppress(queue.Empty):
             while True:
@@ -334,7 +336,8 @@ class Progress:
 
     def _fail(self, error: BaseException) -> None:
         # As after a failed job, the next operation raises the error.
-        self._failed = self._failed or error
+        if self._failed is None:
+            self._failed, self._failed_at = error, error.__traceback__
         self._pollers.clear()
 
     def _execute(self, operation: str, job: Callable[[], Any]) -> Any:
@@ -350,7 +353,7 @@ class Progress:
             with self.waiter.tracer.span(operation, "communication"):
                 return job()
         except BaseException as error:
-            self._failed = error
+            self._failed, self._failed_at = error, error.__traceback__
             raise
         finally:
             ended = time.perf_counter()

@@ -10,12 +10,14 @@ import sys
 import time
 import traceback
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from hpcsgd.diagnostics.activity import end_in_order
 from hpcsgd.diagnostics.trace import NullTracer
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import launcher, ulfm
 
 if TYPE_CHECKING:
@@ -28,9 +30,12 @@ _REPORT_DELAY = 3.0  # for rank 0 to print an error that all ranks raise
 _EXIT_DELAY = 1.0  # for the other ranks to finish the operations they began with this one
 _DIAGNOSIS_DELAY = 6.0  # for another rank to query all ranks and print its diagnosis
 
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_COMMANDS = _PACKAGE + "commands" + os.sep
 _lost_ranks: list[bool] = []
 #: The rank of MPI_COMM_WORLD that prints errors which all ranks of the last world raise.
 _reporting_rank = [0]
+_finalizes = [False]
 _running: weakref.WeakSet[Runtime] = weakref.WeakSet()
 _tracers: weakref.WeakSet[NullTracer] = weakref.WeakSet()
 
@@ -47,6 +52,18 @@ def drain_at_exit(runtime: Runtime) -> None:
 def flush_at_exit(tracer: NullTracer) -> None:
     """Write the buffered events of a trace however this rank ends, except by a signal that kills it."""
     _tracers.add(tracer)
+
+
+def finalize_at_exit() -> None:
+    """Finalise MPI when the program ends, which mpi4py does only where it has initialised it."""
+    _finalizes[0] = True
+
+
+@atexit.register
+def _finalize() -> None:
+    # The first to be registered is the last to be called.
+    if _finalizes[0] and not (MPI := sys.modules["mpi4py.MPI"]).Is_finalized():
+        MPI.Finalize()
 
 
 @atexit.register
@@ -155,8 +172,20 @@ def abort_on_uncaught_exception() -> None:
         else:
             with contextlib.suppress(Exception):
                 print(f"hpcsgd: rank {rank} ends the job:", file=sys.stderr)
-                traceback.print_exception(kind, error, where)
+                print("".join(_format(kind, error, where)), end="", file=sys.stderr)
         abort_job()
 
     hook._hpcsgd = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+
+
+def _format(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> Iterable[str]:
+    """Text of an exception: of ours, which explain themselves, with the frames of the caller's code alone."""
+    if not isinstance(error, HpcsgdError):
+        return traceback.format_exception(kind, error, where)
+    frames = traceback.extract_tb(where)
+    first = next((n for n, frame in enumerate(frames) if frame.filename.startswith(_PACKAGE)), len(frames))
+    is_command = first < len(frames) and frames[first].filename.startswith(_COMMANDS)
+    lines = [] if is_command else traceback.format_list(frames[:first])
+    head = ["Traceback (most recent call last):\n"] if lines else []
+    return [*head, *lines, *traceback.format_exception_only(kind, error)]

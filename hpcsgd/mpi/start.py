@@ -32,12 +32,19 @@ def initialize(timeout: float) -> Any:
     timeout
         Seconds until the job ends, where ranks are missing.
     """
-    if launcher.size()[1] < 2 or "mpi4py.MPI" in sys.modules:
-        from mpi4py import MPI
-
-        return MPI
+    module = sys.modules.get("mpi4py.MPI")
+    if launcher.size()[1] < 2 or (module is not None and module.Is_initialized()):
+        return _initialized()
     with phase(Arrivals.phase_of(_MPI)), _watched(timeout):
-        from mpi4py import MPI
+        return _initialized()
+
+
+def _initialized() -> Any:
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():  # by mpi4py: the program has set mpi4py.rc.initialize to False
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        shutdown.finalize_at_exit()
     return MPI
 
 

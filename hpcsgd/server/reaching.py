@@ -107,6 +107,6 @@ class _Attempt:
         except BaseException as error:
             if connection is not None:
                 connection.close()
-            if isinstance(error, OSError):
-                raise Disconnected(error.strerror or str(error)) from None
+            if isinstance(error, OSError | UnicodeError):  # names that cannot be resolved or encoded
+                raise Disconnected(getattr(error, "strerror", "") or str(error)) from None
             raise

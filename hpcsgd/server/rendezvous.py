@@ -60,7 +60,10 @@ class RendezvousFile:
         text = path.read_text(errors="replace")
         try:
             found = json.loads(text)
-            return RendezvousFile(str(found["secret"]), [_parse_endpoint(*row) for row in found["servers"]])
+            servers = [_parse_endpoint(*row) for row in found["servers"]]
+            if not servers:
+                raise ValueError
+            return RendezvousFile(str(found["secret"]), servers)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise HpcsgdError(
                 f"{path} is not a file of `hpcsgd serve --listen`",
@@ -71,6 +74,6 @@ class RendezvousFile:
 
 def _parse_endpoint(addresses: list[str], port: int, fingerprint: str) -> Endpoint:
     has_digits = len(fingerprint) in (0, _FINGERPRINT_LENGTH) and set(fingerprint) <= set(string.hexdigits)
-    if not 0 < int(port) < 2**16 or not has_digits:
+    if not 0 < int(port) < 2**16 or not has_digits or not isinstance(addresses, list) or not addresses:
         raise ValueError
     return Endpoint([str(address) for address in addresses], int(port), fingerprint)

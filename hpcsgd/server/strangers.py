@@ -2,7 +2,8 @@
 
 A stranger costs a descriptor, and less than 200 of its bytes are kept. It is closed when its time is over,
 which single bytes do not extend, and when there are too many: then the oldest of the address with most of
-them goes, so that a flood from one host drives out itself.
+them goes, so that a flood from one host drives out itself. What a host opens beyond its rate is closed at
+once, which costs so little that the kernel's queue stays short, and others come in.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hpcsgd.server.protocol import Disconnected
 _log = logging.getLogger("hpcsgd.server")
 _SECONDS = 10.0  # from the connection to the proof
 _MOST, _DESCRIPTOR_SHARE = 256, 4  # strangers at a time, and at most a quarter of all descriptors
+_BURST, _RATE = 256, 50  # greetings of one host at once, and in a second; more are closed unread
 _ACCEPTED_AT_ONCE = 16
 _QUANTUM = 0.001  # seconds of work, then the known clients' turn has come
 _SHARE = 20  # while clients send, one part in so many of the time is for strangers
@@ -59,7 +61,7 @@ class Strangers:
         self._greeted: dict[int, _Stranger] = {}  # by descriptor, the oldest first
         self._number_by_host: Counter[str] = Counter()
         self._most = min(_MOST, raise_descriptor_limit() // _DESCRIPTOR_SHARE)
-        self._refusals = _RefusalLog()
+        self._refusals, self._rates = _RefusalLog(), _HostRates()
         self._proved: list[tuple[socket.socket, str]] = []
         self.due_at = 0.0
 
@@ -81,10 +83,11 @@ class Strangers:
         started = time.monotonic()
         if started < self.due_at:
             return
-        self._greet_until(started + _QUANTUM)
-        now = time.monotonic()
+        # In time of the processor: the time in which another process has it is not the strangers' fault.
+        begun = time.thread_time()
+        self._greet_until(begun + _QUANTUM)
         if busy:
-            self.due_at = max(self.due_at, started + _SHARE * (now - started))
+            self.due_at = max(self.due_at, started + _SHARE * (time.thread_time() - begun))
         while self._proved:  # what clients cost is no stranger's
             self._on_proof(*self._proved.pop(0))
 
@@ -95,7 +98,7 @@ class Strangers:
                 self._accept(key.fileobj)  # type: ignore[arg-type]
             elif stranger is not None and stranger is key.data:  # not refused for another's sake just now
                 self._advance(stranger)
-            if time.monotonic() > deadline:
+            if time.thread_time() > deadline:
                 return
 
     def expire(self) -> None:
@@ -106,6 +109,7 @@ class Strangers:
                 break
             self._refuse(stranger, f"the client has not proved the secret for {_SECONDS:g} s")
         self._refusals.summarize()
+        self._rates.forget_idle(now)
 
     def close(self) -> None:
         for stranger in list(self._greeted.values()):
@@ -127,6 +131,12 @@ class Strangers:
                 self._refusals.add("a connection", str(error))
                 self.due_at = time.monotonic() + _PAUSE_WITHOUT_DESCRIPTORS
                 return
+            if not self._rates.take(host, time.monotonic()):
+                connection.close()
+                self._refusals.add(
+                    f"{host}:{port}", f"this host opens more than {_RATE} connections a second"
+                )
+                continue
             connection.setblocking(False)
             self._make_room()
             stranger = _Stranger(connection.fileno(), host, port, greet_client(connection, self._identity))
@@ -175,6 +185,28 @@ class _Stranger:
         self.name = f"{host}:{port}"
         self.event = selectors.EVENT_READ
         self.deadline = time.monotonic() + _SECONDS
+
+
+class _HostRates:
+    """Greetings that each host may still have: a bucket of tokens that fills with time."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, tuple[float, float]] = {}  # by host: their number at a time
+
+    def take(self, host: str, now: float) -> bool:
+        """Take a token of a host; returns whether it had one."""
+        tokens = self._at(host, now)
+        self._tokens[host] = tokens - (tokens >= 1), now
+        return tokens >= 1
+
+    def forget_idle(self, now: float) -> None:
+        """Forget hosts that have all their tokens again."""
+        for host in [host for host in self._tokens if self._at(host, now) >= _BURST]:
+            del self._tokens[host]
+
+    def _at(self, host: str, now: float) -> float:
+        tokens, since = self._tokens.get(host, (float(_BURST), now))
+        return min(tokens + (now - since) * _RATE, float(_BURST))
 
 
 class _RefusalLog:

@@ -53,6 +53,8 @@ def test_the_error_names_parameter_rank_and_step(ranks: int, per_node: int, call
     assert not job.left and not job.files, job
     assert job.stderr.count("HpcsgdError: ") == 1 and len(re.findall(text, job.stderr)) == 1, job
     assert "nonfinite='skip'" in job.stderr, job
+    frames = re.findall('File "(.*?)"', job.stderr)
+    assert "<string>" in frames and not any("/hpcsgd/" in each for each in frames), job  # it explains itself
 
 
 def test_values_that_the_codes_take_beyond_float16_are_an_error() -> None:

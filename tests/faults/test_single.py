@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.support.launch import run_alone
+import pytest
+
+from tests.support.launch import launch, run_alone
 
 
 def test_importing_needs_neither_mpi_nor_numba() -> None:
@@ -50,3 +52,20 @@ def test_a_launcher_of_another_mpi_is_an_error() -> None:
     for output, number in ((done.stdout, 4), (done.stderr, 1)):
         assert output.count("each process is rank 0 of 1 to MPI, but more ranks were started") == number
     assert all(done.stdout.count(f"4 ranks ({variable}=4)") == 1 for variable in variables)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_mpi_that_the_program_leaves_to_others_is_initialised_and_finalised(ranks: int) -> None:
+    """By mpi4py it is not, where `mpi4py.rc.initialize` is False."""
+    code = (
+        "import mpi4py\n"
+        "mpi4py.rc.initialize = False\n"
+        "from mpi4py import MPI\n"
+        "import hpcsgd\n"
+        "assert not MPI.Is_initialized()\n"
+        "world = hpcsgd.World()\n"
+        "print(sum(world.gather(1)), MPI.Query_thread() == MPI.THREAD_MULTIPLE, flush=True)\n"
+    )
+    job = launch(code, ranks, timeout=40)
+    assert job.returncode == 0 and not job.stderr and not job.left and not job.files, job
+    assert job.stdout.split() == [str(ranks), "True"] * ranks, job

@@ -88,7 +88,8 @@ def test_other_programs_at_an_address_are_passed_over(place: Place, says: bytes 
 
 
 def test_address_without_a_way_does_not_block(place: Place) -> None:
-    connection = place.reach(reach_server(place.endpoint("198.51.100.1", "2001:db8::1", SERVER), "s"))
+    addresses = ("198.51.100.1", "2001:db8::1", ".no name", "n" * 70, "")
+    connection = place.reach(reach_server(place.endpoint(*addresses, SERVER), "s"))
     assert connection.getpeername() == (SERVER, place.port)
 
 

@@ -37,6 +37,8 @@ def test_rendezvous_file_survives_writing(tmp_path: Path) -> None:
         b'{"secret": "x", "servers": [[["h"], 1, %s]]}' % text
         for text in (b"3", b'"a1"', b'"%s"' % (b"z" * 64))
     ]
+    + [b'{"secret": "x", "servers": []}', b'{"secret": "x", "servers": [["h", 1, ""]]}']
+    + [b'{"secret": "x", "servers": [[[], 1, ""]]}']
     + [b'{"secret": "x", "servers": [["h"]]}', b'{"secret": "x", "servers": [[["h"], 1]]}', b"[" * 100_000],
     ids=lambda junk: repr(junk[:40]),
 )

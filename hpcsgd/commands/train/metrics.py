@@ -133,6 +133,10 @@ def counter_fields(counters: Sequence[Counters]) -> dict[str, Any]:
     }
 
 
+#: In the ``meta`` of a checkpoint: the number of records until then.
+RECORDS = "records"
+
+
 class MetricsWriter:
     """Appends records to a run's `metrics.jsonl`, and to TensorBoard if it is installed.
 
@@ -146,9 +150,13 @@ class MetricsWriter:
         The same step in the count of other ranks, if these have written the records.
     restore_folder, must_begin
         As those of `MetricsFile`. Default: the folder is not created again.
+    expected
+        Number of records until that step; None (default): unknown.
 
     Attributes
     ----------
+    count
+        Number of records.
     file
         The file `metrics.jsonl`.
     """
@@ -160,16 +168,24 @@ class MetricsWriter:
         last_record: int | None = None,
         restore_folder: Callable[[], None] = lambda: None,
         must_begin: bool = True,
+        expected: int | None = None,
     ) -> None:
         path = folder / FILE
         last = step if last_record is None else last_record
-        retained = (line for line in _lines(path) if _step(path, line) <= last)
+        retained = [line for line in _lines(path) if _step(path, line) <= last]
+        self.count = len(retained)
+        if expected is not None and self.count < expected:
+            print_notice(
+                f"{path} has {self.count} of the {expected} records until step {last}: the others were "
+                "removed or damaged, and training continues without them"
+            )
         self.file = MetricsFile(path, retained, restore_folder, print_notice, must_begin)
         self._tensorboard = _tensorboard(folder, step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; the file has it on return, unless it cannot be written."""
         self.file.append(json.dumps(record) + "\n")
+        self.count += 1
         if self._tensorboard is not None:
             try:
                 for name, value in record.items():
@@ -188,7 +204,7 @@ class MetricsWriter:
 
 def _lines(path: Path) -> list[str]:
     """Return the complete lines of a file; a killed run may have written half a line."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(errors="replace") if path.exists() else ""
     return [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
 
 

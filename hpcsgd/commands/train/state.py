@@ -10,7 +10,7 @@ import torch
 
 from hpcsgd.commands.train import run_folder
 from hpcsgd.commands.train.console import print_notice
-from hpcsgd.commands.train.metrics import Counters, Meter, Sums
+from hpcsgd.commands.train.metrics import RECORDS, Counters, Meter, Sums
 from hpcsgd.commands.train.on_failure import check_ranks_may_change
 from hpcsgd.commands.train.plan import Plan
 from hpcsgd.commands.train.settings import AUTO, Settings, parse_resume
@@ -138,10 +138,13 @@ class ResumePoint(NamedTuple):
         The state of this rank.
     last_record
         If other ranks counted the steps: the step, in their count, after which metrics are discarded.
+    records
+        The number of records until the checkpoint; None: unknown.
     """
 
     state: dict[str, Any]
     last_record: int | None = None
+    records: int | None = None
 
     @property
     def redistributed(self) -> bool:
@@ -183,11 +186,11 @@ def find_resume_point(
         On all ranks: the settings do not fit the checkpoint, or it cannot be loaded.
     """
 
-    def convert(states: Sequence[State], contributing: int) -> ResumePoint:
+    def convert(states: Sequence[State], contributing: int, records: int | None = None) -> ResumePoint:
         state = redistribute(states, world, contributing)
         accumulate = settings.accumulate if synchronous else None
         rescaled = rescale_progress(state, plan.steps_per_epoch, plan.batches, accumulate)
-        return ResumePoint(rescaled, last_record=state["step"])
+        return ResumePoint(rescaled, state["step"], records)
 
     snapshot = snapshots.newest_common(world)
     if snapshot is not None:
@@ -197,11 +200,11 @@ def find_resume_point(
         return None
     states, meta = found
     run_folder.check_unchanged(settings, meta["settings"])
-    ranks = meta["ranks"]
+    ranks, records = meta["ranks"], meta.get(RECORDS)  # older checkpoints have none
     if ranks == world.size:
-        return ResumePoint(states[0])
+        return ResumePoint(states[0], records=records)
     check_ranks_may_change(settings, f"a checkpoint of {ranks} ranks, and {world.size} ranks now")
-    return convert(states, len(states) if world.rank < ranks else 0)
+    return convert(states, len(states) if world.rank < ranks else 0, records)
 
 
 def _load(settings: Settings, world: World, checkpoints: Checkpoints) -> Loaded | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from hpcsgd.commands.train import run_folder
 from hpcsgd.commands.train.console import print_notice
-from hpcsgd.commands.train.metrics import FILE, MetricsWriter
+from hpcsgd.commands.train.metrics import FILE, RECORDS, MetricsWriter
 from hpcsgd.commands.train.settings import Settings
 from hpcsgd.commands.train.spare_folder import SpareFolder, first_failure
 from hpcsgd.errors import HpcsgdError
@@ -84,9 +84,9 @@ class RunStorage:
         """Write the `config.toml` of a new run."""
         self._on_root(self._write_config)
 
-    def open_metrics(self, step: int, last_record: int | None) -> None:
+    def open_metrics(self, step: int, last_record: int | None = None, expected: int | None = None) -> None:
         """Open `metrics.jsonl`, without the records of later steps, see `MetricsWriter`."""
-        self.metrics = self._on_root(lambda: self._open_metrics(step, last_record))
+        self.metrics = self._on_root(lambda: self._open_metrics(step, last_record, expected))
 
     def state(self) -> State:
         """Return the state of the folder, for `check` with those of all ranks; local."""
@@ -120,6 +120,7 @@ class RunStorage:
         self._on_root(self._lock.check)
         self._restore_on_root()
         metrics = None if self.metrics is None else self.metrics.file
+        meta = {**meta, RECORDS: 0 if self.metrics is None else self.metrics.count}
         try:
             # First: after a crash in between no record before a checkpoint may be missing.
             if failure := first_failure(self._world, lambda: metrics.sync() if metrics else None):
@@ -167,7 +168,7 @@ class RunStorage:
         with self._world.busy("the lock of the run's folder"):
             self._lock.acquire(self._predecessor)
         path = self._folder / run_folder.CONFIG
-        self._config = path.read_text() if path.exists() else self._new_config()
+        self._config = path.read_text(errors="replace") if path.exists() else self._new_config()
         resumes = self._settings.resume and not self._predecessor
         if resumes and (moved := self._spare.bring_home(self._config)):
             print_notice(moved)
@@ -186,14 +187,13 @@ class RunStorage:
         self._config = self._new_config()
         (self._folder / run_folder.CONFIG).write_text(self._config)
 
-    def _open_metrics(self, step: int, last_record: int | None) -> MetricsWriter:
+    def _open_metrics(self, step: int, last_record: int | None, expected: int | None) -> MetricsWriter:
         # Survivors of a failure continue on a full disk too; there, nothing is marked as finished.
         survives = bool(self._predecessor)
         if not survives:
             run_folder.mark(self._folder, done=False)
-        return MetricsWriter(
-            self._folder, step, last_record, self._restore_for_metrics, must_begin=not survives
-        )
+        restore = self._restore_for_metrics
+        return MetricsWriter(self._folder, step, last_record, restore, not survives, expected)
 
     def _lost_lock(self) -> str:
         """The error of rank 0 where another job has taken the lock over; "": none."""

@@ -196,7 +196,7 @@ class Trainer:
             self._storage.create()
         else:
             spent = self._resume(resumed)
-        self._storage.open_metrics(self.step, None if resumed is None else resumed.last_record)
+        self._storage.open_metrics(self.step, *(() if resumed is None else resumed[1:]))
         self.log = self._open_log()
         if self._trace:
             world.start_trace(self.folder)

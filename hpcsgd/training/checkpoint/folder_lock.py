@@ -229,7 +229,7 @@ class FolderLock:
     def _read(self, path: Path) -> _Found | None:
         try:
             # Opened each time: only then do network file systems ask the server.
-            with open(path) as file:
+            with open(path, errors="replace") as file:
                 return LockOwner.parse(file.read()), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return None
@@ -250,6 +250,6 @@ def _link(source: Path, path: Path) -> bool:
         if error.errno not in _NO_HARD_LINKS:
             raise
     with contextlib.suppress(FileExistsError), open(path, "x") as file:
-        file.write(source.read_text())
+        file.write(source.read_text(errors="replace"))
         return True
     return False

@@ -87,6 +87,8 @@ def test_invalid_options_are_errors(tmp_path: Path) -> None:
     about = {"mode": "async", "alpha": None, "servers": 1, "secret": "?"}
     (tmp_path / "job" / "job.json").write_text(json.dumps(about))
     (tmp_path / "junk").write_text("{}")
+    stale = {"secret": "x", "servers": [[["127.0.0.1"], 9, ""]]}
+    (tmp_path / "stale").write_text(json.dumps(stale))
     cases = [
         ((*TRAIN, "--connect", "x"), "--connect needs a strategy with parameter servers"),
         (
@@ -94,6 +96,10 @@ def test_invalid_options_are_errors(tmp_path: Path) -> None:
             "no server has written",
         ),
         ((*TRAIN, "--strategy", "ps", "--connect", tmp_path / "junk"), "is not a file of `hpcsgd serve"),
+        (
+            (*TRAIN, "--strategy", "ps", "--connect", tmp_path / "stale", "--timeout", 0.3),
+            "cannot be reached for 0.3 s",
+        ),
         ((*SERVE, "--checkpoint", tmp_path / "job"), "belongs to servers with another mode"),
         ((*SERVE, "--mode", "none"), "expected one of sync, async, elastic"),
         ((*SERVE, "--lease", 0), "expected a number from 0.001 to 1e9, got '0'"),
@@ -105,3 +111,4 @@ def test_invalid_options_are_errors(tmp_path: Path) -> None:
     commands = [(*command, *(["--out", tmp_path] if command[0] == "train" else [])) for command, _ in cases]
     for outcome, (command, text) in zip(run_commands(tmp_path, 1, *commands), cases, strict=True):
         assert outcome.codes == [2] and text in outcome.errs[0], (command, outcome)
+        assert "Traceback" not in outcome.errs[0], (command, outcome)
