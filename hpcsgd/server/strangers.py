@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from hpcsgd.server.proof import Greeting, ServerIdentity, greet_client
-from hpcsgd.server.protocol import Disconnected
+from hpcsgd.server.protocol import Disconnected, ProtocolError
 
 _log = logging.getLogger("hpcsgd.server")
 _SECONDS = 10.0  # from the connection to the proof
@@ -157,8 +157,10 @@ class Strangers:
         except StopIteration as proved:
             self._forget(stranger)
             self._proved.append((proved.value, stranger.name))
-        except Disconnected as error:
+        except ProtocolError as error:
             self._refuse(stranger, str(error))
+        except Disconnected:  # by itself: a probe of the port, or a client that was faster at another address
+            self._forget(stranger)
         else:
             if event != stranger.event:
                 stranger.event = event

@@ -8,7 +8,7 @@ import selectors
 import signal
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from hpcsgd.commands.serve.dashboard import ServerDashboard, session_row
 from hpcsgd.commands.serve.persistence import ServerPersistence
 from hpcsgd.commands.signals import SignalRecorder
 from hpcsgd.commands.train.metrics import FILE
+from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.world import World
 from hpcsgd.registry.limits import ServerMode
@@ -252,11 +253,17 @@ class Service:
         }
         self._metrics.write(json.dumps(record) + "\n")
 
+    def _remove_file(self) -> None:
+        """Remove the rendezvous file, unless it is that of other servers by now."""
+        with suppress(OSError, HpcsgdError):
+            if RendezvousFile.read(self._options.listen).secret == self._identity.secret:
+                self._options.listen.unlink()
+
     def _shut_down(self) -> None:
-        options, caught = self._options, self._signals.received
+        caught = self._signals.received
         self._strangers.close()  # their descriptors may be the last ones, and the state needs some
         if self._world.rank == 0:
-            options.listen.unlink(missing_ok=True)
+            self._remove_file()
             self._dashboard.show(self.server.sessions.values())
         self._write_metrics()
         self._persistence.close()

@@ -75,6 +75,20 @@ def test_compressed_groups_have_the_same_bits_though_the_server_is_killed(tmp_pa
     assert sum(shard["version"] for shard in centres[0].values()) == 39 * len(centres[0])
 
 
+@pytest.mark.timeout(120)
+def test_servers_do_not_remove_the_file_of_others(tmp_path: Path) -> None:
+    file = tmp_path / "servers"
+    with Job(tmp_path, "one", *SERVE, "--checkpoint", "one.state") as one:
+        one.wait_for("hpcsgd train --connect")
+        with Job(tmp_path, "two", *SERVE, "--checkpoint", "two.state") as two:
+            two.wait_for("hpcsgd train --connect")
+            written = file.read_text()
+            one.send(signal.SIGTERM)
+            assert one.end() == 0 and file.read_text() == written, one.text
+            two.send(signal.SIGTERM)
+            assert two.end() == 0 and not file.exists(), two.text
+
+
 def _shards(folder: Path) -> dict[int, dict[str, Any]]:
     """Shards in the last checkpoint of a server."""
     state = torch.load(max((folder / "server-0").glob("step-*")) / "rank-0000.pt", weights_only=True)
