@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from hpcsgd.diagnostics import procfs
 from hpcsgd.diagnostics.activity import ProcessInfo, ProcessView
@@ -44,6 +44,8 @@ class Arrivals:
         self._ranks = {number: rank for rank, number in enumerate(numbers)}
         self._rank, self._timeout = rank, timeout
         self._killed = procfs.killed_for_memory()
+        self._seen: set[int] = set()
+        self._gone: set[int] = set()
 
     @staticmethod
     def phase_of(what: str) -> str:
@@ -52,7 +54,21 @@ class Arrivals:
 
     def missing(self) -> list[int]:
         """Return the ranks of this machine that have not arrived."""
-        return [rank for rank, (_, view) in self._processes().items() if not self._has_arrived(view)]
+        here = self._processes()
+        late = {rank for rank, (_, view) in here.items() if not self._has_arrived(view)}
+        return sorted(late | self._ended(here))
+
+    def look(self) -> bool:
+        """Look at the processes; returns whether one has ended before it arrived, at the last look too."""
+        here = self._processes()
+        self._seen |= here.keys()
+        before, self._gone = self._gone, self._ended(here)
+        return bool(before & self._gone)
+
+    def _ended(self, here: Collection[int]) -> set[int]:
+        """Ranks of this machine whose process has ended; where all ranks are on it, seen before or not."""
+        is_whole = here and launcher.local_size() == launcher.size()[1]
+        return {rank for rank in (self._ranks.values() if is_whole else self._seen) if rank not in here}
 
     def explain(self, seconds: float) -> tuple[str, bool]:
         """Return the states of the missing ranks, and whether another rank of this machine prints them."""
@@ -98,10 +114,10 @@ class Arrivals:
             lines += [f"  {line}" for line in found]
         if missing[_MOST_DETAILED:]:
             lines.append(f"{format_ranks(missing[_MOST_DETAILED:])} are missing too")
-        if unknown := sorted(set(self._ranks.values()) - processes.keys()):
-            lines.append(
-                f"{format_ranks(unknown)}: no process here; on another machine, or ended before this"
-            )
+        if ended := self._ended(processes):
+            lines.append(f"{format_ranks(ended)} of {host} ended before the start: see the output above")
+        if elsewhere := len(self._ranks) - len(processes) - len(ended):
+            lines.append(f"nothing is known here of {elsewhere} ranks on other machines")
         return lines, arrived[0] == self._rank
 
 

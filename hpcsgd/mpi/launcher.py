@@ -11,6 +11,7 @@ from hpcsgd.diagnostics import procfs
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _TORCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
+_LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 def rank() -> int:
@@ -41,6 +42,11 @@ def local_processes() -> dict[int, list[int]]:
 def size() -> tuple[str, int]:
     """Return the variable with the largest number of ranks, and that number; ("", 0) without one."""
     return max(sizes().items(), key=lambda found: found[1], default=("", 0))
+
+
+def local_size() -> int:
+    """Return the number of ranks on this machine; 0 without a variable for it."""
+    return _first(_LOCAL_SIZE)[1]
 
 
 def sizes() -> dict[str, int]:

@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks, deadline_error
 
 _STDERR = 2
 _MPI, _WORLD = "MPI", "hpcsgd.World"
+_LOOK_INTERVAL = 2.0  # seconds, between two looks at the processes of this machine
 _REPORT_DELAY = 6.0  # seconds, for the child of another rank to print its report
 
 
@@ -74,28 +76,31 @@ def _watched(timeout: float) -> Iterator[None]:
 def _watch(parent: int, done: int, timeout: float) -> NoReturn:
     """Do the child's part, until `done` can be read."""
     try:
-        if _report_at_deadline(done, timeout) and os.getppid() == parent:
+        if _report_missing(done, timeout) and os.getppid() == parent:
             shutdown.unlink_mpich_segments(parent)
             os.kill(parent, signal.SIGKILL)
     finally:
         os._exit(0)
 
 
-def _report_at_deadline(done: int, timeout: float) -> bool:
-    """Report the missing ranks after `timeout` seconds; False if `done` can be read before."""
+def _report_missing(done: int, timeout: float) -> bool:
+    """Report the missing ranks at the timeout, or when one has ended; False if `done` can be read before."""
     rank, waiter = launcher.rank(), DeadlineWaiter(launcher.rank(), timeout)
     arrivals = Arrivals(_MPI, range(launcher.size()[1]), rank, timeout)
-    until_warning = min(waiter.warn_after, timeout)
-    if select.select([done], [], [], until_warning)[0]:
-        return False
-    if until_warning < timeout:
-        arrivals.warn(until_warning)
-    if select.select([done], [], [], timeout - until_warning)[0]:
-        return False
-    report, elsewhere = arrivals.explain(timeout)
+    started, warn_at = time.monotonic(), min(waiter.warn_after, timeout)
+    waited, ended = 0.0, False
+    while waited < timeout and not ended:
+        if select.select([done], [], [], min(_LOOK_INTERVAL, timeout - waited))[0]:
+            return False
+        waited = time.monotonic() - started
+        if warn_at <= waited < timeout:
+            warn_at = timeout
+            arrivals.warn(waited)
+        ended = arrivals.look()
+    report, elsewhere = arrivals.explain(waited)
     if elsewhere and select.select([done], [], [], _REPORT_DELAY)[0]:
         return False
-    error = deadline_error(rank, timeout, arrivals.missing(), arrivals.operation, report)
+    error = deadline_error(rank, round(waited), arrivals.missing(), arrivals.operation, report)
     text = f"hpcsgd: rank {rank} ends the job:\n{type(error).__module__}.{type(error).__name__}: {error}\n"
     os.write(_STDERR, text.encode())
     return True

@@ -148,6 +148,26 @@ def test_a_rank_that_never_initializes_mpi(wait: str, clause: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("end", ["raise RuntimeError('on one rank')", "sys.exit(0)"])
+def test_a_rank_that_ends_before_it_initializes_mpi(end: str) -> None:
+    """The others do not wait for the deadline."""
+    from mpi4py.MPI import get_vendor
+
+    script = BEGIN + (
+        "rank = os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK'))\n"
+        f"if rank == '1': {end}\n"
+        "World(timeout=600)\n"
+    )
+    job = launch(script, 3, timeout=SECONDS + 30)
+    assert not job.timed_out and not job.left and not job.files, job
+    assert job.stderr.count("RuntimeError: on one rank") == end.startswith("raise"), job
+    if get_vendor()[0] == "MPICH":  # Open MPI's launcher ends the job
+        assert job.stderr.count("ends the job:") == 1, job
+        assert re.search(r"waited \d s for rank 1 in the start of MPI", job.stderr), job
+        assert re.search(r"\n +rank 1 of \S+ ended before the start: see the output above", job.stderr), job
+
+
+@pytest.mark.long
 def test_an_error_of_one_rank_in_its_world_ends_the_job() -> None:
     begin = "def fail(*_): raise ValueError('on one rank')\nif rank == 1: hpcsgd.mpi.world.Runtime = fail\n"
     job = end_of(f"{TOGETHER}{begin}World()\n")
