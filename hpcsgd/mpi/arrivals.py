@@ -67,7 +67,7 @@ class Arrivals:
 
     def _ended(self, here: Collection[int]) -> set[int]:
         """Ranks of this machine whose process has ended; where all ranks are on it, seen before or not."""
-        is_whole = here and launcher.local_size() == launcher.size()[1]
+        is_whole = self._rank in here and launcher.shows_all_ranks()
         return {rank for rank in (self._ranks.values() if is_whole else self._seen) if rank not in here}
 
     def explain(self, seconds: float) -> tuple[str, bool]:

@@ -25,14 +25,11 @@ def local_processes() -> dict[int, list[int]]:
     They have the launcher's variable, and descend from one of its processes: the nearest ancestor of this one
     without it. A rank may have several, such as a shell around it, and workers of its data loader.
     """
-    variable, own = _first(_RANK)
+    variable, _ = _first(_RANK)
     if not variable:
         return {}
-    above = procfs.parent(os.getpid())
-    while _first([variable], procfs.environment(above)) == (variable, own):
-        above = procfs.parent(above)
     found = defaultdict(list)
-    for pid in procfs.children(above):
+    for pid in procfs.children(_process()):
         name, number = _first([variable], procfs.environment(pid))
         if name:
             found[number].append(pid)
@@ -44,9 +41,18 @@ def size() -> tuple[str, int]:
     return max(sizes().items(), key=lambda found: found[1], default=("", 0))
 
 
-def local_size() -> int:
-    """Return the number of ranks on this machine; 0 without a variable for it."""
-    return _first(_LOCAL_SIZE)[1]
+def shows_all_ranks() -> bool:
+    """Return whether all ranks of the job are on this machine, and not in containers that hide processes."""
+    return _first(_LOCAL_SIZE)[1] == size()[1] and _process() > 1
+
+
+def _process() -> int:
+    """Id of the launcher's process above this one; 0 or 1 if a namespace of process ids begins below it."""
+    found = _first(_RANK)
+    above = procfs.parent(os.getpid())
+    while _first([found[0]], procfs.environment(above)) == found:
+        above = procfs.parent(above)
+    return above
 
 
 def sizes() -> dict[str, int]:

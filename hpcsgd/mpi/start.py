@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from hpcsgd.diagnostics import procfs
 from hpcsgd.diagnostics.activity import phase
 from hpcsgd.diagnostics.traffic import Traffic
 from hpcsgd.mpi import launcher, shutdown
@@ -87,12 +88,15 @@ def _report_missing(done: int, timeout: float) -> bool:
     """Report the missing ranks at the timeout, or when one has ended; False if `done` can be read before."""
     rank, waiter = launcher.rank(), DeadlineWaiter(launcher.rank(), timeout)
     arrivals = Arrivals(_MPI, range(launcher.size()[1]), rank, timeout)
-    started, warn_at = time.monotonic(), min(waiter.warn_after, timeout)
+    warn_at, looked_at = min(waiter.warn_after, timeout), time.monotonic()
     waited, ended = 0.0, False
     while waited < timeout and not ended:
         if select.select([done], [], [], min(_LOOK_INTERVAL, timeout - waited))[0]:
             return False
-        waited = time.monotonic() - started
+        now = time.monotonic()
+        if procfs.can_run(os.getppid()):  # a rank that is stopped is reported by the others
+            waited += now - looked_at
+        looked_at = now
         if warn_at <= waited < timeout:
             warn_at = timeout
             arrivals.warn(waited)
