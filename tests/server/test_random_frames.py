@@ -108,7 +108,8 @@ def enemy(path: Path, seed: int, seconds: float, attacking: Event, sent: Any) ->
             attacking.wait()
             started, begun = time.monotonic(), sent.value
         while len(links) < 20:
-            links.append(_connect(server, file.secret if draw.random() < 0.5 else "", draw))
+            link = _connect(server, file.secret if draw.random() < 0.5 else "", draw)
+            links += [] if link is None else [link]
         link = links[draw.randrange(len(links))]
         vanishes = draw.random() < 0.02
         try:
@@ -122,12 +123,19 @@ def enemy(path: Path, seed: int, seconds: float, attacking: Event, sent: Any) ->
         time.sleep(max(0.0, started + (sent.value - begun) / RATE - time.monotonic()))
 
 
-def _connect(server: Any, secret: str, draw: random.Random) -> socket.socket:
-    """A new connection, greeted and admitted if there is a secret, else a stranger's."""
-    link = socket.create_connection((server.addresses[-1], server.port), 10)
+def _connect(server: Any, secret: str, draw: random.Random) -> socket.socket | None:
+    """A new connection, greeted and admitted if there is a secret, else a stranger's; None: it was refused.
+
+    It comes from one of many addresses: of a single one the server takes no more than 50 a second.
+    """
+    own = f"127.0.0.{draw.randrange(2, 250)}"
+    link = socket.create_connection(("127.0.0.1", server.port), 10, (own, 0))
     link.setblocking(False)
     if secret:
-        (link,) = greet(greet_server(link, secret, server.fingerprint))  # type: ignore[assignment]
+        (greeted,) = greet(greet_server(link, secret, server.fingerprint))
+        if not isinstance(greeted, socket.socket):
+            return None
+        link = greeted
         hello = {"client": f"enemy {draw.randrange(8)}", "talker": 0, "talkers": 1, "contract": CONTRACT}
         body = json.dumps({**hello, "options": [{"lr": 1e-3}]}).encode()
         link.send(Header(MessageType.HELLO, nbytes=len(body)).pack() + body)
