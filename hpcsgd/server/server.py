@@ -264,8 +264,9 @@ class Server:
             self.set_contract(contract)
         name, gateway, gateways, options, seed = identity
         shards = frozenset(i for i in self.shards if (i // self.count) % gateways == gateway)
-        self._validate_options(options, shards)
         session = self.sessions.get(name)
+        if session is None or (session.options, session.shards) != (options, shards):
+            self._validate_options(options, shards)  # by an optimizer, which takes time to be made
         if session is None:
             session = self.sessions[name] = Session(name, link, shards, options)
             _log.info("%s has connected, from %s", name, link.name)
