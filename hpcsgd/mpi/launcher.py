@@ -29,7 +29,7 @@ def local_processes() -> dict[int, list[int]]:
     if not variable:
         return {}
     found = defaultdict(list)
-    for pid in procfs.children(_process()):
+    for pid in procfs.children(_launcher_pid()):
         name, number = _first([variable], procfs.environment(pid))
         if name:
             found[number].append(pid)
@@ -43,10 +43,10 @@ def size() -> tuple[str, int]:
 
 def shows_all_ranks() -> bool:
     """Return whether all ranks of the job are on this machine, and not in containers that hide processes."""
-    return _first(_LOCAL_SIZE)[1] == size()[1] and _process() > 1
+    return _first(_LOCAL_SIZE)[1] == size()[1] and _launcher_pid() > 1
 
 
-def _process() -> int:
+def _launcher_pid() -> int:
     """Id of the launcher's process above this one; 0 or 1 if a namespace of process ids begins below it."""
     found = _first(_RANK)
     above = procfs.parent(os.getpid())

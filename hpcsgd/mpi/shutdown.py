@@ -181,7 +181,7 @@ def abort_on_uncaught_exception() -> None:
 
 def _format(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> Iterable[str]:
     """Text of an exception: of ours, which explain themselves, with the frames of the caller's code alone."""
-    if not isinstance(error, HpcsgdError):
+    if not isinstance(error, HpcsgdError) or error.__cause__ is not None:  # its place is of use
         return traceback.format_exception(kind, error, where)
     frames = traceback.extract_tb(where)
     first = next((n for n, frame in enumerate(frames) if frame.filename.startswith(_PACKAGE)), len(frames))

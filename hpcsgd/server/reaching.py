@@ -32,7 +32,7 @@ def reach_server(endpoint: Endpoint, secret: str) -> Greeting:
         If no address leads to the server; `SecretError` if a program answers at one that does not have the
         secret.
     """
-    waiting, failures = list(endpoint.addresses), dict[str, Disconnected]()
+    waiting, failures = list(dict.fromkeys(endpoint.addresses)), dict[str, Disconnected]()
     attempts: dict[str, _Attempt] = {}
     last_began = 0.0
     try:
