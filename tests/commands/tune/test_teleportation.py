@@ -54,14 +54,14 @@ def test_the_smallest_last_loss_is_chosen_and_no_loss_is_none() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(170)
 def test_search_and_go_on(tmp_path: Path) -> None:
-    given = f"tune teleportation --out {tmp_path} --name it --virtual-nodes 4 --epochs 0.2 --batch 16"
+    given = f"tune teleportation --out {tmp_path} --virtual-nodes 4 --epochs 0.2 --batch 16 --name it"
     outcomes = run_commands(
         tmp_path,
         2,
         f"{given} --search-epochs 0.3 --go-on --strategy teleport:active=2x1,topology=ring".split(),
         f"{given} --strategy dsgd".split(),
         f"{given} --resume {tmp_path / 'it'}".split(),
-        f"{given} --strategy teleport:active=3x2".split(),
+        f"{given}-too-many --strategy teleport:active=3x2".split(),
     )
     searched, *refused = outcomes
     assert searched.codes == [0, 0], searched
