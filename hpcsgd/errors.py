@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _LONGEST_SHOWN = 60  # characters of a wrong value in an error
+_OUT_OF_DESCRIPTORS = {
+    errno.EMFILE: "raise the limit of open files of this process: ulimit -n, or LimitNOFILE of a service",
+    errno.ENFILE: "the machine has too many open files: end programs, or raise fs.file-max",
+}
 
 
 class HpcsgdError(RuntimeError):
@@ -64,6 +70,15 @@ class RankFailed(HpcsgdError):
 
 class RankLeft(HpcsgdError):
     """A rank has left a run or a world, after an exception or without `close()`, and others wait for it."""
+
+
+@contextmanager
+def os_errors(what: str, *, do: str) -> Iterator[None]:
+    """Raise an `OSError` of the block as an `HpcsgdError`: what has failed, why, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise HpcsgdError(what, got=error, do=_OUT_OF_DESCRIPTORS.get(error.errno or 0, do)) from None
 
 
 def rank_left(what: str, rank: int) -> RankLeft:

@@ -15,7 +15,7 @@ import click
 from hpcsgd import registry
 from hpcsgd.commands.options import Value, option
 from hpcsgd.commands.train import settings, sweep
-from hpcsgd.errors import BadOption, HpcsgdError, shown
+from hpcsgd.errors import BadOption, os_errors, shown
 from hpcsgd.registry import Accepted, Text, Within
 from hpcsgd.registry.limits import Natural
 
@@ -306,9 +306,5 @@ def sbatch(kind: str, arguments: tuple[str, ...], out: Path | None, **options: A
     if out is None:
         click.echo(text, nl=False)
         return
-    try:
+    with os_errors(f"cannot write {out}", do="give --out a file that can be written"):
         out.write_text(text)
-    except OSError as error:
-        raise HpcsgdError(
-            f"cannot write {out}", got=error, do="give --out a file that can be written"
-        ) from error

@@ -14,15 +14,20 @@ def defer_sigusr1() -> None:
 
     A batch system may warn of the time limit while a job is still starting.
     """
-    signal.signal(signal.SIGUSR1, lambda number, _: _deferred.append(number))
+    signal.signal(signal.SIGUSR1, _defer)
 
 
-def ignore_sigusr1() -> None:
-    """Ignore SIGUSR1 until the process is gone: nothing is left to stop, and MPI is still to be finalised.
+def _defer(number: int, _: object) -> None:
+    _deferred.append(number)
+
+
+def ignore_stops() -> None:
+    """Ignore SIGUSR1 and SIGTERM until the process is gone: nothing is left to stop but MPI.
 
     Python resets its own handlers before that, but not this.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class SignalRecorder:
@@ -45,7 +50,11 @@ class SignalRecorder:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Install the handlers; the previous ones are restored at the end."""
+        """Install the handlers; the previous ones are restored at the end.
+
+        Without an exception the work of the block is done and saved: a SIGTERM from then on ends no process,
+        which would look like a failure, but is passed on to the next recorder.
+        """
 
         def record(number: int, _: object) -> None:
             self.received = number
@@ -59,3 +68,4 @@ class SignalRecorder:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, _defer)

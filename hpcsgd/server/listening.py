@@ -18,7 +18,7 @@ _IFREQ_BYTES, _MOST_ADDRESSES = 40, 4096
 _IPV6_ADDRESSES = Path("/proc/net/if_inet6")
 _LINK_SCOPE, _TENTATIVE_OR_FAILED = 0x20, 0x48
 _BACKLOG = 4096  # the kernel takes less where net.core.somaxconn is less
-_ATTEMPTS = 20  # to find a port that is free at all addresses
+_ATTEMPTS = 200  # to find a port that is free at all addresses
 
 
 class InterfaceAddress(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcsgd.errors import HpcsgdError
+from hpcsgd.errors import HpcsgdError, os_errors
 from hpcsgd.server.server import Server
 from hpcsgd.server.session import Session
 from hpcsgd.server.shard import INITIAL_PUSH, Push, Shard
@@ -26,7 +26,8 @@ from hpcsgd.server.update_rules import UpdateContext
 
 _SIZES = struct.Struct("<IQ")  # bytes of the JSON and of the values
 _MARK_BYTES = 4
-_PREALLOCATED_BYTES = 64 * 2**20  # writing to allocated blocks is several times faster
+# Writing to allocated blocks is several times faster: as much again as the log has, within these bounds.
+_LEAST_ALLOCATED, _MOST_ALLOCATED = 2**20, 64 * 2**20
 Record = dict[str, Any]
 
 
@@ -56,21 +57,17 @@ class LogFile:
         text = json.dumps(record).encode()
         sizes = _SIZES.pack(len(text), sum(value.nbytes for value in values))
         mark = _checksum(sizes, text)
-        try:
+        do = "fix the cause and restart `hpcsgd serve`; acknowledged updates are kept"
+        with os_errors("the update log cannot be written", do=do):
             self._write([mark, sizes, text, *values, mark])
-        except OSError as error:
-            raise HpcsgdError(
-                "the update log cannot be written",
-                got=error,
-                do="fix the cause and restart `hpcsgd serve`; acknowledged updates are kept",
-            ) from error
 
     def _write(self, parts: Sequence[Any]) -> None:
         remaining = [memoryview(part).cast("B") for part in parts]
         end = self.nbytes + sum(map(len, remaining))
         if end > self._reserved:
-            os.posix_fallocate(self._file, self.nbytes, end + _PREALLOCATED_BYTES - self.nbytes)
-            self._reserved = end + _PREALLOCATED_BYTES
+            reserved = end + min(max(end, _LEAST_ALLOCATED), _MOST_ALLOCATED)
+            os.posix_fallocate(self._file, self.nbytes, reserved - self.nbytes)
+            self._reserved = reserved
         while self.nbytes < end:
             written = os.writev(self._file, remaining)
             self.nbytes += written

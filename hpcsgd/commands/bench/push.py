@@ -95,11 +95,13 @@ def _over_tcp(world: World, mib: float, repeats: int, listen: Path, tls: bool) -
         seconds = _time_requests(alone, TCPConnector(listen, 0, world.traffic), mib, repeats)
     else:
         from hpcsgd.commands.serve.dashboard import ServerDashboard
+        from hpcsgd.commands.serve.persistence import ServerPersistence
         from hpcsgd.server.proof import new_secret
 
         options = ServeOptions(listen, _POLICY.mode, _POLICY.alpha, progress="off", tls=tls)
         folder = listen.with_name(f"{listen.name}.checkpoint")
-        Service(options, alone, folder, new_secret(), ServerDashboard("off")).run()
+        with ServerPersistence(folder, options.checkpoint_every) as state:
+            Service(options, alone, state, new_secret(), ServerDashboard("off")).run()
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         folder.rmdir()

@@ -13,7 +13,7 @@ from hpcsgd.commands.report.figures import png
 from hpcsgd.commands.report.records import RunRecord
 from hpcsgd.commands.report.run_reader import load
 from hpcsgd.commands.report.summary import cells
-from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.errors import BadOption, os_errors
 
 
 def write(paths: Sequence[Path], out: Path) -> list[Path]:
@@ -41,13 +41,10 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
         raise BadOption("no run to report on", do="give the folder of at least one run")
     runs = [load(path) for path in dict.fromkeys(Path(path).resolve() for path in paths)]
     text, figures = html.page(runs), plots.figures(runs)
-    try:
+    with os_errors(f"cannot write the report into {out}", do="give --out a folder that can be written"):
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.html").write_text(text, encoding="utf-8")
         return [out / "report.html", *(png(figure, out) for figure in figures)]
-    except OSError as error:
-        do = "give --out a folder that can be written"
-        raise HpcsgdError(f"cannot write the report into {out}", got=error, do=do) from error
 
 
 def table(runs: Sequence[RunRecord]) -> Table:

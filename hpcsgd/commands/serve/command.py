@@ -79,4 +79,4 @@ def serve(**options: Any) -> None:
     from hpcsgd.commands.serve.service import ServeOptions
 
     execute(ServeOptions(**options))
-    signals.ignore_sigusr1()
+    signals.ignore_stops()

@@ -6,19 +6,21 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hpcsgd.commands.serve.dashboard import ServerDashboard
+from hpcsgd.commands.serve.persistence import ServerPersistence
 from hpcsgd.commands.serve.service import ServeOptions, Service
-from hpcsgd.errors import BadOption
+from hpcsgd.errors import BadOption, HpcsgdError, os_errors, shown
 from hpcsgd.mpi.world import World
 from hpcsgd.server.proof import new_secret
 
 _log = logging.getLogger("hpcsgd.server")
+_DO = "free space there, make it writable, or choose another --checkpoint folder"
 
 
 def serve(options: ServeOptions) -> None:
@@ -34,9 +36,15 @@ def serve(options: ServeOptions) -> None:
         torch.set_num_threads(world.local.threads)
         created = world.collectively(lambda: _secret(folder, options, world.size) if world.rank == 0 else "")
         secret = world.gather(created, "the secret of the job")[0]
-        with _dashboard(options.progress, world.rank) as dashboard:
-            subfolder = folder / f"server-{world.rank}"
-            service = world.collectively(lambda: Service(options, world, subfolder, secret, dashboard))
+        with _dashboard(options.progress, world.rank) as dashboard, ExitStack() as stack:
+
+            def start() -> Service:
+                with os_errors(f"server {world.rank} cannot start", do=_DO):
+                    subfolder = folder / f"server-{world.rank}"
+                    state = stack.enter_context(ServerPersistence(subfolder, options.checkpoint_every))
+                    return Service(options, world, state, secret, dashboard)
+
+            service = world.collectively(start)
             service.run()
 
 
@@ -44,13 +52,14 @@ def _secret(folder: Path, options: ServeOptions, servers: int) -> str:
     """Secret of the job, which stays the same for all starts of the servers of this folder."""
     settings = {"mode": options.mode, "alpha": options.alpha, "servers": servers}
     path = folder / "job.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump({**settings, "secret": new_secret()}, file)
-        os.replace(partial, path)
-    found: dict[str, Any] = json.loads(path.read_text())
+    with os_errors(f"the servers cannot use the folder {folder}", do=_DO):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump({**settings, "secret": new_secret()}, file)
+            os.replace(partial, path)
+        found = _parse(path)
     for name, value in settings.items():
         if found[name] != value:
             raise BadOption(
@@ -60,6 +69,19 @@ def _secret(folder: Path, options: ServeOptions, servers: int) -> str:
                 do=f"start the servers with the same --{name}, or with another --checkpoint folder",
             )
     return str(found["secret"])
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    text = path.read_text(errors="replace")
+    try:
+        found: dict[str, Any] = json.loads(text)
+        return {name: found[name] for name in ("mode", "alpha", "servers", "secret")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise HpcsgdError(
+            f"{path} is damaged",
+            got=shown(text),
+            do="remove it and start the servers with the options that they had: they write a new one",
+        ) from None
 
 
 @contextmanager

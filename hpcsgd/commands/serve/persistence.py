@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from hpcsgd.errors import HpcsgdError
 from hpcsgd.server import Server, update_log
 from hpcsgd.server.shard import Push, Shard
 from hpcsgd.server.update_rules import UpdateContext
 from hpcsgd.training.checkpoint.checkpoints import Checkpoints
+from hpcsgd.training.checkpoint.folder_lock import FolderLock
 
 _log = logging.getLogger("hpcsgd.server")
 # A log longer than both of these starts a checkpoint.
@@ -21,7 +20,7 @@ _LOG_BYTES, _LOG_MODELS = 256 * 2**20, 4
 
 
 class ServerPersistence:
-    """Writes every update to a log, and checkpoints at intervals, in a thread.
+    """Writes every update to a log, and checkpoints at intervals, in a thread; has the folder while entered.
 
     Parameters
     ----------
@@ -30,20 +29,29 @@ class ServerPersistence:
     every
         Seconds between two checkpoints; a long log starts one earlier.
 
-    Raises
-    ------
-    HpcsgdError
-        If the folder is in use.
+    Attributes
+    ----------
+    folder
+        As given.
     """
 
     def __init__(self, folder: Path, every: float) -> None:
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock_file = _acquire_lock(folder / "lock")
+        self._lock = FolderLock(folder, "give another --listen FILE and --checkpoint FOLDER", _log.warning)
         self._checkpoints = Checkpoints(folder, 0, 1, lambda value: [value], keep=1)
         self._update_log = update_log.UpdateLog(folder)
         self._every = every
         self._thread = ThreadPoolExecutor(1)
         self._pending_checkpoint: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        """Raises `HpcsgdError` if the folder is in use."""
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def restore(self, server: Server) -> None:
         """Restore the last server of this folder in a new one, and start to log its updates.
@@ -73,7 +81,14 @@ class ServerPersistence:
         self._update_log.record_update(shard, pushes, context)
 
     def maintain(self) -> None:
-        """Log changes of the sessions, and start a checkpoint if one is due; called periodically."""
+        """Log changes of the sessions, and start a checkpoint if one is due; called periodically.
+
+        Raises
+        ------
+        HpcsgdError
+            The log cannot be written, or another server has taken the folder over.
+        """
+        self._lock.check()
         self._update_log.record_sessions()
         if self._pending_checkpoint is None:
             model = sum(shard.nbytes for shard in self._server.shards.values())
@@ -95,7 +110,6 @@ class ServerPersistence:
         self._start_checkpoint().result()
         self._update_log.close()
         self._thread.shutdown()
-        self._lock_file.close()
 
     def _start_checkpoint(self) -> Future[None]:
         state = update_log.server_state(self._server)
@@ -110,18 +124,3 @@ class ServerPersistence:
     def _write_checkpoint(self, number: int, state: dict[str, Any]) -> None:
         self._checkpoints.save(number, state, {})
         self._update_log.remove_before(number)
-
-
-def _acquire_lock(path: Path) -> Any:
-    """Lock a file for the lifetime of this process."""
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise HpcsgdError(
-            f"another server uses {path.parent}",
-            do="stop that server, or give another --listen FILE and --checkpoint FOLDER",
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    return file

@@ -18,7 +18,7 @@ from hpcsgd.commands.serve.dashboard import ServerDashboard, session_row
 from hpcsgd.commands.serve.persistence import ServerPersistence
 from hpcsgd.commands.signals import SignalRecorder
 from hpcsgd.commands.train.metrics import FILE
-from hpcsgd.errors import HpcsgdError
+from hpcsgd.errors import HpcsgdError, os_errors
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.world import World
 from hpcsgd.registry.limits import ServerMode
@@ -82,7 +82,7 @@ class Service:
     ----------
     options, world
         Options, and the ranks of the job, each of which is a server.
-    folder
+    persistence
         Folder of this server's state and metrics.
     secret
         Secret by which clients authenticate.
@@ -91,17 +91,22 @@ class Service:
     """
 
     def __init__(
-        self, options: ServeOptions, world: World, folder: Path, secret: str, dashboard: ServerDashboard
+        self,
+        options: ServeOptions,
+        world: World,
+        persistence: ServerPersistence,
+        secret: str,
+        dashboard: ServerDashboard,
     ) -> None:
         from hpcsgd.kernels.sums import server_update
 
         self._options, self._world, self._dashboard = options, world, dashboard
         policy = Policy(options.mode, options.alpha, options.max_staleness, options.lease)
-        self._persistence = ServerPersistence(folder, options.checkpoint_every)
+        self._persistence = persistence
         self.server = Server(policy, world.rank, world.size, self._persistence.record_update)
         self._persistence.restore(self.server)
         server_update.warm_up()
-        self._metrics = (folder / FILE).open("a", buffering=1)
+        self._metrics = (persistence.folder / FILE).open("a", buffering=1)
         self._open_port(secret)
         self._selector = selectors.DefaultSelector()
         self._registered: dict[TCPLink | Strangers, int] = {}
@@ -109,6 +114,7 @@ class Service:
         self._vote = EndVote(world.control)
         self._utilization = Utilization()
         self._expected_groups_connected = self._lingering = self._seeds_reported = False
+        self._metrics_failed = False
         self._tick_at = self._metrics_at = 0.0
 
     def _open_port(self, secret: str) -> None:
@@ -129,7 +135,7 @@ class Service:
     def run(self) -> None:
         """Serve until the servers agree to end; collective."""
         with self._signals.installed(), ExitStack() as stack:
-            stack.callback(self._metrics.close)
+            stack.callback(self._close_metrics)
             stack.callback(self._selector.close)
             stack.callback(self._strangers.close)
             self._publish_addresses()
@@ -146,9 +152,11 @@ class Service:
         file = RendezvousFile(self._identity.secret, endpoints)
 
         def write() -> None:
-            if world.rank == 0:
-                options.listen.parent.mkdir(parents=True, exist_ok=True)
-                file.write(options.listen)
+            do = "give --listen a file that can be written, in a folder that all jobs can access"
+            with os_errors(f"cannot write {options.listen}", do=do):
+                if world.rank == 0:
+                    options.listen.parent.mkdir(parents=True, exist_ok=True)
+                    file.write(options.listen)
 
         world.collectively(write)
         servers = f"{world.size} server{'s' if world.size > 1 else ''}"
@@ -251,7 +259,16 @@ class Service:
             **server_metrics(aggregator.staleness, aggregator.dropped, self._utilization.metrics()),
             "clients": [session_row(session) for session in server.sessions.values()],
         }
-        self._metrics.write(json.dumps(record) + "\n")
+        try:
+            self._metrics.write(json.dumps(record) + "\n")
+        except OSError as error:
+            if not self._metrics_failed:
+                _log.warning("the servers' metrics cannot be written: %s", error)
+            self._metrics_failed = True
+
+    def _close_metrics(self) -> None:
+        with suppress(OSError):
+            self._metrics.close()
 
     def _remove_file(self) -> None:
         """Remove the rendezvous file, unless it is that of other servers by now."""

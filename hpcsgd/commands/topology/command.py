@@ -9,7 +9,7 @@ from typing import Annotated
 import click
 
 from hpcsgd.commands.options import ShortCount, TopologySpec, Value, option
-from hpcsgd.errors import HpcsgdError
+from hpcsgd.errors import os_errors
 from hpcsgd.registry import Within
 
 
@@ -50,9 +50,5 @@ def topology(name: str | None, peers: int, parameters: int, png: Path | None) ->
         with figures.style():
             figure = draw(built, f"{name}, {peers} peers")
         figure.set_label(png.stem)
-        try:
+        with os_errors(f"cannot write {png}", do="give --png a file that can be written"):
             click.echo(figures.png(figure, png.parent))
-        except OSError as error:
-            raise HpcsgdError(
-                f"cannot write {png}", got=error, do="give --png a file that can be written"
-            ) from error

@@ -63,4 +63,4 @@ def train(settings: Settings, trace: bool) -> None:
     from hpcsgd.commands.train.trainer import train as execute
 
     execute(settings, trace)
-    signals.ignore_sigusr1()
+    signals.ignore_stops()

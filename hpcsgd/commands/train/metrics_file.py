@@ -112,10 +112,14 @@ class MetricsFile:
             self._follow()
         if self._descriptor == _NOT_OPEN:
             self._begin()
-        if self._torn:
+        size = os.fstat(self._descriptor).st_size
+        if size < self._size:
+            self._size = self._end_of_lines(size)
+        elif self._torn:
             os.ftruncate(self._descriptor, self._size)
-            self._torn = False
-        self._size = os.fstat(self._descriptor).st_size
+        else:
+            self._size = size
+        self._torn = False
         rest = memoryview(b"".join(self._lines[self._written :]))
         size = self._size + len(rest)
         try:
@@ -128,6 +132,15 @@ class MetricsFile:
         if self._failed:
             self._failed = False
             self._notify(f"{self._path} can be written again, and has all records")
+
+    def _end_of_lines(self, size: int) -> int:
+        """Cut what another program, which has shortened the file, left of a line; returns the length."""
+        start = size
+        while start and os.pread(self._descriptor, 1, start - 1) != b"\n":
+            start -= 1
+        os.ftruncate(self._descriptor, start)
+        self._synced = min(self._synced, start)
+        return start
 
     def _follow(self) -> None:
         """Close the file if it was removed or replaced, and take over what was put in its place."""

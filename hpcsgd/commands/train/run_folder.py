@@ -10,7 +10,7 @@ from typing import Any
 
 from hpcsgd import registry
 from hpcsgd.commands.train.settings import AUTO, Settings, parse_resume, to_toml
-from hpcsgd.errors import BadOption, HpcsgdError
+from hpcsgd.errors import BadOption, os_errors
 
 #: The settings of a run; its checkpoints; and the mark of a finished run.
 CONFIG, CHECKPOINTS, DONE = "config.toml", "checkpoints", "done"
@@ -53,17 +53,16 @@ def claim(folder: Path, settings: Settings) -> None:
         if not folder.is_dir():
             raise BadOption(f"there is no run to resume in {folder}", do="give --resume the folder of a run")
         return
-    try:
-        # With --resume auto a run may have been killed before its first checkpoint.
-        folder.mkdir(parents=True, exist_ok=settings.resume == AUTO)
-    except FileExistsError:
-        raise BadOption(
-            f"{folder} exists",
-            do=f"choose another --name, or continue that run: --resume {folder}",
-        ) from None
-    except OSError as error:
-        what = f"cannot create the run's folder {folder}: {error.strerror}"
-        raise HpcsgdError(what, do="free space there, or create it elsewhere: --out FOLDER") from error
+    do = "free space there, or create it elsewhere: --out FOLDER"
+    with os_errors(f"cannot create the run's folder {folder}", do=do):
+        try:
+            # With --resume auto a run may have been killed before its first checkpoint.
+            folder.mkdir(parents=True, exist_ok=settings.resume == AUTO)
+        except FileExistsError:
+            raise BadOption(
+                f"{folder} exists",
+                do=f"choose another --name, or continue that run: --resume {folder}",
+            ) from None
 
 
 def release(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hpcsgd.commands.train import metrics, run_folder
 from hpcsgd.commands.train.metrics_file import MetricsFile
-from hpcsgd.errors import HpcsgdError
+from hpcsgd.errors import HpcsgdError, os_errors
 from hpcsgd.mpi.world import World
 from hpcsgd.training.checkpoint.checkpoints import Checkpoints, NotSaved
 from hpcsgd.training.checkpoint.files import delete, sync_folder
@@ -128,18 +128,14 @@ class SpareFolder:
         if not self._is_of(config):
             return ""
         newest, before = _newest_step(self.path), _newest_step(self._run)
-        try:
+        what = f"cannot move the newest files of {self._run} from the spare folder {self.path} to their place"
+        do = f"free space there, or continue in the spare folder: --resume {self.path}"
+        with os_errors(what, do=do):
             # Metrics first: after a crash in between the checkpoint here is still the newest.
             if _size(self.path / metrics.FILE) > _size(self._run / metrics.FILE):
                 _copy(self.path / metrics.FILE, self._run / metrics.FILE)
             if newest > before:
                 _copy(_checkpoint(self.path, newest), _checkpoint(self._run, newest))
-        except OSError as error:
-            raise HpcsgdError(
-                f"cannot move the newest files of {self._run} from the spare folder {self.path} to their "
-                f"place: {error}",
-                do=f"free space there, or continue in the spare folder: --resume {self.path}",
-            ) from error
         self.remove()
         moved = f"the checkpoint of step {newest} and the metrics" if newest > before else "the metrics"
         return f"{moved} of {self._run} are back from the spare folder {self.path}"

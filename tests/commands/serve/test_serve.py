@@ -89,6 +89,20 @@ def test_servers_do_not_remove_the_file_of_others(tmp_path: Path) -> None:
             assert two.end() == 0 and not file.exists(), two.text
 
 
+@pytest.mark.timeout(120)
+def test_one_folder_is_for_the_servers_of_one_job(tmp_path: Path) -> None:
+    with Job(tmp_path, "one", *SERVE) as one:
+        one.wait_for("hpcsgd train --connect")
+        with Job(tmp_path, "two", *SERVE) as two:
+            assert two.end() == 2 and "is in use by another job" in two.text, two.text
+        one.send(signal.SIGKILL)
+        assert one.end() == -signal.SIGKILL
+        with Job(tmp_path, "three", *SERVE) as three:
+            three.wait_for("hpcsgd train --connect")  # the lock of the killed one is taken over
+            three.send(signal.SIGTERM)
+            assert three.end() == 0, three.text
+
+
 def _shards(folder: Path) -> dict[int, dict[str, Any]]:
     """Shards in the last checkpoint of a server."""
     state = torch.load(max((folder / "server-0").glob("step-*")) / "rank-0000.pt", weights_only=True)
@@ -101,6 +115,9 @@ def test_invalid_options_are_errors(tmp_path: Path) -> None:
     about = {"mode": "async", "alpha": None, "servers": 1, "secret": "?"}
     (tmp_path / "job" / "job.json").write_text(json.dumps(about))
     (tmp_path / "junk").write_text("{}")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "job.json").write_text("[]")
+    (tmp_path / "in-the-way" / "server-0" / "metrics.jsonl").mkdir(parents=True)
     stale = {"secret": "x", "servers": [[["127.0.0.1"], 9, ""]]}
     (tmp_path / "stale").write_text(json.dumps(stale))
     cases = [
@@ -121,6 +138,10 @@ def test_invalid_options_are_errors(tmp_path: Path) -> None:
             (*SERVE, "--checkpoint", tmp_path / "new", "--bind", "198.51.100.0/24"),
             "is no address, network or interface of",
         ),
+        ((*SERVE, "--checkpoint", tmp_path / "damaged"), "job.json is damaged"),
+        ((*SERVE, "--checkpoint", tmp_path / "junk"), "choose another --checkpoint folder"),
+        ((*SERVE, "--checkpoint", tmp_path / "in-the-way"), "server 0 cannot start"),
+        (("serve", "--listen", tmp_path / "job", "--checkpoint", tmp_path / "new"), "give --listen a file"),
     ]
     commands = [(*command, *(["--out", tmp_path] if command[0] == "train" else [])) for command, _ in cases]
     for outcome, (command, text) in zip(run_commands(tmp_path, 1, *commands), cases, strict=True):

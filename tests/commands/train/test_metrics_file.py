@@ -137,6 +137,25 @@ def test_a_file_that_was_replaced_is_continued(tmp_path: Path) -> None:
     assert records.whole(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("synced", [False, True])
+@pytest.mark.parametrize("rest", [0, 1.0, 1.5, 4.2])
+def test_a_file_that_was_shortened_has_whole_lines(tmp_path: Path, synced: bool, rest: float) -> None:
+    records = Records(tmp_path)
+    records.append(5)
+    if synced:
+        records.file.sync()
+    os.truncate(records.path, int(rest * len(records.line(0))))
+    records.append(2)
+    with limited(records.path.stat().st_size):
+        records.append()
+    records.file.sync()
+    copy = tmp_path / "copy"
+    records.file.copy_to(copy)
+    expected = [*map(records.line, range(int(rest))), *map(records.line, (5, 6, 7))]
+    assert records.path.read_text() == "".join(expected)
+    assert copy.read_text() == "".join(expected)
+
+
 def test_a_file_that_cannot_be_begun_leaves_nothing(tmp_path: Path) -> None:
     with limited(100), pytest.raises(OSError, match="File too large"):
         Records(tmp_path, 2)
