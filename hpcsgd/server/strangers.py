@@ -78,7 +78,7 @@ class Strangers:
         Parameters
         ----------
         busy
-            Whether clients send: then these have 19 times as long before the next turn. Default False.
+            Whether clients are sending: then these have 19 times as long before the next turn. Default False.
         """
         started = time.monotonic()
         if started < self.due_at:

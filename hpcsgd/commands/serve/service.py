@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import selectors
 import signal
 import socket
@@ -34,6 +35,7 @@ from hpcsgd.server.utilization import Utilization
 _log = logging.getLogger("hpcsgd.server")
 _TICK_SECONDS = 0.2  # between two checks of leases, checkpoints and signals
 _METRICS_INTERVAL = 5.0  # seconds
+_BUSY_SECONDS = 1.0  # since the last message of a client
 
 
 class ServeOptions(NamedTuple):
@@ -116,6 +118,7 @@ class Service:
         self._expected_groups_connected = self._lingering = self._seeds_reported = False
         self._metrics_failed = False
         self._tick_at = self._metrics_at = 0.0
+        self._moved_at = -math.inf
 
     def _open_port(self, secret: str) -> None:
         options = self._options
@@ -173,8 +176,11 @@ class Service:
         started = time.perf_counter()
         moved = self.server.pump([link for link in ready if isinstance(link, TCPLink)])
         self._utilization.record_poll(moved, time.perf_counter() - started)
+        if moved:
+            self._moved_at = started
         if self._strangers in ready:
-            self._strangers.serve(busy=moved > 0)
+            # Also between the messages of clients: the next one would wait for a stranger's handshake.
+            self._strangers.serve(busy=started - self._moved_at < _BUSY_SECONDS)
         self._expected_groups_connected = self._expected_groups_connected or self._groups_connected()
 
     def _groups_connected(self) -> bool:
