@@ -200,9 +200,6 @@ def test_server_stands_in_memory_descriptors_and_speed(tmp_path: Path, tls: str)
         server.send(signal.SIGTERM)
         assert server.end() == 0, server.text
     speed = statistics.median(a / q for a, q in zip(attacked, quiet, strict=True))
-    print(
-        f"\n{tls}: {sent.value:,} frames, {sent.value / seconds:.0f} a second; exchanges a second {statistics.median(quiet):.1f}, with frames"
-    )
     print(f"\n{tls}: {sent.value:,} frames, {sent.value / seconds:.0f} a second;", end=" ")
     print(f"exchanges a second {statistics.median(quiet):.1f}, with frames {speed:.3f} of that;", end=" ")
     print(f"memory {memory / 2**20:.0f} to {largest / 2**20:.0f} MiB;", end=" ")
