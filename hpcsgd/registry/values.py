@@ -92,11 +92,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_fields(instance: Any) -> None:
-    """Check the fields of a dataclass by their annotations, as `checked` does with arguments."""
+    """Check and convert the fields of a dataclass by their annotations, as `checked` does with arguments."""
     owner = type(instance)
     for name, parameter in inspect.signature(owner, eval_str=True).parameters.items():
-        if is_option(parameter.annotation):
-            check(f"option {name!r} of {owner.__name__}", getattr(instance, name), parameter.annotation)
+        value = getattr(instance, name)
+        if is_option(parameter.annotation) and value is not parameter.default:
+            value = check(f"option {name!r} of {owner.__name__}", value, parameter.annotation)
+            object.__setattr__(instance, name, value)  # it may be frozen
 
 
 @functools.cache

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hpcsgd import registry
+from hpcsgd.errors import BadOption
 from hpcsgd.strategies.adpsgd.strategy import ADPSGD
 from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.strategies.backup_workers.strategy import BackupWorkers
@@ -31,10 +30,11 @@ __all__ = [
     "StrategyContext",
     "Teleportation",
     "build",
+    "check_accepted",
 ]
 
 #: The methods by the name that `--strategy` uses.
-STRATEGIES: dict[str, Callable[..., Strategy]] = {
+STRATEGIES: dict[str, type[Strategy]] = {
     "allreduce": AllReduce,
     "local": LocalSGD,
     "lasgd": LASGD,
@@ -63,3 +63,30 @@ def build(spec: str, **context: object) -> Strategy:
         Unknown name or option, or a value out of range.
     """
     return registry.build(STRATEGIES, spec, "strategy", **context)
+
+
+def check_accepted(strategy: Strategy, context: StrategyContext) -> None:
+    """Raise `BadOption`, on all ranks, if the run has an option that its method does not accept."""
+    if context.peers.size == 1:
+        return
+    title = strategy.title or type(strategy).__name__
+    if context.compress is not None and not strategy.accepts_compression:
+        others = [name for name, each in STRATEGIES.items() if each.accepts_compression]
+        raise BadOption(
+            f"{title} sends whole models and cannot compress them",
+            got=f"compress={context.compress}",
+            do=f"use strategy {_either(others)}, or set compress to none",
+            everywhere=True,
+        )
+    if context.peers.per_rank > 1 and not strategy.accepts_virtual_nodes:
+        others = [name for name, each in STRATEGIES.items() if each.accepts_virtual_nodes]
+        raise BadOption(
+            f"{title} has no virtual nodes",
+            got=f"{context.peers.size} nodes on {context.world.size} ranks",
+            do=f"use strategy {_either(others)}, or do not set virtual_nodes",
+            everywhere=True,
+        )
+
+
+def _either(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -34,13 +34,13 @@ class AllReduce(Strategy):
     with weight 0. With `Run(compress=...)` the sums are compressed. Sparse gradients are summed by row.
     """
 
+    title = "all-reduce SGD"
+    accepts_compression = accepts_weights = True
     averages_gradients = True
-    accepts_weights = True
     #: Whether the gradients of a single rank too are collected in a tensor group.
     _needs_group = False
 
     def attach(self, context: StrategyContext) -> None:
-        context.reject("all-reduce SGD", virtual_nodes=True)
         super().attach(context)
         self._status = StepStatus(context.world)
         self._finite, self._reductions = True, 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
+from hpcsgd import registry
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.tensors.group import Bucket
 
@@ -13,12 +15,18 @@ from hpcsgd.tensors.group import Bucket
 class Strategy:
     """One method of distributed SGD; the base class is training without communication.
 
-    All methods are called on every rank, by the compute thread (the one that runs the user's loop).
+    A strategy with options is a dataclass, without `eq` and `repr`: its fields are the options, and their
+    annotations the limits that are checked. All methods are called on every rank, by the compute thread (the
+    one that runs the user's loop).
 
     Attributes
     ----------
+    title
+        Name of the method in errors; "": that of the class.
     context
         The context of the run, set by `attach`.
+    accepts_compression, accepts_virtual_nodes
+        Whether the method can be used with these options of `Run`; see `hpcsgd.strategies.check_accepted`.
     synchronous
         Whether every peer takes every step. If not, `peer_schedule` yields the local peer of the next step,
         loaders are started again at their end, and `step` itself advances `context.step`.
@@ -34,16 +42,23 @@ class Strategy:
         and `state_dict` is collective, for it waits for the end of all averages.
     """
 
+    title = ""
     context: StrategyContext
+    accepts_compression = False
+    accepts_virtual_nodes = False
     synchronous = True
     deterministic = True
     averages_gradients = False
     accepts_weights = False
     averages_in_background = False
 
+    def __post_init__(self) -> None:
+        registry.check_fields(self)
+
     def options(self) -> dict[str, object]:
         """Return the options by name; they must be equal on all ranks."""
-        return {}
+        options: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        return {option.name: getattr(self, option.name) for option in options}
 
     def workers(self, ranks: int) -> int:
         """Return how many of `ranks` ranks compute gradients: always the first ones."""

@@ -103,36 +103,6 @@ class StrategyContext:
         """Number of peers whose current batch is one of their own."""
         return sum(self.batches.current)
 
-    def reject(self, method: str, *, compression: bool = False, virtual_nodes: bool = False) -> None:
-        """Raise on all ranks if the run uses a feature that a method does not support.
-
-        Parameters
-        ----------
-        method
-            Name of the method, for the error.
-        compression, virtual_nodes
-            True: not supported. Default False.
-
-        Raises
-        ------
-        BadOption
-            On all ranks.
-        """
-        if compression and self.compress is not None:
-            raise BadOption(
-                f"{method} sends whole models and cannot compress them",
-                got=f"compress={self.compress}",
-                do="use strategy allreduce, local, lasgd or ps, or set compress to none",
-                everywhere=True,
-            )
-        if virtual_nodes and self.peers.per_rank > 1:
-            raise BadOption(
-                f"{method} has no virtual nodes",
-                got=f"{self.peers.size} nodes on {self.world.size} ranks",
-                do="use a gossip strategy (dsgd, sgp, backup, teleport), or do not set virtual_nodes",
-                everywhere=True,
-            )
-
     def require_torch_optimizer(self, method: str) -> None:
         """Raise `BadOption` on all ranks where the optimizer is not one of torch, whose state is read."""
         if not isinstance(self.optimizer, torch.optim.Optimizer):

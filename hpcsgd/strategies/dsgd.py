@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from hpcsgd.registry import checked
 from hpcsgd.strategies.gossip import Gossip
 from hpcsgd.strategies.step_work import StepWork
 from hpcsgd.topology import TopologySpec
 
 
+@dataclass(eq=False, repr=False)
 class DSGD(Gossip):
     """Decentralised SGD: a local step, then the weighted average with the neighbours in a topology.
 
@@ -31,9 +32,7 @@ class DSGD(Gossip):
 
     title = "D-SGD"
 
-    @checked
-    def __init__(self, topology: TopologySpec = "exponential", overlap: bool = False) -> None:
-        super().__init__(topology, overlap)
+    topology: TopologySpec = "exponential"
 
     def step(self, update: Callable[[], None]) -> None:
         context = self.context

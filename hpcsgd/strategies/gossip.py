@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 
@@ -11,9 +11,10 @@ from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
 from hpcsgd.strategies.step_work import StepWork
-from hpcsgd.topology import build
+from hpcsgd.topology import TopologySpec, build
 
 
+@dataclass(eq=False, repr=False)
 class Gossip(ReplicaStrategy):
     """A synchronous method in which every peer takes a step and then exchanges models in a topology.
 
@@ -26,22 +27,16 @@ class Gossip(ReplicaStrategy):
 
     Attributes
     ----------
-    title
-        Name of the method in errors.
     graph
         The topology over the peers of the run.
     """
 
-    title: ClassVar[str]
+    accepts_virtual_nodes = True
 
-    def __init__(self, topology: str, overlap: bool) -> None:
-        self.topology, self.overlap = topology, overlap
-
-    def options(self) -> dict[str, object]:
-        return {"topology": self.topology, "overlap": self.overlap}
+    topology: TopologySpec
+    overlap: bool = False
 
     def attach(self, context: StrategyContext) -> None:
-        context.reject(self.title, compression=True)
         self.graph = context.world.collectively(lambda: build(self.topology, context.peers.size))
         super().attach(context)
         self._exchange = Exchange(context.peers, self.parameters.groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ from torch import Tensor
 from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.collectives.step_status import StepStatus
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.registry import checked
 from hpcsgd.registry.limits import Count
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
 
 
+@dataclass(eq=False, repr=False)
 class LocalSGD(ReplicaStrategy):
     """Local SGD: every rank takes `period` local steps, then all models are replaced by their mean.
 
@@ -33,17 +34,12 @@ class LocalSGD(ReplicaStrategy):
         Steps between two averages, at least 1. Default 8.
     """
 
-    accepts_weights = True
+    title = "local SGD"
+    accepts_compression = accepts_weights = True
 
-    @checked
-    def __init__(self, period: Count = 8) -> None:
-        self.period = period
-
-    def options(self) -> dict[str, object]:
-        return {"period": self.period}
+    period: Count = 8
 
     def attach(self, context: StrategyContext) -> None:
-        context.reject("local SGD", virtual_nodes=True)
         super().attach(context)
         self._steps_since_average = 0
         self._steps_of_rank = [0] * context.world.size

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hpcsgd.registry import checked
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.gossip import Gossip
 from hpcsgd.strategies.push_sum import PushSumWeights
@@ -15,6 +15,7 @@ from hpcsgd.tensors.weighted_sum import weighted_sum
 from hpcsgd.topology import TopologySpec
 
 
+@dataclass(eq=False, repr=False)
 class SGP(Gossip):
     """Stochastic gradient push: push-sum averaging over directed edges (Assran et al., arXiv 1811.10792).
 
@@ -41,9 +42,7 @@ class SGP(Gossip):
 
     title = "SGP"
 
-    @checked
-    def __init__(self, topology: TopologySpec = "one-peer-exponential", overlap: bool = False) -> None:
-        super().__init__(topology, overlap)
+    topology: TopologySpec = "one-peer-exponential"
 
     def attach(self, context: StrategyContext) -> None:
         super().attach(context)

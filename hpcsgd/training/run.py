@@ -12,7 +12,7 @@ from torch import nn
 from hpcsgd.compress import Compressor, build
 from hpcsgd.mpi.world import World
 from hpcsgd.registry.limits import BucketMib, Count, Natural, PeerCount, Seed
-from hpcsgd.strategies import AllReduce, Strategy, StrategyContext
+from hpcsgd.strategies import AllReduce, Strategy, StrategyContext, check_accepted
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import choices
@@ -175,6 +175,7 @@ class Run(Scalars):
         self._stepping = Stepping(self.strategy, self._context, self._trained, check_every)
         self._context.unscale = self._stepping.unscale
         self._stepping.set_steps(0)
+        check_accepted(self.strategy, self._context)
         self.strategy.attach(self._context)
         self._batchnorms = SyncBatchNorms(model, self._context, self.strategy)
         self._virtual_nodes = nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)

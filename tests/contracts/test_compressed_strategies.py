@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import AllReduce, Disagreement, LocalSGD, Run, Strategy
+from hpcsgd import AllReduce, BadOption, Disagreement, LocalSGD, Run, Strategy
 from hpcsgd.compress import FP16, ErrorFeedback, Float32, QSGDMaxNorm, TopK, build
+from hpcsgd.strategies import STRATEGIES
 from tests.support import strategy_rows as s
 
 #: Only reductions are compressed; methods that send whole models reject compression.
@@ -246,6 +247,16 @@ def test_grad_scaler_skips_the_same_steps_on_all_ranks(
         assert np.all(np.isfinite(s.models_of(run)))
         assert s.same_everywhere(world, run.model)
         assert run.steps == 6
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_a_method_does_not_compress_is_refused_but_on_one_rank(world: Any, name: str) -> None:
+    if STRATEGIES[name].accepts_compression or world.size == 1:
+        begin(world, STRATEGIES[name](), "bf16").close()
+        return
+    with pytest.raises(BadOption, match=r"cannot compress(.|\n)* use strategy allreduce, local, lasgd or ps"):
+        begin(world, STRATEGIES[name](), "bf16")
 
 
 @pytest.mark.mpi(min_size=2)

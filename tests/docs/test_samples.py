@@ -56,9 +56,9 @@ class Sample:
         assert wrong[0] in module.text
         self.module = ModuleType(_dotted(module.file))
         text = module.text.replace(*wrong) if wrong[0] else module.text
-        _run(module, page, text, vars(self.module))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, self.module.__name__, self.module)
+            patch.setitem(sys.modules, self.module.__name__, self.module)  # where a dataclass looks
+            _run(module, page, text, vars(self.module))
             patch.setitem(registry, name, None)
             _run(register, page, register.text, dict(vars(sys.modules[_dotted(register.file)])))
             self.entry = registry[name]

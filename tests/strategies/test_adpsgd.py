@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import ADPSGD, BF16, BadOption, HpcsgdError, topology
+from hpcsgd import ADPSGD, BadOption, HpcsgdError, topology
 from hpcsgd.strategies.adpsgd.async_pairs import PairwiseAverager
 from hpcsgd.strategies.adpsgd.pairing import BipartitePairs
 from tests.support.async_runs import (
@@ -162,8 +162,6 @@ def test_a_graph_that_is_not_bipartite_is_rejected(name: str, size: int) -> None
 def test_unsupported_features_are_rejected(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadOption, match="schedule=drawn"):
         job_of(world, virtual_nodes=2 * world.size)
-    with pytest.raises(BadOption, match="cannot compress"):
-        job_of(world, compress=BF16())
     if world.size > 1:
         monkeypatch.setattr(world.progress, "threaded", False)
         with pytest.raises(HpcsgdError, match="MPI_THREAD_MULTIPLE"):

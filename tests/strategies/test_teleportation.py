@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import FP16, AllReduce, BadOption, HpcsgdError, Run, Teleportation, World, topology
+from hpcsgd import AllReduce, BadOption, HpcsgdError, Run, Teleportation, World, topology
 from hpcsgd.strategies.teleportation.tokens import sample_holders
 from tests.support.teleport_runs import (
     MOMENTUM,
@@ -280,6 +280,3 @@ def test_unsupported_optimizers_and_features_are_rejected(world: Any) -> None:
             with pytest.raises(BadOption, match="nothing, odd, more, at first count, nothing, odd"):
                 run.step()
             break
-    model = Regression()
-    with pytest.raises(BadOption, match="cannot compress"):
-        Run(model, OPTIMIZERS["plain"](model.parameters()), Teleportation(1), comm=world, compress=FP16())

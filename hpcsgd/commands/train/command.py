@@ -22,11 +22,18 @@ class _CommandWithRegistries(click.Command):
 
         for title, known in _registries().items():
             rows = [
-                (f"{name}:{options}" if options else name, summary)
+                (f"{name}:{options}" if options else name, summary + _accepted(known[name]))
                 for name, options, summary in registry.describe(known, _FILLED_IN + _RARELY_USED)
             ]
             with formatter.section(title):
                 formatter.write_dl(rows, col_max=40)
+
+
+def _accepted(entry: object) -> str:
+    """The options of a run that a strategy accepts and not all do."""
+    flags = {"--compress": "accepts_compression", "--virtual-nodes": "accepts_virtual_nodes"}
+    accepted = [flag for flag, attribute in flags.items() if getattr(entry, attribute, False)]
+    return f" With {' and '.join(accepted)}." if accepted else ""
 
 
 def _registries() -> dict[str, Any]:

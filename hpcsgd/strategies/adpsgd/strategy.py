@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from hpcsgd.errors import BadOption
-from hpcsgd.registry import checked
 from hpcsgd.strategies.adpsgd.async_pairs import PairwiseAverager
 from hpcsgd.strategies.adpsgd.pairing import BipartitePairs, SynchronousPairs
 from hpcsgd.strategies.context import StrategyContext
@@ -19,6 +18,7 @@ from hpcsgd.topology import TopologySpec, build
 _NO_TARGET = 2**62
 
 
+@dataclass(eq=False, repr=False)
 class ADPSGD(ReplicaStrategy):
     """Asynchronous decentralised SGD by averages of random pairs (Lian et al., arXiv 1710.06952).
 
@@ -52,20 +52,20 @@ class ADPSGD(ReplicaStrategy):
         On attachment, a graph that is not bipartite.
     """
 
-    @checked
-    def __init__(self, topology: TopologySpec = "ring", schedule: Literal["free", "drawn"] = "free") -> None:
-        self.topology, self.schedule = topology, schedule
-        self.synchronous = schedule == "drawn"
-        self.averages_in_background = not self.synchronous
+    title = "AD-PSGD"
 
-    def options(self) -> dict[str, object]:
-        return {"topology": self.topology, "schedule": self.schedule}
+    topology: TopologySpec = "ring"
+    schedule: Literal["free", "drawn"] = "free"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.synchronous = self.accepts_virtual_nodes = self.schedule == "drawn"
+        self.averages_in_background = not self.synchronous
+        if not self.synchronous:
+            self.title = "AD-PSGD without schedule=drawn"
 
     def attach(self, context: StrategyContext) -> None:
-        context.reject("AD-PSGD", compression=True)
         pairs = BipartitePairs(context.world.collectively(lambda: build(self.topology, context.peers.size)))
-        if not self.synchronous:
-            _check_one_peer_a_rank(context)
         super().attach(context)
         self.deterministic = self.synchronous or context.peers.size == 1
         make = SynchronousPairs if self.synchronous else AsynchronousPairs
@@ -159,13 +159,3 @@ class AsynchronousPairs:
 
     def abandon(self) -> None:
         self._averager.abandon()
-
-
-def _check_one_peer_a_rank(context: StrategyContext) -> None:
-    if context.peers.per_rank > 1:
-        raise BadOption(
-            "AD-PSGD with schedule=free has no virtual nodes",
-            got=f"{context.peers.size} nodes on {context.world.size} ranks",
-            do="use --strategy adpsgd:schedule=drawn, or do not set virtual_nodes",
-            everywhere=True,
-        )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.staging import after_compute, wait_for_compute
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.registry import checked
 from hpcsgd.registry.limits import Natural
 from hpcsgd.strategies import delays as delay_specs
 from hpcsgd.strategies.backup_workers.agreement import (
@@ -28,6 +28,7 @@ from hpcsgd.topology.graphs import adjacency
 from hpcsgd.topology.mixing import metropolis_among
 
 
+@dataclass(eq=False, repr=False)
 class BackupWorkers(ReplicaStrategy):
     """Decentralised SGD whose iterations wait only for the fastest peers (arXiv 2102.06280).
 
@@ -62,20 +63,17 @@ class BackupWorkers(ReplicaStrategy):
         Virtual time at which the last iteration closed.
     """
 
+    title = "dynamic backup workers"
+    accepts_virtual_nodes = True
     synchronous = False
 
-    @checked
-    def __init__(
-        self,
-        topology: TopologySpec = "ring",
-        backups: Literal["dynamic"] | Natural = "dynamic",
-        delays: delay_specs.DelaysSpec = "none",
-    ) -> None:
-        self.topology, self.backups, self.delays = topology, backups, delays
-        self._delay_samples = delay_specs.build(delays)
+    topology: TopologySpec = "ring"
+    backups: Literal["dynamic"] | Natural = "dynamic"
+    delays: delay_specs.DelaysSpec = "none"
 
-    def options(self) -> dict[str, object]:
-        return {"topology": self.topology, "backups": self.backups, "delays": self.delays}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._delay_samples = delay_specs.build(self.delays)
 
     def clamp_to(self, peers: int) -> None:
         if isinstance(self.backups, int):
@@ -83,7 +81,6 @@ class BackupWorkers(ReplicaStrategy):
         self._delay_samples.clamp_to(peers)
 
     def attach(self, context: StrategyContext) -> None:
-        context.reject("dynamic backup workers", compression=True)
         graph = context.world.collectively(lambda: build(self.topology, context.peers.size))
         size, edges = graph.size, graph.spanning()
         fixed = fixed_backups(self.backups, size)

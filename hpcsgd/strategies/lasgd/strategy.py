@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.compress import Compressor
 from hpcsgd.errors import BadOption
-from hpcsgd.registry import checked
 from hpcsgd.registry.limits import Count
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.lasgd.averaging import NO_TARGET, Averaging, Records
@@ -18,6 +18,7 @@ from hpcsgd.strategies.replicas import ReplicaStrategy
 from hpcsgd.tensors.group import TensorGroup
 
 
+@dataclass(eq=False, repr=False)
 class LASGD(ReplicaStrategy):
     """Local asynchronous SGD: exact averages by all-reduce beside the gradients (arXiv 2203.13085).
 
@@ -57,39 +58,31 @@ class LASGD(ReplicaStrategy):
         `max_lag` below `period`.
     """
 
+    title = "LASGD"
+    accepts_compression = True
     synchronous = False
     averages_in_background = True
 
-    @checked
-    def __init__(
-        self,
-        period: Count | Literal["auto"] = "auto",
-        max_lag: Count | None = None,
-        trigger: Trigger = "any",
-        merge: Merge = "damped",
-        compress: Compressor | None = None,
-    ) -> None:
-        if max_lag is not None and period != "auto" and max_lag < period:
+    period: Count | Literal["auto"] = "auto"
+    max_lag: Count | None = None
+    trigger: Trigger = "any"
+    merge: Merge = "damped"
+    compress: Compressor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_lag is not None and self.period != "auto" and self.max_lag < self.period:
             raise BadOption(
                 "option max_lag of LASGD is below its period: it would wait for a round before it is due",
-                expected=f"max_lag of at least {period}, the period",
-                got=max_lag,
+                expected=f"max_lag of at least {self.period}, the period",
+                got=self.max_lag,
                 do="raise max_lag, lower period, or do not set max_lag",
             )
-        self.period, self.max_lag, self.trigger, self.merge = period, max_lag, trigger, merge
-        self.compress = compress
 
     def options(self) -> dict[str, object]:
-        return {
-            "period": self.period,
-            "max_lag": self.max_lag,
-            "trigger": self.trigger,
-            "merge": self.merge,
-            "compress": str(self.compress),
-        }
+        return {**super().options(), "compress": str(self.compress)}
 
     def attach(self, context: StrategyContext) -> None:
-        context.reject("LASGD", virtual_nodes=True)
         super().attach(context)
         self._is_free = False  # whether steps were taken outside of a loop, of which others may not know yet
         self._equal_steps = self.trigger == "all" and self.max_lag == self.period

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from hpcsgd.collectives import broadcast
 from hpcsgd.compress import spec_of
 from hpcsgd.compress.point_to_point import check_stateless
 from hpcsgd.errors import BadOption
-from hpcsgd.registry import checked
 from hpcsgd.registry.limits import Count, ElasticAlpha, Natural, ServerMode, Timeout
 from hpcsgd.server import Policy
 from hpcsgd.server.update_rules import describe_optimizer
@@ -28,6 +28,7 @@ from hpcsgd.tensors.group import TensorGroup
 from hpcsgd.tensors.parameters import grouped_by_memory
 
 
+@dataclass(eq=False, repr=False)
 class ParameterServer(Strategy):
     """Parameter servers between groups of workers, with all-reduce inside groups (arXiv 1801.03855).
 
@@ -69,32 +70,28 @@ class ParameterServer(Strategy):
         set the options of servers. Default "": the servers are ranks of this job.
     """
 
-    @checked
-    def __init__(
-        self,
-        mode: ServerMode = "sync",
-        servers: Natural = 1,
-        groups: Count | None = None,
-        interval: Count = 8,
-        alpha: ElasticAlpha | None = None,
-        max_staleness: Natural | None = None,
-        lease: Timeout = 10.0,
-        connect: str = "",
-    ) -> None:
-        if servers == 0 and mode != "sync" and not connect:
+    title = "a parameter server"
+    accepts_compression = True
+
+    mode: ServerMode = "sync"
+    servers: Natural = 1
+    groups: Count | None = None
+    interval: Count = 8
+    alpha: ElasticAlpha | None = None
+    max_staleness: Natural | None = None
+    lease: Timeout = 10.0
+    connect: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.servers == 0 and self.mode != "sync" and not self.connect:
             raise BadOption(
-                f"mode {mode} needs a server",
+                f"mode {self.mode} needs a server",
                 got="servers=0, which is pure MPI",
                 do="use servers=1 or mode=sync",
             )
-        self.mode, self.servers, self.groups, self.connect = mode, servers, groups, connect
-        self.interval = interval if mode == "elastic" else 1
-        self.alpha, self.max_staleness, self.lease = alpha, max_staleness, lease
-        self.synchronous = servers == 0 and not connect
-
-    def options(self) -> dict[str, object]:
-        names = ("mode", "servers", "groups", "interval", "alpha", "max_staleness", "lease", "connect")
-        return {name: getattr(self, name) for name in names}
+        self.interval = self.interval if self.mode == "elastic" else 1
+        self.synchronous = self.servers == 0 and not self.connect
 
     def workers(self, ranks: int) -> int:
         return ranks if self._is_pure_mpi(ranks) or self.connect else max(1, ranks - self.servers)
@@ -103,7 +100,6 @@ class ParameterServer(Strategy):
         return not self.connect and (self.servers == 0 or ranks == 1)
 
     def attach(self, context: StrategyContext) -> None:
-        context.reject("a parameter server", virtual_nodes=True)
         super().attach(context)
         world = context.world
         self.synchronous = self._is_pure_mpi(world.size)

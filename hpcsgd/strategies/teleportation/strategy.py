@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.staging import after_compute
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.registry import checked
 from hpcsgd.registry.limits import PeerCount
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
@@ -17,6 +17,7 @@ from hpcsgd.strategies.teleportation.tokens import Tokens
 from hpcsgd.topology import TopologySpec
 
 
+@dataclass(eq=False, repr=False)
 class Teleportation(ReplicaStrategy):
     """A few active peers step and average; their models then move to other peers (arXiv 2501.15259).
 
@@ -57,27 +58,20 @@ class Teleportation(ReplicaStrategy):
         On attachment, `active` above the number of peers.
     """
 
+    title = "TELEPORTATION"
+    accepts_virtual_nodes = True
     synchronous = False
     evaluated_group = 0
 
-    @checked
-    def __init__(
-        self,
-        active: PeerCount | tuple[PeerCount, ...] | None = None,
-        topology: TopologySpec = "exponential",
-        fused: bool = True,
-    ) -> None:
-        self.active, self.topology, self.fused = active, topology, fused
-
-    def options(self) -> dict[str, object]:
-        return {"active": self.active, "topology": self.topology, "fused": self.fused}
+    active: PeerCount | tuple[PeerCount, ...] | None = None
+    topology: TopologySpec = "exponential"
+    fused: bool = True
 
     def clamp_to(self, peers: int) -> None:
         if isinstance(self.active, int):
             self.active = min(self.active, peers)
 
     def attach(self, context: StrategyContext) -> None:
-        context.reject("TELEPORTATION", compression=True)
         peers = context.peers
         if peers.size > 1:
             context.require_torch_optimizer("TELEPORTATION")
