@@ -9,13 +9,14 @@ between, or combine the messages of simulated ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from hpcsgd import registry
 from hpcsgd.errors import BadOption
 from hpcsgd.registry import Within
 
@@ -112,13 +113,27 @@ class RandomKey:
 class Codec:
     """Compresses one segment by one scheme; holds the buffers that this needs.
 
+    Parameters
+    ----------
+    segment
+        The elements.
+
     Attributes
     ----------
     sum_buffers
-        (elements, dtype) of each buffer that is summed over the ranks, in order.
+        (elements, dtype) of each buffer that is summed over the ranks, in order. Default: none.
+    magnitude
+        Largest magnitude of the segment; after the first message that of all ranks.
+    norms
+        (any number,) uint16: the first message. Default: the largest magnitude.
     """
 
-    sum_buffers: list[tuple[int, torch.dtype]]
+    sum_buffers: Sequence[tuple[int, torch.dtype]] = ()
+    norms: Tensor
+
+    def __init__(self, segment: Segment) -> None:
+        self.magnitude = MaxMagnitude(segment)
+        self.norms = self.magnitude.norm
 
     def run(
         self,
@@ -132,7 +147,7 @@ class Codec:
 
         Yields messages, to be combined before the next step, and None after a chunk of work. The first
         message is the "max" of norms (uint16, see `hpcsgd.kernels.codec.spec`); if one of them is not finite,
-        the driver stops the codec there. Neither `values` nor `residual` is changed before that message.
+        the driver stops the codec there.
 
         Parameters
         ----------
@@ -148,6 +163,26 @@ class Codec:
             (numel,) float32, or None. It is added to the values and replaced by the compression error of
             this rank: values + old residual = decoded values + new residual.
         """
+        yield from self.compute_norms(values, random_key, residual)
+        yield Message("max", self.norms)
+        yield from self.reduce(values, buffers, random_key, scale, residual)
+
+    def compute_norms(self, values: Tensor, random_key: RandomKey, residual: Tensor | None) -> Iterator[None]:
+        """Compute the norms of this rank's values + residual, of which it changes neither.
+
+        Default: the largest magnitude. See `run`.
+        """
+        yield from self.magnitude.compute(values, residual)
+
+    def reduce(
+        self,
+        values: Tensor,
+        buffers: list[Tensor],
+        random_key: RandomKey,
+        scale: float,
+        residual: Tensor | None,
+    ) -> Iterator[Message | None]:
+        """Encode, yield the further messages, and decode: `run` once the norms are those of all ranks."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,6 +196,9 @@ class Codec:
 class Compressor:
     """A compression scheme with its options; subclasses create the codecs.
 
+    A scheme with options is a dataclass, without `eq` and `repr`: its fields are the options, and their
+    annotations the limits that are checked.
+
     Attributes
     ----------
     feedback
@@ -169,12 +207,15 @@ class Compressor:
         Whether the scheme needs whole tensors, and cannot compress an arbitrary slice of a bucket.
     """
 
-    feedback: bool = False
-    needs_whole_tensors: bool = False
+    feedback = False
+    needs_whole_tensors = False
+
+    def __post_init__(self) -> None:
+        registry.check_fields(self)
 
     def options(self) -> dict[str, object]:
         """Return the options, by name; they must be equal on all ranks."""
-        return {}
+        return registry.field_values(self)
 
     def codec(self, segment: Segment) -> Codec:
         """Create a codec for a segment.
@@ -218,7 +259,7 @@ class Wrapper(Compressor):
 
 
 class MaxMagnitude:
-    """Largest magnitude of a segment as one norm: the first message of schemes without scales."""
+    """Largest magnitude of a segment as one norm."""
 
     def __init__(self, segment: Segment) -> None:
         from hpcsgd.kernels.codec.spec import Tiling

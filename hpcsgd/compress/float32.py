@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, MaxMagnitude, Message, RandomKey, Segment
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment
 
 
 class Float32(Compressor):
@@ -19,10 +19,10 @@ class Float32(Compressor):
 
 class _Float32Codec(Codec):
     def __init__(self, segment: Segment) -> None:
-        self._max_magnitude = MaxMagnitude(segment)
+        super().__init__(segment)
         self.sum_buffers = [(segment.numel, torch.float32)]
 
-    def run(
+    def reduce(
         self,
         values: Tensor,
         buffers: list[Tensor],
@@ -30,8 +30,6 @@ class _Float32Codec(Codec):
         scale: float,
         residual: Tensor | None,
     ) -> Iterator[Message | None]:
-        yield from self._max_magnitude.compute(values, residual)
-        yield Message("max", self._max_magnitude.norm)
         buffers[0].copy_(values)
         if residual is not None:
             buffers[0].add_(residual)

@@ -43,11 +43,15 @@ class Hadamard(Wrapper):
 
 class _RotatedCodec(Codec):
     def __init__(self, segment: Segment, inner: Codec) -> None:
-        self._inner, self._offset = inner, segment.offset
+        self._inner, self._offset, self.norms = inner, segment.offset, inner.norms
         self._rotated = torch.zeros(segment.numel, device=segment.device)
         self.sum_buffers = inner.sum_buffers
 
-    def run(
+    def compute_norms(self, values: Tensor, random_key: RandomKey, residual: Tensor | None) -> Iterator[None]:
+        yield from kernels_for(values).rotate(values, random_key.fixed(), self._offset, self._rotated)
+        yield from self._inner.compute_norms(self._rotated, random_key, residual)
+
+    def reduce(
         self,
         values: Tensor,
         buffers: list[Tensor],
@@ -55,10 +59,8 @@ class _RotatedCodec(Codec):
         scale: float,
         residual: Tensor | None,
     ) -> Iterator[Message | None]:
-        kernels, key = kernels_for(values), random_key.fixed()
-        yield from kernels.rotate(values, key, self._offset, self._rotated)
-        yield from self._inner.run(self._rotated, buffers, random_key, scale, residual)
-        yield from kernels.unrotate(self._rotated, key, self._offset, values)
+        yield from self._inner.reduce(self._rotated, buffers, random_key, scale, residual)
+        yield from kernels_for(values).unrotate(self._rotated, random_key.fixed(), self._offset, values)
 
     def state_dict(self) -> dict[str, Any]:
         return self._inner.state_dict()

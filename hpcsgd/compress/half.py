@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, MaxMagnitude, Message, RandomKey, Segment, chunks
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment, chunks
 
 
 class FP16(Compressor):
@@ -31,11 +31,11 @@ class BF16(FP16):
 
 class _HalfCodec(Codec):
     def __init__(self, segment: Segment, dtype: torch.dtype) -> None:
-        self._max_magnitude = MaxMagnitude(segment)
+        super().__init__(segment)
         self._terms = segment.terms
         self.sum_buffers = [(segment.numel, dtype)]
 
-    def run(
+    def reduce(
         self,
         values: Tensor,
         buffers: list[Tensor],
@@ -44,10 +44,8 @@ class _HalfCodec(Codec):
         residual: Tensor | None,
     ) -> Iterator[Message | None]:
         half = buffers[0]
-        yield from self._max_magnitude.compute(values, residual)
-        yield Message("max", self._max_magnitude.norm)
         # The sum of all terms stays below 2**15; float16 ends at 2**16.
-        factor = 2.0 ** min(15 - self._max_magnitude.exponent() - self._terms.bit_length(), 126)
+        factor = 2.0 ** min(15 - self.magnitude.exponent() - self._terms.bit_length(), 126)
         # Numbers close to the largest float32 would be rounded up to infinity.
         limit = (2.0 - torch.finfo(half.dtype).eps) * 2.0**127
         for chunk in chunks(len(values)):

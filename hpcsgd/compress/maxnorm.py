@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hpcsgd.compress.base import Bits, Codec, Compressor, Segment, levels_of
 from hpcsgd.compress.packed_quantizer import BLOCK, BlockSize, Norm, PackedQuantizer, ScaleOf, Scaling
-from hpcsgd.registry import checked
 
 
+@dataclass(eq=False, repr=False)
 class QSGDMaxNorm(Compressor):
     """Stochastic rounding to 2**(bits-1) - 1 levels on either side of zero; unbiased.
 
@@ -28,15 +30,20 @@ class QSGDMaxNorm(Compressor):
         "max" (default), or "euclidean".
     """
 
-    @checked
-    def __init__(
-        self, bits: Bits = 4, scale: ScaleOf = "block", block: BlockSize = BLOCK, norm: Norm = "max"
-    ) -> None:
-        self.bits, self.scaling = bits, Scaling(scale, block, norm)
-        self.levels = levels_of(bits)
+    bits: Bits = 4
+    scale: ScaleOf = "block"
+    block: BlockSize = BLOCK
+    norm: Norm = "max"
 
-    def options(self) -> dict[str, object]:
-        return {"bits": self.bits, **vars(self.scaling)}
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels on either side of zero."""
+        return (levels_of(self.bits),)
+
+    @property
+    def scaling(self) -> Scaling:
+        """The options of the norms."""
+        return Scaling(self.scale, self.block, self.norm)
 
     def codec(self, segment: Segment) -> Codec:
-        return PackedQuantizer(segment, (self.levels,), self.scaling)
+        return PackedQuantizer(segment, self.levels, self.scaling)

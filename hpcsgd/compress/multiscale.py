@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hpcsgd.compress.base import Bits, Codec, Compressor, Segment, levels_of
 from hpcsgd.compress.packed_quantizer import BLOCK, BlockSize, Norm, PackedQuantizer, ScaleOf, Scaling
 from hpcsgd.errors import BadOption
-from hpcsgd.registry import checked
 
 
+@dataclass(eq=False, repr=False)
 class QSGDMaxNormMultiScale(Compressor):
     """MaxNorm with several scales: each element uses the finest scale on which its code fits; unbiased.
 
@@ -30,25 +32,29 @@ class QSGDMaxNormMultiScale(Compressor):
         `bits` are not two or more, ascending.
     """
 
-    @checked
-    def __init__(
-        self,
-        bits: tuple[Bits, ...] = (4, 8),
-        scale: ScaleOf = "block",
-        block: BlockSize = BLOCK,
-        norm: Norm = "max",
-    ) -> None:
-        if len(bits) < 2 or list(bits) != sorted(set(bits)):
+    bits: tuple[Bits, ...] = (4, 8)
+    scale: ScaleOf = "block"
+    block: BlockSize = BLOCK
+    norm: Norm = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.bits) < 2 or list(self.bits) != sorted(set(self.bits)):
             raise BadOption(
                 "option bits, the bits of each scale, is invalid",
                 expected="two or more, ascending, such as (4, 8)",
-                got=bits,
+                got=self.bits,
             )
-        self.bits, self.scaling = bits, Scaling(scale, block, norm)
-        self.levels = tuple(levels_of(b) for b in bits)
 
-    def options(self) -> dict[str, object]:
-        return {"bits": self.bits, **vars(self.scaling)}
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels on either side of zero of each scale."""
+        return tuple(map(levels_of, self.bits))
+
+    @property
+    def scaling(self) -> Scaling:
+        """The options of the norms."""
+        return Scaling(self.scale, self.block, self.norm)
 
     def codec(self, segment: Segment) -> Codec:
         return PackedQuantizer(segment, self.levels, self.scaling)

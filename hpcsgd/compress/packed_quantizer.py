@@ -90,16 +90,16 @@ class PackedQuantizer(Codec):
         def zeros(numel: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(numel, dtype=dtype, device=segment.device)
 
-        self._norms = zeros(sum(tiling.rows for tiling in tilings), torch.uint16)
+        self._row_norms = zeros(sum(tiling.rows for tiling in tilings), torch.uint16)
         self._masks = zeros(sum(mask_words), torch.int32)
-        shared = {"block": len(self._norms), "tensor": len(extents), "bucket": 1}[scaling.scale]
-        self._shared = zeros(shared, torch.uint16)
+        shared = {"block": len(self._row_norms), "tensor": len(extents), "bucket": 1}[scaling.scale]
+        self.norms = zeros(shared, torch.uint16)
         self._parts = [
             _Part(slice(*extent), tiling, norms, masks.view(finer, len(masks) // max(1, finer)))
             for extent, tiling, norms, masks in zip(
                 extents,
                 tilings,
-                torch.split(self._norms, [tiling.rows for tiling in tilings]),
+                torch.split(self._row_norms, [tiling.rows for tiling in tilings]),
                 torch.split(self._masks, mask_words),
                 strict=True,
             )
@@ -112,7 +112,13 @@ class PackedQuantizer(Codec):
         """Bits of the words an element; norms and masks are not counted."""
         return self._lanes.bits_per_element
 
-    def run(
+    def compute_norms(self, values: Tensor, random_key: RandomKey, residual: Tensor | None) -> Iterator[None]:
+        kernels, euclidean = kernels_for(values), self._scaling.norm == "euclidean"
+        for part, remainder in zip(self._parts, self._of_parts(residual), strict=True):
+            yield from kernels.norms(values[part.elements], remainder, part.tiling, euclidean, part.norms)
+        self._combine_row_norms()
+
+    def reduce(
         self,
         values: Tensor,
         buffers: list[Tensor],
@@ -121,15 +127,8 @@ class PackedQuantizer(Codec):
         residual: Tensor | None,
     ) -> Iterator[Message | None]:
         kernels, key = kernels_for(values), random_key.per_rank()
-        words = torch.split(buffers[0], self._words)
-        residuals = [None if residual is None else residual[part.elements] for part in self._parts]
-        euclidean = self._scaling.norm == "euclidean"
-        for part, remainder in zip(self._parts, residuals, strict=True):
-            yield from kernels.norms(values[part.elements], remainder, part.tiling, euclidean, part.norms)
-        self._combine_row_norms()
-        yield Message("max", self._shared)
-        self._expand_shared_norms()
-
+        words, residuals = torch.split(buffers[0], self._words), self._of_parts(residual)
+        self._expand_norms()
         if len(self._levels) > 1:
             for part, remainder in zip(self._parts, residuals, strict=True):
                 x = values[part.elements]
@@ -146,28 +145,31 @@ class PackedQuantizer(Codec):
             x = values[part.elements]
             yield from kernels.decode(word, *self._code_arguments(part), self._terms, scale, x)
 
+    def _of_parts(self, residual: Tensor | None) -> list[Tensor | None]:
+        return [None if residual is None else residual[part.elements] for part in self._parts]
+
     def _code_arguments(self, part: _Part) -> tuple[object, ...]:
         return part.norms, part.tiling, self._lanes, self._levels, part.masks
 
     def _combine_row_norms(self) -> None:
-        """Compute the shared norms of this rank from the norms of its rows."""
+        """Compute the norms that this rank sends from the norms of its rows."""
         if self._scaling.scale == "block":
-            self._shared.copy_(self._norms)
+            self.norms.copy_(self._row_norms)
         elif self._scaling.scale == "bucket":
-            self._shared[0] = _combined_norm(self._norms, self._scaling.norm)
+            self.norms[0] = _combined_norm(self._row_norms, self._scaling.norm)
         else:
             for index, part in enumerate(self._parts):
-                self._shared[index] = _combined_norm(part.norms, self._scaling.norm)
+                self.norms[index] = _combined_norm(part.norms, self._scaling.norm)
 
-    def _expand_shared_norms(self) -> None:
-        """Set the norms of rows to the shared norms of all ranks."""
+    def _expand_norms(self) -> None:
+        """Set the norms of rows to those of all ranks."""
         if self._scaling.scale == "block":
-            self._norms.copy_(self._shared)
+            self._row_norms.copy_(self.norms)
         elif self._scaling.scale == "bucket":
-            self._norms.copy_(self._shared.expand_as(self._norms))
+            self._row_norms.copy_(self.norms.expand_as(self._row_norms))
         else:
             for index, part in enumerate(self._parts):
-                part.norms.copy_(self._shared[index].expand_as(part.norms))
+                part.norms.copy_(self.norms[index].expand_as(part.norms))
 
 
 @dataclass(frozen=True)

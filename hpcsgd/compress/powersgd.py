@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, MaxMagnitude, Message, RandomKey, Segment
-from hpcsgd.registry import checked
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment
 from hpcsgd.registry.limits import Size
 
 
+@dataclass(eq=False, repr=False)
 class PowerSGD(Compressor):
     """Rank-r factors by one step of subspace iteration, warm-started from the previous step.
 
@@ -30,12 +30,7 @@ class PowerSGD(Compressor):
 
     needs_whole_tensors = True
 
-    @checked
-    def __init__(self, rank: Size = 2) -> None:
-        self.rank = rank
-
-    def options(self) -> dict[str, object]:
-        return {"rank": self.rank}
+    rank: Size = 2
 
     def codec(self, segment: Segment) -> Codec:
         return _PowerCodec(segment, self.rank)
@@ -55,7 +50,7 @@ class _Matrix:
 class _PowerCodec(Codec):
     def __init__(self, segment: Segment, rank: int) -> None:
         self._rank, self._terms = rank, segment.terms
-        self._max_magnitude = MaxMagnitude(segment)
+        super().__init__(segment)
         self._matrices: list[_Matrix] = []
         self._raw: list[slice] = []
         left = right = end = 0
@@ -77,7 +72,7 @@ class _PowerCodec(Codec):
         self._left_size = left
         self.sum_buffers = [(left + raw, torch.float32), (right, torch.float32)]
 
-    def run(
+    def reduce(
         self,
         values: Tensor,
         buffers: list[Tensor],
@@ -86,12 +81,10 @@ class _PowerCodec(Codec):
         residual: Tensor | None,
     ) -> Iterator[Message | None]:
         left, raw, right = buffers[0][: self._left_size], buffers[0][self._left_size :], buffers[1]
-        yield from self._max_magnitude.compute(values, residual)
-        yield Message("max", self._max_magnitude.norm)
         if not self._started:
             self._start(random_key)
         # Scaled to about 1 over all ranks, so that products neither overflow nor underflow.
-        factor = 2.0 ** -min(self._max_magnitude.exponent() + self._terms.bit_length(), 126)
+        factor = 2.0 ** -min(self.magnitude.exponent() + self._terms.bit_length(), 126)
         total = (values.float() if residual is None else values.float() + residual) * factor
         for m in self._matrices:
             torch.mm(_matrix(total, m), self._factor(self._right, m.right), out=self._factor(left, m.left))

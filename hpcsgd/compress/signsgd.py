@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpcsgd.compress.base import Codec, Compressor, MaxMagnitude, Message, RandomKey, Segment, chunks
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment, chunks
 
 
 class SignSGD(Compressor):
@@ -25,14 +25,13 @@ class SignSGD(Compressor):
 class _SignCodec(Codec):
     def __init__(self, segment: Segment) -> None:
         device = segment.device
-        self._max_magnitude = MaxMagnitude(segment)
+        super().__init__(segment)
         self._bytes = -(-segment.numel // 8)
         self._packed = torch.zeros(4 + self._bytes, dtype=torch.uint8, device=device)
         self._gathered = torch.zeros((segment.terms, 4 + self._bytes), dtype=torch.uint8, device=device)
         self._bit_values = 2 ** torch.arange(8, dtype=torch.uint8, device=device)
-        self.sum_buffers = []
 
-    def run(
+    def reduce(
         self,
         values: Tensor,
         buffers: list[Tensor],
@@ -40,8 +39,6 @@ class _SignCodec(Codec):
         scale: float,
         residual: Tensor | None,
     ) -> Iterator[Message | None]:
-        yield from self._max_magnitude.compute(values, residual)
-        yield Message("max", self._max_magnitude.norm)
         total = values.float() if residual is None else values.float() + residual
         mean = total.abs().double().mean() if len(total) else total.sum()
         self._packed[:4] = mean.float().view(1).view(torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from hpcsgd.compress.base import (
     Codec,
     Compressor,
-    MaxMagnitude,
     Message,
     RandomKey,
     SampleRatio,
@@ -18,9 +18,9 @@ from hpcsgd.compress.base import (
     Segment,
     sample_size,
 )
-from hpcsgd.registry import checked
 
 
+@dataclass(eq=False, repr=False)
 class TopK(Compressor):
     """Sends the k largest elements of each rank with their indices; biased, so use it with `ErrorFeedback`.
 
@@ -35,12 +35,8 @@ class TopK(Compressor):
         Fraction of the elements, above 0, at most 1. Default 0.01.
     """
 
-    @checked
-    def __init__(self, k: SampleSize | None = None, ratio: SampleRatio = 0.01) -> None:
-        self.k, self.ratio = k, ratio
-
-    def options(self) -> dict[str, object]:
-        return {"k": self.k, "ratio": self.ratio}
+    k: SampleSize | None = None
+    ratio: SampleRatio = 0.01
 
     def codec(self, segment: Segment) -> Codec:
         return _TopKCodec(segment, sample_size(self.k, self.ratio, segment) if segment.numel else 0)
@@ -48,13 +44,13 @@ class TopK(Compressor):
 
 class _TopKCodec(Codec):
     def __init__(self, segment: Segment, count: int) -> None:
-        self._max_magnitude, self._count = MaxMagnitude(segment), count
+        super().__init__(segment)
+        self._count = count
         # Values in the first half of a row and indices in the second, so that one message carries both.
         self._packed = torch.zeros(2 * count, dtype=torch.int32, device=segment.device)
         self._gathered = torch.zeros((segment.terms, 2 * count), dtype=torch.int32, device=segment.device)
-        self.sum_buffers = []
 
-    def run(
+    def reduce(
         self,
         values: Tensor,
         buffers: list[Tensor],
@@ -62,8 +58,6 @@ class _TopKCodec(Codec):
         scale: float,
         residual: Tensor | None,
     ) -> Iterator[Message | None]:
-        yield from self._max_magnitude.compute(values, residual)
-        yield Message("max", self._max_magnitude.norm)
         total = values.float() if residual is None else values.float() + residual
         _, indices = torch.topk(total.abs(), self._count, sorted=False)
         self._packed[: self._count] = total[indices].view(torch.int32)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from hpcsgd.registry.limits import Accepted, Text, Within
 from hpcsgd.registry.specs import bind, build, describe, format_spec, limited, parse
-from hpcsgd.registry.values import check, check_fields, checked, convert, expected, read, type_name
+from hpcsgd.registry.values import (
+    check,
+    check_fields,
+    checked,
+    convert,
+    expected,
+    field_values,
+    read,
+    type_name,
+)
 
 __all__ = [
     "Accepted",
@@ -18,6 +27,7 @@ __all__ = [
     "convert",
     "describe",
     "expected",
+    "field_values",
     "format_spec",
     "limited",
     "parse",

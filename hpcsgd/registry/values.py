@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import numbers
@@ -99,6 +100,12 @@ def check_fields(instance: Any) -> None:
         if is_option(parameter.annotation) and value is not parameter.default:
             value = check(f"option {name!r} of {owner.__name__}", value, parameter.annotation)
             object.__setattr__(instance, name, value)  # it may be frozen
+
+
+def field_values(instance: Any) -> dict[str, object]:
+    """Return the fields of a dataclass by name; of another object none."""
+    fields = dataclasses.fields(instance) if dataclasses.is_dataclass(instance) else ()
+    return {field.name: getattr(instance, field.name) for field in fields}
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from hpcsgd import registry
@@ -57,8 +56,7 @@ class Strategy:
 
     def options(self) -> dict[str, object]:
         """Return the options by name; they must be equal on all ranks."""
-        options: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
-        return {option.name: getattr(self, option.name) for option in options}
+        return registry.field_values(self)
 
     def workers(self, ranks: int) -> int:
         """Return how many of `ranks` ranks compute gradients: always the first ones."""

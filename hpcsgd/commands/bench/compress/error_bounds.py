@@ -12,6 +12,8 @@ from hpcsgd.compress import (
     ErrorFeedback,
     Float32,
     GlobalRandK,
+    GlobalRandKMaxNorm,
+    GlobalRandKMaxNormMultiScale,
     Hadamard,
     QSGDMaxNorm,
     QSGDMaxNormMultiScale,
@@ -31,11 +33,9 @@ def error_bound(compressor: Compressor | None, numel: int) -> float:
             return _FLOAT32
         case FP16():
             return 4 * torch.finfo(compressor.dtype).eps
-        case QSGDMaxNorm():
-            return _bound_for_levels(compressor.levels, compressor.scaling.scale, compressor.scaling.norm)
-        case QSGDMaxNormMultiScale():
-            return _bound_for_levels(compressor.levels[0], compressor.scaling.scale, compressor.scaling.norm)
-        case GlobalRandK() if not feedback:
+        case QSGDMaxNorm() | QSGDMaxNormMultiScale():
+            return _bound_for_levels(compressor.levels[0], compressor.scale, compressor.norm)
+        case GlobalRandK() | GlobalRandKMaxNorm() | GlobalRandKMaxNormMultiScale() if not feedback:
             inner = error_bound(compressor.inner, numel)
             share = compressor.ratio if compressor.k is None else min(1.0, compressor.k / numel)
             return 2 * (1 + inner) / math.sqrt(share)
