@@ -91,6 +91,7 @@ def test_an_error_of_all_ranks_is_printed_by_one(
 
 def test_an_error_of_one_rank_is_left_to_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_mpi_is_up", lambda: True)
+    monkeypatch.setattr(launcher, "size", lambda: ("PMI_SIZE", 2))
     with pytest.raises(HpcsgdError, match="mine alone"):
         leave(monkeypatch, 1, HpcsgdError("mine alone"))
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from hpcsgd.commands import signals
-from hpcsgd.commands.train.settings import Settings, click_options
+from hpcsgd.commands.train.settings import NAMES_ELSEWHERE, Settings, click_options
 
 # Parameters of registry rows that are not options of a spec: filled in by the command, or of no use to it.
 _FILLED_IN = ("params", "lr", "shape", "classes")
@@ -16,6 +16,17 @@ _RARELY_USED = ("foreach", "fused", "maximize", "capturable", "differentiable", 
 
 class _CommandWithRegistries(click.Command):
     """A command whose help lists the names that its spec options accept."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; for an option of other programs name ours."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = NAMES_ELSEWHERE.get(error.option_name.removeprefix("--").replace("-", "_"))
+            if name is None:
+                raise
+            text = f"No such option {error.option_name!r}. Did you mean '--{name.replace('_', '-')}'?"
+            raise click.NoSuchOption(error.option_name, text, ctx=error.ctx) from None
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from hpcsgd import registry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -31,6 +32,7 @@ class ConsoleDisplay:
             mode = "bar" if sys.stdout.isatty() else "plain"
         self._mode, self._total, self._epochs = mode, total, epochs
         self._last_line = 0.0
+        self._first: tuple[float, int] | None = None  # time and step of the first record
         self._console = Console(force_terminal=True if mode == "bar" else None, highlight=False)
         self._bar: Progress | None = None
         if mode == "bar":
@@ -63,7 +65,17 @@ class ConsoleDisplay:
             self._bar.update(self._task, completed=record["step"], description=text)
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
-            self.message(f"step {record['step']}/{self._total}  {text}")
+            self.message(f"step {record['step']}/{self._total}{self._remaining(record['step'])}  {text}")
+
+    def _remaining(self, step: int) -> str:
+        """Return the time until the last step at the speed since the first record, from the second one on."""
+        now = time.monotonic()
+        if self._first is None or step <= self._first[1]:
+            self._first = now, step
+            return ""
+        began, first = self._first
+        seconds = (now - began) * (self._total - step) / (step - first)
+        return f"  {timedelta(seconds=round(seconds))} left"
 
     def test(self, record: dict[str, Any]) -> None:
         """Display a record of an evaluation."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -23,6 +24,7 @@ from hpcsgd.commands import options
 from hpcsgd.commands.options import CompressSpec, DataSpec, DelaysSpec, ModelSpec, OptimizerSpec, StrategySpec
 from hpcsgd.commands.train import sweep
 from hpcsgd.errors import BadOption
+from hpcsgd.mpi import launcher
 from hpcsgd.registry import Text, Within
 from hpcsgd.registry.limits import BucketMib, Count, PeerCount, Skew, Timeout
 from hpcsgd.training import choices
@@ -43,6 +45,33 @@ _DEFAULT_MODELS = {
     "cifar100": "resnet20",
     "imagenet": "resnet50",
     "synthetic": "2nn",
+}
+
+
+#: What other programs call our settings.
+NAMES_ELSEWHERE = {
+    **dict.fromkeys(("lr", "base_lr", "step_size"), "learning_rate"),
+    **dict.fromkeys(("lr_schedule", "lr_scheduler", "scheduler"), "schedule"),
+    **dict.fromkeys(("warmup_epochs", "lr_warmup"), "warmup"),
+    **dict.fromkeys(("bs", "batch_size", "train_batch_size", "per_device_train_batch_size"), "batch"),
+    **dict.fromkeys(("dataset", "data_dir"), "data"),
+    **dict.fromkeys(("arch", "net", "network"), "model"),
+    **dict.fromkeys(("opt", "momentum", "weight_decay", "wd", "betas"), "optimizer"),
+    **dict.fromkeys(("method", "algo", "sync"), "strategy"),
+    **dict.fromkeys(("compression", "compressor", "bits"), "compress"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "max_norm", "max_grad_norm"), "clip"),
+    **dict.fromkeys(("accum", "accum_steps", "grad_accum", "gradient_accumulation_steps"), "accumulate"),
+    **dict.fromkeys(("output", "output_dir", "save_dir", "logdir", "log_dir"), "out"),
+    **dict.fromkeys(("run_name", "exp_name", "experiment"), "name"),
+    **dict.fromkeys(("eval_every", "eval_interval", "eval_freq"), "evaluate_every"),
+    **dict.fromkeys(("log_interval", "log_freq", "print_freq", "logging_steps"), "log_every"),
+    **dict.fromkeys(("save_every", "save_freq", "save_steps"), "checkpoint_every"),
+    **dict.fromkeys(("amp", "fp16", "bf16", "precision", "mixed_precision"), "autocast"),
+    **dict.fromkeys(("num_epochs", "max_epochs", "num_train_epochs", "max_steps", "steps"), "epochs"),
+    **dict.fromkeys(("bucket_cap_mb", "bucket_size"), "bucket_mib"),
+    **dict.fromkeys(("dirichlet", "dirichlet_alpha", "skew"), "alpha"),
+    **dict.fromkeys(("resume_from", "checkpoint", "ckpt"), "resume"),
+    **dict.fromkeys(("num_threads", "omp_num_threads"), "threads"),
 }
 
 
@@ -285,14 +314,15 @@ def click_options(function: Callable[..., R]) -> Callable[..., R]:
 
     @functools.wraps(function)
     def with_settings(*args: Any, config: Path | None, element: int | None, **values: Any) -> R:
-        given = {name: values.pop(name) for name in FIELDS}
-        read = {name: _parsed(name, text) for name, text in given.items() if text is not None}
-        if not config and read.get("resume", "") not in ("", AUTO):
-            config = parse_resume(str(read["resume"]))[0] / "config.toml"
+        given = {name: text for name in FIELDS if (text := values.pop(name)) is not None}
+        if not config and given.get("resume", "") not in ("", AUTO):
+            config = parse_resume(given["resume"])[0] / "config.toml"
         if not config and element is not None:
             raise BadOption("--element needs a sweep", do="name the file of the sweep: --config FILE")
-        settings = merge(from_toml(config, element) if config else {}, read)
-        return function(*args, settings=settings, **values)
+        file = from_toml(config, element) if config else {}
+        _announce({**file, **given})
+        read = {name: _parsed(name, text) for name, text in given.items()}
+        return function(*args, settings=merge(file, read), **values)
 
     for name in reversed(FIELDS):
         flag = "--" + name.replace("_", "-")
@@ -303,6 +333,19 @@ def click_options(function: Callable[..., R]) -> Callable[..., R]:
     element = options.option("--element", sweep.Element, about, metavar="INT")
     about = "TOML file of settings, such as the config.toml of an earlier run."
     return options.option("--config", Path, about, metavar="FILE")(element(with_settings))
+
+
+def _announce(given: Mapping[str, object]) -> None:
+    """Show that the command has begun, before torch is imported, which takes seconds on a busy node."""
+    if launcher.rank() or given.get("progress") == "off":
+        return
+    ranks = max(1, launcher.size()[1])
+    folder = Path(str(given.get("out", Settings.out))) / str(given.get("name", ""))
+    if given.get("resume", "") not in ("", AUTO):
+        folder = parse_resume(str(given["resume"]))[0]
+    where = f", run in {folder}" if str(folder).isprintable() else ""  # not yet checked
+    with contextlib.suppress(OSError):
+        print(f"{ranks} rank{'s' * (ranks > 1)}{where}: importing torch", flush=True)
 
 
 def _none_if_unset(name: str, value: object) -> object:
@@ -334,7 +377,8 @@ def _help(name: str) -> str:
 def _check_names(names: Iterable[str], where: str) -> None:
     for name in names:
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.5)
+            meant = NAMES_ELSEWHERE.get(name)
+            near = [meant] if meant else difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.5)
             rest = sorted(set(FIELDS) - set(near))
             remedy = "use one of: " + ", ".join([*near, *rest])
             raise BadOption(f"{where}: unknown option {name!r}", do=remedy)

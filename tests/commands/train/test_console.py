@@ -58,6 +58,9 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], mode: str, monkeypatch:
     assert [line.split()[1] for line in steps] == ["1/8", "4/8", "7/8"]
     text = "epoch 0.25  loss 1.2346  accuracy 50.00%  1,234 samples/s  waiting  20%"
     assert steps[0] == f"step 1/8  {text}"
+    # Three steps in 0.4 of an interval each: as long again for each step that is left.
+    times = [re.findall(r"(\d+:\d\d:\d\d) left", line) for line in steps]
+    assert times == [[], ["0:00:08"], ["0:00:02"]]
     assert last == "epoch 2.00/2  test loss 0.5000  test accuracy 87.50%  after 3.2 s"
 
 

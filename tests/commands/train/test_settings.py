@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from hpcsgd import errors
 from hpcsgd.commands.train import settings as module
+from hpcsgd.commands.train.command import train
 from hpcsgd.commands.train.settings import (
     FIELDS,
     KINDS,
@@ -136,6 +137,17 @@ def test_unknown_names_are_answered_with_the_closest_first_and_then_all(tmp_path
         merge({}, {"bach": 1})
 
 
+def test_names_of_other_programs_lead_to_ours() -> None:
+    for name, ours in module.NAMES_ELSEWHERE.items():
+        assert ours in FIELDS and name not in FIELDS
+        flag = f"--{name.replace('_', '-')}"
+        result = CliRunner().invoke(train, [flag, "1"], standalone_mode=False)
+        assert isinstance(result.exception, click.NoSuchOption), flag
+        assert f"Did you mean '--{ours.replace('_', '-')}'?" in result.exception.format_message()
+    with pytest.raises(BadOption, match="unknown option 'lr'; use one of: learning_rate, "):
+        merge({"lr": 0.1}, {})
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
     for content in (b"batch = ", b"batch = 1\nbatch = 2\n", b"data = '\xff'"):
@@ -156,7 +168,7 @@ def command(label: str, settings: Settings) -> None:
 def run(*arguments: str) -> str:
     result = CliRunner().invoke(command, ["label", *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output.partition("\n")[2]
+    return result.output.partition("label\n")[2]
 
 
 @examples(deadline=None)

@@ -58,7 +58,7 @@ def test_files_and_models_of_the_users_own(tmp_path: Path) -> None:
     commands = [f"--name {i} --data {d} {rows[d]} --batch 4 --epochs 0.01" for i, d in enumerate(rows)]
     outputs = trained(tmp_path, 2, *commands, prelude=SMALL_CIFAR)
     for name, (data, text) in enumerate(zip(rows, outputs, strict=True)):
-        assert text.startswith(data) and f"over 2 ranks on 1 node, {torch.get_default_device().type}" in text
+        assert f"\n{data}" in text and f"over 2 ranks on 1 node, {torch.get_default_device().type}" in text
         found = records(tmp_path / str(name))
         assert {record["event"] for record in found} == {"train", "test"}
         assert all(np.isfinite(record["loss"]) and 0 <= record["accuracy"] <= 1 for record in found)
