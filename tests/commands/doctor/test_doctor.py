@@ -80,7 +80,7 @@ ENDLESS = """
 from mpi4py import MPI
 import os, sys, time
 MPI.COMM_WORLD.Barrier()
-print(os.getpid(), flush=True)
+os.write(1, b"%d\\n" % os.getpid())  # at once: print of two ranks may interleave a number and a newline
 time.sleep(60)
 """
 
