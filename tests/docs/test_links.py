@@ -18,7 +18,15 @@ README = next(page for page in PAGES if page.name == "README.md")
 CHANGELOG = "CHANGELOG.md"
 
 #: Documented names that no source of this repository contains.
-FOREIGN = {"my_comm", "async_model_average", "NBC_Progress", "MPI_Comm_shrink", "MPIR_CVAR_CH4_NETMOD"}
+FOREIGN = {
+    "my_comm",
+    "LD_LIBRARY_PATH",
+    "MPICC",
+    "async_model_average",
+    "NBC_Progress",
+    "MPI_Comm_shrink",
+    "MPIR_CVAR_CH4_NETMOD",
+}
 SOURCES = {".py", ".cu", ".h", ".sh", ".sbatch"}
 
 

@@ -20,7 +20,7 @@ from hpcsgd.errors import HpcsgdError
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Programs whose arguments are not checked.
-_FOREIGN = {".", "export", "ls", "scancel", "kill", "dmesg"}
+_FOREIGN = {".", "export", "ls", "module", "scancel", "kill", "dmesg"}
 _MPIEXEC = {"-n", "--host", "-hosts", "--with-ft", "--bind-to"}  # each with a value
 _SBATCH = {"--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--gpus-per-node", "--array"}
 _SBATCH |= {"--time", "--wait"}
