@@ -58,9 +58,14 @@ def usual(ranks: int = 4, **changes: Any) -> list[dict[str, Any]]:
 
 
 def write_run(
-    folder: Path, rows: list[dict[str, Any]] | None = None, *, end: str = "\n", **config: Any
+    folder: Path,
+    rows: list[dict[str, Any]] | None = None,
+    *,
+    end: str = "\n",
+    done: bool = True,
+    **config: Any,
 ) -> Path:
-    """Write a run folder; `end` is appended to the last record."""
+    """Write a run folder; `end` is appended to the last record, and `done` marks the end of the run."""
     rows = usual() if rows is None else rows
     ranks = len(rows[0]["bytes_sent"]) if rows else 1
     folder.mkdir(parents=True)
@@ -68,4 +73,6 @@ def write_run(
     settings += ["", "[world]", f"ranks = {ranks}", "nodes = 1", f'run = "{uuid.uuid4().hex}"', ""]
     (folder / "config.toml").write_text("\n".join(settings))
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + end)
+    if done:
+        (folder / "done").touch()
     return folder

@@ -27,13 +27,18 @@ def report(runs: tuple[Path, ...], out: Path, over: str | None) -> None:
     from rich.console import Console
 
     from hpcsgd.commands.report.grouped_table import grouped
+    from hpcsgd.commands.report.labels import labels
     from hpcsgd.commands.report.run_reader import load
-    from hpcsgd.commands.report.writer import table, write
+    from hpcsgd.commands.report.writer import tables, write
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     if over is not None:
         console.print(grouped([load(run) for run in runs], over))
         return
-    console.print(table([load(run) for run in runs]))
+    records = [load(run) for run in runs]
+    console.print(*tables(records, console.width), sep="")
+    for name, record in zip(labels(records), records, strict=True):
+        for note in record.notes:
+            click.echo(f"{name}: {note}")
     for path in write(runs, out):
         click.echo(path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcsgd.commands.report.records import Columns, EvaluationRecords, RunRecord, TrainingRecords
+from hpcsgd.commands.train.run_folder import DONE
 from hpcsgd.errors import HpcsgdError
 
 _STEP = "step"
@@ -55,7 +57,15 @@ def load(path: Path | str) -> RunRecord:
     test = EvaluationRecords(**_columns(current["test"], EvaluationRecords, ranks))
     if bad := int(np.count_nonzero(~np.isfinite(test.loss))):
         notes.append(f"The test loss is not finite in {bad} of {len(test)} evaluations.")
-    return RunRecord(folder, config, text, ranks, train, test, tuple(notes))
+    run = RunRecord(folder, config, text, ranks, train, test, tuple(notes))
+    return replace(run, notes=(*run.notes, *_end_of(run)))
+
+
+def _end_of(run: RunRecord) -> Iterator[str]:
+    if not (run.folder / DONE).exists():
+        yield f"The run is under way, or has stopped: its last record is of step {run.last.step[-1]}."
+    if not len(run.test):
+        yield "The run was never evaluated."
 
 
 def _config(file: Path) -> tuple[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -47,12 +47,48 @@ def write(paths: Sequence[Path], out: Path) -> list[Path]:
         return [out / "report.html", *(png(figure, out) for figure in figures)]
 
 
-def table(runs: Sequence[RunRecord]) -> Table:
-    """The summary of the runs as a table for the terminal."""
+def tables(runs: Sequence[RunRecord], width: int) -> Iterator[Table]:
+    """Yield the summary of the runs for a terminal: one table, or several where one would be too wide.
+
+    No word is broken: each table has the names of the runs, and as many of the other columns as fit.
+
+    Parameters
+    ----------
+    runs
+        The runs.
+    width
+        Characters in a line of the terminal.
+    """
     header, rows = cells(runs)
+    columns = [
+        (title.replace(" (", "\n("), texts)
+        for title, texts in zip(header, zip(*rows, strict=True), strict=True)
+    ]
+    widths = [max(map(len, [*title.split("\n"), *texts])) for title, texts in columns]
+    if _total(widths) > width:
+        widths = [max(map(len, [*title.split(), *texts])) for title, texts in columns]
+    shown = [0]
+    for index in range(1, len(columns)):
+        if len(shown) > 1 and _total([widths[each] for each in [*shown, index]]) > width:
+            yield _table(columns, widths, shown)
+            shown = [0]
+        shown.append(index)
+    yield _table(columns, widths, shown)
+
+
+def _total(widths: Sequence[int]) -> int:
+    """Width of a table with columns of these widths."""
+    return sum(widths) + 3 * len(widths) + 1
+
+
+def _table(
+    columns: Sequence[tuple[str, Sequence[str]]], widths: Sequence[int], shown: Sequence[int]
+) -> Table:
     result = Table()
-    for index, name in enumerate(header):
-        result.add_column(name.replace(" (", "\n("), justify="right" if index else "left", overflow="fold")
-    for row in rows:
+    for index in shown:
+        result.add_column(
+            columns[index][0], justify="right" if index else "left", width=widths[index], overflow="fold"
+        )
+    for row in zip(*(columns[index][1] for index in shown), strict=True):
         result.add_row(*map(escape, row))
     return result

@@ -24,6 +24,13 @@ def rows_of(columns: Columns, event: str) -> list[dict[str, object]]:
     ]
 
 
+def test_a_run_that_has_not_ended_or_was_never_evaluated_has_a_note(tmp_path: Path) -> None:
+    (note,) = load(write_run(tmp_path / "stopped", done=False)).notes
+    assert "its last record is of step 50" in note
+    (note,) = load(write_run(tmp_path / "blind", [train(1), train(2)])).notes
+    assert note == "The run was never evaluated."
+
+
 def test_records_are_read_as_written(tmp_path: Path) -> None:
     rows = usual()
     run = load(write_run(tmp_path / "run", rows))

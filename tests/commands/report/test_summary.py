@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from hpcsgd.commands.report.records import RunRecord
 from hpcsgd.commands.report.run_reader import load
 from hpcsgd.commands.report.summary import cells, common_target, summaries
-from hpcsgd.commands.report.writer import table
+from hpcsgd.commands.report.writer import tables
 from tests.support.sample_run_folders import test as tested
 from tests.support.sample_run_folders import train, usual, write_run
 
@@ -49,16 +51,29 @@ def test_cells_and_terminal_table_write_those_numbers(tmp_path: Path) -> None:
         "Waiting (%)": "37.5",
         "Slowest rank (÷ median)": "3 (1.60)",
     }
-    console = Console(file=io.StringIO(), width=200)
-    console.print(table([run]))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(cell in text for cell in row)
+    assert all(cell in printed([run], 200) for cell in row)
+
+
+def printed(runs: list[RunRecord], width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(*tables(runs, width), sep="")
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_a_narrow_terminal_gets_several_tables_and_no_broken_word(tmp_path: Path, width: int) -> None:
+    runs = [load(write_run(tmp_path / name)) for name in ("20261129-222909-allreduce", "b")]
+    header, rows = cells(runs)
+    text = printed(runs, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    words = set(re.findall(r"[^\s┃│]+", text))
+    assert words >= {word for line in [header, *rows] for cell in line for word in cell.split()}
+    assert text.count("┏") == text.count("20261129-222909-allreduce") == {60: 4, 80: 2, 100: 2}.get(width, 1)
 
 
 def test_a_label_is_no_markup_for_the_terminal(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(table([load(write_run(tmp_path / "[red]run"))]))
-    assert "[red]run" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "[red]run" in printed([load(write_run(tmp_path / "[red]run"))], 200)
 
 
 def test_a_target_on_a_half_point_counts_as_reached(tmp_path: Path) -> None:
