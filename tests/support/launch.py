@@ -36,14 +36,9 @@ gc.freeze()
 gc.enable()
 """
 #: The start of a script that calls `hpcsgd`, without what takes longer to import than short runs last:
-#: TensorBoard, and scikit-learn, of which runs use the file of digits.
+#: TensorBoard.
 CLI = """
-import importlib.util, numpy, sys, types
-def load_digits(return_X_y):
-    folder = importlib.util.find_spec("sklearn").submodule_search_locations[0]
-    table = numpy.loadtxt(folder + "/datasets/data/digits.csv.gz", delimiter=",")
-    return table[:, :-1], table[:, -1].astype(int)
-sys.modules["sklearn.datasets"] = types.SimpleNamespace(load_digits=load_digits)
+import sys
 sys.modules["torch.utils.tensorboard"] = None
 from hpcsgd.commands.cli import main
 """

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
-import sys
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.training.data import Loader, TensorSource, load
 from hpcsgd.training.data.augment import crop_and_flip
+from hpcsgd.training.data.rng_streams import preserve_python_random
 
 IMAGES = TensorSource(
     torch.arange(50 * 3 * 6 * 6, dtype=torch.float32).view(50, 3, 6, 6), torch.arange(50) % 5
@@ -151,19 +151,27 @@ def test_bad_options_are_refused() -> None:
         Loader(language, 2, alpha=0.1)
 
 
-class Drawing(ModuleType):
-    """Stands for scikit-learn, whose import draws from the module random."""
-
-    def __getattr__(self, name: str) -> Any:
-        random.random()
-        return lambda return_X_y: (np.zeros((1797, 64)), np.arange(1797) % 10)
-
-
-def test_importing_a_library_leaves_the_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", Drawing("sklearn.datasets"))
+def test_importing_a_library_leaves_the_random_state() -> None:
     before = random.getstate()
-    load("digits")
+    with preserve_python_random():
+        random.random()  # as torchvision does
     assert random.getstate() == before
+
+
+def test_digits_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.datasets import load_digits
+
+    def ordered(x: Tensor, y: Tensor) -> list[list[float]]:
+        return sorted(torch.cat([x.flatten(1), y.float().unsqueeze(1)], 1).tolist())
+
+    data = load("digits")
+    parts = [source.batch(torch.arange(len(source))) for source in (data.train, data.test)]
+    pixels, target = load_digits(return_X_y=True)
+    expected = ordered(torch.from_numpy(pixels / 16).float(), torch.from_numpy(target))
+    assert ordered(*map(torch.cat, zip(*parts, strict=True))) == expected
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(HpcsgdError, match=r"got: +no package sklearn"):
+        load("digits")
 
 
 @pytest.mark.parametrize("name", ["digits", "text:limit=0.2", "synthetic:samples=64"])
