@@ -64,7 +64,8 @@ def test_mpi_that_the_program_leaves_to_others_is_initialised_and_finalised(rank
         "import hpcsgd\n"
         "assert not MPI.Is_initialized()\n"
         "world = hpcsgd.World()\n"
-        "print(sum(world.gather(1)), MPI.Query_thread() == MPI.THREAD_MULTIPLE, flush=True)\n"
+        "several = MPI.Query_thread() == MPI.THREAD_MULTIPLE\n"
+        "print(f'{sum(world.gather(1))} {several}\\n', end='', flush=True)\n"  # in one piece
     )
     job = launch(code, ranks, timeout=40)
     assert job.returncode == 0 and not job.stderr and not job.left and not job.files, job
