@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import sys
-import threading
 import time
 import traceback
 import weakref
@@ -122,22 +121,6 @@ def exit_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(_EXIT_DELAY)  # else the first rank to exit would be taken for another failed one
-    os._exit(code)
-
-
-def leave_process(code: int) -> NoReturn:
-    """End the process of a command as the interpreter does, but without taking its modules apart.
-
-    With torch that takes a second or two on a busy node, in which nothing happens any more.
-    """
-    threading._shutdown()  # type: ignore[attr-defined]  # joins threads, which ends executors
-    atexit._run_exitfuncs()
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe
-            stream.flush()
     os._exit(code)
 
 

@@ -13,7 +13,6 @@ from hpcsgd.commands import cli
 from hpcsgd.commands.train.settings import FIELDS
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import launcher
-from tests.support.launch import run_alone
 
 # A machine without MPI; torch is hidden too, except for the help of train, which lists the models.
 HELP = """
@@ -121,33 +120,3 @@ def test_bad_commands(
 ) -> None:
     assert call(monkeypatch, *words) == 2
     assert message in capsys.readouterr().err
-
-
-LEAVING = """
-import atexit, sys, time
-from concurrent.futures import ThreadPoolExecutor
-from mpi4py import MPI
-from hpcsgd.commands import cli
-
-def work():
-    time.sleep(0.2)
-    print("thread")
-
-def main():
-    atexit.register(lambda: print("exit function", "after" if MPI.Is_finalized() else "before", "MPI's end"))
-    ThreadPoolExecutor(1).submit(work)
-    print("buffered", end=" ")
-    sys.exit(3)
-
-cli.main = main
-sys.stderr.flush = lambda: print("MPI has", "ended" if MPI.Is_finalized() else "not ended", flush=True)
-cli.run()
-"""
-
-
-def test_the_process_of_a_command_ends_with_all_that_python_does_at_the_end() -> None:
-    done = run_alone(LEAVING)
-    assert done.returncode == 3, done
-    *lines, last = done.stdout.splitlines()
-    assert lines[:2] == ["buffered thread", "exit function before MPI's end"], done
-    assert last == "MPI has ended", done
