@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import mmap
 import os
+import resource
 import signal
 import socket
 import struct
@@ -30,6 +32,7 @@ _PHASE = slice(_BUSY.stop, _BUSY.stop + 64)
 _NAME = "hpcsgd-"  # of the file; a unique number follows
 _END = "at its end"  # a phase
 _PAGE = 4096  # of the record; stack dumps follow
+_DESCRIPTORS = 4096  # the table of a process's descriptors has the size of the highest
 _SIGNALS = range(signal.SIGRTMAX - 3, signal.SIGRTMIN, -1)
 _DUMP_TIMEOUT, _DUMP_QUIET, _DUMP_POLL = 1.0, 0.05, 0.01  # seconds
 
@@ -46,6 +49,8 @@ class ProcessInfo:
         Its file descriptor of the record, and the record's name, which is unique.
     signal
         The signal at which it appends its threads' stacks to the record; 0: none.
+    end
+        Its file descriptor of the reading end of a pipe, of which it alone has the other end; -1: not known.
     """
 
     host: str
@@ -53,6 +58,7 @@ class ProcessInfo:
     fd: int
     file: str
     signal: int
+    end: int = -1
 
     def record_of(self, pid: int) -> str | None:
         """Return the path of the record, if process `pid` is this one or has been forked from it."""
@@ -255,7 +261,19 @@ def this_process() -> ProcessInfo:
     if free:
         faulthandler.register(free, fd, all_threads=True, chain=False)
     struct.pack_into("=q", memory, _RECORD.size - 8, free)
-    return ProcessInfo(socket.gethostname(), os.getpid(), fd, file, free)
+    return ProcessInfo(socket.gethostname(), os.getpid(), fd, file, free, _end())
+
+
+def _end() -> int:
+    """Return the reading end of a pipe, whose other end closes with this process before its parts of MPI."""
+    end, low = os.pipe()
+    # A killed process closes the highest descriptor first.
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    other_end = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, min(limit, _DESCRIPTORS) // 2)
+    os.close(low)
+    # An object, which closes once: a child of a child may use the number for another file.
+    os.register_at_fork(after_in_child=os.fdopen(other_end, "wb").close)
+    return end
 
 
 def _read(memory: mmap.mmap) -> LastActivity:

@@ -54,13 +54,13 @@ def main() -> None:
     processes = [ProcessInfo(**fields) for fields in json.load(sys.stdin)]
     try:
         views = [ProcessView(process) for process in processes]
-        ends = [os.pidfd_open(process.pid) for process in processes]
+        ends = Ends(processes)
     except (OSError, AttributeError):
         return  # one has ended already, or there are no such descriptors here
     killed_before = procfs.killed_for_memory()
     if os.fork():  # this process is a child of a rank, which has it for one of its own; its child is nobody's
         return
-    first = _first_end(ends)
+    first = ends.first()
     activities = [view.last() for view in views]
     if has_ended_in_order(activities[first]):
         return  # it has ended the job, or all end
@@ -69,14 +69,39 @@ def main() -> None:
         os.write(_STDERR, ("\n  ".join(lines) + "\n").encode())
 
 
-def _first_end(ends: Sequence[int]) -> int:
-    """Wait for the end of processes; return the index of the first, also where others have ended since."""
-    with select.epoll() as poll:
-        for descriptor in ends:
-            poll.register(descriptor, select.EPOLLIN)
-        # They are in the order in which they have ended.
-        (descriptor, _), *_ = poll.poll()
-    return ends.index(descriptor)
+class Ends:
+    """The ends of processes of this machine, in their order.
+
+    Parameters
+    ----------
+    processes
+        The processes.
+
+    Raises
+    ------
+    OSError
+        One has ended already.
+    """
+
+    def __init__(self, processes: Sequence[ProcessInfo]) -> None:
+        self._poll = select.epoll()
+        self._index: dict[int, int] = {}
+        for index, process in enumerate(processes):
+            # A killed process closes its descriptors, the last first, and ends some milliseconds later,
+            # within which mpiexec, whose connection is one of them, may have ended others.
+            self._add(os.open(f"/proc/{process.pid}/fd/{process.end}", os.O_RDONLY | os.O_NONBLOCK), index)
+            # The pipe's other end may live on in a child that was forked without Python.
+            self._add(os.pidfd_open(process.pid), index)
+
+    def _add(self, descriptor: int, index: int) -> None:
+        self._poll.register(descriptor, select.EPOLLIN)
+        self._index[descriptor] = index
+
+    def first(self) -> int:
+        """Wait for the first end; return the index of the process, also where others have ended since."""
+        # They are in the order in which they have become ready.
+        descriptor: int = self._poll.poll()[0][0]
+        return self._index[descriptor]
 
 
 def report(

@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import threading
-import time
+import sys
+
+import pytest
 
 from hpcsgd.diagnostics.activity import LastActivity, ProcessInfo, has_ended_in_order
-from hpcsgd.diagnostics.observer import _first_end, report
+from hpcsgd.diagnostics.observer import Ends, report
+
+_FORKED = "os.fork()"
+_NOT_BY_PYTHON = """
+for fd in os.listdir("/proc/self/fd"):
+    if os.path.exists(f"/proc/self/fd/{fd}"):
+        os.set_inheritable(int(fd), True)
+subprocess.Popen(["cat"], close_fds=False)
+"""
 
 
-def test_the_first_of_several_ends() -> None:
-    processes = [subprocess.Popen(["sleep", "100"]) for _ in range(4)]
-    ends, found = [os.pidfd_open(process.pid) for process in processes], []
-    # Stopped in the middle of its wait, as on a busy machine, it looks when all have ended.
-    observer = threading.Thread(target=lambda: found.append(_first_end(ends)))
-    observer.start()
-    time.sleep(0.2)
+def _start_process(child: str) -> tuple[subprocess.Popen[str], ProcessInfo]:
+    """Start a process with a child, such as one of a DataLoader, which outlives it."""
+    code = "import os, subprocess\nfrom hpcsgd.diagnostics.activity import this_process\n"
+    code += f"end = this_process().end\n{child}\nprint(end, flush=True)\nos.read(0, 1)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    return process, ProcessInfo("a", process.pid, 3, "file", 0, int(process.stdout.readline()))
+
+
+@pytest.mark.parametrize("child", [_FORKED, _NOT_BY_PYTHON])
+def test_the_first_of_several_ends(child: str) -> None:
+    processes, infos = zip(*(_start_process(child) for _ in range(4)), strict=True)
+    ends = Ends(infos)
+    # As on a busy machine, the observer looks when all have ended.
     for number in (2, 0, 3, 1):
         processes[number].kill()
         os.waitid(os.P_PID, processes[number].pid, os.WEXITED | os.WNOWAIT)
-    observer.join(10)
-    assert found == [2]
-    for process, end in zip(processes, ends, strict=True):
-        assert process.wait() == -signal.SIGKILL
-        os.close(end)
+    assert ends.first() == 2
+    for process in processes:
+        process.communicate()
+
+
+def test_the_first_is_the_one_whose_descriptors_close_first() -> None:
+    """A killed process of which the kernel has closed the descriptors may end after one killed later."""
+    closing, later = _start_process("os.closerange(100, 5000)"), _start_process("pass")
+    ends = Ends([later[1], closing[1]])
+    later[0].kill()
+    assert ends.first() == 1
+    closing[0].communicate("x")
+    later[0].communicate()
 
 
 def test_a_report_has_the_first_rank_and_groups_of_the_others() -> None:
