@@ -1,5 +1,5 @@
 """`python -m hpcsgd`: the command line where its script is not installed."""
 
-from hpcsgd.commands.cli import main
+from hpcsgd.commands.cli import run
 
-main()
+run()

@@ -34,6 +34,14 @@ for _command in (bench, doctor, report, sbatch, serve, topology, trace, train, t
     cli.add_command(_command)
 
 
+def run() -> None:
+    """Run the command line as a process of its own."""
+    try:
+        main()
+    except SystemExit as end:
+        shutdown.leave_process(int(end.code or 0))
+
+
 def main() -> None:
     """Run the command line; an error is printed once, by one rank, instead of a traceback by every rank."""
     if launcher.size()[1] > 1:

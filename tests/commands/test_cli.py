@@ -13,6 +13,7 @@ from hpcsgd.commands import cli
 from hpcsgd.commands.train.settings import FIELDS
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import launcher
+from tests.support.launch import launch, run_alone
 
 # A machine without MPI; torch is hidden too, except for the help of train, which lists the models.
 HELP = """
@@ -120,3 +121,60 @@ def test_bad_commands(
 ) -> None:
     assert call(monkeypatch, *words) == 2
     assert message in capsys.readouterr().err
+
+
+LEAVING = """
+import atexit, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from mpi4py import MPI
+from hpcsgd.commands import cli
+
+def work():
+    time.sleep(0.2)
+    print("thread")
+
+def main():
+    atexit.register(lambda: print("exit function", "after" if MPI.Is_finalized() else "before", "MPI's end"))
+    ThreadPoolExecutor(1).submit(work)
+    print("buffered", end=" ")
+    sys.exit(3)
+
+cli.main = main
+sys.stderr.flush = lambda: print("MPI has", "ended" if MPI.Is_finalized() else "not ended", flush=True)
+cli.run()
+"""
+
+
+def test_the_process_of_a_command_ends_with_all_that_python_does_at_the_end() -> None:
+    done = run_alone(LEAVING)
+    assert done.returncode == 3, done
+    *lines, last = done.stdout.splitlines()
+    assert lines[:2] == ["buffered thread", "exit function before MPI's end"], done
+    assert last == "MPI has ended", done
+
+
+STATUS = """
+import os, pathlib, sys, time
+from mpi4py import MPI
+from hpcsgd.commands import cli
+
+def main():
+    rank, pids = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.allgather(os.getpid())
+    MPI.Finalize()
+    while rank == 1 and not has_ended(pids[0]):
+        time.sleep(0.01)
+    sys.exit(3 * rank)
+
+def has_ended(pid):
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+cli.main = main
+cli.run()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_the_status_of_a_rank_that_ends_after_another_is_the_status_of_the_job() -> None:
+    job = launch(STATUS, 2)
+    assert job.returncode == 3 and not job.left, job

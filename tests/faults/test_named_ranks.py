@@ -50,7 +50,7 @@ class Trial:
         words = (
             f"train --out {folder} --name run {ENDLESS} --threads 1 --timeout {TIMEOUT} --strategy {method}"
         )
-        self.job: Finished = launch(CLI + "main()", ranks, *words.split(), timeout=150, meanwhile=send)
+        self.job: Finished = launch(CLI + "run()", ranks, *words.split(), timeout=150, meanwhile=send)
         assert self.job.returncode != 0 and not self.job.timed_out and not self.job.left, self.job
         self.named = rf"rank {victim} \(\S+, process {self.process}\)"
 

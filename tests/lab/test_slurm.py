@@ -39,7 +39,7 @@ class Cluster:
         self.lab, self.folder, self.runs = lab, folder, folder / "runs"
         command = folder / "bin" / "hpcsgd"
         command.parent.mkdir()
-        command.write_text(f"#!{sys.executable}\n{UNCOMPILED}{CLI}main()\n")
+        command.write_text(f"#!{sys.executable}\n{UNCOMPILED}{CLI}run()\n")
         command.chmod(0o755)
         beside = Path(sys.executable).parent
         path = os.pathsep.join([str(command.parent), str(beside), os.environ["PATH"]])

@@ -36,7 +36,7 @@ class Job:
         folder: Path,
         name: str,
         *args: object,
-        script: str = CLI + "main()",
+        script: str = CLI + "run()",
         ranks: int = 0,
         options: Sequence[str] = (),
     ) -> None:

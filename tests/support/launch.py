@@ -40,7 +40,7 @@ gc.enable()
 CLI = """
 import sys
 sys.modules["torch.utils.tensorboard"] = None
-from hpcsgd.commands.cli import main
+from hpcsgd.commands.cli import main, run
 """
 
 

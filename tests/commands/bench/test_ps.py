@@ -33,7 +33,7 @@ def test_methods_with_and_without_a_server_in_one_launch(tmp_path: Path) -> None
     """Two of the three ranks are workers, and both are slow."""
     words = f"--methods {AR};{SYNC} --seeds 1 --base-ms {1e3 * BASE} --model logistic --epochs 0.4"
     words += f" --evaluate-every 0.2 --target 2.5 --out {tmp_path}"
-    job = launch(CLI + "main()", 3, "bench", "ps", *words.split(), timeout=100)
+    job = launch(CLI + "run()", 3, "bench", "ps", *words.split(), timeout=100)
     assert job.returncode == 0 and not job.left and not job.files, job
     listed = re.findall(r"^\d/4 (\S+): \d+ iterations", job.stdout, re.MULTILINE)
     assert listed == [

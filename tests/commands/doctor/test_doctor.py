@@ -23,7 +23,7 @@ from tests.support.launch import (
 
 pytestmark = [pytest.mark.together, pytest.mark.long, pytest.mark.timeout(110)]
 
-DOCTOR = CLI + "\nsys.argv = ['hpcsgd', 'doctor', '--out', sys.argv[1]]\nmain()"
+DOCTOR = CLI + "\nsys.argv = ['hpcsgd', 'doctor', '--out', sys.argv[1]]\nrun()"
 
 
 def test_healthy_job_gets_a_page_and_status_0(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_errors_are_reported_once(tmp_path: Path) -> None:
     assert [r["step"] for r in records(run, "test")] == [1, 2]
 
     # Real processes and their exit code: too many ranks for the checkpoint.
-    job = launch(CLI + "main()", 3, "train", "--resume", str(run), timeout=120)
+    job = launch(CLI + "run()", 3, "train", "--resume", str(run), timeout=120)
     assert job.returncode not in (0, None) and not job.timed_out and not job.left and not job.files, job
     assert job.stderr.count("saved by another number of ranks") == 1 and "Traceback" not in job.stderr, job
     assert "expected: 2 ranks" in job.stderr and "start 2 ranks; or resume with any number" in job.stderr
@@ -113,7 +113,7 @@ def test_errors_are_reported_once(tmp_path: Path) -> None:
 
 def test_a_bad_command_line_ends_a_job(tmp_path: Path) -> None:
     """Before MPI is up."""
-    job = launch(CLI + "main()", 2, "train", "--bach", "3", timeout=50)
+    job = launch(CLI + "run()", 2, "train", "--bach", "3", timeout=50)
     assert job.returncode not in (0, None) and not job.timed_out and not job.left, job
     assert job.stderr.count("No such option") == 1 and "Traceback" not in job.stderr, job
 
@@ -121,7 +121,7 @@ def test_a_bad_command_line_ends_a_job(tmp_path: Path) -> None:
 @pytest.mark.timeout(170)
 def test_an_interrupt_of_one_rank_ends_all(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(NOISY)
-    script = CLI + f"sys.path.insert(0, {str(tmp_path)!r}); main()"
+    script = CLI + f"sys.path.insert(0, {str(tmp_path)!r}); run()"
     model = f"own:noisy:stop=2,rank=1,number={int(signal.SIGINT)}"
     words = ["train", "--timeout", "60", "--out", str(tmp_path), *TINY, "--model", model]
     job = launch(script, 2, *words, timeout=120)

@@ -114,7 +114,7 @@ def test_records_do_not_depend_on_a_stop_with_any_deterministic_method(tmp_path:
         passes = STOP_AT_PASS + 3 * ("virtual" in method)  # after the first checkpoint
         kill = f"--model own:stopping:stop={passes},number={int(signal.SIGKILL)}"
         path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        job = launch(CLI + path + "main()", RANKS, *words.split(), *kill.split(), timeout=60)
+        job = launch(CLI + path + "run()", RANKS, *words.split(), *kill.split(), timeout=60)
         assert job.returncode != 0 and not job.timed_out and not job.left and not job.files, job
         checkpoints = list((tmp_path / f"killed-{number}" / "checkpoints").glob("step-*"))
         assert checkpoints and not (tmp_path / f"killed-{number}" / "done").exists(), method

@@ -22,7 +22,7 @@ _LAUNCHERS = re.compile(r"\b(mpiexec|hydra_pmi_proxy|prterun|prte|prted|bash|sh|
 
 def write_hpcsgd(folder: Path) -> Path:
     """Write a command `hpcsgd` that imports nothing that short runs do not need; returns its folder."""
-    (folder / "start.py").write_text(f"{UNCOMPILED}{CLI}main()\n")
+    (folder / "start.py").write_text(f"{UNCOMPILED}{CLI}run()\n")
     command = folder / "hpcsgd"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/start.py" "$@"\n')
     command.chmod(0o755)
