@@ -130,7 +130,7 @@ def leave_process(code: int) -> NoReturn:
     """End the process of a command as the interpreter does, but without taking its modules apart.
 
     With torch that takes a second or two on a busy node, in which nothing happens any more. C's exit
-    functions run: from one of MPICH's, mpiexec learns that the rank may end; else it loses the others' status.
+    functions run: by one of MPICH's, mpiexec learns that the rank may end; else it loses others' status.
     """
     threading._shutdown()  # type: ignore[attr-defined]  # joins threads, which ends executors
     atexit._run_exitfuncs()
