@@ -201,7 +201,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> tuple[str, list[dict
         If it is not one of `OPTIMIZERS`.
     """
     name = type(optimizer).__name__
-    if name not in OPTIMIZERS or type(optimizer) is not getattr(torch.optim, name):
+    if name not in OPTIMIZERS or not type(optimizer).__module__.startswith("torch.optim."):
         raise BadOption(
             f"a parameter server cannot take steps of {type(optimizer).__name__}",
             expected="an optimizer of torch.optim with elementwise updates",

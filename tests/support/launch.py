@@ -132,10 +132,10 @@ def launch(
     return Finished(process.returncode, out, err, seconds, left, files.split(), timed_out)
 
 
-def run_alone(script: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -c script` without mpiexec."""
+def run_alone(script: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -c script args` without mpiexec."""
     return subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, *args],
         capture_output=True,
         text=True,
         env=_environment("", {}),

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import torch
 
 from hpcsgd import registry
 from hpcsgd.registry import Within
+
+T = TypeVar("T", bound=torch.optim.Optimizer)
+
+
+def _row(kind: type[T], **limits: Any) -> Callable[..., T]:
+    return registry.limited(_without_compiler(kind), **limits)
+
+
+def _without_compiler(kind: type[T]) -> type[T]:
+    """Return the class without its hooks for `torch.compile`, whose import takes longer than that of torch.
+
+    Each method's wrapper imports the compiler at the first call, to leave the method out of compiled code.
+    """
+    body: dict[str, Any] = {"__module__": kind.__module__}
+    for name in ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad"):
+        method = getattr(kind, name)
+        body[name] = getattr(method, "__wrapped__", method)
+    body["step"] = torch.no_grad()(body["step"])  # as its wrapper does, but for differentiable optimizers
+    return type(kind.__name__, (kind,), body)
+
 
 _Share = Annotated[float, Within(0, 1)]
 _Beta = Annotated[float, Within(0, 0.999999999)]
@@ -17,9 +37,9 @@ _Betas = tuple[_Beta, _Beta]
 _Decay = Annotated[float, Within(0, 1e6)]
 #: Names of `--optimizer`; the options are those of torch's classes.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": registry.limited(torch.optim.SGD, momentum=_Share, dampening=_Share, weight_decay=_Decay),
-    "adam": registry.limited(torch.optim.Adam, betas=_Betas, eps=_Share, weight_decay=_Decay),
-    "adamw": registry.limited(torch.optim.AdamW, betas=_Betas, eps=_Share, weight_decay=_Decay),
+    "sgd": _row(torch.optim.SGD, momentum=_Share, dampening=_Share, weight_decay=_Decay),
+    "adam": _row(torch.optim.Adam, betas=_Betas, eps=_Share, weight_decay=_Decay),
+    "adamw": _row(torch.optim.AdamW, betas=_Betas, eps=_Share, weight_decay=_Decay),
 }
 _STEP_AT = (0.5, 0.75)
 _STEP_FACTOR = 0.1

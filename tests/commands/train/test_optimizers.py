@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hpcsgd import registry
 from hpcsgd.commands.train.optimizers import OPTIMIZERS, learning_rate_schedule
 from hpcsgd.commands.train.settings import KINDS, Settings
+from tests.support.launch import run_alone
 
 SCHEDULES = get_args(KINDS["schedule"])
 
@@ -58,6 +60,44 @@ def test_constant_stays() -> None:
 def test_optimizers_take_torchs_options(spec: str, kind: type, options: dict[str, object]) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(2))]
     optimizer = registry.build(OPTIMIZERS, spec, "optimizer", params=parameters, lr=0.3)
-    assert type(optimizer) is kind
+    assert isinstance(optimizer, kind) and type(optimizer).__name__ == kind.__name__
     (group,) = optimizer.param_groups
     assert group["lr"] == 0.3 and {key: group[key] for key in options} == options
+
+
+@pytest.mark.parametrize("spec", ["sgd:momentum=0.9,nesterov=yes", "adam", "adamw:weight_decay=0.2"])
+def test_optimizers_take_torchs_steps(spec: str) -> None:
+    parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
+    optimizer = registry.build(OPTIMIZERS, spec, "optimizer", params=[parameters[0]], lr=0.3)
+    kind, group = type(optimizer).__bases__[0], optimizer.param_groups[0]
+    expected = kind(
+        [parameters[1]],
+        **{key: group[key] for key in group if key not in ("params", "decoupled_weight_decay")},
+    )
+    for step in range(3):
+        for each, parameter in zip((optimizer, expected), parameters, strict=True):
+            each.zero_grad()
+            (parameter.sin() * (step + 1)).sum().backward()
+            each.step()
+        if step == 1:
+            optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(*parameters) and torch.equal(
+        *(each.grad for each in parameters if each.grad is not None)
+    )
+
+
+WITHOUT_COMPILER = """
+import sys
+from hpcsgd.commands.cli import main
+try:
+    main()
+finally:
+    print("compiler" if "torch._dynamo" in sys.modules else "no compiler")
+"""
+
+
+@pytest.mark.parametrize("spec", OPTIMIZERS)
+def test_the_compiler_is_not_imported(tmp_path: Path, spec: str) -> None:
+    words = f"train --data synthetic:samples=64 --epochs 1 --optimizer {spec} --out {tmp_path} --progress off"
+    done = run_alone(WITHOUT_COMPILER, *words.split())
+    assert done.returncode == 0 and done.stdout.split("\n")[-2] == "no compiler", done
