@@ -21,16 +21,15 @@ import torch
 
 from hpcsgd import Run, World, compress, registry, strategies, topology
 from hpcsgd.commands import cli, sbatch, signals
-from hpcsgd.commands.options import ShortCount, Value, ValueByName, Values
+from hpcsgd.commands.options import OPTIMIZERS, ShortCount, Value, ValueByName, Values
 from hpcsgd.commands.train import settings, trainer
-from hpcsgd.commands.train.optimizers import OPTIMIZERS
 from hpcsgd.commands.tune import teleportation
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi import environment, launcher
 from hpcsgd.registry import Accepted, Within
 from hpcsgd.strategies.delays import DELAYS
 from hpcsgd.training.checkpoint.checkpoints import Checkpoints
-from hpcsgd.training.data import DATASETS, Loader, partition
+from hpcsgd.training.data import DATASETS, loader, partition
 from hpcsgd.training.models import MODELS
 from tests.support.launch import CLI, UNCOMPILED, _environment
 
@@ -58,8 +57,8 @@ CONSTRUCTORS: dict[Callable[..., Any], dict[str, Any]] = {
     Run: {"model": MODEL, "optimizer": torch.optim.SGD(MODEL.parameters(), 0.1)},
     World: {},
     Checkpoints: {"folder": Path("x"), "rank": 0, "ranks": 1, "gather": None},
-    Loader: {"source": None, "batch": 1},
-    partition: {"labels": None, "samples": 1, "ranks": 1, "alpha": None, "seed": 0, "epoch": 0},
+    loader.Loader: {"source": None, "batch": 1},
+    partition.partition: {"labels": None, "samples": 1, "ranks": 1, "alpha": None, "seed": 0, "epoch": 0},
     sbatch.SlurmJob: {},
 }
 
@@ -339,7 +338,7 @@ def test_a_file_refuses_values_in_one_line(name: str, tmp_path: Path) -> None:
     for text in TOML:
         file.write_text(f"{name} = {text}\n")
         try:
-            settings.merge(settings.from_toml(file), {})
+            settings.validate(settings.merge(settings.from_toml(file), {}))
         except BadOption as error:
             assert is_one_line(str(error)), error
         else:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from hpcsgd.collectives.staging import wait_for_compute
-from hpcsgd.compress import Codec, Compressor, Segment
-from hpcsgd.compress.base import dry_run
+from hpcsgd.compress.base import Codec, Compressor, Segment, dry_run
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.tensors.group import Bucket, TensorGroup

@@ -29,8 +29,7 @@ from hpcsgd.collectives.staging import (
     wait_for,
     wait_for_compute,
 )
-from hpcsgd.compress import Compressor, Message, RandomKey
-from hpcsgd.compress.base import all_finite
+from hpcsgd.compress.base import Compressor, Message, RandomKey, all_finite
 from hpcsgd.compress.point_to_point import warm_up
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.communicator import Communicator

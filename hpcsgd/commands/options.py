@@ -8,25 +8,27 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
-from hpcsgd import registry
+from hpcsgd import compress, registry, strategies
 from hpcsgd.errors import BadOption, shown
 from hpcsgd.registry import Accepted, Text, Within
+from hpcsgd.training import data, models
+
+#: Names of `--optimizer`; the options are those of torch's classes.
+OPTIMIZERS: registry.Rows[Any] = registry.Rows(
+    "hpcsgd.commands.train.optimizers", {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+)
 
 
-def _strategy(spec: str) -> None:
-    from hpcsgd import strategies
-
-    strategies.build(spec)
+def _optimizer(spec: str) -> None:
+    registry.bind(OPTIMIZERS, spec, "optimizer", params=None, lr=None)
 
 
-def _compress(spec: str) -> None:
-    from hpcsgd import compress
-
-    compress.build(spec)
+def _optimizer_name(spec: str) -> None:
+    registry.check_name(OPTIMIZERS, spec, "optimizer")
 
 
 def _delays(spec: str) -> None:
-    from hpcsgd.strategies import delays
+    from hpcsgd.strategies import delays  # NumPy, which no `--help` needs
 
     delays.build(spec)
 
@@ -37,31 +39,13 @@ def _topology(spec: str) -> None:
     topology.check(spec)
 
 
-def _data(spec: str) -> None:
-    from hpcsgd.training import data
-
-    data.check(spec)
-
-
-def _model(spec: str) -> None:
-    from hpcsgd.training import models
-
-    models.check(spec)
-
-
-def _optimizer(spec: str) -> None:
-    from hpcsgd.commands.train import optimizers
-
-    optimizers.check(spec)
-
-
-StrategySpec = Annotated[str, Accepted(_strategy)]
-CompressSpec = Annotated[str, Accepted(_compress)]
+StrategySpec = Annotated[str, Accepted(strategies.build, check_name=strategies.check_name)]
+CompressSpec = Annotated[str, Accepted(compress.build, check_name=compress.check_name)]
 DelaysSpec = Annotated[str, Accepted(_delays)]
 TopologySpec = Annotated[str, Accepted(_topology)]
-DataSpec = Annotated[str, Accepted(_data)]
-ModelSpec = Annotated[str, Accepted(_model)]
-OptimizerSpec = Annotated[str, Accepted(_optimizer)]
+DataSpec = Annotated[str, Accepted(data.check, check_name=data.check_name)]
+ModelSpec = Annotated[str, Accepted(models.check, check_name=models.check_name)]
+OptimizerSpec = Annotated[str, Accepted(_optimizer, check_name=_optimizer_name)]
 #: A text that names something.
 Label = Annotated[str, Text(1, 255)]
 

@@ -188,7 +188,7 @@ def count_runs(path: str) -> int:
     """
     count = sweep.count_runs(settings.read_toml(path), path)
     for element in range(max(1, count)):
-        settings.merge(settings.from_toml(path, element), {})
+        settings.validate(settings.merge(settings.from_toml(path, element), {}))
     return count
 
 

@@ -3,62 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from hpcsgd import registry
-from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment, Wrapper
-from hpcsgd.compress.error_feedback import ErrorFeedback
-from hpcsgd.compress.float32 import Float32
-from hpcsgd.compress.hadamard import Hadamard
-from hpcsgd.compress.half import BF16, FP16
-from hpcsgd.compress.maxnorm import QSGDMaxNorm
-from hpcsgd.compress.multiscale import QSGDMaxNormMultiScale
-from hpcsgd.compress.powersgd import PowerSGD
-from hpcsgd.compress.randk import GlobalRandK, GlobalRandKMaxNorm, GlobalRandKMaxNormMultiScale
-from hpcsgd.compress.signsgd import SignSGD
-from hpcsgd.compress.topk import TopK
 from hpcsgd.errors import BadOption, unknown
 
-__all__ = [
-    "BF16",
-    "COMPRESSORS",
-    "FP16",
-    "WRAPPERS",
-    "Codec",
-    "Compressor",
-    "ErrorFeedback",
-    "Float32",
-    "GlobalRandK",
-    "GlobalRandKMaxNorm",
-    "GlobalRandKMaxNormMultiScale",
-    "Hadamard",
-    "Message",
-    "PowerSGD",
-    "QSGDMaxNorm",
-    "QSGDMaxNormMultiScale",
-    "RandomKey",
-    "Segment",
-    "SignSGD",
-    "TopK",
-    "build",
-    "spec_of",
-]
+if TYPE_CHECKING:
+    from hpcsgd.compress.base import Compressor
 
-#: The schemes of `--compress`, besides "none".
-COMPRESSORS: dict[str, Callable[..., Compressor]] = {
-    "fp16": FP16,
-    "bf16": BF16,
-    "maxnorm": QSGDMaxNorm,
-    "multiscale": QSGDMaxNormMultiScale,
-    "randk": GlobalRandK,
-    "randk-maxnorm": GlobalRandKMaxNorm,
-    "randk-multiscale": GlobalRandKMaxNormMultiScale,
-    "powersgd": PowerSGD,
-    "topk": TopK,
-    "signsgd": SignSGD,
-}
+#: The schemes of `--compress`, besides "none". Their classes are exported by `hpcsgd`.
+COMPRESSORS: registry.Rows[Compressor] = registry.Rows(
+    __name__,
+    {
+        "fp16": "half.FP16",
+        "bf16": "half.BF16",
+        "maxnorm": "maxnorm.QSGDMaxNorm",
+        "multiscale": "multiscale.QSGDMaxNormMultiScale",
+        "randk": "randk.GlobalRandK",
+        "randk-maxnorm": "randk.GlobalRandKMaxNorm",
+        "randk-multiscale": "randk.GlobalRandKMaxNormMultiScale",
+        "powersgd": "powersgd.PowerSGD",
+        "topk": "topk.TopK",
+        "signsgd": "signsgd.SignSGD",
+    },
+)
 #: The wrappers that may precede a scheme, joined by "+".
-WRAPPERS: dict[str, Callable[[Compressor], Compressor]] = {"ef": ErrorFeedback, "hadamard": Hadamard}
+WRAPPERS: registry.Rows[Compressor] = registry.Rows(
+    __name__, {"ef": "error_feedback.ErrorFeedback", "hadamard": "hadamard.Hadamard"}
+)
 
 
 def build(spec: str) -> Compressor | None:
@@ -76,13 +48,32 @@ def build(spec: str) -> Compressor | None:
     """
     if spec.strip() == "none":
         return None
-    *wrappers, scheme = re.split(r"\+(?=[a-z])", spec)
+    wrappers, scheme = _split(spec)
     compressor = registry.build(COMPRESSORS, scheme, "compression scheme")
     for name in reversed(wrappers):
+        compressor = WRAPPERS[name](compressor)
+    return compressor
+
+
+def check_name(spec: str) -> None:
+    """Check the names in a spec, without importing the compressor.
+
+    Raises
+    ------
+    BadOption
+        One is unknown.
+    """
+    if spec.strip() != "none":
+        registry.check_name(COMPRESSORS, _split(spec)[1], "compression scheme")
+
+
+def _split(spec: str) -> tuple[list[str], str]:
+    """The names of the wrappers, and the spec of the scheme."""
+    *wrappers, scheme = re.split(r"\+(?=[a-z])", spec)
+    for name in wrappers:
         if name.strip() not in WRAPPERS:
             raise unknown("wrapper of a compression scheme", name, WRAPPERS)
-        compressor = WRAPPERS[name.strip()](compressor)
-    return compressor
+    return [name.strip() for name in wrappers], scheme
 
 
 def spec_of(compressor: Compressor) -> str:
@@ -93,6 +84,8 @@ def spec_of(compressor: Compressor) -> str:
     BadOption
         The compressor is none of `COMPRESSORS` and `WRAPPERS`.
     """
+    from hpcsgd.compress.base import Wrapper
+
     kind, rows = type(compressor), {**COMPRESSORS, **WRAPPERS}
     names = [name for name, row in rows.items() if row is kind]
     if not names:

@@ -41,9 +41,14 @@ def size() -> tuple[str, int]:
     return max(sizes().items(), key=lambda found: found[1], default=("", 0))
 
 
+def is_on_one_machine() -> bool:
+    """Return whether all ranks of the job are known to be on this machine; without a launcher they are."""
+    return _first(_LOCAL_SIZE)[1] == size()[1]
+
+
 def shows_all_ranks() -> bool:
     """Return whether all ranks of the job are on this machine, and not in containers that hide processes."""
-    return _first(_LOCAL_SIZE)[1] == size()[1] and _launcher_pid() > 1
+    return is_on_one_machine() and _launcher_pid() > 1
 
 
 def _launcher_pid() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hpcsgd.registry.limits import Accepted, Text, Within
-from hpcsgd.registry.specs import bind, build, describe, format_spec, limited, parse
+from hpcsgd.registry.rows import Rows
+from hpcsgd.registry.specs import bind, build, check_name, describe, format_spec, limited, parse
 from hpcsgd.registry.values import (
     check,
     check_fields,
@@ -11,18 +12,21 @@ from hpcsgd.registry.values import (
     convert,
     expected,
     field_values,
+    names_only,
     read,
     type_name,
 )
 
 __all__ = [
     "Accepted",
+    "Rows",
     "Text",
     "Within",
     "bind",
     "build",
     "check",
     "check_fields",
+    "check_name",
     "checked",
     "convert",
     "describe",
@@ -30,6 +34,7 @@ __all__ = [
     "field_values",
     "format_spec",
     "limited",
+    "names_only",
     "parse",
     "read",
     "type_name",

@@ -64,10 +64,13 @@ class Accepted:
         Raises `BadOption`, or `ValueError`, for all other texts.
     such_as
         Examples, for the error where it is `ValueError`.
+    check_name
+        Raises the same errors of the name in a spec alone, without importing what it names.
     """
 
     function: Callable[[str], Any]
     such_as: str = ""
+    check_name: Callable[[str], Any] | None = None
 
     def admits(self, value: str) -> bool:
         """Return True, or raise the error of the function."""

@@ -71,9 +71,7 @@ def bind(
     registry: Mapping[str, Callable[..., T]], spec: str, kind: str, **context: object
 ) -> tuple[Callable[..., T], dict[str, Any]]:
     """Return the registry entry that a spec names, and its arguments, without a call: see `build`."""
-    name = _name(spec)
-    if name not in registry:
-        raise unknown(kind, name, registry)
+    name = check_name(registry, spec, kind)
     parameters = _parameters(registry[name])
     settable = _settable(parameters, context)
     entry_name = f"{kind} {name!r}"
@@ -89,6 +87,14 @@ def bind(
     if missing:
         raise BadOption(f"{entry_name} needs option {', '.join(map(repr, missing))}", do=valid)
     return registry[name], arguments
+
+
+def check_name(registry: Collection[str], spec: str, kind: str) -> str:
+    """Return the name in a spec; raise `BadOption` if it is none of the registry, as `build` does."""
+    name = _name(spec)
+    if name not in registry:
+        raise unknown(kind, name, registry)
+    return name
 
 
 def limited(function: Callable[..., T], **kinds: Any) -> Callable[..., T]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from hpcsgd.errors import BadOption, shown
-from hpcsgd.registry.limits import Limit, Text, Within
+from hpcsgd.registry.limits import Accepted, Limit, Text, Within
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -150,6 +150,18 @@ def expected(kind: Any) -> str:
         return "yes or no"
     limits = _limits(kind) if get_origin(kind) is Annotated else ()
     return " ".join(filter(None, [_NOUNS[_base(kind)], *map(str, limits)]))
+
+
+def names_only(kind: Any) -> Any:
+    """Return the annotation with specs of which only the names are checked, where that is another check."""
+    if _is_union(kind):
+        return Union[tuple(map(names_only, get_args(kind)))]  # noqa: UP007
+    if get_origin(kind) is not Annotated:
+        return kind
+    base, *limits = get_args(kind)
+    checks = [getattr(each, "check_name", None) for each in limits]
+    limits = [Accepted(check) if check else each for each, check in zip(limits, checks, strict=True)]
+    return Annotated[(base, *limits)]
 
 
 def type_name(kind: Any) -> str:

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Codec, Message, RandomKey
-from hpcsgd.compress.base import all_finite
+from hpcsgd.compress.base import Codec, Message, RandomKey, all_finite
 from hpcsgd.compress.point_to_point import PointToPointCodec, bytes_of
 
 _OPERATIONS = {"max": np.maximum, "and": np.bitwise_and}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Compressor, RandomKey, Segment
+from hpcsgd.compress.base import Compressor, RandomKey, Segment
 from hpcsgd.compress.point_to_point import FACTOR_BYTES, PointToPointCodec, SharedReference, bytes_of
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.server.code_sum import CodeSumClient, CodeSumServer

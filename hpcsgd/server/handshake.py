@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hpcsgd.compress import Compressor, Segment, build
+from hpcsgd.compress import build
+from hpcsgd.compress.base import Compressor, Segment
 from hpcsgd.compress.point_to_point import PointToPointCodec
 from hpcsgd.mpi.consistency import first_difference
 from hpcsgd.server.delta_coding import Extents, ServerDeltaCodec, shard_codec

@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hpcsgd import registry
 from hpcsgd.errors import BadOption
-from hpcsgd.strategies.adpsgd.strategy import ADPSGD
-from hpcsgd.strategies.allreduce import AllReduce
-from hpcsgd.strategies.backup_workers.strategy import BackupWorkers
-from hpcsgd.strategies.base import Strategy
-from hpcsgd.strategies.context import StrategyContext
-from hpcsgd.strategies.dsgd import DSGD
-from hpcsgd.strategies.lasgd.strategy import LASGD
-from hpcsgd.strategies.local_sgd import LocalSGD
-from hpcsgd.strategies.parameter_server.strategy import ParameterServer
-from hpcsgd.strategies.sgp import SGP
-from hpcsgd.strategies.teleportation.strategy import Teleportation
 
-__all__ = [
-    "ADPSGD",
-    "DSGD",
-    "LASGD",
-    "SGP",
-    "STRATEGIES",
-    "AllReduce",
-    "BackupWorkers",
-    "LocalSGD",
-    "ParameterServer",
-    "Strategy",
-    "StrategyContext",
-    "Teleportation",
-    "build",
-    "check_accepted",
-]
+if TYPE_CHECKING:
+    from hpcsgd.strategies.base import Strategy
+    from hpcsgd.strategies.context import StrategyContext
 
-#: The methods by the name that `--strategy` uses.
-STRATEGIES: dict[str, type[Strategy]] = {
-    "allreduce": AllReduce,
-    "local": LocalSGD,
-    "lasgd": LASGD,
-    "dsgd": DSGD,
-    "backup": BackupWorkers,
-    "sgp": SGP,
-    "adpsgd": ADPSGD,
-    "teleport": Teleportation,
-    "ps": ParameterServer,
-}
+#: The methods by the name that `--strategy` uses. Their classes are exported by `hpcsgd`.
+STRATEGIES: registry.Rows[Strategy] = registry.Rows(
+    __name__,
+    {
+        "allreduce": "allreduce.AllReduce",
+        "local": "local_sgd.LocalSGD",
+        "lasgd": "lasgd.strategy.LASGD",
+        "dsgd": "dsgd.DSGD",
+        "backup": "backup_workers.strategy.BackupWorkers",
+        "sgp": "sgp.SGP",
+        "adpsgd": "adpsgd.strategy.ADPSGD",
+        "teleport": "teleportation.strategy.Teleportation",
+        "ps": "parameter_server.strategy.ParameterServer",
+    },
+)
 
 
 def build(spec: str, **context: object) -> Strategy:
@@ -65,13 +46,28 @@ def build(spec: str, **context: object) -> Strategy:
     return registry.build(STRATEGIES, spec, "strategy", **context)
 
 
-def check_accepted(strategy: Strategy, context: StrategyContext) -> None:
-    """Raise `BadOption`, on all ranks, if the run has an option that its method does not accept."""
-    if context.peers.size == 1:
-        return
+def check_name(spec: str) -> None:
+    """Check the name in a spec, without importing the strategy.
+
+    Raises
+    ------
+    BadOption
+        It is unknown.
+    """
+    registry.check_name(STRATEGIES, spec, "strategy")
+
+
+def attach(strategy: Strategy, context: StrategyContext) -> None:
+    """Call `strategy.attach`, or raise `BadOption`, on all ranks, for an option that it does not accept."""
+    if context.peers.size > 1:
+        _check_accepted(strategy, context)
+    strategy.attach(context)
+
+
+def _check_accepted(strategy: Strategy, context: StrategyContext) -> None:
     title = strategy.title or type(strategy).__name__
     if context.compress is not None and not strategy.accepts_compression:
-        others = [name for name, each in STRATEGIES.items() if each.accepts_compression]
+        others = _accepting("accepts_compression")
         raise BadOption(
             f"{title} sends whole models and cannot compress them",
             got=f"compress={context.compress}",
@@ -79,13 +75,17 @@ def check_accepted(strategy: Strategy, context: StrategyContext) -> None:
             everywhere=True,
         )
     if context.peers.per_rank > 1 and not strategy.accepts_virtual_nodes:
-        others = [name for name, each in STRATEGIES.items() if each.accepts_virtual_nodes]
+        others = _accepting("accepts_virtual_nodes")
         raise BadOption(
             f"{title} has no virtual nodes",
             got=f"{context.peers.size} nodes on {context.world.size} ranks",
             do=f"use strategy {_either(others)}, or do not set virtual_nodes",
             everywhere=True,
         )
+
+
+def _accepting(attribute: str) -> list[str]:
+    return [name for name, each in STRATEGIES.items() if getattr(each, attribute)]
 
 
 def _either(names: list[str]) -> str:

@@ -25,7 +25,7 @@ class Strategy:
     context
         The context of the run, set by `attach`.
     accepts_compression, accepts_virtual_nodes
-        Whether the method can be used with these options of `Run`; see `hpcsgd.strategies.check_accepted`.
+        Whether the method can be used with these options of `Run`; see `hpcsgd.strategies.attach`.
     synchronous
         Whether every peer takes every step. If not, `peer_schedule` yields the local peer of the next step,
         loaders are started again at their end, and `step` itself advances `context.step`.

@@ -16,7 +16,7 @@ from hpcsgd.strategies.batch_weights import BatchWeights, LoopState
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 
 if TYPE_CHECKING:
-    from hpcsgd.compress import Compressor
+    from hpcsgd.compress.base import Compressor
     from hpcsgd.tensors.gradients import Named
 
 

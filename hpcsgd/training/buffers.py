@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hpcsgd.collectives import allreduce
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.tensors.group import SUMMABLE, TensorGroup
 from hpcsgd.tensors.memory import overwrite, without_repetition
 from hpcsgd.training.drift import checksum

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import StrategyContext
 
 
 def averaged_closure(

@@ -16,7 +16,7 @@ from hpcsgd.errors import BadOption
 from hpcsgd.mpi.progress import Progress
 from hpcsgd.mpi.world import World
 from hpcsgd.registry import checked
-from hpcsgd.strategies import Strategy
+from hpcsgd.strategies.base import Strategy
 from hpcsgd.tensors.gradients import Named
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from torch import nn
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.registry import check
 from hpcsgd.registry.limits import Natural
-from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.training.asynchronous_batches import AsynchronousBatches
 from hpcsgd.training.batches import loaders_of_peers, synchronous_batches
 from hpcsgd.training.epochs import Epochs

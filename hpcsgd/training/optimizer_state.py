@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import Strategy
+from hpcsgd.strategies.base import Strategy
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training.drift import checksum
 from hpcsgd.training.model_copy import copy_from_rank_0, is_plain

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcsgd.compress import Compressor, build
+from hpcsgd.compress import build
+from hpcsgd.compress.base import Compressor
 from hpcsgd.mpi.world import World
 from hpcsgd.registry.limits import BucketMib, Count, Natural, PeerCount, Seed
-from hpcsgd.strategies import AllReduce, Strategy, StrategyContext, check_accepted
+from hpcsgd.strategies import attach
+from hpcsgd.strategies.allreduce import AllReduce
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.tensors.fingerprint import describe_tensor, package_versions
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training import choices
@@ -124,8 +128,7 @@ class Run(Scalars):
         parameters = self._trained.named
         self.strategy = strategy or AllReduce()
         compress = build(compress) if isinstance(compress, str) else compress
-        device = str(parameters[0][1].device if parameters else "cpu")
-        self.world: World = world_of_run(comm, device)
+        self.world: World = world_of_run(comm, str(parameters[0][1].device if parameters else "cpu"))
         self._owns_world = self.world is not comm
         self._lifetime = Lifetime(self, self.strategy, self.world, self._owns_world, parameters)
         self._closed = False
@@ -171,12 +174,9 @@ class Run(Scalars):
             sparse_rows=self._trained.with_sparse_gradients() if sparse == "rows" else (),
             **common,
         )
-        self._context.loop.structure = self._trained.structure
         self._stepping = Stepping(self.strategy, self._context, self._trained, check_every)
-        self._context.unscale = self._stepping.unscale
         self._stepping.set_steps(0)
-        check_accepted(self.strategy, self._context)
-        self.strategy.attach(self._context)
+        attach(self.strategy, self._context)
         self._batchnorms = SyncBatchNorms(model, self._context, self.strategy)
         self._virtual_nodes = nodes = VirtualNodes(model, self.optimizer, self.strategy, self._context)
         self._buffers = Buffers(nodes, self.strategy, self._context, self._trained, buffers, buffer_period)

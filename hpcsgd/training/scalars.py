@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.training.loops import check_between_loops
 
 

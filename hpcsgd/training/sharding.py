@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from hpcsgd.errors import BadOption
-from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.training.fingerprint import fingerprint
 from hpcsgd.training.identity_map import IdentityMap
 

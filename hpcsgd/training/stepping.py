@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError, format_ranks
-from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.training.buffers import Buffers, has_equal_frozen
 from hpcsgd.training.closures import averaged_closure
 from hpcsgd.training.drift import DriftCheck
@@ -49,6 +50,7 @@ class Stepping:
     ) -> None:
         assert context.optimizer is not None and context.model is not None
         self._strategy, self._context, self._trained = strategy, context, trained
+        context.loop.structure, context.unscale = trained.structure, self.unscale
         self._optimizer, self._world = context.optimizer, context.world
         self._drift = DriftCheck(self._world, self._optimizer, check_every)
         self._watch = StepWatch(self._optimizer, self._world.global_rank)

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hpcsgd.errors import BadOption
-from hpcsgd.strategies import DSGD, SGP, AllReduce, LocalSGD, Strategy, StrategyContext
+from hpcsgd.strategies.allreduce import AllReduce
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import StrategyContext
+from hpcsgd.strategies.dsgd import DSGD
+from hpcsgd.strategies.local_sgd import LocalSGD
+from hpcsgd.strategies.sgp import SGP
 
 _STEPS_TOGETHER = (AllReduce, LocalSGD, DSGD, SGP)
 

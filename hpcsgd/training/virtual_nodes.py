@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcsgd.strategies import Strategy, StrategyContext
+from hpcsgd.strategies.base import Strategy
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.tensors.memory import without_repetition
 from hpcsgd.training import rng_state
 

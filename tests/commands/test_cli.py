@@ -61,6 +61,42 @@ def test_help_needs_no_mpi() -> None:
     assert "lr=" not in train and "params=" not in train
 
 
+# Torch is hidden: what is wrong is found before its import, which takes seconds.
+BEFORE_TORCH = """
+import sys
+sys.modules["mpi4py"] = sys.modules["torch"] = None
+from hpcsgd.commands.cli import main
+
+for words in sys.argv[1:]:
+    sys.argv = ["hpcsgd", *words.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 2, (words, end.code)
+"""
+WRONG = {
+    "train --strategy ring": "unknown strategy 'ring'; use one of: adpsgd, allreduce",
+    "train --compress ef+sign": "unknown compression scheme 'sign'; use one of: bf16",
+    "train --compress e+topk": "unknown wrapper of a compression scheme 'e'; use one of: ef",
+    "train --data digit": "unknown data set 'digit'; use one of: cifar10",
+    "train --model resnet": "unknown model 'resnet'; use one of: 2nn",
+    "train --optimizer sdg": "unknown optimizer 'sdg'; use one of: adam",
+    "train --delays slow:peer=x": "option 'peer' of delays 'slow' has a wrong value",
+    "train --model gpt": "model 'gpt' does not fit the data",
+    "train --data text --model lenet": "expected a language model: gpt; or data for this one: digits",
+    "train --batch 0": "option 'batch' has a wrong value",
+    "train --out / --name tmp": "/tmp exists; choose another --name",
+    "tune teleportation --strategy ring": "unknown strategy 'ring'",
+}
+
+
+def test_wrong_names_are_found_before_torch_is_imported() -> None:
+    done = run_alone(BEFORE_TORCH, *WRONG)
+    assert done.returncode == 0 and not done.stdout, done
+    for error, expected in zip(done.stderr.splitlines(), WRONG.values(), strict=True):
+        assert expected in error
+
+
 def test_folder_has_one_entry_for_each_command() -> None:
     entries = {path.stem for path in Path(cli.__file__).parent.iterdir()}
     others = {"__init__", "__pycache__", "README", "cli", "options", "signals"}

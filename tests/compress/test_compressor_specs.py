@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 
 from hpcsgd import registry
-from hpcsgd.compress import (
-    COMPRESSORS,
-    WRAPPERS,
-    ErrorFeedback,
-    GlobalRandKMaxNorm,
-    Hadamard,
-    PowerSGD,
-    QSGDMaxNorm,
-    Segment,
-    build,
-)
+from hpcsgd.compress import COMPRESSORS, WRAPPERS, build
+from hpcsgd.compress.base import Segment
+from hpcsgd.compress.error_feedback import ErrorFeedback
+from hpcsgd.compress.hadamard import Hadamard
+from hpcsgd.compress.maxnorm import QSGDMaxNorm
+from hpcsgd.compress.powersgd import PowerSGD
+from hpcsgd.compress.randk import GlobalRandKMaxNorm
 from hpcsgd.errors import BadOption
 
 

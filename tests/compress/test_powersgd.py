@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import PowerSGD, Segment
+from hpcsgd.compress.base import Segment
+from hpcsgd.compress.powersgd import PowerSGD
 from tests.support.devices import normal, on_device
 from tests.support.simulated_codecs import Lockstep
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpcsgd.compress import Segment, build
+from hpcsgd.compress import build
+from hpcsgd.compress.base import Segment
 from tests.support.simulated_codecs import Lockstep
 
 pytestmark = pytest.mark.host("random numbers of the host's kernels")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import RandomKey, Segment, build
+from hpcsgd.compress import build
+from hpcsgd.compress.base import RandomKey, Segment
 from hpcsgd.compress.point_to_point import PointToPointCodec
 from hpcsgd.server.code_sum import CodeSumClient, CodeSumServer
 from tests.support import compressor_rows as c

@@ -13,7 +13,12 @@ import torch
 from torch import nn
 
 from hpcsgd import AllReduce, BadOption, Disagreement, LocalSGD, Run, Strategy
-from hpcsgd.compress import FP16, ErrorFeedback, Float32, QSGDMaxNorm, TopK, build
+from hpcsgd.compress import build
+from hpcsgd.compress.error_feedback import ErrorFeedback
+from hpcsgd.compress.float32 import Float32
+from hpcsgd.compress.half import FP16
+from hpcsgd.compress.maxnorm import QSGDMaxNorm
+from hpcsgd.compress.topk import TopK
 from hpcsgd.strategies import STRATEGIES
 from tests.support import strategy_rows as s
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import RandomKey, build
-from hpcsgd.compress.base import all_finite
+from hpcsgd.compress import build
+from hpcsgd.compress.base import RandomKey, all_finite
 from tests.support import compressor_rows as c
 from tests.support.compression_invariants import lockstep, reduce_and_check, segment_of
 from tests.support.devices import fewer, on_device

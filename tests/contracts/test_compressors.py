@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpcsgd.compress import COMPRESSORS, WRAPPERS, RandomKey, Segment, base, build
+from hpcsgd.compress import COMPRESSORS, WRAPPERS, base, build
+from hpcsgd.compress.base import RandomKey, Segment
 from hpcsgd.errors import BadOption
 from hpcsgd.kernels.codec import host
 from tests.support import compressor_rows as c

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Compressor, RandomKey, Segment, build, spec_of
+from hpcsgd.compress import build, spec_of
+from hpcsgd.compress.base import Compressor, RandomKey, Segment
 from hpcsgd.compress.point_to_point import FACTOR_BYTES, PointToPointCodec, SharedReference
 from hpcsgd.errors import BadOption
 from tests.support import compressor_rows as c

@@ -134,7 +134,7 @@ def test_toml_is_settings(block: Block) -> None:
     table = tomllib.loads(block.text)
     runs = table.pop("run", [{}])
     for run in runs:
-        settings.merge(table, run)
+        settings.validate(settings.merge(table, run))
 
 
 @pytest.mark.parametrize("block", blocks("diff"))

@@ -18,10 +18,10 @@ from tests.support.markdown_pages import ROOT, Page
 
 #: For each registry: the page that documents its rows; and the packages that export them.
 REGISTRIES: dict[str, tuple[dict[str, Any], str, tuple[Any, ...]]] = {
-    "strategies": (strategies.STRATEGIES, "hpcsgd/strategies", (hpcsgd, strategies)),
+    "strategies": (strategies.STRATEGIES, "hpcsgd/strategies", (hpcsgd,)),
     "delays": (DELAYS, "hpcsgd/strategies", ()),
-    "compressors": (compress.COMPRESSORS, "hpcsgd/compress", (hpcsgd, compress)),
-    "wrappers": (compress.WRAPPERS, "hpcsgd/compress", (hpcsgd, compress)),
+    "compressors": (compress.COMPRESSORS, "hpcsgd/compress", (hpcsgd,)),
+    "wrappers": (compress.WRAPPERS, "hpcsgd/compress", (hpcsgd,)),
     "topologies": (topology.TOPOLOGIES, "hpcsgd/topology", (topology,)),
     "data sets": (DATASETS, "hpcsgd/training", ()),
     "models": (MODELS, "hpcsgd/training", ()),

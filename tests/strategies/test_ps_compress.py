@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hpcsgd import AllReduce, BadOption, HpcsgdError, ParameterServer, Run
-from hpcsgd.compress import Compressor, Segment, build
+from hpcsgd.compress import build
+from hpcsgd.compress.base import Compressor, Segment
 from hpcsgd.compress.point_to_point import FACTOR_BYTES, PointToPointCodec
 from hpcsgd.server.code_sum import CodeSumServer
 from hpcsgd.strategies.parameter_server.server_rank import ServerRole

@@ -14,7 +14,8 @@ import click
 
 from hpcsgd import topology as topologies
 from hpcsgd.commands.cli import cli
-from hpcsgd.commands.train.settings import FIELDS, click_options
+from hpcsgd.commands.train.click_options import click_options
+from hpcsgd.commands.train.settings import FIELDS
 from hpcsgd.errors import HpcsgdError
 
 ROOT = Path(__file__).resolve().parents[2]

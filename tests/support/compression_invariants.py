@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Segment, build
-from hpcsgd.compress.base import kernels_for
+from hpcsgd.compress import build
+from hpcsgd.compress.base import Segment, kernels_for
 from tests.support import compressor_rows as c
 from tests.support.devices import on_device
 from tests.support.simulated_codecs import Lockstep

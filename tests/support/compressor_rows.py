@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 from scipy.ndimage import maximum_filter1d
 
-from hpcsgd.compress import Segment
+from hpcsgd.compress.base import Segment
 
 Array = np.ndarray
 _LARGEST = float(np.uint32(0x7F7F0000).view(np.float32))  # the largest norm that a bfloat16 holds

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hpcsgd import TensorGroup, World
-from hpcsgd.compress import Compressor, Segment, build
+from hpcsgd.compress import build
+from hpcsgd.compress.base import Compressor, Segment
 from hpcsgd.tensors.group import Bucket
 from tests.support import compressor_rows as c
 from tests.support.collective_cases import same_bits

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcsgd.compress import Codec, Compressor, Message, RandomKey, Segment
-from hpcsgd.compress.base import all_finite
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment, all_finite
 
 _OPERATIONS = {"max": np.maximum, "and": np.bitwise_and, "sum": np.add}
 

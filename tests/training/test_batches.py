@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from hpcsgd import HpcsgdError, Run
-from hpcsgd.strategies import StrategyContext
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.training.batches import synchronous_batches
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hpcsgd import LocalSGD, Run
-from hpcsgd.compress import QSGDMaxNorm
+from hpcsgd.compress.maxnorm import QSGDMaxNorm
 from tests.support import strategy_rows as s
 from tests.support.devices import Random
 

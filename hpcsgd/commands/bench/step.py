@@ -25,7 +25,7 @@ from hpcsgd.commands.bench.step_loop import (
 )
 from hpcsgd.commands.bench.timing import Contender, interleave
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import AllReduce
+from hpcsgd.strategies.allreduce import AllReduce
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training.data import load
 from hpcsgd.training.models import build

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
-from hpcsgd.training.data import Data
+from hpcsgd.training.data.base import Data
 
 Batch = tuple[Tensor, Tensor]
 

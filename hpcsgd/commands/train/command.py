@@ -6,8 +6,12 @@ from typing import Any
 
 import click
 
+from hpcsgd import compress, strategies
 from hpcsgd.commands import signals
-from hpcsgd.commands.train.settings import NAMES_ELSEWHERE, Settings, click_options
+from hpcsgd.commands.options import OPTIMIZERS
+from hpcsgd.commands.train.click_options import click_options
+from hpcsgd.commands.train.settings import NAMES_ELSEWHERE, Settings
+from hpcsgd.training import data, models
 
 # Parameters of registry rows that are not options of a spec: filled in by the command, or of no use to it.
 _FILLED_IN = ("params", "lr", "shape", "classes")
@@ -48,11 +52,7 @@ def _accepted(entry: object) -> str:
 
 
 def _registries() -> dict[str, Any]:
-    # Imported here: they need torch, and no other help does.
-    from hpcsgd import compress, strategies
-    from hpcsgd.commands.train.optimizers import OPTIMIZERS
     from hpcsgd.strategies import delays
-    from hpcsgd.training import data, models
 
     return {
         "Data sets (--data)": data.DATASETS,

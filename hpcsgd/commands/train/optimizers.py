@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, TypeVar
 
 import torch
 
 from hpcsgd import registry
+from hpcsgd.commands.options import OPTIMIZERS
 from hpcsgd.registry import Within
 
 T = TypeVar("T", bound=torch.optim.Optimizer)
@@ -35,25 +36,32 @@ _Share = Annotated[float, Within(0, 1)]
 _Beta = Annotated[float, Within(0, 0.999999999)]
 _Betas = tuple[_Beta, _Beta]
 _Decay = Annotated[float, Within(0, 1e6)]
-#: Names of `--optimizer`; the options are those of torch's classes.
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": _row(torch.optim.SGD, momentum=_Share, dampening=_Share, weight_decay=_Decay),
-    "adam": _row(torch.optim.Adam, betas=_Betas, eps=_Share, weight_decay=_Decay),
-    "adamw": _row(torch.optim.AdamW, betas=_Betas, eps=_Share, weight_decay=_Decay),
-}
+SGD = _row(torch.optim.SGD, momentum=_Share, dampening=_Share, weight_decay=_Decay)
+Adam = _row(torch.optim.Adam, betas=_Betas, eps=_Share, weight_decay=_Decay)
+AdamW = _row(torch.optim.AdamW, betas=_Betas, eps=_Share, weight_decay=_Decay)
 _STEP_AT = (0.5, 0.75)
 _STEP_FACTOR = 0.1
 
 
-def check(spec: str) -> None:
-    """Check name and options of a spec.
+def build(spec: str, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """Make an optimizer.
+
+    Parameters
+    ----------
+    spec
+        A name of `OPTIMIZERS`, and options.
+    parameters, learning_rate
+        The parameters, and their learning rate.
 
     Raises
     ------
     BadOption
         Unknown name or option, or a value out of range.
     """
-    registry.bind(OPTIMIZERS, spec, "optimizer", params=None, lr=None)
+    optimizer: torch.optim.Optimizer = registry.build(
+        OPTIMIZERS, spec, "optimizer", params=parameters, lr=learning_rate
+    )
+    return optimizer
 
 
 def learning_rate_schedule(schedule: str, warmup: int, total: int) -> Callable[[int], float]:

@@ -11,6 +11,7 @@ from typing import Any
 from hpcsgd import registry
 from hpcsgd.commands.train.settings import AUTO, Settings, parse_resume, to_toml
 from hpcsgd.errors import BadOption, os_errors
+from hpcsgd.mpi import launcher
 
 #: The settings of a run; its checkpoints; and the mark of a finished run.
 CONFIG, CHECKPOINTS, DONE = "config.toml", "checkpoints", "done"
@@ -39,6 +40,16 @@ def path_of(settings: Settings) -> Path:
     return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}")
 
 
+def check_absent(settings: Settings) -> None:
+    """Raise `BadOption` on all ranks if the folder of a new run with a name exists, as `claim` would later.
+
+    On several machines, which may see other folders, that is left to `claim`.
+    """
+    folder = Path(settings.out) / settings.name
+    if settings.name and not settings.resume and launcher.is_on_one_machine() and folder.exists():
+        raise _exists(folder)
+
+
 def claim(folder: Path, settings: Settings) -> None:
     """Create the folder of a new run, or check that the folder of a resumed run is there.
 
@@ -59,10 +70,11 @@ def claim(folder: Path, settings: Settings) -> None:
             # With --resume auto a run may have been killed before its first checkpoint.
             folder.mkdir(parents=True, exist_ok=settings.resume == AUTO)
         except FileExistsError:
-            raise BadOption(
-                f"{folder} exists",
-                do=f"choose another --name, or continue that run: --resume {folder}",
-            ) from None
+            raise _exists(folder) from None
+
+
+def _exists(folder: Path) -> BadOption:
+    return BadOption(f"{folder} exists", do=f"choose another --name, or continue that run: --resume {folder}")
 
 
 def release(folder: Path) -> None:

@@ -4,27 +4,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import functools
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import click
 import tomli_w
 
 from hpcsgd import registry
-from hpcsgd.commands import options
 from hpcsgd.commands.options import CompressSpec, DataSpec, DelaysSpec, ModelSpec, OptimizerSpec, StrategySpec
 from hpcsgd.commands.train import sweep
 from hpcsgd.errors import BadOption
-from hpcsgd.mpi import launcher
 from hpcsgd.registry import Text, Within
 from hpcsgd.registry.limits import BucketMib, Count, PeerCount, Skew, Timeout
 from hpcsgd.training import choices
@@ -239,16 +234,16 @@ def validate(settings: Settings) -> Settings:
 
 
 def merge(toml: Mapping[str, object], command_line: Mapping[str, object]) -> Settings:
-    """Combine the values of a file with those of the command line, which take precedence, and check them.
+    """Combine the values of a file with those of the command line, which take precedence, for `validate`.
 
     Raises
     ------
     BadOption
-        An unknown name, or an invalid value, as in `validate`.
+        An unknown name.
     """
     values: dict[str, Any] = {**toml, **command_line}
     _check_names(values, "the settings")
-    return validate(Settings(**values))
+    return Settings(**values)
 
 
 def from_toml(path: str | Path, element: int | None = None) -> dict[str, object]:
@@ -304,74 +299,12 @@ def to_toml(settings: Settings, extra: Mapping[str, object]) -> str:
     return tomli_w.dumps({**values, _WORLD: dict(extra)} if extra else values)
 
 
-def click_options(function: Callable[..., R]) -> Callable[..., R]:
-    """Add one option per setting, ``--config FILE`` and ``--element N`` to a click command.
-
-    The function gets the checked settings as its argument ``settings``. The command line takes precedence
-    over the file; a resumed run uses its own file. Texts that are not numbers reach `validate`, so that
-    files and the command line raise the same errors.
-    """
-
-    @functools.wraps(function)
-    def with_settings(*args: Any, config: Path | None, element: int | None, **values: Any) -> R:
-        given = {name: text for name in FIELDS if (text := values.pop(name)) is not None}
-        if not config and given.get("resume", "") not in ("", AUTO):
-            config = parse_resume(given["resume"])[0] / "config.toml"
-        if not config and element is not None:
-            raise BadOption("--element needs a sweep", do="name the file of the sweep: --config FILE")
-        file = from_toml(config, element) if config else {}
-        _announce({**file, **given})
-        read = {name: _parsed(name, text) for name, text in given.items()}
-        return function(*args, settings=merge(file, read), **values)
-
-    for name in reversed(FIELDS):
-        flag = "--" + name.replace("_", "-")
-        kind = registry.type_name(KINDS[name]).removesuffix("|none")
-        metavar = kind.upper() if kind in ("int", "float") else "TEXT"
-        with_settings = click.option(flag, name, metavar=metavar, help=_help(name))(with_settings)
-    about = "Number of the run, from 0, in a sweep: a --config file with tables [[run]]."
-    element = options.option("--element", sweep.Element, about, metavar="INT")
-    about = "TOML file of settings, such as the config.toml of an earlier run."
-    return options.option("--config", Path, about, metavar="FILE")(element(with_settings))
-
-
-def _announce(given: Mapping[str, object]) -> None:
-    """Show that the command has begun, before torch is imported, which takes seconds on a busy node."""
-    if launcher.rank() or given.get("progress") == "off":
-        return
-    ranks = max(1, launcher.size()[1])
-    folder = Path(str(given.get("out", Settings.out))) / str(given.get("name", ""))
-    if given.get("resume", "") not in ("", AUTO):
-        folder = parse_resume(str(given["resume"]))[0]
-    where = f", run in {folder}" if str(folder).isprintable() else ""  # not yet checked
-    with contextlib.suppress(OSError):
-        print(f"{ranks} rank{'s' * (ranks > 1)}{where}: importing torch", flush=True)
-
-
 def _none_if_unset(name: str, value: object) -> object:
     return None if FIELDS[name].default is None and value == "none" else value
 
 
-def _parsed(name: str, text: str) -> object:
-    """Return the value of a text, or the text for the error of `validate`."""
-    try:
-        return registry.convert(text, KINDS[name])
-    except ValueError:
-        return text
-
-
 def _checked(name: str, value: object) -> Any:
     return registry.check(f"option {name!r}", value, KINDS[name])
-
-
-def _help(name: str) -> str:
-    about: Any = FIELDS[name].metadata
-    default: Any = FIELDS[name].default
-    shown = {None: "none", "": "empty"}.get(default, default)
-    facts = [f"in {about['unit']}"] if about["unit"] else []
-    if registry.type_name(KINDS[name]) not in ("str", "|str"):
-        facts.append(registry.expected(KINDS[name]))
-    return f"{about['help']}  [{'; '.join([*facts, f'default: {shown}'])}]"
 
 
 def _check_names(names: Iterable[str], where: str) -> None:

@@ -18,7 +18,7 @@ from hpcsgd.mpi.world import World
 from hpcsgd.training import rng_state
 from hpcsgd.training.checkpoint.checkpoints import Checkpoints, Loaded
 from hpcsgd.training.checkpoint.in_memory import InMemoryCheckpoints, State, redistribute, rescale_progress
-from hpcsgd.training.data import Loader
+from hpcsgd.training.data.loader import Loader
 from hpcsgd.training.run import Run
 
 

@@ -6,7 +6,8 @@ from hpcsgd import registry
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.commands.train.settings import Settings
 from hpcsgd.errors import BadOption
-from hpcsgd.strategies import Strategy, build, delays
+from hpcsgd.strategies import build, delays
+from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.delays import Delays
 
 

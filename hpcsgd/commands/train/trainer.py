@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcsgd import compress, registry
+from hpcsgd import compress
 from hpcsgd.collectives.peers import Peers
 from hpcsgd.commands.signals import SignalRecorder
 from hpcsgd.commands.train import run_folder
 from hpcsgd.commands.train.evaluation import Objective, evaluate
 from hpcsgd.commands.train.metrics import Counters, Meter, Sums
 from hpcsgd.commands.train.on_failure import check_on_failure, exit_after_failure
-from hpcsgd.commands.train.optimizers import OPTIMIZERS, learning_rate_schedule
+from hpcsgd.commands.train.optimizers import build as build_optimizer
+from hpcsgd.commands.train.optimizers import learning_rate_schedule
 from hpcsgd.commands.train.plan import Plan
 from hpcsgd.commands.train.run_log import RunLog
 from hpcsgd.commands.train.settings import Settings, default_model
@@ -33,6 +34,8 @@ from hpcsgd.mpi.world import World
 from hpcsgd.training import data, models, rng_state
 from hpcsgd.training.checkpoint.in_memory import InMemoryCheckpoints
 from hpcsgd.training.data.base import Source
+from hpcsgd.training.data.loader import Loader
+from hpcsgd.training.data.partition import evaluation_shard
 from hpcsgd.training.run import Run
 
 #: Seconds between two exchanges of signals by the ranks.
@@ -118,13 +121,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = models.build(settings.model or default_model(settings.data), self.data).to(world.device)
         self.objective = Objective(self.model, world.device, settings.autocast)
-        self.optimizer = registry.build(
-            OPTIMIZERS,
-            settings.optimizer,
-            "optimizer",
-            params=self.model.parameters(),
-            lr=settings.learning_rate,
-        )
+        self.optimizer = build_optimizer(settings.optimizer, self.model.parameters(), settings.learning_rate)
         self.strategy = build_strategy(settings)
         self._compressor = compress.build(settings.compress)
         self._peers = Peers(world, settings.virtual_nodes)
@@ -132,16 +129,16 @@ class Trainer:
             self.strategy.clamp_to(self._peers.size)
         self._delays = build_delays(settings, self._peers, clamp=lost is not None)
         self._loaders = [self._loader(peer) for peer in self._peers.local]
-        self.shard = data.evaluation_shard(len(self.data.test), world.rank, world.size)
+        self.shard = evaluation_shard(len(self.data.test), world.rank, world.size)
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=settings.autocast == "float16")
         self._passes = 0  # backward passes of the step under way
         self._signals = SignalRecorder()
         self._stop_signal: int | None = None
         self._save_now = False  # the earlier checkpoints are gone
 
-    def _loader(self, peer: int) -> data.Loader:
+    def _loader(self, peer: int) -> Loader:
         settings, workers = self.settings, self.strategy.workers(self._peers.size)
-        return data.Loader(
+        return Loader(
             self.data.train,
             settings.batch,
             peer % workers,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from hpcsgd.commands.options import option
-from hpcsgd.commands.train.settings import Epochs, Settings, click_options
+from hpcsgd.commands.train.click_options import click_options
+from hpcsgd.commands.train.settings import Epochs, Settings
 
 
 @click.group()

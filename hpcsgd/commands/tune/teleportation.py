@@ -17,8 +17,8 @@ from hpcsgd.commands.train.settings import Settings
 from hpcsgd.commands.train.trainer import Trainer, train
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
-from hpcsgd.strategies import Teleportation
-from hpcsgd.training.data import evaluation_shard
+from hpcsgd.strategies.teleportation.strategy import Teleportation
+from hpcsgd.training.data.partition import evaluation_shard
 
 _STRATEGY = "teleport"
 _TRAINING_SAMPLES = 4096  # at most, for the comparison of the numbers

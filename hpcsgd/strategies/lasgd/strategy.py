@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hpcsgd.collectives.reducer import make_reducer
-from hpcsgd.compress import Compressor
+from hpcsgd.compress.base import Compressor
 from hpcsgd.errors import BadOption
 from hpcsgd.registry.limits import Count
 from hpcsgd.strategies.context import StrategyContext

@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from hpcsgd.registry import bind, build
-from hpcsgd.training.data.base import Augment, Data, Source
-from hpcsgd.training.data.cifar import cifar10, cifar100
-from hpcsgd.training.data.digits import digits
-from hpcsgd.training.data.imagenet import imagenet
-from hpcsgd.training.data.in_memory import TensorSource
-from hpcsgd.training.data.loader import Loader
-from hpcsgd.training.data.mnist import fashion_mnist, mnist
-from hpcsgd.training.data.partition import evaluation_shard, partition
-from hpcsgd.training.data.synthetic import synthetic
-from hpcsgd.training.data.text import text
+from hpcsgd import registry
 
-__all__ = [
-    "DATASETS",
-    "Augment",
-    "Data",
-    "Loader",
-    "Source",
-    "TensorSource",
-    "check",
-    "evaluation_shard",
-    "load",
-    "partition",
-]
+if TYPE_CHECKING:
+    from hpcsgd.training.data.base import Data
 
-DATASETS: dict[str, Callable[..., Data]] = {
-    "digits": digits,
-    "text": text,
-    "mnist": mnist,
-    "fashion-mnist": fashion_mnist,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "imagenet": imagenet,
-    "synthetic": synthetic,
-}
+#: The data sets of `--data`.
+DATASETS: registry.Rows[Data] = registry.Rows(
+    __name__,
+    {
+        "digits": "digits.digits",
+        "text": "text.text",
+        "mnist": "mnist.mnist",
+        "fashion-mnist": "mnist.fashion_mnist",
+        "cifar10": "cifar.cifar10",
+        "cifar100": "cifar.cifar100",
+        "imagenet": "imagenet.imagenet",
+        "synthetic": "synthetic.synthetic",
+    },
+)
+#: Those for language models; the others are for classifiers.
+LANGUAGE_DATASETS = ("text",)
 
 
 def load(spec: str) -> Data:
@@ -56,7 +42,7 @@ def load(spec: str) -> Data:
     HpcsgdError
         Files are missing, truncated or of another format.
     """
-    return build(DATASETS, spec, "data set")
+    return registry.build(DATASETS, spec, "data set")
 
 
 def check(spec: str) -> None:
@@ -67,4 +53,15 @@ def check(spec: str) -> None:
     BadOption
         Unknown name or option, or a value out of range.
     """
-    bind(DATASETS, spec, "data set")
+    registry.bind(DATASETS, spec, "data set")
+
+
+def check_name(spec: str) -> None:
+    """Check the name in a spec, without importing the data set.
+
+    Raises
+    ------
+    BadOption
+        It is unknown.
+    """
+    registry.check_name(DATASETS, spec, "data set")

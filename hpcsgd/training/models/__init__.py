@@ -7,33 +7,34 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from hpcsgd import registry
 from hpcsgd.errors import BadOption
-from hpcsgd.training.data import Data
-from hpcsgd.training.models.gpt import gpt
-from hpcsgd.training.models.lenet import lenet
-from hpcsgd.training.models.mlp import logistic, two_nn
-from hpcsgd.training.models.resnet import resnet18, resnet20, resnet50
-from hpcsgd.training.models.vgg import vgg11, vgg16
+from hpcsgd.training.data import DATASETS, LANGUAGE_DATASETS
 
-__all__ = ["MODELS", "build", "check"]
+if TYPE_CHECKING:
+    from torch import nn
 
-CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
-    "logistic": logistic,
-    "2nn": two_nn,
-    "lenet": lenet,
-    "vgg11": vgg11,
-    "vgg16": vgg16,
-    "resnet18": resnet18,
-    "resnet20": resnet20,
-    "resnet50": resnet50,
-}
-LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": gpt}
-MODELS = CLASSIFIERS | LANGUAGE_MODELS
+    from hpcsgd.training.data.base import Data
+
+#: The models of `--model`.
+MODELS: registry.Rows[nn.Module] = registry.Rows(
+    __name__,
+    {
+        "logistic": "mlp.logistic",
+        "2nn": "mlp.two_nn",
+        "lenet": "lenet.lenet",
+        "vgg11": "vgg.vgg11",
+        "vgg16": "vgg.vgg16",
+        "resnet18": "resnet.resnet18",
+        "resnet20": "resnet.resnet20",
+        "resnet50": "resnet.resnet50",
+        "gpt": "gpt.gpt",
+    },
+)
+#: Language models; the others are classifiers.
+LANGUAGE_MODELS = ("gpt",)
 
 _USER_MODEL = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)(?P<options>:.*)?")
 
@@ -59,15 +60,16 @@ def build(spec: str, data: Data) -> nn.Module:
     -----
     Weights are initialised from torch's global generator: seed it first.
     """
+    from torch import nn
+
     context = {"shape": data.shape, "classes": data.classes}
-    match = _USER_MODEL.fullmatch(spec.strip())
-    if match and match["module"] not in MODELS:
+    if match := _match_own(spec):
         name = f"{match['module']}.{match['attribute']}"
         rows = {name: _import(match["module"], match["attribute"])}
         model: object = registry.build(rows, name + (match["options"] or ""), "model", **context)
     else:
-        rows = LANGUAGE_MODELS if data.kind == "language" else CLASSIFIERS
-        model = registry.build(rows, spec, f"{data.kind} model", **context)
+        check_fits(spec, data.kind)
+        model = registry.build(MODELS, spec, "model", **context)
     if not isinstance(model, nn.Module):
         raise BadOption(f"{spec} returned no model", expected="a torch.nn.Module", got=type(model))
     return model
@@ -81,9 +83,55 @@ def check(spec: str) -> None:
     BadOption
         Unknown name or option, or a value out of range.
     """
-    match = _USER_MODEL.fullmatch(spec.strip())
-    if not match or match["module"] in MODELS:
+    if not _match_own(spec):
         registry.bind(MODELS, spec, "model", shape=None, classes=None)
+
+
+def check_name(spec: str) -> None:
+    """Check the name in a spec, without importing the model.
+
+    Raises
+    ------
+    BadOption
+        It is unknown.
+    """
+    if not _match_own(spec):
+        registry.check_name(MODELS, spec, "model")
+
+
+def check_fits(spec: str, kind: str) -> None:
+    """Check that a model is one for a kind of data, as far as its name shows that.
+
+    Parameters
+    ----------
+    spec
+        As that of `build`.
+    kind
+        "language" or "classification".
+
+    Raises
+    ------
+    BadOption
+        It is a model for another kind.
+    """
+    if _match_own(spec):
+        return
+    name = registry.check_name(MODELS, spec, "model")
+    if (name in LANGUAGE_MODELS) == (kind == "language"):
+        return
+    fitting = [each for each in MODELS if (each in LANGUAGE_MODELS) == (kind == "language")]
+    data = [each for each in DATASETS if (each in LANGUAGE_DATASETS) == (name in LANGUAGE_MODELS)]
+    raise BadOption(
+        f"model {name!r} does not fit the data",
+        expected=f"a {kind} model: {', '.join(fitting)}; or data for this one: {', '.join(data)}",
+        do="set --model or --data to one of these",
+    )
+
+
+def _match_own(spec: str) -> re.Match[str] | None:
+    """The parts of a spec of the user's own model; None for one of ours."""
+    match = _USER_MODEL.fullmatch(spec.strip())
+    return match if match and match["module"] not in MODELS else None
 
 
 def _import(module: str, attribute: str) -> Callable[..., Any]:

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 import torch
 
-from hpcsgd import registry
-from hpcsgd.commands.train.optimizers import OPTIMIZERS, learning_rate_schedule
+from hpcsgd.commands.options import OPTIMIZERS
+from hpcsgd.commands.train.optimizers import build, learning_rate_schedule
 from hpcsgd.commands.train.settings import KINDS, Settings
 from tests.support.launch import run_alone
 
@@ -59,7 +59,7 @@ def test_constant_stays() -> None:
 )
 def test_optimizers_take_torchs_options(spec: str, kind: type, options: dict[str, object]) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(2))]
-    optimizer = registry.build(OPTIMIZERS, spec, "optimizer", params=parameters, lr=0.3)
+    optimizer = build(spec, parameters, 0.3)
     assert isinstance(optimizer, kind) and type(optimizer).__name__ == kind.__name__
     (group,) = optimizer.param_groups
     assert group["lr"] == 0.3 and {key: group[key] for key in options} == options
@@ -68,7 +68,7 @@ def test_optimizers_take_torchs_options(spec: str, kind: type, options: dict[str
 @pytest.mark.parametrize("spec", ["sgd:momentum=0.9,nesterov=yes", "adam", "adamw:weight_decay=0.2"])
 def test_optimizers_take_torchs_steps(spec: str) -> None:
     parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
-    optimizer = registry.build(OPTIMIZERS, spec, "optimizer", params=[parameters[0]], lr=0.3)
+    optimizer = build(spec, [parameters[0]], 0.3)
     kind, group = type(optimizer).__bases__[0], optimizer.param_groups[0]
     expected = kind(
         [parameters[1]],

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from hpcsgd import errors
 from hpcsgd.commands.train import settings as module
+from hpcsgd.commands.train.click_options import click_options
 from hpcsgd.commands.train.command import train
 from hpcsgd.commands.train.settings import (
     FIELDS,
@@ -37,7 +38,7 @@ from hpcsgd.registry import Text
 #: Specs of each setting that takes one.
 SPECS = {
     "data": ["digits", "text:context=8", "mnist:path=a b/c"],
-    "model": ["", "2nn:width=8", "mine.models:Net:depth=3"],
+    "model": ["", "mine.models:Net:depth=3"],
     "strategy": ["allreduce", "dsgd:topology=base:k=2,overlap=yes"],
     "compress": ["none", "ef+maxnorm:bits=4"],
     "optimizer": ["sgd", "adam:betas=0.8x0.9"],
@@ -80,7 +81,7 @@ def test_what_is_written_can_be_run_again(settings: Settings) -> None:
 
 
 def test_the_defaults_are_valid_and_fit_the_data() -> None:
-    assert merge({}, {}) == validate(Settings()) == Settings()
+    assert validate(merge({}, {})) == validate(Settings()) == Settings()
     assert default_model("digits") == "2nn"
     assert default_model("cifar10:folder=a/b") == "resnet20"
     with pytest.raises(BadOption, match="'mine' has no default model"):
@@ -88,7 +89,7 @@ def test_the_defaults_are_valid_and_fit_the_data() -> None:
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults() -> None:
-    merged = merge({"batch": 8, "epochs": 2, "alpha": 0.5}, {"batch": 16, "alpha": None})
+    merged = validate(merge({"batch": 8, "epochs": 2, "alpha": 0.5}, {"batch": 16, "alpha": None}))
     assert merged == Settings(batch=16, epochs=2.0, alpha=None)
     assert type(merged.epochs) is float
 
@@ -117,7 +118,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults() ->
 )
 def test_bad_values_name_the_option_and_what_is_valid(name: str, value: Any, expected: str) -> None:
     with pytest.raises(BadOption) as caught:
-        merge({name: value}, {})
+        validate(merge({name: value}, {}))
     message = str(caught.value)
     assert repr(name) in message and expected in message and errors.shown(value) in message
     assert "\n" not in message
@@ -160,7 +161,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 @click.command()
 @click.argument("label")
-@module.click_options
+@click_options
 def command(label: str, settings: Settings) -> None:
     click.echo(label + "\n" + to_toml(settings, {}), nl=False)
 

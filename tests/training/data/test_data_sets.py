@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.training.data import DATASETS, Source, TensorSource, load
+from hpcsgd.training.data import DATASETS, load
+from hpcsgd.training.data.base import Source
+from hpcsgd.training.data.in_memory import TensorSource
 
 
 def everything(source: Source) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.training.data import Data, Loader, load
+from hpcsgd.training.data import load
+from hpcsgd.training.data.base import Data
 from hpcsgd.training.data.cifar import CIFAR10, CIFAR100, BinaryVersion, read
 from hpcsgd.training.data.imagenet import ImageSource, crop_box
+from hpcsgd.training.data.loader import Loader
 
 RANDOM = np.random.default_rng(0)
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.training.data import Loader, TensorSource, load
+from hpcsgd.training.data import load
 from hpcsgd.training.data.augment import crop_and_flip
+from hpcsgd.training.data.in_memory import TensorSource
+from hpcsgd.training.data.loader import Loader
 from hpcsgd.training.data.rng_streams import preserve_python_random
 
 IMAGES = TensorSource(

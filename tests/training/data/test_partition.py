@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsgd.errors import BadOption
-from hpcsgd.training.data import evaluation_shard, partition
+from hpcsgd.training.data.partition import evaluation_shard, partition
 
 LABELS = torch.arange(1000) % 10
 

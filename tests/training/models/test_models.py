@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hpcsgd.errors import BadOption
-from hpcsgd.training.data import Data, TensorSource
+from hpcsgd.training.data.base import Data
+from hpcsgd.training.data.in_memory import TensorSource
 from hpcsgd.training.models import MODELS, build
 
 NOTHING = TensorSource(torch.zeros(0), torch.zeros(0))

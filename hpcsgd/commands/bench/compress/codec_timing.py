@@ -10,7 +10,7 @@ import torch
 
 from hpcsgd.commands.bench.compress.problem import AveragingProblem, tensor_extents
 from hpcsgd.commands.bench.timing import Contender, with_barrier
-from hpcsgd.compress import Codec, Compressor, Message, RandomKey, Segment
+from hpcsgd.compress.base import Codec, Compressor, Message, RandomKey, Segment
 from hpcsgd.tensors.group import Bucket
 
 #: The phases of a reduction, and the messages at which they end.

@@ -25,7 +25,8 @@ from hpcsgd.commands.bench.compress.gradients import DATA, resize
 from hpcsgd.commands.bench.compress.problem import AveragingProblem
 from hpcsgd.commands.bench.compress.results import ALLREDUCE, SchemeResult, report, rows
 from hpcsgd.commands.bench.timing import Contender, interleave, with_barrier
-from hpcsgd.compress import Compressor, build
+from hpcsgd.compress import build
+from hpcsgd.compress.base import Compressor
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB

@@ -16,7 +16,8 @@ from hpcsgd.commands.bench import baselines
 from hpcsgd.commands.bench.compress import ddp_hooks
 from hpcsgd.commands.bench.compress.error_bounds import error_bound
 from hpcsgd.commands.bench.compress.problem import AveragingProblem
-from hpcsgd.compress import FP16, Compressor
+from hpcsgd.compress.base import Compressor
+from hpcsgd.compress.half import FP16
 
 FLOAT32, GLOO, COPY = "float32", "gloo float32", "memory copy"
 

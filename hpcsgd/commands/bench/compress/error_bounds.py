@@ -6,18 +6,14 @@ import math
 
 import torch
 
-from hpcsgd.compress import (
-    FP16,
-    Compressor,
-    ErrorFeedback,
-    Float32,
-    GlobalRandK,
-    GlobalRandKMaxNorm,
-    GlobalRandKMaxNormMultiScale,
-    Hadamard,
-    QSGDMaxNorm,
-    QSGDMaxNormMultiScale,
-)
+from hpcsgd.compress.base import Compressor
+from hpcsgd.compress.error_feedback import ErrorFeedback
+from hpcsgd.compress.float32 import Float32
+from hpcsgd.compress.hadamard import Hadamard
+from hpcsgd.compress.half import FP16
+from hpcsgd.compress.maxnorm import QSGDMaxNorm
+from hpcsgd.compress.multiscale import QSGDMaxNormMultiScale
+from hpcsgd.compress.randk import GlobalRandK, GlobalRandKMaxNorm, GlobalRandKMaxNormMultiScale
 
 _FLOAT32 = 1e-5
 
