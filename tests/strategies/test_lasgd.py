@@ -209,7 +209,7 @@ def test_the_last_steps_are_left_to_faster_ranks(
     with job.run:
         rounds = averaging(job)
         rounds._records.step_seconds, rounds._records.quiescing = 0.02, quiescing
-        rounds.statistics.step_seconds, rounds.target = own, rounds.total_steps(begun=True) + left
+        rounds.statistics.step_seconds, job.run.strategy.target = own, rounds.total_steps(begun=True) + left
         assert rounds.is_finished() is finished
 
 

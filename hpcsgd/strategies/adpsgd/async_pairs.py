@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from hpcsgd.collectives.neighbour_exchange import message_buffers, split_by_bucket
 from hpcsgd.collectives.staging import copy_to
@@ -95,13 +96,13 @@ class PairwiseAverager:
         if self._neighbours:
             world.progress.add_poller(self._poll)
 
-    @property
-    def steps(self) -> int:
-        """Sum of `counts`."""
+    def total_steps(self) -> int:
+        """Return the sum of `counts`."""
         return int(self.counts.sum())
 
-    def end_step(self) -> None:
-        """Count a step, add the correction to the model, update the replica, and request an average."""
+    def step(self, update: Callable[[], None]) -> None:
+        """Run the optimizer's update, add the correction to the model, and request an average."""
+        update()
         with self._lock:
             self.counts[self._world.rank] += 1
             self._merge()
@@ -128,11 +129,15 @@ class PairwiseAverager:
             np.maximum(self.counts, exact, out=self.counts)
             self._merge()
 
-    def reset(self, counts: Iterable[int]) -> None:
-        """Restart from the current models and given step counts; collective, after `quiesce`."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return `counts`."""
+        return {"steps": torch.from_numpy(self.counts.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restart from the current models and the saved counts; collective, after `quiesce`."""
         with self._lock:
             copy_to(self._group, self._replica)
-            self.counts[:] = list(counts)
+            self.counts[:] = state["steps"].numpy()
         self._world.gather(None, "a new start of averages in pairs")
 
     def close(self) -> None:

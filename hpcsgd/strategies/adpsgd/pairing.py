@@ -102,8 +102,14 @@ class SynchronousPairs:
             self._averages_in_flight = self._start(context.step + 1)
             self._exchange.flush()
 
+    def total_steps(self) -> int:
+        """Return the steps of all peers: each takes all."""
+        return self._context.step * self._context.peers.size
+
     def quiesce(self) -> None:
         """Do nothing: between steps every model is complete."""
+
+    finish = abandon = quiesce
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from hpcsgd.strategies.adpsgd.async_pairs import PairwiseAverager
 from hpcsgd.strategies.adpsgd.pairing import BipartitePairs, SynchronousPairs
+from hpcsgd.strategies.asynchronous import AsynchronousStrategy
 from hpcsgd.strategies.context import StrategyContext
-from hpcsgd.strategies.replicas import ReplicaStrategy
-from hpcsgd.tensors.parameters import Parameters
 from hpcsgd.topology import TopologySpec, build
-
-_NO_TARGET = 2**62
 
 
 @dataclass(eq=False, repr=False)
-class ADPSGD(ReplicaStrategy):
+class ADPSGD(AsynchronousStrategy):
     """Asynchronous decentralised SGD by averages of random pairs (Lian et al., arXiv 1710.06952).
 
     The graph is bipartite; peers of the active half request averages, peers of the passive half reply, so no
@@ -67,9 +62,18 @@ class ADPSGD(ReplicaStrategy):
     def attach(self, context: StrategyContext) -> None:
         pairs = BipartitePairs(context.world.collectively(lambda: build(self.topology, context.peers.size)))
         super().attach(context)
-        self.deterministic = self.synchronous or context.peers.size == 1
-        make = SynchronousPairs if self.synchronous else AsynchronousPairs
-        self._pairs: SynchronousPairs | AsynchronousPairs = make(context, self.parameters, pairs)
+        self._pairs: SynchronousPairs | PairwiseAverager
+        if self.synchronous:
+            self._pairs = SynchronousPairs(context, self.parameters, pairs)
+        else:
+            rank = context.world.rank
+            self._pairs = PairwiseAverager(
+                context.world,
+                self.parameters.group,
+                pairs.neighbours[rank],
+                active=rank in pairs.active,
+                seed=context.seed,
+            )
 
     def detach(self) -> None:
         self._pairs.close()
@@ -78,17 +82,19 @@ class ADPSGD(ReplicaStrategy):
 
     def disconnect(self) -> None:
         super().disconnect()
-        if isinstance(pairs := getattr(self, "_pairs", None), AsynchronousPairs):
-            pairs.abandon()
+        if hasattr(self, "_pairs"):
+            self._pairs.abandon()
 
-    def peer_schedule(self, end: int) -> Iterator[int]:
-        assert isinstance(self._pairs, AsynchronousPairs)
-        return self._pairs.peer_schedule(end)
-
-    def step(self, update: Callable[[], None]) -> None:
+    def take_step(self, update: Callable[[], None]) -> None:
         self._pairs.step(update)
 
-    def quiesce(self) -> None:
+    def total_steps(self) -> int:
+        return self._pairs.total_steps()
+
+    def finish(self) -> None:
+        self._pairs.finish()
+
+    def settle(self) -> None:
         self._pairs.quiesce()
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,65 +103,3 @@ class ADPSGD(ReplicaStrategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._pairs.load_state_dict(state)
-
-
-class AsynchronousPairs:
-    """Schedule "free": an active peer averages whenever it has taken a step and has no request in flight.
-
-    Parameters
-    ----------
-    context
-        The context of the strategy.
-    parameters
-        The model of this rank.
-    pairs
-        The graph: neighbours and active peers.
-    """
-
-    def __init__(self, context: StrategyContext, parameters: Parameters, pairs: BipartitePairs) -> None:
-        rank = context.world.rank
-        self._context, self._end = context, _NO_TARGET
-        self._is_free = False  # whether steps were taken outside of a loop, of which others may not know yet
-        self._averager = PairwiseAverager(
-            context.world,
-            parameters.group,
-            pairs.neighbours[rank],
-            active=rank in pairs.active,
-            seed=context.seed,
-        )
-
-    def peer_schedule(self, end: int) -> Iterator[int]:
-        self._end = end
-        while self._averager.steps < end * self._context.peers.size:
-            yield 0
-        with self._context.world.calls.ending():
-            self._averager.finish()
-            self._averager.quiesce()
-        self._context.step, self._end = end, _NO_TARGET
-
-    def step(self, update: Callable[[], None]) -> None:
-        update()
-        self._averager.end_step()
-        self._count_steps()
-        self._is_free |= self._end == _NO_TARGET
-
-    def _count_steps(self) -> None:
-        self._context.step = min(self._averager.steps // self._context.peers.size, self._end)
-
-    def quiesce(self) -> None:
-        self._averager.quiesce()
-        if self._is_free:
-            self._count_steps()
-            self._is_free = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": torch.from_numpy(self._averager.counts.copy())}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._averager.reset(state["steps"].tolist())
-
-    def close(self) -> None:
-        self._averager.close()
-
-    def abandon(self) -> None:
-        self._averager.abandon()

@@ -33,7 +33,6 @@ RECORD = np.dtype(
         ("round_cpu_seconds", np.float64),
     ]
 )
-NO_TARGET = 2**62
 Records = Any  # a record array of RECORD, of shape (ranks,)
 
 #: Seconds between two all-gathers: this share of the time until the next event, or of a step if longer.
@@ -65,13 +64,13 @@ class Averaging:
     max_lag
         Steps after a merge, or after the snapshot of a correction that is not merged yet, that this rank
         takes before it waits for the next merge; None: any number.
+    target
+        Returns the number of steps that all ranks together begin before they quiesce.
 
     Attributes
     ----------
     statistics
         Statistics of this rank's steps and rounds.
-    target
-        Total number of steps that all ranks together begin before they quiesce.
     """
 
     def __init__(
@@ -81,6 +80,7 @@ class Averaging:
         steps_until_round: Callable[[Records], float],
         damping: Callable[[Records], float],
         max_lag: int | None,
+        target: Callable[[], int],
     ) -> None:
         self._world, self._delta, self._max_lag = world, delta, max_lag
         self._steps_until_round, self._damping = steps_until_round, damping
@@ -89,7 +89,7 @@ class Averaging:
         # only queue their work then, each after the event of the other.
         self._lock = threading.Lock()
         self._updated = self._passed = record_event(world.device)
-        self._steps_begun, self.target = 0, NO_TARGET
+        self._steps_begun, self._target = 0, target
         self._rounds_started = self._rounds_recorded = 0
         self._snapshot_step = self._correction_step = self._merge_step = 0
         self._in_flight = self._pending = self._quiescing = self._quiet = False
@@ -117,7 +117,7 @@ class Averaging:
         Also true if the other ranks will finish the remaining steps before this rank could complete one.
         Never true for the fastest rank, so progress is guaranteed.
         """
-        left = self.target - self.total_steps(begun=True)
+        left = self._target() - self.total_steps(begun=True)
         if left <= 0:
             return True
         seconds = self._records.step_seconds
@@ -246,7 +246,7 @@ class Averaging:
 
     def _pause(self, records: Records, steps_until_round: float) -> float:
         """Return the seconds until the next all-gather: short before an event, as each one costs time."""
-        left = (self.target - int(records.steps_begun.sum())) / self._world.size
+        left = (self._target() - int(records.steps_begun.sum())) / self._world.size
         steps = _SHARE * max(1.0, min(steps_until_round, left))
         pause = (_SHARE_QUIESCING if records.quiescing.any() else steps) * fastest_step_seconds(records)
         return min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,16 +10,16 @@ from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.compress.base import Compressor
 from hpcsgd.errors import BadOption
 from hpcsgd.registry.limits import Count
+from hpcsgd.strategies.asynchronous import AsynchronousStrategy
 from hpcsgd.strategies.context import StrategyContext
-from hpcsgd.strategies.lasgd.averaging import NO_TARGET, Averaging, Records
+from hpcsgd.strategies.lasgd.averaging import Averaging, Records
 from hpcsgd.strategies.lasgd.model_delta import Merge, ModelDelta
 from hpcsgd.strategies.lasgd.schedule import AdaptivePeriod, FixedPeriod, Trigger, damping, steps_until_round
-from hpcsgd.strategies.replicas import ReplicaStrategy
 from hpcsgd.tensors.group import TensorGroup
 
 
 @dataclass(eq=False, repr=False)
-class LASGD(ReplicaStrategy):
+class LASGD(AsynchronousStrategy):
     """Local asynchronous SGD: exact averages by all-reduce beside the gradients (arXiv 2203.13085).
 
     From the paper (Avidor, Tal Israel): asynchronous, decentralised, all-reduce for synchronisation. Our
@@ -60,8 +60,6 @@ class LASGD(ReplicaStrategy):
 
     title = "LASGD"
     accepts_compression = True
-    synchronous = False
-    averages_in_background = True
 
     period: Count | Literal["auto"] = "auto"
     max_lag: Count | None = None
@@ -84,9 +82,8 @@ class LASGD(ReplicaStrategy):
 
     def attach(self, context: StrategyContext) -> None:
         super().attach(context)
-        self._is_free = False  # whether steps were taken outside of a loop, of which others may not know yet
         self._equal_steps = self.trigger == "all" and self.max_lag == self.period
-        self.deterministic = self._equal_steps or context.peers.size == 1
+        self.deterministic |= self._equal_steps
         self._period = AdaptivePeriod(self.max_lag) if self.period == "auto" else FixedPeriod(self.period)
         model, scheme = self.parameters.group, self.compress or context.compress
         average = TensorGroup(context.world, self.parameters.templates, context.bucket_mib)
@@ -94,7 +91,7 @@ class LASGD(ReplicaStrategy):
         reducer = make_reducer(average, context.algorithm, scheme, context.seed, kind=kind)
         delta = ModelDelta(model, average, reducer, self.merge, changes=scheme is not None)
         self._averaging = Averaging(
-            context.world, delta, self._steps_until_round, self._damping, self.max_lag
+            context.world, delta, self._steps_until_round, self._damping, self.max_lag, lambda: self.target
         )
 
     def detach(self) -> None:
@@ -107,28 +104,21 @@ class LASGD(ReplicaStrategy):
         if hasattr(self, "_averaging"):
             self._averaging.abandon()
 
-    def peer_schedule(self, end: int) -> Iterator[int]:
-        averaging, ranks = self._averaging, self.context.world.size
-        averaging.target = end * ranks
-        try:
-            while averaging.steps < end if self._equal_steps else not averaging.is_finished():
-                averaging.begin_step()
-                yield 0
-            with self.context.world.calls.ending():
-                averaging.quiesce()
-            self.context.step = end
-        finally:
-            averaging.target = NO_TARGET
+    def begin_step(self) -> None:
+        self._averaging.begin_step()
 
-    def step(self, update: Callable[[], None]) -> None:
+    def take_step(self, update: Callable[[], None]) -> None:
         self._averaging.step(update)
-        self._count_steps()
-        self._is_free |= self._averaging.target == NO_TARGET
 
-    def _count_steps(self) -> None:
-        averaging, ranks = self._averaging, self.context.world.size
-        steps = ranks * averaging.steps if self._equal_steps else averaging.total_steps()
-        self.context.step = min(steps, averaging.target) // ranks
+    def total_steps(self) -> int:
+        averaging = self._averaging
+        return self.context.world.size * averaging.steps if self._equal_steps else averaging.total_steps()
+
+    def is_finished(self) -> bool:
+        return super().is_finished() if self._equal_steps else self._averaging.is_finished()
+
+    def settle(self) -> None:
+        self._averaging.quiesce()
 
     def _steps_until_round(self, records: Records) -> float:
         return steps_until_round(records, self.trigger, self._period.update(records))
@@ -136,12 +126,6 @@ class LASGD(ReplicaStrategy):
     def _damping(self, records: Records) -> float:
         damped = self.merge == "damped" and not self._equal_steps
         return damping(records, self.max_lag) if damped else 1.0
-
-    def quiesce(self) -> None:
-        self._averaging.quiesce()
-        if self._is_free:
-            self._count_steps()
-            self._is_free = False
 
     def metrics(self) -> dict[str, Any]:
         """Return the current period, and the statistics of `RoundStatistics.metrics`."""
