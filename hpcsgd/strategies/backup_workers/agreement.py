@@ -44,6 +44,9 @@ class Agreement(Protocol):
     def close(self) -> None:
         """Finish all communication; collective."""
 
+    def abandon(self) -> None:
+        """Stop after the run was dropped or left; local: without locks and MPI, for the garbage collector."""
+
 
 def make_agreement(world: World, edges: Edges, backups: int | None) -> Agreement:
     """Return the agreement of all ranks, by shared memory if all are on one node; collective."""
@@ -112,6 +115,8 @@ class SharedMemoryAgreement:
 
     def close(self) -> None:
         """Do nothing: a rank that is late accesses shared memory only, and waits for no other."""
+
+    abandon = close
 
 
 class MessageAgreement:
@@ -220,7 +225,6 @@ class MessageAgreement:
             self._cancel_requests()
 
     def abandon(self) -> None:
-        """Stop after the run was dropped or left; local: without locks and MPI, for the garbage collector."""
         self._abandoned = True
 
     def _cancel_requests(self) -> None:

@@ -9,17 +9,12 @@ from functools import partial
 from typing import Any, Literal
 
 from hpcsgd.collectives.neighbour_exchange import Exchange
-from hpcsgd.collectives.staging import after_compute, wait_for_compute
+from hpcsgd.collectives.staging import after_compute
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.registry.limits import Natural
 from hpcsgd.strategies import delays as delay_specs
-from hpcsgd.strategies.backup_workers.agreement import (
-    CLOSE_OF_ITERATION,
-    Agreement,
-    MessageAgreement,
-    make_agreement,
-)
 from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser, fixed_backups
+from hpcsgd.strategies.backup_workers.real_time import RealTime
 from hpcsgd.strategies.backup_workers.virtual_time import VirtualTime
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
@@ -60,7 +55,7 @@ class BackupWorkers(ReplicaStrategy):
     record
         (iteration, participants) of the last 10,000 iterations of this rank.
     virtual_seconds
-        Virtual time at which the last iteration closed.
+        Virtual time at which the last iteration of the last loop closed; 0 in real time.
     """
 
     title = "dynamic backup workers"
@@ -88,21 +83,22 @@ class BackupWorkers(ReplicaStrategy):
         super().attach(context)
         self._adjacency = adjacency(size, graph.edges())
         self._exchange = Exchange(context.peers, self.parameters.groups)
-        self._iterations: VirtualTime | Agreement
-        if self.delays != "none" or context.peers.per_rank > 1:
-            self._iterations = VirtualTime(IterationCloser(size, edges, fixed), self._delay_samples)
+        self._iterations: VirtualTime | RealTime
+        is_virtual = self.delays != "none" or context.peers.per_rank > 1
+        if is_virtual:
+            closer = IterationCloser(size, edges, fixed)
+            self._iterations = VirtualTime(closer, self._delay_samples)
         else:
-            self._iterations = make_agreement(context.world, edges, fixed)
-        in_real_time = not isinstance(self._iterations, VirtualTime)
-        self.deterministic = not in_real_time or fixed == 0 or size == 1
+            self._iterations = RealTime(context.world, edges, fixed)
+        self.deterministic = is_virtual or fixed == 0 or size == 1
         self._end: int | None = None
         self.virtual_seconds = 0.0
         self.record: deque[tuple[int, list[int]]] = deque(maxlen=10_000)
 
     def disconnect(self) -> None:
         super().disconnect()
-        if isinstance(iterations := getattr(self, "_iterations", None), MessageAgreement):
-            iterations.abandon()
+        if hasattr(self, "_iterations"):
+            self._iterations.abandon()
 
     def detach(self) -> None:
         self._iterations.close()
@@ -110,46 +106,31 @@ class BackupWorkers(ReplicaStrategy):
         super().detach()
 
     def peer_schedule(self, end: int) -> Iterator[int]:
-        context, iterations = self.context, self._iterations
         self._end = end
         try:
-            while context.step < end:
-                if isinstance(iterations, VirtualTime):
-                    self._participants = iterations.next()
-                    self.virtual_seconds = iterations.seconds
-                    self._pending = [peer for peer in self._participants if peer in context.peers.local]
-                    if not self._pending:
-                        context.step += 1
-                    while self._pending:
-                        yield context.peers.index(self._pending[0])
-                else:
-                    yield 0
+            yield from self._iterations.schedule(self.context, end)
         finally:
-            self._end = None
+            self._end, self.virtual_seconds = None, self._iterations.seconds
 
     def step(self, update: Callable[[], None]) -> None:
-        context, iterations = self.context, self._iterations
         if self._end is None:
-            if context.peers.size > 1:
-                raise HpcsgdError(
-                    "run.step() outside run.batches(): with backup workers peers do not take every step",
-                    do="iterate over run.batches(loader)",
-                    everywhere=True,
-                )
-            for _ in self.peer_schedule(context.step + 1):
-                self.step(update)
+            self._step_alone(update)
             return
         update()
-        if isinstance(iterations, VirtualTime):
-            self._pending.pop(0)
-            if not self._pending:
-                self._average(context.step, self._participants)
-            return
-        wait_for_compute(context.world.device)  # a GPU may still compute the step
-        if closed := context.world.progress.run(CLOSE_OF_ITERATION, partial(iterations.join, self._end)):
+        if closed := self._iterations.end_step(self.context, self._end):
             self._average(*closed)
-        else:
-            context.step = self._end
+
+    def _step_alone(self, update: Callable[[], None]) -> None:
+        """Take a step outside of a loop, which one peer alone can."""
+        context = self.context
+        if context.peers.size > 1:
+            raise HpcsgdError(
+                "run.step() outside run.batches(): with backup workers peers do not take every step",
+                do="iterate over run.batches(loader)",
+                everywhere=True,
+            )
+        for _ in self.peer_schedule(context.step + 1):
+            self.step(update)
 
     def _average(self, iteration: int, participants: list[int]) -> None:
         self.record.append((iteration, participants))
@@ -172,5 +153,5 @@ class BackupWorkers(ReplicaStrategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._iterations.load_state_dict(state)
-        self.virtual_seconds = state.get("seconds", 0.0)
+        self.virtual_seconds = self._iterations.seconds
         self._exchange.reset()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser
+from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.delays import Delays
 
 
@@ -31,6 +33,7 @@ class VirtualTime:
 
     def __init__(self, closer: IterationCloser, delays: Delays) -> None:
         self.closer, self._delays = closer, delays
+        self._pending: list[int] = []  # local participants that have not taken their step yet
         self.seconds = 0.0
         self._numbers = [0] * closer.size
         self._ends = np.array([delays.sample(peer, 0) for peer in range(closer.size)])
@@ -50,8 +53,25 @@ class VirtualTime:
             self._ends[peer] = now + self._delays.sample(peer, self._numbers[peer])
         return participants
 
+    def schedule(self, context: StrategyContext, end: int) -> Iterator[int]:
+        """Yield the local peer of each next step, until iteration `end`."""
+        while context.step < end:
+            self._participants = self.next()
+            self._pending = [peer for peer in self._participants if peer in context.peers.local]
+            if not self._pending:
+                context.step += 1
+            while self._pending:
+                yield context.peers.index(self._pending[0])
+
+    def end_step(self, context: StrategyContext, end: int) -> tuple[int, list[int]] | None:
+        """Return the iteration and its participants, if all local ones have taken their step."""
+        self._pending.pop(0)
+        return None if self._pending else (context.step, self._participants)
+
     def close(self) -> None:
         """Do nothing: there is no communication to finish."""
+
+    abandon = close
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state at the end of an iteration: closer, clock, and the gradients being computed."""
