@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]
 
-_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY, _ = PALETTE
+_, _BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY = PALETTE
 #: Legend text and colour of events, by name or category; events nested in others come later.
 _STYLES = {
     "batch": ("batch", "#B8B8B8"),
