@@ -58,8 +58,8 @@ _STYLE: dict[Any, Any] = {
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.4, 2.2
 _SINGLE_WIDTH, _SINGLE_HEIGHT = 3.7, 2.5
 # Of a panel alone: the same in all, so that panels of a page line up; left, bottom, width, height.
-_AXES = (0.16, 0.2, 0.7, 0.75)
-_LABEL_AT = -0.185
+_AXES = (0.16, 0.2, 0.68, 0.75)
+_LABEL_AT = -0.19
 _LEGEND_LINE_HEIGHT = 0.17
 _CHARACTERS_PER_INCH = 13
 _MAX_TEXT = 40  # characters of a text in a figure, about the width of a panel
