@@ -1,4 +1,4 @@
-"""The page as Chromium shows it: light, dark, on a screen and on a telephone, from pictures and from the DOM."""
+"""The page as Chromium shows it: light, dark, wide and narrow, from pictures and from the DOM."""
 
 from __future__ import annotations
 
@@ -90,7 +90,15 @@ class Shown:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("runs")
-    strategies = ["lasgd", "local:period=8", "allreduce", "dsgd:topology=ring", "sgp", "adpsgd", "ps:servers=1"]
+    strategies = [
+        "lasgd",
+        "local:period=8",
+        "allreduce",
+        "dsgd:topology=ring",
+        "sgp",
+        "adpsgd",
+        "ps:servers=1",
+    ]
     digits = [write_run(folder / each, usual(2), strategy=each) for each in strategies]
     stopped = write_run(folder / "stopped", usual(2), done=False, compress="ef+powersgd")
     never = [row for row in usual(2) if row["event"] == "train"]
