@@ -171,7 +171,7 @@ def line_styles(labels: Sequence[str], baselines: Collection[str]) -> dict[str, 
     labels
         The labels; equal ones have one style.
     baselines
-        Those of all-reduce: in ink, unless these are so many that dashes alone do not tell them apart.
+        Those of all-reduce: in ink, or the first alone if there are more than kinds of dashes.
     """
     first = [label for label in dict.fromkeys(labels) if label in baselines]
     if len(first) > len(DASHES):
