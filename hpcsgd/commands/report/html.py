@@ -10,6 +10,7 @@ from hpcsgd.commands.report.labels import differences, format_value, labels, set
 from hpcsgd.commands.report.plots import Line, Section, sections
 from hpcsgd.commands.report.records import RunRecord
 from hpcsgd.commands.report.summary import cells
+from hpcsgd.commands.report.words import in_words
 
 _CSS = """
 :root {
@@ -119,7 +120,7 @@ def _common(runs: Sequence[RunRecord]) -> str:
     keys = ("data", "model", "strategy", "batch", "learning_rate", "world.ranks", "world.nodes")
     shared = [key for key in keys if key in config and key not in differing]
     return " · ".join(
-        f"{key.split('.')[-1].replace('_', ' ')}: {format_value(config[key])}" for key in shared
+        f"{key.split('.')[-1].replace('_', ' ')}: {in_words(format_value(config[key]))}" for key in shared
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Opacity of the bars of waiting, above those of computing.
 _PALE = 0.35
 _MAX_SEPARATE_BARS = 24
-_MAX_POINTS = 60  # of a curve of training, whose records are many and noisy
+_MAX_POINTS = 60  # of a curve of training, whose records may be many, and vary
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,16 @@ def _tested(run: RunRecord) -> Columns:
 
 
 def _trained(run: RunRecord) -> Columns:
-    return run.train
+    """The training records; where they are many, the mean loss of consecutive ones, at the last of these."""
+    train = run.train
+    if len(train) <= _MAX_POINTS:
+        return train
+    parts = np.array_split(np.arange(len(train)), _MAX_POINTS)
+    ends = [part[-1] for part in parts]
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        loss = np.array([train.loss[part].mean() for part in parts])
+    last = {field.name: getattr(train, field.name)[ends] for field in fields(train)}
+    return replace(train, **last | {"loss": loss})
 
 
 _THREE_DIGITS = partial(significant, digits=3)
@@ -169,20 +178,12 @@ def _curves_chart(
     panels: list[Panel] = []
     for cost in costs:
         curves = [
-            Curve(*_thinned(cost.values(line.run, each), y), line.color, line.dashes)
+            Curve(cost.values(line.run, each), y, line.color, line.dashes)
             for line, each, y in zip(lines, columns, values, strict=True)
         ]
         draw_panel = partial(draw_curves, xlabel=cost.label, ylabel=metric.label, curves=curves, log=log)
         panels.append(partial(draw_panel, right=cost.most, format_value=metric.format_value))
     return Chart(metric.name, metric.title, panels, legend)
-
-
-def _thinned(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Means of consecutive values, at the last of each, where they are more than a curve shows."""
-    if len(x) <= _MAX_POINTS:
-        return x, y
-    parts = np.array_split(np.arange(len(x)), _MAX_POINTS)
-    return np.array([x[part[-1]] for part in parts]), np.array([y[part].mean() for part in parts])
 
 
 def _costs(runs: Sequence[RunRecord]) -> list[_Cost]:
@@ -204,9 +205,7 @@ def _costs(runs: Sequence[RunRecord]) -> list[_Cost]:
         mean = moved_bytes(run, columns).mean(axis=1)
         return np.full(len(columns), np.nan) if hidden else mean
 
-    most = max(
-        (float(last) for run in runs for last in moved(run, run.last)[-1:] if np.isfinite(last)), default=0
-    )
+    most = float(max(np.nan_to_num(moved(run, run.last)[-1]) for run in runs))
     if most > 0:
         size = byte_unit(most)
         costs.append(

@@ -68,11 +68,17 @@ def test_styles_tell_many_runs_apart() -> None:
     assert [color for color, _ in line_styles(labels, {"3", "7"}).values()].count(INK) == 2
 
 
-def test_many_records_of_training_are_averaged(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error")
+def test_many_records_of_training_are_averaged_and_no_evaluation(tmp_path: Path) -> None:
     rows = [train(step, loss=float(step % 5)) for step in range(1, 601)]
-    line = figures([load(write_run(tmp_path / "run", [*rows, tested(600)]))])[2].axes[1].lines[0]
-    assert np.allclose(line.get_ydata(), 2.0) and len(line.get_ydata()) == 60
-    assert line.get_xdata()[-1] == pytest.approx(600 / 32)
+    rows[0] |= {"loss": math.inf}
+    rows[1] |= {"loss": -math.inf}
+    run = load(write_run(tmp_path / "run", [*rows, *(tested(step) for step in range(600, 700))]))
+    accuracy, _, training, _ = figures([run])
+    line = training.axes[1].lines[0]
+    assert np.isnan(line.get_ydata()[0]) and np.allclose(line.get_ydata()[1:], 2.0)
+    assert len(line.get_ydata()) == 60 and line.get_xdata()[-1] == pytest.approx(600 / 32)
+    assert np.allclose(accuracy.axes[1].lines[0].get_ydata(), 100 * run.test.accuracy)
 
 
 def test_axes_name_quantity_and_unit(tmp_path: Path) -> None:
