@@ -61,24 +61,33 @@ addEventListener("load", () => {{
 
 
 class Shown:
-    """The page in frames of both widths, side by side, as measured and as a picture."""
+    """The page in frames of both widths, side by side, as measured and as a picture, by one Chromium."""
 
     def __init__(self, text: str, folder: Path, *, dark: bool) -> None:
-        harness, picture = folder / "frames.html", folder / "picture.png"
+        harness, self._picture = folder / "frames.html", folder / "picture.png"
         frames = "".join(f'<iframe width="{width}" srcdoc="{escape(text)}"></iframe>' for width in WIDTHS)
         harness.write_text(HARNESS.format(height=HEIGHT, frames=frames), encoding="utf-8")
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        options += [f"--user-data-dir={folder / 'profile'}", f"--screenshot={picture}", "--dump-dom"]
+        options += [f"--user-data-dir={folder / 'profile'}", f"--screenshot={self._picture}", "--dump-dom"]
         options += [f"--window-size={sum(WIDTHS)},{HEIGHT}"]
         options += ["--blink-settings=preferredColorScheme=0"] * dark  # 0: dark
         assert CHROMIUM
         command = [CHROMIUM, *options, harness.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
-        dom = done.stdout
-        self.frames: list[dict[str, Any]] = json.loads(
-            unescape(dom[dom.rindex("<pre>") + 5 : dom.rindex("</pre>")])
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
         )
-        self.pixels = imread(picture)[..., :3]
+
+    def read(self) -> Shown:
+        """Wait for the measurements and the picture."""
+        try:
+            dom, _ = self._process.communicate(timeout=100)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+        result = dom[dom.rindex("<pre>") + len("<pre>") : dom.rindex("</pre>")]
+        self.frames: list[dict[str, Any]] = json.loads(unescape(result))
+        self.pixels = imread(self._picture)[..., :3]
+        return self
 
     def cut(self, frame: int, box: dict[str, float]) -> np.ndarray:
         """The pixels of a box in a frame."""
@@ -112,13 +121,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def light(text: str, tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    return Shown(text, tmp_path_factory.mktemp("light"), dark=False)
+def schemes(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shown]:
+    started = {
+        name: Shown(text, tmp_path_factory.mktemp(name), dark=name == "dark") for name in ("light", "dark")
+    }
+    return {name: shown.read() for name, shown in started.items()}
 
 
-@pytest.fixture(scope="module")
-def dark(text: str, tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    return Shown(text, tmp_path_factory.mktemp("dark"), dark=True)
+@pytest.fixture
+def light(schemes: dict[str, Shown]) -> Shown:
+    return schemes["light"]
 
 
 def luminance(pixels: np.ndarray) -> np.ndarray:
@@ -182,8 +194,8 @@ def test_texts_of_panels_are_neither_cut_nor_on_each_other(light: Shown, frame: 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_and_lines_have_contrast(scheme: str, request: pytest.FixtureRequest) -> None:
-    shown: Shown = request.getfixturevalue(scheme)
+def test_page_and_lines_have_contrast(schemes: dict[str, Shown], scheme: str) -> None:
+    shown = schemes[scheme]
     background = luminance(shown.pixels[2, 2])
     assert background < 0.05 if scheme == "dark" else background > 0.95
     for index, frame in enumerate(shown.frames):
