@@ -41,4 +41,4 @@ def test_the_seconds_of_cores_grow_with_what_runs() -> None:
         pass
     after = procfs.busy_seconds()
     assert before.keys() == after.keys() and before
-    assert sum(after.values()) - sum(before.values()) > 0.15
+    assert sum(after.values()) - sum(before.values()) > 0.1
