@@ -58,11 +58,31 @@ def condition(pid: int) -> str:
     return f"computes ({share:.0%} of a core)" if share > _BUSY else "sleeps"
 
 
-def load(pids: list[int]) -> dict[int, float]:
+def load(pids: list[int], seconds: float = _SAMPLE) -> dict[int, float]:
     """Return the number of cores that each process uses, measured during a fifth of a second."""
     before = {pid: _ticks(pid) for pid in pids}
-    time.sleep(_SAMPLE)
-    return {pid: (_ticks(pid) - before[pid]) / _TICKS / _SAMPLE for pid in pids}
+    time.sleep(seconds)
+    return {pid: (_ticks(pid) - before[pid]) / _TICKS / seconds for pid in pids}
+
+
+def busy_seconds() -> dict[int, float]:
+    """Return the seconds that each core of this machine has been busy for any process, or another machine."""
+    found = {}
+    for line in _text("/proc/stat").splitlines():
+        if core := re.match(r"cpu(\d+) ", line):
+            user, nice, system, _, _, *interrupts_and_stolen = map(int, line.split()[1:9])
+            found[int(core[1])] = (user + nice + system + sum(interrupts_and_stolen)) / _TICKS
+    return found
+
+
+def processes() -> list[int]:
+    """Return the processes of this machine that are visible."""
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+
+
+def name(pid: int) -> str:
+    """Return the name of a process's program."""
+    return _status(pid).get("Name", "gone")
 
 
 def parent(pid: int) -> int:
@@ -79,8 +99,8 @@ def environment(pid: int) -> dict[str, str]:
 def children(pid: int) -> list[int]:
     """Return all descendants of a process, oldest first."""
     started = defaultdict(list)
-    for folder in Path("/proc").glob("[0-9]*"):
-        started[parent(int(folder.name))].append(int(folder.name))
+    for process in processes():
+        started[parent(process)].append(process)
     return sorted(_descendants(started, pid))
 
 
@@ -93,7 +113,7 @@ def _descendants(started: dict[int, list[int]], pid: int) -> Iterator[int]:
 def list_of_children(pids: list[int]) -> list[str]:
     """Return a line for each process: id, name, state."""
     some = pids[:_MOST_CHILDREN]
-    lines = [f"child {pid} ({_status(pid).get('Name', 'gone')}) {condition(pid)}" for pid in some]
+    lines = [f"child {pid} ({name(pid)}) {condition(pid)}" for pid in some]
     return lines + [f"and {len(pids) - _MOST_CHILDREN} children more"] * (len(pids) > _MOST_CHILDREN)
 
 

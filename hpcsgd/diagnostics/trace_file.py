@@ -136,7 +136,8 @@ class RankTrace:
         yield _metadata("process_name", rank, 0, f"rank {rank}, {self.header['host']}")
         yield {"name": "process_sort_index", "ph": "M", "pid": rank, "tid": 0, "args": {"sort_index": rank}}
         for thread, name in enumerate(_THREADS):
-            yield _metadata("thread_name", rank, thread, name)
+            # With the rank, because viewers show rows far from the name of their process.
+            yield _metadata("thread_name", rank, thread, f"rank {rank}: {name}")
         for line in self._lines():
             if isinstance(line, list):
                 yield from (self._event(rank, start, *event) for event in line)

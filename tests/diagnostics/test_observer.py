@@ -23,7 +23,8 @@ subprocess.Popen(["cat"], close_fds=False)
 def _start_process(child: str) -> tuple[subprocess.Popen[str], ProcessInfo]:
     """Start a process with a child, such as one of a DataLoader, which outlives it."""
     code = "import os, subprocess\nfrom hpcsgd.diagnostics.activity import this_process\n"
-    code += f"end = this_process().end\n{child}\nprint(end, flush=True)\nos.read(0, 1)"
+    # In one piece, because a forked child writes such a line too.
+    code += f"end = this_process().end\n{child}\nos.write(1, b'%d\\n' % end)\nos.read(0, 1)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

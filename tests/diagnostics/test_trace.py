@@ -13,6 +13,7 @@ import torch
 
 import hpcsgd
 from hpcsgd import HpcsgdError, World
+from hpcsgd.commands.report.timeline import timeline
 from hpcsgd.diagnostics import trace, trace_file
 from hpcsgd.diagnostics.activity import ActivityRecord
 from hpcsgd.diagnostics.trace import NullTracer, Tracer
@@ -150,6 +151,22 @@ def test_a_line_that_is_cut_off_is_omitted(rank: Rank) -> None:
     trace = read(rank.folder)
     assert [e["name"] for e in trace["traceEvents"] if e["ph"] == "X"] == ["step"]
     assert not trace["otherData"]["ranks"][0]["complete"]
+
+
+def test_every_row_names_its_rank(tmp_path: Path) -> None:
+    trace_file.clear(tmp_path)
+    for number in (0, 3):
+        events = [[thread, "step", "step", 0.1, 0.2, 0] for thread in (0, 1)]
+        lines = [{**HEADER, "rank": number}, events, {**HEADER, "at": 1.0}]
+        trace_file.part_of(tmp_path, number).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trace = read(tmp_path)["traceEvents"]
+    rows = {(e["pid"], e["tid"]) for e in trace if e["ph"] == "X"}
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in trace if e["name"] == "thread_name"}
+    assert rows == {*names} and len(rows) == 4
+    assert all(name.startswith(f"rank {number}: ") for (number, _), name in names.items())
+    labels = [label.get_text() for label in timeline(tmp_path / "trace.json").axes[0].get_yticklabels()]
+    threads = ("compute", "communication")
+    assert labels == [f"rank {number}, here: {thread}" for number in (0, 3) for thread in threads]
 
 
 def test_an_earlier_trace_is_renamed(rank: Rank) -> None:

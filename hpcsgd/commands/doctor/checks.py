@@ -9,6 +9,7 @@ from hpcsgd.commands.doctor import (
     kernels,
     launcher,
     leftovers,
+    load,
     mpi_library,
     network,
     shared_memory,
@@ -23,6 +24,7 @@ CHECKS: tuple[Check, ...] = tuple(
     for module in (
         versions,
         cores,
+        load,
         mpi_library,
         launcher,
         shared_memory,

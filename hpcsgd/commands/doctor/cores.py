@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +53,17 @@ def _quota(limits: Path) -> float | None:
         return None
 
 
+def usable_cores(members: Sequence[int], ranks: FactsByRank) -> frozenset[int]:
+    """The cores that ranks of a node may use."""
+    return frozenset().union(*(ranks[rank]["cores"] for rank in members))
+
+
+def cores_of_node(members: Sequence[int], ranks: FactsByRank) -> int:
+    """The number of cores for ranks of a node, within the quota of a container."""
+    cores, quota = len(usable_cores(members, ranks)), ranks[members[0]]["quota"]
+    return cores if quota is None else min(cores, max(1, int(quota)))
+
+
 def describe(ranks: FactsByRank) -> Iterator[str]:
     nodes = ranks_by_node(ranks)
     hosts = list(dict.fromkeys(facts["host"] for facts in ranks))
@@ -92,7 +103,7 @@ def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
 
 def _binding(members: list[int], ranks: FactsByRank) -> Iterator[Finding]:
     affinities = [ranks[rank]["cores"] for rank in members]
-    union = frozenset().union(*affinities)
+    union = usable_cores(members, ranks)
     host, total = ranks[members[0]]["host"], ranks[members[0]]["machine cores"]
     unbound = "mpiexec -bind-to none (MPICH), mpiexec --bind-to none (Open MPI), srun --cpu-bind=none"
     if len(union) == 1 and total > 1:
@@ -112,9 +123,7 @@ def _binding(members: list[int], ranks: FactsByRank) -> Iterator[Finding]:
 
 
 def _threads(members: list[int], ranks: FactsByRank) -> Iterator[Finding]:
-    union = frozenset().union(*(ranks[rank]["cores"] for rank in members))
-    first = ranks[members[0]]
-    cores = len(union) if first["quota"] is None else min(len(union), max(1, int(first["quota"])))
+    first, cores = ranks[members[0]], cores_of_node(members, ranks)
     threads = sum(ranks[rank]["threads"] for rank in members)
     narrow = [rank for rank in members if ranks[rank]["threads"] > len(ranks[rank]["cores"])]
     if threads <= cores and not narrow:

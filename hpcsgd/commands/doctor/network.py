@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from hpcsgd.commands.doctor.check import Check, Facts, FactsByRank, Finding
+from hpcsgd.commands.doctor.check import Check, Facts, FactsByRank, Finding, ranks_by_node
+from hpcsgd.commands.doctor.cores import cores_of_node
 from hpcsgd.commands.doctor.ranks import ExaminedJob
 
 Pair = tuple[int, int]
@@ -17,6 +18,8 @@ _SMALL, _MIDDLE, _LARGE = 8, 64 * 2**10, 4 * 2**20
 _SECONDS = 0.3  # approximate time for the round trips of one size
 _MAX_ROUND_TRIP = 1.0  # seconds; a slower link is measured with the middle size
 _SLOWDOWN = 3.0  # relative to the median of the links
+# Seconds: some ten times the usual latency of shared memory with the pauses of a scheduler, and of TCP.
+_SLOW_INSIDE, _SLOW_BETWEEN = 50e-6, 500e-6
 
 
 def pairs_inside_nodes(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
@@ -119,6 +122,7 @@ def _ends(pair: Pair, ranks: FactsByRank) -> str:
 
 
 def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
+    yield from _latencies(ranks)
     links = _links_of(ranks, "between")
     if len(links) < 3:
         return
@@ -130,6 +134,44 @@ def diagnose(ranks: FactsByRank) -> Iterator[Finding]:
                 f"the link {_ends(pair, ranks)} has a bandwidth of {_rate(rate)}, the median is "
                 f"{_rate(usual)}",
                 "exclude the slower node (srun --exclude), and have its port, cable and adapter checked",
+            )
+
+
+def _latencies(ranks: FactsByRank) -> Iterator[Finding]:
+    """The slowest link of each kind, if its latency is far above what such a link can have."""
+    nodes = ranks_by_node(ranks)
+    # Ranks that take turns on a core wait for the scheduler; the check of cores names these.
+    crowded = {node for node, members in nodes.items() if len(members) > cores_of_node(members, ranks)}
+    for kind, most, name, usual, fix in (
+        (
+            "inside",
+            _SLOW_INSIDE,
+            "inside a node",
+            "0.2 to 5 µs",
+            "end other programs on the node; else see whether MPI has its shared memory (MPICH: UCX_TLS and "
+            "FI_PROVIDER not set; Open MPI: --mca btl self,sm)",
+        ),
+        (
+            "between",
+            _SLOW_BETWEEN,
+            "between nodes",
+            "1 to 50 µs",
+            "let MPI use the fast network (MPICH: UCX_NET_DEVICES, FI_PROVIDER; Open MPI: --mca "
+            "btl_tcp_if_include), and request nodes that are near each other",
+        ),
+    ):
+        latencies = {
+            pair: latency
+            for pair, (latency, _) in _links_of(ranks, kind).items()
+            if latency > most and not crowded & {ranks[rank]["node"] for rank in pair}
+        }
+        if latencies:
+            worst = max(latencies, key=latencies.__getitem__)
+            yield Finding(
+                "warning",
+                f"the latency {name} is {1e6 * latencies[worst]:,.0f} µs, from {_ends(worst, ranks)}; usual "
+                f"is {usual}",
+                fix,
             )
 
 

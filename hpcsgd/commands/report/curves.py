@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _LOG_FROM_RATIO = 20
 _LINE_OF_TEXT = 0.085
 _MAX_LAST_VALUES = 10
+_MARGIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def draw_curves(
     curves: Sequence[Curve],
     log: bool,
     format_value: Callable[[float], str],
+    right: float | None = None,
 ) -> None:
     """Draw curves into a panel, with gaps where values are not finite.
 
@@ -59,6 +61,8 @@ def draw_curves(
         Whether the vertical axis is logarithmic.
     format_value
         Formats the last value of a curve.
+    right
+        The right end of the horizontal axis, without its margin; default: that of the curves.
     """
     if log:
         _logarithmic(axes)
@@ -66,7 +70,10 @@ def draw_curves(
         axes.plot(_finite(curve.x), _finite(curve.y), color=curve.color, linestyle=curve.dashes)
         if curve.last_point:
             axes.plot(*curve.last_point, color=curve.color, marker="o", markersize=3)
-    axes.set_xlim(left=0)
+        # Also where x is not finite, so that all panels of a row have the same scale.
+        axes.dataLim.update_from_data_y(curve.y[np.isfinite(curve.y)], ignore=False)
+    axes.autoscale_view()
+    axes.set_xlim(0, None if right is None else _MARGIN * right or 1)
     axes.set_xlabel(xlabel)
     vertical(axes, position, ylabel)
     if position.last and len(curves) <= _MAX_LAST_VALUES:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpcsgd.commands.report.labels import MAX_LENGTH
 from hpcsgd.errors import HpcsgdError
 
 if TYPE_CHECKING:
@@ -20,13 +19,15 @@ if TYPE_CHECKING:
 
 # Used for ink only, so that `svg` can replace it by the colour of the surrounding text.
 INK = "#1a1a1b"
-# Okabe and Ito (2008), without yellow, which is hard to see on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
+#: Colours of curves: that of the baseline, then Okabe and Ito (2008) without yellow, hard to see on white.
+PALETTE = (INK, "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 Dashes = Literal["-", "--", "-.", ":"]
 DASHES: tuple[Dashes, ...] = ("-", "--", "-.", ":")
 
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
+    # Longer labels would not fit beside a panel.
+    "axes.formatter.limits": (-2, 5),
     "axes.edgecolor": INK,
     "axes.grid": True,
     "axes.labelcolor": INK,
@@ -56,8 +57,12 @@ _STYLE: dict[Any, Any] = {
 }
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.4, 2.2
 _SINGLE_WIDTH, _SINGLE_HEIGHT = 3.7, 2.5
+# Of a panel alone: the same in all, so that panels of a page line up; left, bottom, width, height.
+_AXES = (0.16, 0.2, 0.68, 0.75)
+_LABEL_AT = -0.19
 _LEGEND_LINE_HEIGHT = 0.17
 _CHARACTERS_PER_INCH = 13
+_MAX_TEXT = 40  # characters of a text in a figure, about the width of a panel
 
 
 @dataclass(frozen=True)
@@ -85,16 +90,15 @@ class Chart:
         The functions that draw the panels.
     legend
         A handle and a text for each entry of the legend.
+    captions
+        The title of each panel; none by default.
     """
 
     name: str
     title: str
     panels: Sequence[Panel]
     legend: Sequence[tuple[Artist, str]]
-
-    def split(self) -> list[Chart]:
-        """Each panel as a chart of its own."""
-        return [Chart(self.name, self.title, [panel], self.legend) for panel in self.panels]
+    captions: Sequence[str] = ()
 
 
 def style() -> AbstractContextManager[None]:
@@ -136,6 +140,8 @@ def draw(chart: Chart, columns: int = 3) -> Figure:
                 continue
             last = (index + 1) % columns == 0 or index + 1 == len(chart.panels)
             chart.panels[index](axes, PanelPosition(first=index % columns == 0, last=last))
+            if chart.captions:
+                axes.set_title(short(chart.captions[index]))
         figure.legend(
             [handle for handle, _ in chart.legend],
             [short(text) for _, text in chart.legend],
@@ -145,10 +151,44 @@ def draw(chart: Chart, columns: int = 3) -> Figure:
         return figure
 
 
+def draw_alone(panel: Panel) -> Figure:
+    """Draw one panel without a legend, with its axes where they are in every other panel."""
+    with style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(_SINGLE_WIDTH, _SINGLE_HEIGHT))
+        axes = figure.add_axes(_AXES)
+        panel(axes, PanelPosition(first=True, last=True))
+        axes.yaxis.set_label_coords(_LABEL_AT, 0.5)
+        return figure
+
+
+def line_styles(labels: Sequence[str], baselines: Collection[str]) -> dict[str, tuple[str, Dashes]]:
+    """Assign a colour and dashes to each label, in the order in which to draw them: baselines first.
+
+    Parameters
+    ----------
+    labels
+        The labels; equal ones have one style.
+    baselines
+        Those of all-reduce: in ink, or the first alone if there are more than kinds of dashes.
+    """
+    first = [label for label in dict.fromkeys(labels) if label in baselines]
+    if len(first) > len(DASHES):
+        del first[1:]
+    styles = {label: (INK, dashes) for label, dashes in zip(first, DASHES, strict=False)}
+    colors = PALETTE[1:]
+    for index, label in enumerate(label for label in dict.fromkeys(labels) if label not in styles):
+        # A further round of the colours has other dashes.
+        dashes = DASHES[(index + index // len(colors)) % len(DASHES)]
+        styles[label] = (colors[index % len(colors)], dashes)
+    return styles
+
+
 def short(text: str) -> str:
     """Shorten a name for a legend: a long name keeps its beginning and its end."""
-    half = MAX_LENGTH // 2
-    return text if len(text) <= MAX_LENGTH else f"{text[: half - 1]}…{text[-half:]}"
+    half = _MAX_TEXT // 2
+    return text if len(text) <= _MAX_TEXT else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def png(figure: Figure, folder: Path) -> Path:

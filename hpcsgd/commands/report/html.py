@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from hpcsgd.commands.report.figures import Chart, draw, svg
-from hpcsgd.commands.report.labels import differences, flatten, format_value, labels
-from hpcsgd.commands.report.plots import charts
+from hpcsgd.commands.report.figures import DASHES, INK, Chart, Dashes, draw_alone, svg
+from hpcsgd.commands.report.labels import differences, format_value, labels, settings
+from hpcsgd.commands.report.plots import Line, Section, sections
 from hpcsgd.commands.report.records import RunRecord
 from hpcsgd.commands.report.summary import cells
+from hpcsgd.commands.report.words import in_words
 
 _CSS = """
 :root {
@@ -26,7 +27,8 @@ body {
   color: var(--ink); background: var(--page); font: 1rem/1.5 system-ui, sans-serif;
 }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere }
-h2 { font-size: 1.1rem; margin: 2.25rem 0 .5rem }
+h2 { font-size: 1.1rem; margin: 2.25rem 0 .5rem; overflow-wrap: anywhere }
+h3 { font-size: .9rem; margin: 1.25rem 0 .4rem; color: var(--soft) }
 p, li { color: var(--soft); font-size: .9rem }
 p { margin: .4rem 0; max-width: 60rem }
 .wide { overflow-x: auto }
@@ -39,15 +41,25 @@ thead th { color: var(--soft); font-weight: 600; min-width: 5.5rem }
 td { white-space: nowrap }
 th:first-child {
   position: sticky; left: 0; background: var(--page); text-align: left; padding-left: 0;
-  min-width: min(14rem, 40vw); overflow-wrap: anywhere;
+  min-width: min(19rem, 40vw); overflow-wrap: anywhere;
 }
 .words td, .words th { text-align: left }
+.legend {
+  display: flex; flex-wrap: wrap; gap: .2rem 1.25rem; list-style: none;
+  margin: 2.25rem 0 0; padding: .5rem 0; background: var(--page); border-bottom: 1px solid var(--line);
+}
+.legend li { display: flex; align-items: center; gap: .45rem; color: var(--ink); overflow-wrap: anywhere }
+.line { flex: none; width: 2rem }
+@media (min-width: 60rem) and (min-height: 40rem) {
+  .legend { position: sticky; top: 0; z-index: 1; max-height: 25vh; overflow-y: auto }
+}
 .figures {
   display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
+  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
 }
-figure { margin: 0 }
-svg { width: 100%; max-width: 30rem; height: auto; display: block }
+figure { margin: 0; display: flex; flex-direction: column; justify-content: end }
+figcaption { font-size: .8rem; overflow-wrap: anywhere }
+figure svg { width: 100%; max-width: 30rem; height: auto; display: block }
 summary { cursor: pointer; padding: .3rem 0; overflow-wrap: anywhere }
 pre {
   margin: .3rem 0 1rem; padding: .8rem; overflow-x: auto;
@@ -55,13 +67,17 @@ pre {
 }
 """
 
+_DASH_PATTERNS: dict[Dashes, str] = dict(
+    zip(DASHES, ("none", "8 3.4", "14 3.5 2.2 3.5", "2.2 3.6"), strict=True)
+)
 _EXPLANATION = (
     "Accuracy and loss: on the test data. Time: since the first step. Bytes per rank: bytes sent in MPI "
     "messages, mean over the ranks; marked shared if they include bytes moved through node-shared memory. "
     "Compression: bytes without compression over bytes moved. Waiting: share of compute plus wait time, over "
     "all ranks. Slowest rank: the rank with the longest compute time, with the ratio to the median of the "
-    "ranks in parentheses."
+    "ranks in parentheses. Training loss, below: mean over the batches since the point before."
 )
+_RANKS_EXPLANATION = "Solid: computing. Translucent, above it: waiting for other ranks."
 
 
 def page(runs: Sequence[RunRecord]) -> str:
@@ -86,7 +102,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         _table(*cells(runs)),
         f"<p>{escape(_EXPLANATION)}</p>",
         _notes(runs, names),
-        *map(_figures, charts(runs)),
+        _charts(sections(runs)),
         _differences(runs, names),
         _configs(runs, names),
     ]
@@ -100,11 +116,11 @@ def page(runs: Sequence[RunRecord]) -> str:
 
 
 def _common(runs: Sequence[RunRecord]) -> str:
-    config, differing = flatten(runs[0].config), set(differences(runs))
+    config, differing = settings(runs[0]), set(differences(runs))
     keys = ("data", "model", "strategy", "batch", "learning_rate", "world.ranks", "world.nodes")
     shared = [key for key in keys if key in config and key not in differing]
     return " · ".join(
-        f"{key.split('.')[-1].replace('_', ' ')}: {format_value(config[key])}" for key in shared
+        f"{key.split('.')[-1].replace('_', ' ')}: {in_words(format_value(config[key]))}" for key in shared
     )
 
 
@@ -113,16 +129,49 @@ def _notes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
 
 
-def _figures(chart: Chart) -> str:
-    drawn = "\n".join(f"<figure>{svg(draw(panel), escape(chart.title))}</figure>" for panel in chart.split())
-    return f'<h2>{escape(chart.title)}</h2>\n<div class="figures">\n{drawn}\n</div>'
+def _charts(parts: Sequence[Section]) -> str:
+    """All charts, below the one legend of the page."""
+    body = [_legend([line for part in parts for line in part.lines])]
+    for part in parts:
+        body.append(f"<h2>{escape(part.title)}</h2>")
+        body += (_panels(chart) for chart in part.curves)
+        if part.ranks:
+            body += [
+                _panels(part.ranks),
+                f"<p>{_RANKS_EXPLANATION}</p>",
+            ]
+    return '<div class="charts">\n' + "\n".join(body) + "\n</div>"
+
+
+def _legend(lines: Iterable[Line]) -> str:
+    entries = {line.label: line for line in lines}
+    items = (f"<li>{_sample(line.color, line.dashes)}{escape(line.label)}</li>" for line in entries.values())
+    return '<ul class="legend">' + "".join(items) + "</ul>"
+
+
+def _sample(color: str, dashes: Dashes) -> str:
+    """A piece of a run's line; the patterns are those of matplotlib."""
+    pattern = _DASH_PATTERNS[dashes]
+    return (
+        '<svg class="line" viewBox="0 0 32 8" aria-hidden="true"><path d="M0 4H32" stroke-width="2.2" '
+        f'stroke="{"currentColor" if color == INK else color}" stroke-dasharray="{pattern}"/></svg>'
+    )
+
+
+def _panels(chart: Chart) -> str:
+    captions = [f"<figcaption>{escape(caption)}</figcaption>" for caption in chart.captions]
+    drawn = "\n".join(
+        f"<figure>{caption}{svg(draw_alone(panel), escape(chart.title))}</figure>"
+        for panel, caption in zip(chart.panels, captions or [""] * len(chart.panels), strict=True)
+    )
+    return f'<h3>{escape(chart.title)}</h3>\n<div class="figures">\n{drawn}\n</div>'
 
 
 def _differences(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     keys = differences(runs)
     if not keys:
         return ""
-    configs = [flatten(run.config) for run in runs]
+    configs = [settings(run) for run in runs]
     rows = [
         [name, *(format_value(config.get(key)) for key in keys)]
         for name, config in zip(names, configs, strict=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcsgd.commands.report.labels import labels
+from hpcsgd.commands.report.labels import labels, task
 from hpcsgd.commands.report.records import Columns, Integers, RunRecord
 from hpcsgd.commands.report.units import byte_unit, significant, time_unit
 
@@ -67,7 +67,12 @@ def summaries(runs: Sequence[RunRecord]) -> list[Summary]:
 
 
 def common_target(runs: Sequence[RunRecord]) -> float | None:
-    """The highest accuracy, in steps of half a point, that every run reaches; None if a run has none."""
+    """The highest accuracy, in steps of half a point, that every run reaches.
+
+    None if a run has none, or the runs are of several tasks.
+    """
+    if len({task(run) for run in runs}) > 1:
+        return None
     best = [_best(run) for run in runs]
     reached = [accuracy for accuracy in best if accuracy is not None]
     if len(reached) < len(runs):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]
 
-_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY, _ = PALETTE
+_, _BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY = PALETTE
 #: Legend text and colour of events, by name or category; events nested in others come later.
 _STYLES = {
     "batch": ("batch", "#B8B8B8"),
@@ -62,9 +62,7 @@ def timeline(trace: Path, first: int | None = None, last: int | None = None) -> 
         inside = [e for e in events if e["ph"] == "X" and e["ts"] < end and e["ts"] + e["dur"] > begin]
         _draw(axes, inside, {row: index for index, row in enumerate(rows)}, begin)
         threads = ("compute", "communication")
-        axes.set_yticks(
-            range(len(rows)), [f"{names[r]}: {threads[n]}" if n == 0 else threads[n] for r, n in rows]
-        )
+        axes.set_yticks(range(len(rows)), [f"{names[r]}: {threads[n]}" for r, n in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, (end - begin) / 1e3)
         axes.set_xlabel("milliseconds")

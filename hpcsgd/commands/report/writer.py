@@ -15,6 +15,8 @@ from hpcsgd.commands.report.run_reader import load
 from hpcsgd.commands.report.summary import cells
 from hpcsgd.errors import BadOption, os_errors
 
+_NARROW = 28  # characters of a run's name in a line of a narrow terminal, if no word is longer
+
 
 def write(paths: Sequence[Path], out: Path) -> list[Path]:
     """Write a report on runs: the self-contained page `report.html`, and its figures as PNG files.
@@ -67,6 +69,9 @@ def tables(runs: Sequence[RunRecord], width: int) -> Iterator[Table]:
     widths = [max(map(len, [*title.split("\n"), *texts])) for title, texts in columns]
     if _total(widths) > width:
         widths = [max(map(len, [*title.split(), *texts])) for title, texts in columns]
+        words = [word for name in columns[0][1] for word in name.split()]
+        room = width - _total([0, *widths[1:]])
+        widths[0] = min(widths[0], max(room, _NARROW, *map(len, words)))
     shown = [0]
     for index in range(1, len(columns)):
         if len(shown) > 1 and _total([widths[each] for each in [*shown, index]]) > width:

@@ -34,6 +34,9 @@ def healthy(rank: int, nodes: int = 2, per_node: int = 2) -> Facts:
         "machine cores": 8,
         "quota": None,
         "threads": 4,
+        "busy cores": dict.fromkeys(range(8), 0.02),
+        "own cores": 0.01,
+        "programs": [],
         "OMP_NUM_THREADS": "4",
         "mpi": "MPICH 5.0.2",
         "mpi problem": "",
@@ -198,6 +201,33 @@ MISTAKES: dict[str, tuple[str, str, str, list[Facts]]] = {
         "start 1 on each",
         job(threads=1, cores=frozenset([0]), **{"machine cores": 1}),
     ),
+    "a busy machine": (
+        "warning",
+        "h1 is busy: other programs use 3.8 of 8 cores; the ranks need 8; most by cc1 (1.5, process 77)",
+        "--exclusive",
+        one(2, **{"busy cores": dict.fromkeys(range(12), 0.48), "programs": [("cc1", 77, 1.5)]}),
+    ),
+    "late messages inside a node": (
+        "warning",
+        "the latency inside a node is 300 µs, from h0 (rank 0) to h0 (rank 1)",
+        "shared memory",
+        one(0, links={"inside": {(0, 1): (300e-6, 1e10)}, "between": {}}),
+    ),
+    "late messages between nodes": (
+        "warning",
+        "the latency between nodes is 2,000 µs, from h0 (rank 0) to h1 (rank 2)",
+        "UCX_NET_DEVICES",
+        one(0, links={"inside": {}, "between": {(0, 2): (2e-3, 1e10)}}),
+    ),
+    "late messages of too many ranks": (
+        "warning",
+        "more ranks than cores: 2 on 1 core of",
+        "start 1 on each",
+        [
+            facts | {"links": {"inside": {(r, r + 1): (5e-3, 1e10)} if r % 2 == 0 else {}, "between": {}}}
+            for r, facts in enumerate(job(threads=1, cores=frozenset([0]), **{"machine cores": 1}))
+        ],
+    ),
     "one machine as two nodes": (
         "warning",
         "every rank: one machine that MPI treats as 2 nodes",
@@ -298,6 +328,16 @@ def test_ranks_that_share_free_cores_are_no_mistake() -> None:
     everyone = frozenset(range(8))
     assert not found(job(cores=everyone)), "8 threads on 8 cores"
     assert not found(job(quota=8.0))
+
+
+def test_the_load_of_the_ranks_and_of_cores_to_spare_is_no_mistake() -> None:
+    own = {"busy cores": dict.fromkeys(range(8), 1.0), "own cores": 3.9}
+    assert not found(job(**own)), "the ranks themselves use 7.8 of 8 cores"
+    assert found(job(**own | {"own cores": 3.0}))
+    half = {core: float(core < 4) for core in range(8)}
+    assert not found(job(threads=2, **{"busy cores": half})), "4 threads beside 4 other cores"
+    assert not found(job(quota=8.0, cores=frozenset(range(16)), **{"busy cores": half}))
+    assert not found(job(**{"busy cores": {}})), "no /proc/stat"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])

@@ -21,6 +21,7 @@ def test_files_are_written_and_named(tmp_path: Path) -> None:
         "report.html",
         "accuracy.png",
         "loss.png",
+        "training-loss.png",
         "ranks.png",
     ]
     assert "Comparison of 2 runs" in written[0].read_text(encoding="utf-8")
