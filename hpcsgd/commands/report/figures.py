@@ -56,9 +56,9 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": INK,
 }
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.4, 2.2
-_SINGLE_WIDTH, _SINGLE_HEIGHT = 3.7, 2.5
+_SINGLE_WIDTH, _SINGLE_HEIGHT = 3.7, 2.6
 # Of a panel alone: the same in all, so that panels of a page line up; left, bottom, width, height.
-_AXES = (0.16, 0.2, 0.68, 0.75)
+_AXES = (0.16, 0.23, 0.68, 0.72)
 _LABEL_AT = -0.19
 _LEGEND_LINE_HEIGHT = 0.17
 _CHARACTERS_PER_INCH = 13
