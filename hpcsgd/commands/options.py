@@ -15,16 +15,12 @@ from hpcsgd.training import data, models
 
 #: Names of `--optimizer`; the options are those of torch's classes.
 OPTIMIZERS: registry.Rows[Any] = registry.Rows(
-    "hpcsgd.commands.train.optimizers", {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+    "optimizer", "hpcsgd.commands.train.optimizers", {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 )
 
 
 def _optimizer(spec: str) -> None:
     registry.bind(OPTIMIZERS, spec, "optimizer", params=None, lr=None)
-
-
-def _optimizer_name(spec: str) -> None:
-    registry.check_name(OPTIMIZERS, spec, "optimizer")
 
 
 def _delays(spec: str) -> None:
@@ -39,13 +35,13 @@ def _topology(spec: str) -> None:
     topology.check(spec)
 
 
-StrategySpec = Annotated[str, Accepted(strategies.build, check_name=strategies.check_name)]
+StrategySpec = Annotated[str, Accepted(strategies.build, check_name=strategies.STRATEGIES.check_name)]
 CompressSpec = Annotated[str, Accepted(compress.build, check_name=compress.check_name)]
 DelaysSpec = Annotated[str, Accepted(_delays)]
 TopologySpec = Annotated[str, Accepted(_topology)]
-DataSpec = Annotated[str, Accepted(data.check, check_name=data.check_name)]
+DataSpec = Annotated[str, Accepted(data.check, check_name=data.DATASETS.check_name)]
 ModelSpec = Annotated[str, Accepted(models.check, check_name=models.check_name)]
-OptimizerSpec = Annotated[str, Accepted(_optimizer, check_name=_optimizer_name)]
+OptimizerSpec = Annotated[str, Accepted(_optimizer, check_name=OPTIMIZERS.check_name)]
 #: A text that names something.
 Label = Annotated[str, Text(1, 255)]
 

@@ -6,13 +6,14 @@ import re
 from typing import TYPE_CHECKING
 
 from hpcsgd import registry
-from hpcsgd.errors import BadOption, unknown
+from hpcsgd.errors import BadOption
 
 if TYPE_CHECKING:
     from hpcsgd.compress.base import Compressor
 
 #: The schemes of `--compress`, besides "none". Their classes are exported by `hpcsgd`.
 COMPRESSORS: registry.Rows[Compressor] = registry.Rows(
+    "compression scheme",
     __name__,
     {
         "fp16": "half.FP16",
@@ -29,7 +30,9 @@ COMPRESSORS: registry.Rows[Compressor] = registry.Rows(
 )
 #: The wrappers that may precede a scheme, joined by "+".
 WRAPPERS: registry.Rows[Compressor] = registry.Rows(
-    __name__, {"ef": "error_feedback.ErrorFeedback", "hadamard": "hadamard.Hadamard"}
+    "wrapper of a compression scheme",
+    __name__,
+    {"ef": "error_feedback.ErrorFeedback", "hadamard": "hadamard.Hadamard"},
 )
 
 
@@ -64,16 +67,13 @@ def check_name(spec: str) -> None:
         One is unknown.
     """
     if spec.strip() != "none":
-        registry.check_name(COMPRESSORS, _split(spec)[1], "compression scheme")
+        COMPRESSORS.check_name(_split(spec)[1])
 
 
 def _split(spec: str) -> tuple[list[str], str]:
     """The names of the wrappers, and the spec of the scheme."""
     *wrappers, scheme = re.split(r"\+(?=[a-z])", spec)
-    for name in wrappers:
-        if name.strip() not in WRAPPERS:
-            raise unknown("wrapper of a compression scheme", name, WRAPPERS)
-    return [name.strip() for name in wrappers], scheme
+    return list(map(WRAPPERS.check_name, wrappers)), scheme
 
 
 def spec_of(compressor: Compressor) -> str:

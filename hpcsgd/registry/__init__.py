@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hpcsgd.registry.limits import Accepted, Text, Within
 from hpcsgd.registry.rows import Rows
-from hpcsgd.registry.specs import bind, build, check_name, describe, format_spec, limited, parse
+from hpcsgd.registry.specs import bind, build, describe, format_spec, limited, parse
 from hpcsgd.registry.values import (
     check,
     check_fields,
@@ -26,7 +26,6 @@ __all__ = [
     "build",
     "check",
     "check_fields",
-    "check_name",
     "checked",
     "convert",
     "describe",

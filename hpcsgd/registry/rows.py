@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from importlib import import_module
 from typing import TypeVar
 
+from hpcsgd.registry.specs import check_name
+
 T = TypeVar("T")
 
 
@@ -14,6 +16,8 @@ class Rows(MutableMapping[str, Callable[..., T]]):
 
     Parameters
     ----------
+    kind
+        The kind of the entries, for errors: ``"strategy"``.
     package
         The package of the modules.
     rows
@@ -25,13 +29,18 @@ class Rows(MutableMapping[str, Callable[..., T]]):
         The module that defines each of these attributes.
     """
 
-    def __init__(self, package: str, rows: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, package: str, rows: Mapping[str, str]) -> None:
+        self._kind = kind
         self._rows: dict[str, Callable[..., T] | tuple[str, str]] = {}
         self.modules: dict[str, str] = {}
         for name, path in rows.items():
             module, _, attribute = f"{package}.{path}".rpartition(".")
             self._rows[name] = module, attribute
             self.modules[attribute] = module
+
+    def check_name(self, spec: str) -> str:
+        """Return the name in a spec, without an import; raise `BadOption` if it is none of these."""
+        return check_name(self, spec, self._kind)
 
     def __getitem__(self, name: str) -> Callable[..., T]:
         row = self._rows[name]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 #: The methods by the name that `--strategy` uses. Their classes are exported by `hpcsgd`.
 STRATEGIES: registry.Rows[Strategy] = registry.Rows(
+    "strategy",
     __name__,
     {
         "allreduce": "allreduce.AllReduce",
@@ -44,17 +45,6 @@ def build(spec: str, **context: object) -> Strategy:
         Unknown name or option, or a value out of range.
     """
     return registry.build(STRATEGIES, spec, "strategy", **context)
-
-
-def check_name(spec: str) -> None:
-    """Check the name in a spec, without importing the strategy.
-
-    Raises
-    ------
-    BadOption
-        It is unknown.
-    """
-    registry.check_name(STRATEGIES, spec, "strategy")
 
 
 def attach(strategy: Strategy, context: StrategyContext) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 #: The data sets of `--data`.
 DATASETS: registry.Rows[Data] = registry.Rows(
+    "data set",
     __name__,
     {
         "digits": "digits.digits",
@@ -54,14 +55,3 @@ def check(spec: str) -> None:
         Unknown name or option, or a value out of range.
     """
     registry.bind(DATASETS, spec, "data set")
-
-
-def check_name(spec: str) -> None:
-    """Check the name in a spec, without importing the data set.
-
-    Raises
-    ------
-    BadOption
-        It is unknown.
-    """
-    registry.check_name(DATASETS, spec, "data set")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 #: The models of `--model`.
 MODELS: registry.Rows[nn.Module] = registry.Rows(
+    "model",
     __name__,
     {
         "logistic": "mlp.logistic",
@@ -96,7 +97,7 @@ def check_name(spec: str) -> None:
         It is unknown.
     """
     if not _match_own(spec):
-        registry.check_name(MODELS, spec, "model")
+        MODELS.check_name(spec)
 
 
 def check_fits(spec: str, kind: str) -> None:
@@ -116,7 +117,7 @@ def check_fits(spec: str, kind: str) -> None:
     """
     if _match_own(spec):
         return
-    name = registry.check_name(MODELS, spec, "model")
+    name = MODELS.check_name(spec)
     if (name in LANGUAGE_MODELS) == (kind == "language"):
         return
     fitting = [each for each in MODELS if (each in LANGUAGE_MODELS) == (kind == "language")]
