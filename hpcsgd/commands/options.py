@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
+import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_args, get_origin
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
@@ -17,6 +22,8 @@ from hpcsgd.training import data, models
 OPTIMIZERS: registry.Rows[Any] = registry.Rows(
     "optimizer", "hpcsgd.commands.train.optimizers", {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 )
+
+T = TypeVar("T", bound="Options")
 
 
 def _optimizer(spec: str) -> None:
@@ -101,6 +108,10 @@ class Values(Value):
         super().__init__(kind)
         self.separator = separator
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return the type of two values."""
+        return self.separator.join([self.name.upper()] * 2)
+
     def parse(self, text: str) -> list[Any]:
         parts = [part.strip() for part in self.split(text)]
         values = [super(Values, self).parse(part) for part in parts if part]
@@ -120,6 +131,10 @@ class Values(Value):
 
 class ValueByName(Value):
     """NAME=VALUE for some names, separated by commas, or one value for all, whose name is then empty."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return the type, and that a name may come before it."""
+        return f"[NAME=]{self.name.upper()}"
 
     def parse(self, text: str) -> dict[str, Any]:
         pairs = [part.rpartition("=") for part in text.split(",")]
@@ -169,3 +184,47 @@ def option(
     if default is not None:
         more |= {"default": default, "show_default": default != ""}
     return click.option(*([short] if short else []), flag, type=kind, help=help, **more)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a command; a subclass has a field for each.
+
+    A field that is declared with `settings.option` is an option; its default is a value, or the text that a
+    user would give. Others are for Python only. An annotation has the limits of the value, or a `Value`.
+    """
+
+    def __post_init__(self) -> None:
+        kinds = _kinds(type(self))
+        for field in _declared(type(self)):
+            if getattr(self, field.name) is field.default:
+                object.__setattr__(self, field.name, kinds[field.name].convert(field.default, None, None))
+
+
+def command(name: str, options: type[T], run: Callable[[T], object]) -> click.Command:
+    """Return a command that calls `run` with its options; the help is the docstring of their dataclass."""
+    kinds = _kinds(options)
+
+    def call(**values: Any) -> None:
+        run(options(**values))
+
+    for field in reversed(_declared(options)):
+        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        call = option(flag, kinds[field.name], help, field.default)(call)
+    return click.command(name, help=inspect.getdoc(options))(call)
+
+
+def _declared(options: type[Options]) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(options) if "help" in field.metadata]
+
+
+def _kinds(options: type[Options]) -> dict[str, Value]:
+    hints = typing.get_type_hints(options, include_extras=True)
+    return {field.name: _kind(hints[field.name]) for field in _declared(options)}
+
+
+def _kind(annotation: Any) -> Value:
+    if get_origin(annotation) in (Union, UnionType) and NoneType in get_args(annotation):
+        (annotation,) = (each for each in get_args(annotation) if each is not NoneType)
+    given = [each for each in get_args(annotation) if isinstance(each, Value)]
+    return given[0] if given else Value(annotation)

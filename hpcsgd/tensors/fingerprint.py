@@ -10,11 +10,12 @@ from torch import Tensor
 
 def package_versions() -> dict[str, object]:
     """Return the versions of the packages that affect results."""
-    return {f"version of {name}": _version(name) for name in ("hpcsgd", "torch", "numpy", "numba")}
+    return {f"version of {name}": package_version(name) for name in ("hpcsgd", "torch", "numpy", "numba")}
 
 
 @cache  # parses a file of a hundred lines
-def _version(name: str) -> str:
+def package_version(name: str) -> str:
+    """Return the version of a package that may be installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -12,8 +12,10 @@ import pytest
 from mpi4py import MPI
 from torch import Tensor
 
+from hpcsgd import World
 from hpcsgd.commands.bench import baselines, devices, step
 from hpcsgd.commands.bench.allreduce import command
+from hpcsgd.commands.bench.options import AllReduceOptions, StepOptions
 
 pytestmark = [pytest.mark.standin, pytest.mark.mpi(min_size=2)]
 
@@ -43,15 +45,17 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_allreduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: list[str | None] = []
-    right = command.World
+    right = World
 
     def world(**options: Any) -> Any:
         settings.append(os.environ.get("HPCSGD_DEVICE_WINDOWS"))
         return right(**options)
 
-    monkeypatch.setattr(command, "World", world)
+    for module in (command, devices):
+        monkeypatch.setattr(module, "World", world)
     path = Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "allreduce.csv")
-    command.main([4096, 300_000], repeats=1, csv=path, device="standin")
+    options = AllReduceOptions([4, 300_000 / 1024], repeats=1, csv=path, device="standin")  # type: ignore[arg-type]
+    command.main(options)
     rows = rows_of(path)
     methods = ["hpcsgd", "hpcsgd staged", "hpcsgd with copy", "gloo", "memory copy"]
     assert [r["method"] for r in rows] == [*methods, *methods, "copy by one rank"]
@@ -68,7 +72,8 @@ def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "DistributedDataParallel", lambda model: model)
     monkeypatch.setattr(step, "check_equal", lambda *_: None)
     path = Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "step.csv")
-    step.main(["logistic"], 2, 2, 2, path, device="standin", compress="maxnorm:bits=4")
+    options: Any = {"device": "standin", "compress": "maxnorm:bits=4"}
+    step.main(StepOptions(["logistic"], batch=2, repeats=2, steps=2, csv=path, **options))
     rows = rows_of(path)
     assert [r["contender"] for r in rows][:2] == ["hpcsgd", "hpcsgd, maxnorm:bits=4"]
     assert {r["device"] for r in rows} == {"standin"}

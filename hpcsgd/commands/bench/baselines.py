@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
-import struct
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from hpcsgd.commands.bench.devices import synchronize
+from hpcsgd.commands.bench.devices import set_variable, synchronize
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
+from hpcsgd.server.listening import InterfaceAddress, interface_addresses
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
-_SIOCGIFADDR = 0x8915
 
 
 def mpi_mean(comm: Any, flat: Tensor) -> None:
@@ -54,21 +52,17 @@ def gloo(world: World) -> Iterator[None]:
     Between nodes gloo uses the interface `GLOO_SOCKET_IFNAME`; default: that of the default route, else the
     first one with an address.
     """
-    before = os.environ.get(_INTERFACE)
     name, address = _interface(world)
-    os.environ[_INTERFACE] = name
     deadline = timedelta(seconds=world.timeout)
-    try:
-        store = _store(world, address, deadline)
-        dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=deadline)
-        yield
-        world.control.barrier("the end of the gloo benchmark")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        os.environ.pop(_INTERFACE)
-        if before is not None:
-            os.environ[_INTERFACE] = before
+    with set_variable(_INTERFACE, name):
+        try:
+            store = _store(world, address, deadline)
+            dist.init_process_group("gloo", None, deadline, world.size, world.rank, store)
+            yield
+            world.control.barrier("the end of the gloo benchmark")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _store(world: World, address: str, deadline: timedelta) -> TCPStore:
@@ -81,34 +75,23 @@ def _store(world: World, address: str, deadline: timedelta) -> TCPStore:
     return TCPStore(host, port, None, False, deadline)
 
 
-def _interface(world: World) -> tuple[str, str]:
+def _interface(world: World) -> InterfaceAddress:
     """Name and IPv4 address of the interface on which this rank listens."""
+    known = [each for each in interface_addresses() if ":" not in each.address]
     if _INTERFACE in os.environ:
         name = os.environ[_INTERFACE]
-        return name, _addresses().get(name, "")
+        return next((each for each in known if each.interface == name), InterfaceAddress(name, ""))
     if world.nodes == 1:
-        return "lo", "127.0.0.1"
-    addresses = {n: a for n, a in _addresses().items() if not a.startswith("127.")}
-    if not addresses:
+        return InterfaceAddress("lo", "127.0.0.1")
+    reachable = [each for each in known if not each.address.startswith("127.")]
+    if not reachable:
         raise HpcsgdError(
             "this host has no IPv4 address that gloo could use",
             rank=world.rank,
             do=f"set {_INTERFACE} to the name of a network interface with an IPv4 address",
         )
     default = _default_address()
-    return next(((n, a) for n, a in addresses.items() if a == default), next(iter(addresses.items())))
-
-
-def _addresses() -> dict[str, str]:
-    """The IPv4 address of each interface that has one."""
-    addresses = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode())
-            with contextlib.suppress(OSError):
-                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-                addresses[name] = socket.inet_ntoa(reply[20:24])
-    return addresses
+    return next((each for each in reachable if each.address == default), reachable[0])
 
 
 def _default_address() -> str:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hpcsgd.commands.bench import output
 from hpcsgd.errors import BadOption
+from hpcsgd.mpi.world import World
 
-_WINDOWS = "HPCSGD_DEVICE_WINDOWS"
 _COPIES = 10
 
 
-def check_device(device: str) -> None:
-    """Raise `BadOption` for a device that torch cannot use."""
+@contextlib.contextmanager
+def open_world(device: str = "cpu", path: Path | None = None) -> Iterator[World]:
+    """Context with the ranks of this job on a device that torch can use, whose rank 0 can write `path`."""
     if device == "cuda" and not torch.cuda.is_available():
         raise BadOption(
             "the device (--device) cannot be used",
@@ -25,12 +29,18 @@ def check_device(device: str) -> None:
             got="cuda, but torch finds no GPU",
             do="leave out --device cuda, or run `hpcsgd doctor` to find the reason",
         )
+    with World(device=device) as world:
+        output.check_writable(world, path)
+        if world.device.type == "cuda":
+            # On the current device's stream events are recorded; collectives of torch use it too.
+            torch.cuda.set_device(world.device)
+        yield world
 
 
-def select_device(device: torch.device) -> None:
-    """Make a GPU the current one, on whose stream events are recorded; collectives of torch use it too."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def set_threads(world: World) -> None:
+    """Compute with this rank's share of the node's cores, unless the environment sets the threads."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(world.local.threads)
 
 
 def synchronize(device: torch.device) -> None:
@@ -69,17 +79,22 @@ def time_copy(source: Tensor, target: Tensor, repeats: int) -> np.ndarray:
     return np.array(samples)
 
 
-@contextlib.contextmanager
-def without_windows() -> Iterator[None]:
+def without_windows() -> AbstractContextManager[None]:
     """Context in which a World and its groups are created without windows of device memory.
 
     Collectives on them are staged through pinned host memory.
     """
-    before = os.environ.get(_WINDOWS)
-    os.environ[_WINDOWS] = "0"
+    return set_variable("HPCSGD_DEVICE_WINDOWS", "0")
+
+
+@contextlib.contextmanager
+def set_variable(name: str, value: str) -> Iterator[None]:
+    """Context in which an environment variable has a value."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        os.environ.pop(_WINDOWS)
+        os.environ.pop(name)
         if before is not None:
-            os.environ[_WINDOWS] = before
+            os.environ[name] = before

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from hpcsgd.commands.bench import output
+from hpcsgd.commands.bench import devices, output
+from hpcsgd.commands.bench.options import PushOptions
+from hpcsgd.commands.bench.output import Column, Results, times
 from hpcsgd.commands.serve.service import ServeOptions, Service
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
@@ -24,30 +28,38 @@ _POLICY = Policy("elastic", alpha=0.5)
 _TENSOR = 256 * 1024  # elements
 
 
-def main(
-    mib: float = 64.0,
-    repeats: int = 5,
-    listen: str | Path = "bench-push",
-    link_mbit: float | None = None,
-    csv: str | Path | None = None,
-) -> None:
-    """Time pushes and pulls on two ranks, of which the second is the server; rank 0 prints a table.
+@dataclass(frozen=True)
+class PushResult:
+    """One kind of request over one kind of link."""
 
-    Parameters
-    ----------
-    mib
-        Model size in MiB of float32. Default 64.
-    repeats
-        Repetitions; medians are shown. Default 5.
-    listen
-        Rendezvous file of the TCP server, as for `hpcsgd serve`, in a folder that both ranks share; the
-        server's log is written beside it.
-    link_mbit
-        Link rate of each host in Mbit/s, to which the rates are compared. Default: no comparison.
-    csv
-        A CSV file for the results. Default: none.
-    """
-    with World(device="cpu") as world:
+    over: str
+    request: str
+    seconds: np.ndarray  # (repeats,)
+    size: float  # bytes of the model
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.size / float(np.median(self.seconds))
+
+
+def _columns(options: PushOptions) -> list[Column[PushResult]]:
+    columns: list[Column[PushResult]] = [
+        Column(lambda r: r.over, "over", "over"),
+        Column(lambda r: r.request, "request", "request"),
+        Column(lambda _: options.mib, "mib"),
+        *times(lambda r: r.seconds, form=".1f"),
+        Column(lambda r: r.rate / 1e6, "mb_per_second", "MB/s", ".0f", 1),
+    ]
+    if (link := options.link_mbit) is not None:
+        name, heading = "share_of_link", "share of the link"
+        columns.append(Column(lambda r: 8e-6 * r.rate / link, name, heading, ".0%", 3))
+    return columns
+
+
+def main(options: PushOptions) -> None:
+    """Time pushes and pulls on two ranks, of which the second is the server; rank 0 prints a table."""
+    with devices.open_world(path=options.csv) as world:
         if world.size != 2:
             raise BadOption(
                 "bench push measures one client and one server",
@@ -56,20 +68,23 @@ def main(
                 do="start it with mpiexec -n 2",
                 everywhere=True,
             )
-        output.check_writable(world, None if csv is None else Path(csv))
-        rows: list[output.Row] = []
+        mib, repeats = options.mib, options.repeats
         measured = {
             "MPI": _over_mpi(world, mib, repeats),
-            "TCP, with log": _over_tcp(world, mib, repeats, Path(listen), tls=False),
-            "TLS, with log": _over_tcp(world, mib, repeats, Path(listen), tls=True),
+            "TCP, with log": _over_tcp(world, mib, repeats, options.listen, tls=False),
+            "TLS, with log": _over_tcp(world, mib, repeats, options.listen, tls=True),
         }
-        for name, requests in measured.items():
-            for request, seconds in requests.items():
-                rows.append(_row(name, request, mib, seconds, link_mbit))
+        results = [
+            PushResult(over, request, seconds, mib * 2**20)
+            for over, requests in measured.items()
+            for request, seconds in requests.items()
+        ]
+        title = f"{mib:g} MiB of float32 in buckets of 4 MiB, one server"
+        notes = "Rates are per direction: push and pull transfers the model in both directions at once."
+        table = Results(_columns(options), results, title, notes)
         if world.rank == 0:
-            _show(rows, mib, link_mbit)
-            if csv is not None:
-                output.write_csv(Path(csv), rows)
+            table.show()
+            output.write_csv(options.csv, table.rows({}))
 
 
 def _over_mpi(world: World, mib: float, repeats: int) -> dict[str, np.ndarray]:
@@ -102,9 +117,7 @@ def _over_tcp(world: World, mib: float, repeats: int, listen: Path, tls: bool) -
         folder = listen.with_name(f"{listen.name}.checkpoint")
         with ServerPersistence(folder, options.checkpoint_every) as state:
             Service(options, alone, state, new_secret(), ServerDashboard("off")).run()
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
     alone.close()
     return seconds
 
@@ -130,33 +143,3 @@ def _time_requests(world: World, connector: Connector, mib: float, repeats: int)
                 seconds[name].append(time.perf_counter() - started)
     store.close()
     return {name: np.array(times) for name, times in seconds.items()}
-
-
-def _row(over: str, request: str, mib: float, seconds: np.ndarray, link_mbit: float | None) -> output.Row:
-    rate = mib * 2**20 / np.median(seconds)
-    share = {} if link_mbit is None else {"share_of_link": round(8e-6 * rate / link_mbit, 3)}
-    times = output.milliseconds(seconds)
-    return {
-        "over": over,
-        "request": request,
-        "mib": mib,
-        **times,
-        "mb_per_second": round(rate / 1e6, 1),
-        **share,
-    }
-
-
-def _show(rows: list[output.Row], mib: float, link_mbit: float | None) -> None:
-    header = ["over", "request", "ms", "MB/s", *([] if link_mbit is None else ["share of the link"])]
-    cells = [
-        [
-            str(row["over"]),
-            str(row["request"]),
-            f"{row['median_ms']:.1f}",
-            f"{row['mb_per_second']:.0f}",
-            *([] if link_mbit is None else [f"{row['share_of_link']:.0%}"]),
-        ]
-        for row in rows
-    ]
-    notes = "Rates are per direction: push and pull transfers the model in both directions at once."
-    output.print_table(f"{mib:g} MiB of float32 in buckets of 4 MiB, one server", header, cells, notes)

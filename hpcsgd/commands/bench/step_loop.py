@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpcsgd.errors import HpcsgdError
+from hpcsgd.commands.bench import output
 from hpcsgd.mpi.world import World
 from hpcsgd.training.data.base import Data
 
@@ -75,21 +75,14 @@ def make_batches(
 
 
 @torch.no_grad()
-def max_difference(world: World, first: nn.Module, second: nn.Module) -> float:
-    """The largest difference between the parameters of two models, over all ranks; collective."""
+def max_difference(first: nn.Module, second: nn.Module) -> float:
+    """The largest difference between the parameters of two models."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
-    distance = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
-    distances: list[float] = world.gather(distance, "the comparison of two models")
-    return max(distances)
+    return max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
 
 
-def check_equal(spec: str, distance: float, dtype: torch.dtype) -> None:
-    """Raise `HpcsgdError` if two models of this dtype differ by more than rounding."""
-    if not distance <= _TOLERANCES[dtype]:
-        raise HpcsgdError(
-            f"{spec} after one step differs between hpcsgd and DDP",
-            expected=f"parameters within {_TOLERANCES[dtype]}",
-            got=distance,
-            do="report this as a bug of hpcsgd, with the output of `hpcsgd doctor`",
-            everywhere=True,
-        )
+def check_equal(world: World, spec: str, distance: float, dtype: torch.dtype) -> None:
+    """Raise `HpcsgdError` on all ranks if two models of this dtype differ by more than rounding."""
+    limit = _TOLERANCES[dtype]
+    expected = f"the parameters of DDP within {limit}"
+    output.check(world, f"a step of {spec}", distance <= limit, expected, distance)

@@ -15,16 +15,8 @@ import numpy as np
 class Contender:
     """An operation that is timed on all ranks at once.
 
-    Attributes
-    ----------
-    name
-        Name of the method.
-    prepare
-        Called before each call of `run`, untimed.
-    run
-        The timed function.
-    calls
-        Number of operations in one `run`; times are per operation. Default 1.
+    `prepare` is called before each call of `run`, untimed; with `calls` operations in one `run`, times are
+    per operation.
     """
 
     name: str

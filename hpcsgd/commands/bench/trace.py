@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 
 from hpcsgd.commands.bench import output
+from hpcsgd.commands.bench.options import TraceOptions
+from hpcsgd.commands.bench.output import Column, Results
 from hpcsgd.commands.bench.step_loop import StepLoop, make_batches, sgd
 from hpcsgd.commands.bench.timing import Contender, interleave
 from hpcsgd.diagnostics.trace import NullTracer, Tracer
@@ -22,40 +25,24 @@ from hpcsgd.training.run import Run
 
 _OFF, _ON = "off", "on"
 _CALLS = 10_000
+_DATA = "synthetic:shape=1x28x28,samples=1024"
 
 
-def main(
-    model: str = "2nn:width=1024",
-    data: str = "synthetic:shape=1x28x28,samples=1024",
-    batch: int = 32,
-    repeats: int = 40,
-    steps: int = 5,
-) -> None:
+def main(options: TraceOptions) -> None:
     """Time training steps on the ranks of this job with and without a trace; rank 0 prints a table.
 
     One model is trained with all-reduce; blocks of steps with and without a trace alternate, and each traced
-    block is compared to the untraced block before it. On a noisy machine the number of events and the
-    processor time per event are the more precise measurement.
-
-    Parameters
-    ----------
-    model, data
-        As for `hpcsgd train`. Default: a perceptron of 1.86 M parameters on random images.
-    batch
-        Samples per rank and step. Default 32.
-    repeats
-        Blocks of each kind, at least 1. Default 40.
-    steps
-        Steps per block, at least 1; one step before each block is not timed. Default 5.
+    block is compared to the untraced block before it; one step before each block is not timed. On a noisy
+    machine the number of events and the processor time per event are the more precise measurement.
     """
     from mpi4py import MPI
 
-    comm = MPI.COMM_WORLD.Dup()
+    comm, steps, repeats = MPI.COMM_WORLD.Dup(), options.steps, options.repeats
     with World(device="cpu") as world, tempfile.TemporaryDirectory() as folder:
         world.start_trace(Path(world.gather(folder)[0]) / "trace")
         trace = world.tracer
         assert isinstance(trace, Tracer)
-        training = _TracedRun(world, model, data, batch, 1 + steps)
+        training = _TracedRun(world, options)
         contenders = [
             Contender(name, partial(training.prepare, tracer), partial(training.train, steps), steps)
             for name, tracer in ((_OFF, NullTracer()), (_ON, trace))
@@ -65,23 +52,52 @@ def main(
         events = (trace.count - before) / (repeats * (1 + steps))
         cost = _cost(trace)
         if world.rank == 0:
-            _report(world, f"{model}, batch {batch}", seconds, events, cost)
+            model = f"{options.model}, batch {options.batch} per rank, {output.describe_ranks(world)}"
+            title, threads = f"training step with and without a trace, {model}", torch.get_num_threads()
+            notes = f"{repeats} blocks of each, alternating; {threads} compute thread(s) per rank"
+            Results(COLUMNS, [_TraceResult(seconds[_OFF], seconds[_ON], events, cost)], title, notes).show()
         training.run.close()
         world.waiter.tracer = trace
         world.close()
     comm.Free()
 
 
+@dataclass(frozen=True)
+class _TraceResult:
+    """Seconds per step without and with the trace, events per step, and processor seconds per event."""
+
+    off: np.ndarray
+    on: np.ndarray
+    events: float
+    cost: float
+
+    @property
+    def ratio(self) -> tuple[float, float, float]:
+        return _median(np.sort(self.on / self.off))
+
+
+COLUMNS: list[Column[_TraceResult]] = [
+    Column(lambda r: 1e3 * np.median(r.off), heading="ms per step\noff", form=".3f"),
+    Column(lambda r: 1e3 * np.median(r.on), heading="\non", form=".3f"),
+    Column(lambda r: r.ratio[0], heading="on / off,\nmedian", form=".3f"),
+    Column(lambda r: r.ratio[1], heading="95 % interval:\nfrom", form=".3f"),
+    Column(lambda r: r.ratio[2], heading="\nto", form=".3f"),
+    Column(lambda r: r.events, heading="events\nper step", form=".1f"),
+    Column(lambda r: 1e6 * r.cost, heading="processor, µs\nper event", form=".2f"),
+    Column(lambda r: r.events * r.cost / np.median(r.off), heading="share of\na step", form=".2%"),
+]
+
+
 class _TracedRun:
     """One run whose trace is switched on and off, so that both cases use the same memory and threads."""
 
-    def __init__(self, world: World, spec: str, data: str, batch: int, steps: int) -> None:
+    def __init__(self, world: World, options: TraceOptions) -> None:
         torch.manual_seed(0)
-        source = load(data)
-        model = build(spec, source)
+        source = load(_DATA)
+        model = build(options.model, source)
         optimizer = sgd(model)
         self._world, self.run = world, Run(model, optimizer, comm=world)
-        self._loader = make_batches(world, source, batch, steps)
+        self._loader = make_batches(world, source, options.batch, 1 + options.steps)
 
     def prepare(self, trace: NullTracer) -> None:
         """Continue with the given tracer, and take one untimed step."""
@@ -101,24 +117,6 @@ def _cost(trace: Tracer) -> float:
         with trace.span("all-reduce of bucket 0 at step 0", "communication"):
             pass
     return (time.thread_time() - began) / _CALLS
-
-
-def _report(world: World, workload: str, seconds: dict[str, np.ndarray], events: float, cost: float) -> None:
-    off, on = seconds[_OFF], seconds[_ON]
-    median, low, high = _median(np.sort(on / off))
-    step = float(np.median(off))
-    header = ["trace", "median\nms per step", "on / off,\nmedian", "95 % interval:\nfrom", "\nto"]
-    header += ["events\nper step", "processor, µs\nper event", "share of\na step"]
-    rows = [
-        [_OFF, f"{1e3 * step:.3f}", *[""] * 6],
-        [
-            *(_ON, f"{1e3 * np.median(on):.3f}", f"{median:.3f}", f"{low:.3f}", f"{high:.3f}"),
-            *(f"{events:.1f}", f"{1e6 * cost:.2f}", f"{events * cost / step:.2%}"),
-        ],
-    ]
-    title = f"training step with and without a trace, {workload} per rank, {output.describe_ranks(world)}"
-    notes = f"{len(off)} blocks of each, alternating; {torch.get_num_threads()} compute thread(s) per rank"
-    output.print_table(title, header, rows, notes)
 
 
 def _median(ratios: np.ndarray) -> tuple[float, float, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hpcsgd import World, collectives
 from hpcsgd.commands.bench import baselines
 from hpcsgd.commands.bench.allreduce import command
+from hpcsgd.commands.bench.options import AllReduceOptions
 from hpcsgd.errors import HpcsgdError
 
 pytestmark = pytest.mark.mpi
@@ -28,7 +29,7 @@ def shared_path(tmp_path: Path) -> Path:
 
 def test_a_line_per_size_and_method(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = shared_path(tmp_path)
-    command.main(SIZES, repeats=2, csv=path)
+    command.main(AllReduceOptions([size / 1024 for size in SIZES], repeats=2, csv=path))
     MPI.COMM_WORLD.Barrier()
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -58,8 +59,8 @@ def test_wrong_mean_raises_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None
         flat[-1] += 1
 
     monkeypatch.setattr(baselines, "mpi_mean", wrong)
-    with pytest.raises(HpcsgdError, match="MPI for 4096 bytes is not the mean"):
-        command.main([4096], repeats=1)
+    with pytest.raises(HpcsgdError, match="MPI for 4096 bytes is wrong"):
+        command.main(AllReduceOptions([4], repeats=1))
 
 
 def test_algorithm_option_selects_the_collective(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,15 +72,15 @@ def test_algorithm_option_selects_the_collective(monkeypatch: pytest.MonkeyPatch
         ring(bucket, what, scale)
 
     monkeypatch.setitem(collectives.ALGORITHMS, "ring", noted)
-    command.main([8192], repeats=1, algorithm="ring")
+    command.main(AllReduceOptions([8], repeats=1, algorithm="ring"))
     # The buffers one by one, and with the copy all of them in one bucket of the default size.
     assert set(used) == ({8192, 64 * 8192} if MPI.COMM_WORLD.size > 1 else set())
 
 
 def test_unwritable_csv_raises_on_all_ranks_before_measuring(tmp_path: Path) -> None:
-    folder = MPI.COMM_WORLD.bcast(str(tmp_path))
+    folder = Path(MPI.COMM_WORLD.bcast(str(tmp_path)))
     with pytest.raises(HpcsgdError, match="cannot write"):
-        command.main([4096], repeats=1, csv=folder)
+        command.main(AllReduceOptions([4], repeats=1, csv=folder))
 
 
 def test_gloo_context_restores_torch_distributed() -> None:

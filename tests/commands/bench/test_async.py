@@ -14,9 +14,9 @@ import click
 import numpy as np
 import pytest
 
-from hpcsgd.commands.bench.studies import asynchronous, runner
-from hpcsgd.commands.bench.studies.asynchronous_results import AsyncStudy
-from hpcsgd.commands.bench.studies.launches import finished_trials
+from hpcsgd.commands.bench.options import AsyncOptions
+from hpcsgd.commands.bench.studies import launches, runner
+from hpcsgd.commands.bench.studies.launches import AsyncStudy, finished_trials
 from hpcsgd.commands.bench.studies.runner import FinishedRun
 from hpcsgd.commands.bench.studies.time_to_loss import TimeToLossTrial
 from hpcsgd.commands.bench.studies.workloads import WORKLOADS, StudyCondition, plan_run
@@ -61,8 +61,6 @@ def test_launches_with_two_labels_go_into_one_folder(tmp_path: Path) -> None:
     printed = [re.split("launch [a-z]+\n", job.stdout)[i] for i in (1, 2)]
     listed = [re.findall(r"^\d/4 (\S+): \d+ iterations", part, re.MULTILINE) for part in printed]
     assert listed == [runs["fast"], runs["100mbit"]]
-    # Two goals in each condition of which two are known, one where the link and a rank are slow.
-    assert [part.count("Goal, digits, ") for part in printed] == [4, 7]
     assert all("simulated delays slow:factor=4,seconds=0.005" in part for part in printed)
     with (tmp_path / "async.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -133,7 +131,12 @@ def test_complete_runs_with_equal_options_are_found(tmp_path: Path) -> None:
 
 
 def trial(
-    condition: StudyCondition, method: str, seed: int, losses: list[float], seconds: float = 1.0
+    condition: StudyCondition,
+    method: str,
+    seed: int,
+    losses: list[float],
+    seconds: float = 1.0,
+    target: float = 3.0,
 ) -> TimeToLossTrial:
     """A run on two ranks, with 10 iterations and `seconds` between evaluations; the second rank waits."""
     count = np.arange(1, len(losses) + 1)
@@ -148,7 +151,7 @@ def trial(
     )
     config = {"delays": "none", "world": {"ranks": 2, "nodes": 1}}
     record: Any = SimpleNamespace(test=test, train=train, config=config)
-    return TimeToLossTrial(condition, seed, method, FinishedRun(record, [10, 20]))
+    return TimeToLossTrial(condition, seed, method, FinishedRun(record, [10, 20]), target)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def trial(
     ],
 )
 def test_time_to_a_loss_is_interpolated(losses: list[float], iterations: float) -> None:
-    reached = trial(FAST, AR, 0, losses, seconds=5.0).reached(3.0)
+    reached = trial(FAST, AR, 0, losses, seconds=5.0).reached
     assert reached == pytest.approx((iterations, iterations / 2))
 
 
@@ -174,79 +177,45 @@ def test_waiting_is_a_share_of_each_ranks_own_time() -> None:
 
 
 def small_study(
-    condition: StudyCondition, share: float, lost: int = 0, methods: tuple[str, ...] = (AR, LASGD)
+    condition: StudyCondition, share: float, methods: tuple[str, ...] = (AR, LASGD)
 ) -> AsyncStudy:
-    """LASGD takes `share` of all-reduce's time, and loses `lost` points of accuracy."""
+    """LASGD takes `share` of all-reduce's time."""
     trials = [
-        trial(
-            condition,
-            method,
-            seed + (lost if method == LASGD else 0),
-            losses,
-            share if method == LASGD else 1,
-        )
+        trial(condition, method, seed, losses, share if method == LASGD else 1)
         for method in methods
         for seed, losses in enumerate([[4.0, 2.0], [4.0, 3.0], [4.0, 3.5]])
     ]
-    return AsyncStudy(trials, {"digits": 3.0})
+    return AsyncStudy(trials)
 
 
-def test_medians_over_the_seeds_and_mean_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_medians_over_the_seeds_and_mean_accuracy() -> None:
     small = small_study(FAST, 0.5)
-    found = small.medians(FAST, LASGD)
+    found = small.runs(FAST, LASGD)
     # Reached after 15 iterations, 20 and never.
-    assert (found.seconds, found.iterations_to_target, found.seconds_to_target) == (0.05, 20, 1.0)
-    small.show()
-    printed = capsys.readouterr().out
-    assert "89.0 ± 1.0" in printed and "0.50" in printed and "simulated" in printed
+    assert (found.seconds, found.reached) == (0.05, (20, 1.0))
+    (table,) = small.tables()
+    cells = {runs.method: [column.text(runs) for column in table.columns] for runs in table.results}
+    assert cells[LASGD] == [LASGD, "50.0", "20", "1.00", "0.50", "89.0 ± 1.0", "38", "10..20"]
+    assert "simulated" in table.title
 
 
-def verdicts(goals: list[str]) -> list[str]:
-    return [found[1] for goal in goals if (found := re.search(r": ((not )?met)\.$", goal))]
-
-
-@pytest.mark.parametrize(
-    ("condition", "share", "lost", "expected"),
-    [
-        (FAST, 1.05, 0, ["met", "met"]),
-        (FAST, 1.06, 0, ["not met", "met"]),
-        (FAST_SLOW, 0.4, 0, ["met", "met"]),
-        (FAST_SLOW, 0.41, 0, ["not met", "met"]),
-        (LINK, 0.35, 0, ["met", "met"]),
-        (LINK, 0.36, 1, ["not met", "not met"]),
-        (LINK_SLOW, 0.9, 0, ["met"]),
-        (LINK_SLOW, 0.1, 1, ["not met"]),
-    ],
-)
-def test_goals_are_judged(condition: StudyCondition, share: float, lost: int, expected: list[str]) -> None:
-    goals = small_study(condition, share, lost).goals()
-    assert verdicts(goals) == expected
-    assert str(condition) in goals[0] and (len(goals) == 1 or f"Measured: {share:.2f}, " in goals[0])
-
-
-def test_goals_need_both_methods(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not small_study(FAST, 1.0, methods=(AR, "sgp")).goals()
-    fixed = small_study(FAST, 1.0, methods=("lasgd:period=1", "lasgd:period=2", LASGD))
-    assert not fixed.goals()
-    fixed.show()
-    assert "lasgd:period=2" in capsys.readouterr().out
-    assert not small_study(FAST, 1.0, methods=(AR, "lasgd:period=2")).goals(), (
-        "they are of the adaptive period"
-    )
-
-
-def test_unreached_target_is_a_goal_not_met() -> None:
-    never = AsyncStudy([trial(FAST, method, 0, [4.0, 4.0]) for method in (AR, LASGD)], {"digits": 3.0})
-    assert verdicts(never.goals()) == ["not met", "met"] and "never to never" in never.goals()[0]
+def test_nothing_is_relative_to_a_baseline_that_has_not_run() -> None:
+    study = small_study(FAST, 1.0, methods=(LASGD, "sgp"))
+    assert np.isnan(study.ratio(study.runs(FAST, LASGD)))
 
 
 def test_panels_share_an_axis_within_their_data_set() -> None:
     text = StudyCondition("text", "100mbit", 1)
     settings = [FAST, FAST_SLOW, LINK_SLOW, replace(text, link="fast"), text]
     scale = {"digits": 1, "text": 50}
-    trials = [trial(s, m, 0, [4.0 * scale[s.data], scale[s.data]]) for s in settings for m in (AR, LASGD)]
-    shown = AsyncStudy(trials, {"digits": 3.0, "text": 100.0})
-    assert shown.columns == 3
+    target = {"digits": 3.0, "text": 100.0}
+    trials = [
+        trial(s, m, 0, [4.0 * scale[s.data], scale[s.data]], target=target[s.data])
+        for s in settings
+        for m in (AR, LASGD)
+    ]
+    shown = AsyncStudy(trials)
+    assert shown.panels_in_row == 3
     axes = shown.figure().axes
     assert [a.get_title(loc="left") for a in axes] == [str(condition) for condition in settings]
     places = [(a.get_subplotspec().rowspan.start, a.get_subplotspec().colspan.start) for a in axes]  # type: ignore[union-attr]
@@ -257,14 +226,13 @@ def test_panels_share_an_axis_within_their_data_set() -> None:
 
 
 def test_command_options_are_the_attributes_of_the_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[dict[str, Any]] = []
-    monkeypatch.setattr(asynchronous, "main", lambda **options: called.append(options))
+    called: list[AsyncOptions] = []
+    monkeypatch.setattr(launches, "main", called.append)
     cli(["bench", "async"], standalone_mode=False)
     cli(["bench", "async", "--data", "text", "--methods", "sgp; lasgd", "--clip", "2"], standalone_mode=False)
-    assert called[0]["methods"] == asynchronous.METHODS and called[1]["methods"] == ["sgp", "lasgd"]
-    given = {name: value for name, value in called[1].items() if name in vars(WORKLOADS["text"])}
+    assert called[0] == AsyncOptions() and called[1].methods == ["sgp", "lasgd"]
+    given = {name: getattr(called[1], name) for name in vars(WORKLOADS["text"])}
     assert given.pop("data") == "text" and given.pop("clip") == 2 and set(given.values()) == {None}
-    assert len(given) + 2 == len(vars(WORKLOADS["text"]))
     for name in WORKLOADS:
         cli(["bench", "async", "--data", name], standalone_mode=False)
     with pytest.raises(click.BadParameter):
@@ -282,7 +250,7 @@ def test_command_options_are_the_attributes_of_the_workloads(monkeypatch: pytest
 )
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(BadOption):
-        asynchronous.main(**options)
+        launches.main(AsyncOptions(**options))
 
 
 def test_run_with_other_settings_is_not_overwritten(tmp_path: Path) -> None:

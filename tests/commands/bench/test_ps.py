@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcsgd.commands.bench.studies import servers
-from hpcsgd.commands.bench.studies.runner import FinishedRun
-from hpcsgd.commands.bench.studies.servers_results import ServerStudy
-from hpcsgd.commands.bench.studies.subworlds import ranks_per_method
+from hpcsgd.commands.bench.options import ServerOptions
+from hpcsgd.commands.bench.studies import launches
+from hpcsgd.commands.bench.studies.launches import ServerStudy
+from hpcsgd.commands.bench.studies.runner import FinishedRun, ranks_per_method
 from hpcsgd.commands.bench.studies.time_to_loss import TimeToLossTrial
 from hpcsgd.commands.bench.studies.workloads import WORKLOADS, StudyCondition, plan_run
 from hpcsgd.commands.cli import cli
@@ -92,7 +92,9 @@ def test_learning_rate_is_divided_by_steps_per_iteration(groups: int) -> None:
     assert rates[0] * groups == rates[1] == rates[2]
 
 
-def trial(condition: StudyCondition, method: str, seconds: float = 1.0) -> TimeToLossTrial:
+def trial(
+    condition: StudyCondition, method: str, seconds: float = 1.0, target: float = 3.0
+) -> TimeToLossTrial:
     """A run with two workers, of which the second waits three quarters of its time, and an idle server."""
     test = SimpleNamespace(
         step=np.array([10, 20]),
@@ -106,7 +108,7 @@ def trial(condition: StudyCondition, method: str, seconds: float = 1.0) -> TimeT
     )
     config = {"delays": "none", "world": {"ranks": 3, "nodes": 4}}
     record: Any = SimpleNamespace(test=test, train=train, config=config)
-    return TimeToLossTrial(condition, 0, method, FinishedRun(record, [10, 20, 0]))
+    return TimeToLossTrial(condition, 0, method, FinishedRun(record, [10, 20, 0]), target)
 
 
 def test_a_server_is_no_worker() -> None:
@@ -122,24 +124,13 @@ def study(
 ) -> ServerStudy:
     """Elastic groups take `share` of the time of all other methods."""
     trials = [trial(s, m, share if m == GROUPS else 1.0) for s in settings for m in methods]
-    return ServerStudy(trials, {"digits": 3.0, "text": 3.0})
-
-
-@pytest.mark.parametrize(("share", "verdict"), [(0.39, "met"), (0.41, "not met")])
-def test_goal_applies_to_slow_links_only(share: float, verdict: str) -> None:
-    goals = study([FAST, FAST_SLOW, LINK, LINK_SLOW], share).goals()
-    assert [goal.split(":")[0] for goal in goals] == [f"Goal, {LINK}", f"Goal, {LINK_SLOW}"]
-    assert all(goal.endswith(f": {verdict}.") and f" {share:.2f}, " in goal for goal in goals)
-
-
-def test_no_goal_without_both_methods() -> None:
-    assert not study([LINK], 0.1, (AR, GROUPS)).goals()
-    assert not study([LINK], 0.1, (AR, PURE, "ps:mode=elastic,groups=8")).goals()
+    return ServerStudy(trials)
 
 
 def test_tables_show_bytes_through_the_servers(capsys: pytest.CaptureFixture[str]) -> None:
     found = study([LINK], 0.5)
-    found.show()
+    (table,) = found.tables()
+    table.show()
     printed = capsys.readouterr().out
     assert "MB through" in printed and "4 nodes" in printed and "1 seed" in printed
     rows = [
@@ -155,17 +146,20 @@ def test_tables_show_bytes_through_the_servers(capsys: pytest.CaptureFixture[str
 
 
 def test_condition_without_runs_of_a_method_stays_empty() -> None:
-    trials = [trial(LINK, PURE), trial(LINK_SLOW, PURE), trial(LINK_SLOW, AR)]
-    lines = ServerStudy(trials, {"digits": 1.0}).markdown("digits").splitlines()
+    ran = [(LINK, PURE), (LINK_SLOW, PURE), (LINK_SLOW, AR)]
+    lines = (
+        ServerStudy([trial(condition, method, target=1.0) for condition, method in ran])
+        .markdown("digits")
+        .splitlines()
+    )
     assert lines[2] == f"| {PURE} | never | never | 90.0, 90.0 | 38, 38 | 10, 10 |"
     assert lines[3] == f"| {AR} |  | never | 90.0 | 58 | 0 |"
 
 
 def test_command_defaults_to_all_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[dict[str, Any]] = []
-    monkeypatch.setattr(servers, "main", lambda **options: called.append(options))
+    called: list[ServerOptions] = []
+    monkeypatch.setattr(launches, "main", called.append)
     cli(["bench", "ps"], standalone_mode=False)
     cli(["bench", "ps", "--methods", f"{SYNC}; {GROUPS}", "--seeds", "1"], standalone_mode=False)
-    assert called[0]["methods"] == servers.METHODS and called[0]["out"] == Path("ps")
-    assert called[1]["methods"] == [SYNC, GROUPS] and called[1]["seeds"] == 1
-    assert set(ranks_per_method(servers.METHODS, 9).values()) == {8, 9}
+    assert called == [ServerOptions(), ServerOptions(methods=[SYNC, GROUPS], seeds=1)]
+    assert called[0].out == Path("ps") and set(ranks_per_method(called[0].methods, 9).values()) == {8, 9}

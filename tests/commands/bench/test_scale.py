@@ -12,7 +12,7 @@ import pytest
 
 from hpcsgd.commands.bench.studies import scale
 from hpcsgd.commands.bench.studies.runner import FinishedRun
-from hpcsgd.commands.bench.studies.scale_results import ScaleStudy, ScaleTrial
+from hpcsgd.commands.bench.studies.scale import ScaleStudy, ScaleTrial
 from hpcsgd.commands.report.run_reader import load
 from hpcsgd.errors import BadOption
 from tests.support.launch import CLI, launch
@@ -79,12 +79,17 @@ def study(accuracies: dict[int, list[float]]) -> ScaleStudy:
     return ScaleStudy(trials, "nowhere")
 
 
+def show(study: ScaleStudy) -> None:
+    for table in study.tables():
+        table.show()
+
+
 def test_mean_and_deviation_of_the_last_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
-    study({16: [0.9, 0.94], 8: [0.8, 0.8]}).show()
+    show(study({16: [0.9, 0.94], 8: [0.8, 0.8]}))
     printed = capsys.readouterr().out
     assert printed.index("8") < printed.index("16")
     assert "80.0 ± 0.0" in printed and "92.0 ± 2.8" in printed and "2 ± 0" in printed
-    study({8: [0.5]}).show()
+    show(study({8: [0.5]}))
     assert "±" not in capsys.readouterr().out
 
 

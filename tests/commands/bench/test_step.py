@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from hpcsgd import Run
 from hpcsgd.commands.bench import step
+from hpcsgd.commands.bench.options import StepOptions
 from hpcsgd.commands.cli import cli
 from hpcsgd.errors import HpcsgdError
 
@@ -22,7 +23,7 @@ MODELS = ("logistic", "gpt:layers=1,width=16,heads=2")
 
 def test_a_line_per_model_and_contender(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "step.csv")
-    step.main(MODELS, batch=2, repeats=2, steps=2, csv=path)
+    step.main(StepOptions(MODELS, batch=2, repeats=2, steps=2, csv=path))
     MPI.COMM_WORLD.Barrier()
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -40,7 +41,8 @@ def test_a_line_per_model_and_contender(tmp_path: Path, capfd: pytest.CaptureFix
 
 def test_bfloat16_and_compression(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = Path(MPI.COMM_WORLD.bcast(str(tmp_path)), "step.csv")
-    step.main(MODELS, 2, 1, 1, path, dtype="bfloat16", context=32, compress="maxnorm:bits=4")
+    options = {"dtype": "bfloat16", "context": 32, "compress": "maxnorm:bits=4"}
+    step.main(StepOptions(MODELS, batch=2, repeats=1, steps=1, csv=path, **options))
     MPI.COMM_WORLD.Barrier()
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -55,8 +57,8 @@ def test_bfloat16_and_compression(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_command_parses_models_with_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[dict[str, Any]] = []
-    monkeypatch.setattr(step, "main", lambda **options: called.append(options))
+    called: list[StepOptions] = []
+    monkeypatch.setattr(step, "main", called.append)
     words = [
         "--models",
         "resnet18,gpt:layers=14,heads=12,width=768,user.module:model:a=1",
@@ -64,8 +66,8 @@ def test_command_parses_models_with_options(monkeypatch: pytest.MonkeyPatch) -> 
         "bfloat16",
     ]
     cli(["bench", "step", *words], standalone_mode=False)
-    assert called[0]["models"] == ["resnet18", "gpt:layers=14,heads=12,width=768", "user.module:model:a=1"]
-    assert (called[0]["dtype"], called[0]["device"], called[0]["compress"]) == ("bfloat16", "cpu", None)
+    assert called[0].models == ["resnet18", "gpt:layers=14,heads=12,width=768", "user.module:model:a=1"]
+    assert (called[0].dtype, called[0].device, called[0].compress) == ("bfloat16", "cpu", None)
 
 
 def test_diverging_training_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +79,6 @@ def test_diverging_training_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(self, *arguments)
 
     monkeypatch.setattr(Run, "step", wrong)
-    with pytest.raises(HpcsgdError, match="differs between hpcsgd and DDP"):
-        step.main(["logistic"], batch=2, repeats=1, steps=1)
+    with pytest.raises(HpcsgdError, match="a step of logistic is wrong"):
+        step.main(StepOptions(["logistic"], batch=2, repeats=1, steps=1))
     assert not torch.distributed.is_initialized()

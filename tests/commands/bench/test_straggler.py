@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hpcsgd.commands.bench.output import Results
 from hpcsgd.commands.bench.studies import runner
 from hpcsgd.commands.bench.studies.runner import FinishedRun, with_option
-from hpcsgd.commands.bench.studies.straggler_results import StragglerStudy, StragglerTrial
+from hpcsgd.commands.bench.studies.straggler import StragglerStudy, StragglerTrial
 from hpcsgd.commands.train.settings import Settings, to_toml
 from hpcsgd.errors import BadOption
 from hpcsgd.strategies import STRATEGIES
@@ -99,7 +100,7 @@ def trial(delay: str, method: str, seed: int, times: list[float], accuracies: li
     steps = 10 * np.arange(1, len(times) + 1)
     test = SimpleNamespace(time=np.array(times), accuracy=np.array(accuracies), step=steps)
     record: Any = SimpleNamespace(test=test)
-    return StragglerTrial(delay, seed, method, FinishedRun(record, [10 + seed, 20 + seed]))
+    return StragglerTrial(delay, seed, method, FinishedRun(record, [10 + seed, 20 + seed]), 0.9)
 
 
 def small_study(dynamic_seconds: float) -> StragglerStudy:
@@ -110,34 +111,28 @@ def small_study(dynamic_seconds: float) -> StragglerStudy:
             [([1.0, 2.0], [0.5, 0.95]), ([2.0, 4.0], [0.95, 0.8]), ([3.0, 6.0], [0.5, 0.6])]
         )
     ]
-    return StragglerStudy(trials, 0.9, "nowhere")
+    return StragglerStudy(trials, "nowhere")
 
 
 def test_medians_over_the_seeds() -> None:
-    found = small_study(0.5).medians("slow:factor=4", FULL)
-    assert (found.seconds, found.accuracy) == (4.0 / 20, 0.8)
+    study = small_study(0.5)
+    found = study.runs("slow:factor=4", FULL)
+    assert (found.seconds, found.median(lambda trial: trial.accuracy)) == (4.0 / 20, 0.8)
     # Reached after 20 iterations in 2 s, after 10 in 2 s, and never.
-    assert (found.iterations_to_target, found.seconds_to_target) == (20, 2.0)
+    assert found.reached == (20, 2.0)
+    (table,) = study.tables()
+    cells = {runs.method: [column.text(runs) for column in table.columns] for runs in table.results}
+    assert cells[FULL] == [FULL, "200.0", "20", "2.00", "1.00", "80.0%", "11..21"]
+    assert cells[DYNAMIC][4] == "0.50"
     assert found.gradients == (11, 21)
 
 
-@pytest.mark.parametrize(
-    ("scale", "verdicts"), [(0.5, ["met", "met"]), (0.7, ["not met", "met"]), (0.95, ["not met"] * 2)]
-)
-def test_goals_are_judged(scale: float, verdicts: list[str]) -> None:
-    goals = small_study(scale).goals()
-    assert [re.search(r": ((not )?met)\.$", goal)[1] for goal in goals] == verdicts  # type: ignore[index]
-    assert f"Measured: {scale:.2f}" in goals[0] and f"{2 * scale:.2f} s" in goals[1]
-
-
-def test_unreached_target_is_infinite() -> None:
-    trials = [trial("slow", method, 0, [1.0], [0.5]) for method in (FULL, DYNAMIC)]
-    numbers = StragglerStudy(trials, 0.9, "").medians("slow", DYNAMIC)
-    assert numbers.seconds_to_target == np.inf
-    assert (
-        "never" in StragglerStudy(trials, 0.9, "").goals()[1]
-        and "not met" in StragglerStudy(trials, 0.9, "").goals()[1]
-    )
+def test_a_target_that_is_not_reached_is_never() -> None:
+    study = StragglerStudy([trial("slow", DYNAMIC, 0, [1.0], [0.5])], "")
+    (table,) = study.tables()
+    assert [column.text(table.results[0]) for column in table.columns][2:5] == ["never", "never", ""]
+    (row,) = Results(study.columns(), study.trials).rows({"cores": 2})
+    assert (row["iterations_to_target"], row["seconds_to_target"], row["cores"]) == ("", "", 2)
 
 
 def test_option_is_added_if_it_exists_and_is_unset() -> None:

@@ -7,11 +7,12 @@ import pytest
 from mpi4py import MPI
 
 from hpcsgd.commands.bench import trace
+from hpcsgd.commands.bench.options import TraceOptions
 
 
 @pytest.mark.mpi
 def test_a_table_of_steps_with_and_without_a_trace(capfd: pytest.CaptureFixture[str]) -> None:
-    trace.main("logistic", batch=2, repeats=2, steps=2)
+    trace.main(TraceOptions("logistic", batch=2, repeats=2, steps=2))
     printed = capfd.readouterr().out
     assert ("events" in printed) == (MPI.COMM_WORLD.rank == 0)
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from hpcsgd import collectives
-from hpcsgd.commands.bench import baselines, devices
+from hpcsgd.commands.bench import baselines, devices, output
 from hpcsgd.commands.bench.timing import barrier
-from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import TensorGroup
 
@@ -24,21 +23,10 @@ STAGED = "hpcsgd staged"
 
 @dataclass
 class AllReduceMethod:
-    """One method of averaging float32 buffers.
+    """One method of averaging float32 buffers: `inputs`, into which each rank writes its values.
 
-    Attributes
-    ----------
-    name
-        Name in tables and CSV files.
-    inputs
-        The buffers into which each rank writes its values.
-    run
-        Averages all buffers.
-    results
-        Returns the means.
-    passes
-        How often the method must read and write a buffer in the memory of the model: once in place, and once
-        more to copy gradients into buckets. Default 1.
+    `passes` is how often the method must read and write a buffer in the memory of the model: once in place,
+    and once more to copy gradients into buckets.
     """
 
     name: str
@@ -122,11 +110,5 @@ def check(world: World, method: AllReduceMethod, values: Tensor) -> None:
     """Raise `HpcsgdError` on all ranks if the results are not the mean of `values` plus the rank."""
     expected = values + (world.size - 1) / 2
     correct = all(torch.allclose(result, expected, rtol=1e-6) for result in method.results())
-    wrong = [r for r, ok in enumerate(world.gather(correct, "the check of a mean")) if not ok]
-    if wrong:
-        raise HpcsgdError(
-            f"the result of {method.name} for {4 * values.numel()} bytes is not the mean",
-            rank=wrong,
-            do="report this as a bug of hpcsgd, with the output of `hpcsgd doctor`",
-            everywhere=True,
-        )
+    name = f"{method.name} for {4 * values.numel()} bytes"
+    output.check(world, name, correct, "the mean over the ranks", "right" if correct else "wrong")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,35 +15,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 FP16, POWERSGD = "torch fp16 hook", "torch PowerSGD hook"
 _RANK = 2  # that of hpcsgd's PowerSGD
 _DDP_BUCKET = 25 * 2**20  # bytes: the default of DDP
-
-
-class FakeGradBucket:
-    """The methods of torch's `GradBucket` that hooks call; torch creates that class in C++ only.
-
-    Parameters
-    ----------
-    index, last
-        Number of the bucket, and whether it is the last one of a step.
-    flat
-        The elements, (numel,).
-    gradients
-        The tensors of the bucket, views of `flat`.
-    """
-
-    def __init__(self, index: int, last: bool, flat: Tensor, gradients: list[Tensor]) -> None:
-        self._index, self._last, self._flat, self._gradients = index, last, flat, gradients
-
-    def index(self) -> int:
-        return self._index
-
-    def is_last(self) -> bool:
-        return self._last
-
-    def buffer(self) -> Tensor:
-        return self._flat
-
-    def gradients(self) -> list[Tensor]:
-        return self._gradients
 
 
 def hooks(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> dict[str, Callable[[], None]]:
@@ -74,7 +47,7 @@ def hooks(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> dict[
     return {POWERSGD: powersgd, FP16: fp16}
 
 
-def _buckets(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> list[FakeGradBucket]:
+def _buckets(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> list[Any]:
     """Split the tensors into buckets as DDP does: a new bucket begins where the last one is full."""
     limit = _DDP_BUCKET // flat.element_size()
     firsts = [0]
@@ -86,5 +59,12 @@ def _buckets(flat: Tensor, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> li
         begin = tensors[first][0]
         end = tensors[last][0] if last < len(tensors) else flat.numel()
         views = [flat[s : s + torch.Size(shape).numel()].view(shape) for s, shape in tensors[first:last]]
-        buckets.append(FakeGradBucket(index, last == len(tensors), flat[begin:end], views))
+        buckets.append(_bucket(index, last == len(tensors), flat[begin:end], views))
     return buckets
+
+
+def _bucket(index: int, last: bool, flat: Tensor, views: list[Tensor]) -> Any:
+    """The methods of torch's `GradBucket` that hooks call; torch creates that class in C++ only."""
+    return SimpleNamespace(
+        index=lambda: index, is_last=lambda: last, buffer=lambda: flat, gradients=lambda: views
+    )

@@ -12,43 +12,30 @@ from torch import Tensor
 
 from hpcsgd.commands.bench import devices, output
 from hpcsgd.commands.bench.compress.contenders import COPY
+from hpcsgd.commands.bench.compress.results import Measurement
+from hpcsgd.commands.bench.output import Column, Results, times
 from hpcsgd.commands.bench.timing import Contender, interleave, with_barrier
 from hpcsgd.compress.base import kernels_for, levels_of
 from hpcsgd.compress.packed_quantizer import BLOCK
-from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.world import World
 
 #: Default number of elements; on a GPU a kernel must take longer than its launch, and exceed the cache.
 ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 _BITS = 4
 _CALLS_ON_GPU = 20
-_GOALS = {
-    "cpu": "Goals at 16 M elements on one core: encode 2, decode 1.5 times a memory copy.",
-    "cuda": "Goal: encode and decode at 85 % of the copy's bandwidth.",
-}
 
 
 @dataclass
 class Kernel:
-    """One kernel on all elements.
-
-    Attributes
-    ----------
-    name
-        Name in tables and CSV files.
-    run
-        Runs the kernel on the host, or launches it on the GPU; may be called repeatedly.
-    width
-        Bytes that the kernel must read and write per element.
-    """
+    """One kernel, which `run` computes on the host, or launches on the GPU; it may be called repeatedly."""
 
     name: str
     run: Callable[[], None]
-    width: float
+    width: float  # bytes that it must read and write per element
 
 
-def measure(world: World, comm: Any, elements: int, repeats: int) -> list[output.Row]:
-    """Time the kernels on `world.device`; rank 0 prints a table. Returns the rows of the CSV file.
+def measure(world: World, comm: Any, elements: int, repeats: int) -> list[Measurement]:
+    """Time the kernels on `world.device`; rank 0 prints a table. Returns the results.
 
     Raises
     ------
@@ -67,21 +54,26 @@ def measure(world: World, comm: Any, elements: int, repeats: int) -> list[output
     else:
         contenders = [Contender(k.name, lambda: None, with_barrier(comm, k.run)) for k in compared]
         seconds = interleave(comm, contenders, repeats)
+    data, moved = f"kernel on {world.device.type}", {k.name: k.width * elements for k in compared}
+    results = [Measurement(data, k, "kernel", elements, seconds[k], moved[k]) for k in seconds]
     if world.rank == 0:
-        _report(world, elements, compared, seconds)
-    environment = {"times_fewer_bytes": "", "relative_error": "", **output.environment(world)}
+        title = f"kernels on {world.device.type}, {elements / 1e6:.1f} M float32, {_BITS} bits, "
+        Results(_columns(results), results, title + output.describe_ranks(world), "All ranks at once.").show()
+    return results
+
+
+def _columns(results: Sequence[Measurement]) -> list[Column[Measurement]]:
+    def rate(m: Measurement) -> float:
+        return 1e-9 * m.moved / m.median
+
+    copy = next(result for result in results if result.method == COPY)
     return [
-        {
-            "data": f"kernel on {world.device.type}",
-            "method": kernel.name,
-            "phase": "kernel",
-            "elements": elements,
-            **output.milliseconds(seconds[kernel.name]),
-            "bytes": round(kernel.width * elements),
-            "bits_per_element": "",
-            **environment,
-        }
-        for kernel in compared
+        Column(lambda m: m.method, heading="kernel"),
+        *times(lambda m: m.seconds),
+        Column(lambda m: m.median / copy.median, heading="times\nmemory copy", form=".2f"),
+        Column(lambda m: m.moved / m.elements, heading="bytes moved\nper element", form=".2f"),
+        Column(rate, heading="GB/s", form=".1f"),
+        Column(lambda m: rate(m) / rate(copy), heading="share of the\ncopy's bandwidth", form=".0%"),
     ]
 
 
@@ -98,9 +90,8 @@ class _KernelBuffers:
         self.terms = world.size
         self.lanes = lanes_for(levels, self.terms)
         self.tiling = Tiling.of(elements, self.lanes.count, BLOCK)
-        self.x = torch.randn(
-            elements, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu"
-        ).to(world.device)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        self.x = torch.randn(elements, generator=generator, device="cpu").to(world.device)
         self.residual, self.out = zeros(elements), zeros(elements)
         self.norms = zeros(self.tiling.rows, torch.uint16)
         self.words = zeros(self.tiling.words, torch.int32 if self.lanes.word == 32 else torch.int64)
@@ -154,10 +145,8 @@ def _kernels(world: World, elements: int) -> list[Kernel]:
     # An average of twice the model doubles the model; a second merge must not change it.
     snapshot()
     b.out.mul_(2)
-    advance()
-    merge()
-    merge()
-    snapshot()
+    for again in (advance, merge, merge, snapshot):
+        again()
     b.out.mul_(0.5)
     _check(world, "merge", b, 1e-6)
     with_residual = run_all(kernels.encode, b.x, b.residual, *b.coding, random_key, 0, b.words)
@@ -177,40 +166,10 @@ def _kernels(world: World, elements: int) -> list[Kernel]:
 
 def _check(world: World, name: str, b: _KernelBuffers, limit: float) -> None:
     error = float((b.out.double() - b.x.double()).norm() / b.x.double().norm())
-    errors = world.gather(error, "the check of a kernel")
-    wrong = [rank for rank, got in enumerate(errors) if not got < limit]
-    if wrong:
-        raise HpcsgdError(
-            f"the result of kernel {name} is wrong",
-            rank=wrong,
-            expected=f"a relative error below {limit:.2g}",
-            got=errors,
-            do="report this as a bug of hpcsgd, with the output of `hpcsgd doctor`",
-            everywhere=True,
-        )
+    output.check(world, f"kernel {name}", error < limit, f"a relative error below {limit:.2g}", error)
 
 
 def _time_on_gpu(kernels: Sequence[Kernel], repeats: int) -> dict[str, np.ndarray]:
     """Seconds per kernel by the GPU's clock, alternating; several calls at a time hide the launch time."""
-    times: dict[str, list[float]] = {kernel.name: [] for kernel in kernels}
-    for _ in range(repeats):
-        for kernel in kernels:
-            times[kernel.name].append(devices.seconds_on_gpu(kernel.run, _CALLS_ON_GPU))
-    return {name: np.array(seconds) for name, seconds in times.items()}
-
-
-def _report(world: World, elements: int, kernels: Sequence[Kernel], seconds: dict[str, np.ndarray]) -> None:
-    rates = {k.name: 1e-9 * k.width * elements / float(np.median(seconds[k.name])) for k in kernels}
-    copy = float(np.median(seconds[COPY]))
-    lines = []
-    for kernel in kernels:
-        median, rate = float(np.median(seconds[kernel.name])), rates[kernel.name]
-        cells = [f"{1e3 * median:.3f}", f"{median / copy:.2f}", f"{kernel.width:.2f}"]
-        lines.append([kernel.name, *cells, f"{rate:.1f}", f"{rate / rates[COPY]:.0%}"])
-    header = ["kernel", "ms", "times\nmemory copy", "bytes moved\nper element"]
-    header += ["GB/s", "share of the\ncopy's bandwidth"]
-    device = world.device.type
-    title = (
-        f"kernels on {device}, {elements / 1e6:.1f} M float32, {_BITS} bits, {output.describe_ranks(world)}"
-    )
-    output.print_table(title, header, lines, f"All ranks at once. {_GOALS[device]}")
+    samples = [[devices.seconds_on_gpu(k.run, _CALLS_ON_GPU) for k in kernels] for _ in range(repeats)]
+    return dict(zip((kernel.name for kernel in kernels), np.array(samples).T, strict=True))

@@ -1,7 +1,8 @@
-"""The tables and CSV rows of `hpcsgd bench compress`."""
+"""The tables and CSV columns of `hpcsgd bench compress`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.compress.contenders import COPY, FLOAT32, GLOO
 from hpcsgd.commands.bench.compress.problem import AveragingProblem
+from hpcsgd.commands.bench.output import Column, Results, times
 
 ALLREDUCE = "all-reduce"
 
@@ -18,82 +20,91 @@ _NOTES = (
     "copy. bits: 32 times the bytes of an all-reduce relative to float32. error: relative L2 error of the "
     "first all-reduce, before there is a residual or a warm start. speed-up: over the named method. "
 )
-_GOALS = {
-    True: "Goal: 4 bits (maxnorm:bits=4) in less time than gloo float32.",
-    False: "Goals for 64 MiB on 4 hosts at 1 Gbit/s: speed-up over float32 of 4.3 at 4 bits, 6.5 at 2 bits.",
-}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One phase of a method on one kind of gradients, or one kernel."""
+
+    data: str
+    method: str
+    phase: str
+    elements: int
+    seconds: np.ndarray  # (calls,)
+    moved: float = math.nan  # bytes
+    bits: float = math.nan  # per element on the wire, where float32 has 32
+    error: float = math.nan  # relative
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+
+CSV_COLUMNS: list[Column[Measurement]] = [
+    Column(lambda m: m.data, "data"),
+    Column(lambda m: m.method, "method"),
+    Column(lambda m: m.phase, "phase"),
+    Column(lambda m: m.elements, "elements"),
+    *times(lambda m: m.seconds),
+    Column(lambda m: m.moved, "bytes", digits=None),
+    Column(lambda m: m.bits, "bits_per_element"),
+    Column(lambda m: 32 / m.bits, "times_fewer_bytes", digits=3),
+    Column(lambda m: m.error, "relative_error", digits=12),
+]
 
 
 @dataclass
 class SchemeResult:
-    """Measurements of one method.
+    """Measurements of one method."""
 
-    Attributes
-    ----------
-    seconds
-        Seconds of each phase, and of the whole "all-reduce"; (calls,) each.
-    error
-        Relative error of the first result; NaN if there is none.
-    sent
-        Bytes per rank that an all-reduce moved through MPI and shared memory, mean over the ranks; NaN if
-        unknown.
-    """
+    seconds: dict[str, np.ndarray]  # of each phase, and of the whole "all-reduce"; (calls,) each
+    error: float = math.nan  # relative, of the first result
+    sent: float = math.nan  # bytes per rank through MPI and shared memory, mean over the ranks
 
-    seconds: dict[str, np.ndarray]
-    error: float = np.nan
-    sent: float = np.nan
+    def median(self, phase: str) -> float:
+        """Median seconds of a phase; NaN if it was not measured."""
+        return float(np.median(self.seconds.get(phase, np.nan)))
 
 
-def report(problem: AveragingProblem, title: str, results: dict[str, SchemeResult]) -> None:
-    """Print the table for one kind of gradients."""
+def scheme_table(problem: AveragingProblem, title: str, results: dict[str, SchemeResult]) -> Results[str]:
+    """The table for one kind of gradients, with a row per method."""
 
-    def median(name: str, phase: str) -> float:
-        return float(np.median(results[name].seconds.get(phase, np.nan)))
+    def against_copy(phase: str) -> Column[str]:
+        def cell(name: str) -> str | None:
+            seconds, copy = (results[each].median(phase) for each in (name, COPY))
+            return None if math.isnan(seconds) else f"{1e3 * seconds:.1f} {seconds / copy:.1f}x"
 
-    lines = []
-    for name, result in results.items():
-        whole = median(name, ALLREDUCE)
-        cells = [_format_ratio(median(name, phase), median(COPY, phase)) for phase in ("encode", "decode")]
-        cells += [_format(_bits(results, name), ".2f"), _format(result.error, ".2g"), f"{1e3 * whole:.1f}"]
-        cells += [f"{median(baseline, ALLREDUCE) / whole:.2f}" for baseline in (COPY, FLOAT32, GLOO)]
-        lines.append([name, *cells])
-    header = ["", "encode\nms", "decode\nms", "bits /\nelement", "error", "all-\nreduce ms"]
-    header += [f"speed-up\nover {baseline}" for baseline in ("copy", "float32", "gloo")]
-    world = problem.world
-    title = f"mean of {problem.numel / 1e6:.1f} M float32, {output.describe_ranks(world)}, {title}"
-    notes = f"{_NOTES}{_GOALS[world.nodes == 1]} {torch.get_num_threads()} compute thread(s) per rank."
-    output.print_table(title, header, lines, notes)
+        return Column(cell, heading=f"{phase}\nms")
+
+    def whole(name: str) -> float:
+        return results[name].median(ALLREDUCE)
+
+    def speed_up(baseline: str, name: str) -> Column[str]:
+        return Column(lambda n: whole(baseline) / whole(n), heading=f"speed-up\nover {name}", form=".2f")
+
+    columns = [
+        Column[str](lambda name: name, heading=""),
+        against_copy("encode"),
+        against_copy("decode"),
+        Column[str](lambda name: bits(results, name), heading="bits /\nelement", form=".2f"),
+        Column[str](lambda name: results[name].error, heading="error", form=".2g"),
+        Column[str](lambda name: 1e3 * whole(name), heading="all-\nreduce ms", form=".1f"),
+        *map(speed_up, (COPY, FLOAT32, GLOO), ("copy", "float32", "gloo")),
+    ]
+    ranks, threads = output.describe_ranks(problem.world), torch.get_num_threads()
+    title = f"mean of {problem.numel / 1e6:.1f} M float32, {ranks}, {title}"
+    return Results(columns, list(results), title, f"{_NOTES}{threads} compute thread(s) per rank.")
 
 
-def rows(problem: AveragingProblem, data: str, results: dict[str, SchemeResult]) -> list[output.Row]:
-    """Rows of the CSV file, one per method and phase."""
-    environment = output.environment(problem.world)
+def measurements(data: str, elements: int, results: dict[str, SchemeResult]) -> list[Measurement]:
+    """All phases of all methods, for the CSV file."""
     return [
-        {
-            "data": data,
-            "method": name,
-            "phase": phase,
-            "elements": problem.numel,
-            **output.milliseconds(seconds),
-            "bytes": _format(result.sent, ".0f"),
-            "bits_per_element": _format(_bits(results, name), ".4f"),
-            "times_fewer_bytes": _format(32 / _bits(results, name), ".3f"),
-            "relative_error": _format(result.error, ".4g"),
-            **environment,
-        }
+        Measurement(data, name, phase, elements, seconds, result.sent, bits(results, name), result.error)
         for name, result in results.items()
         for phase, seconds in result.seconds.items()
     ]
 
 
-def _bits(results: dict[str, SchemeResult], name: str) -> float:
+def bits(results: dict[str, SchemeResult], name: str) -> float:
     """Bits per element on the wire, where float32 has 32."""
     return 32 * results[name].sent / results[FLOAT32].sent
-
-
-def _format_ratio(seconds: float, copy: float) -> str:
-    return "" if np.isnan(seconds) else f"{1e3 * seconds:.1f} {seconds / copy:.1f}x"
-
-
-def _format(number: float, form: str) -> str:
-    return "" if np.isnan(number) else format(number, form)

@@ -1,190 +1,123 @@
-"""Comparison of methods under several conditions: a table and a panel per condition, and goals."""
+"""Comparison of methods under several conditions: runs, tables, a CSV file, and a figure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.trials import Medians, Trial, median, or_never
-from hpcsgd.commands.report.curves import Curve, draw_curves
-from hpcsgd.commands.report.figures import (
-    DASHES,
-    PALETTE,
-    Chart,
-    Dashes,
-    Panel,
-    PanelPosition,
-    draw,
-    png,
-    short,
-    style,
-)
+from hpcsgd.commands.bench.output import Column, Results
+from hpcsgd.commands.bench.studies.runner import FinishedRun
+from hpcsgd.commands.report.figures import DASHES, PALETTE, Chart, Panel, draw, png, style
+from hpcsgd.commands.report.records import EvaluationRecords
+from hpcsgd.strategies import build
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 S = TypeVar("S")
-T = TypeVar("T", bound=Trial[Any])
-#: Texts under their columns' names.
-Cells = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A column of the evaluation records, its axis label, the format of its values, and their scale."""
+class Trial(Generic[S]):
+    """One run of a study: its condition, seed, method and records."""
 
-    column: str
-    label: str
-    format: str
-    scale: float = 1.0
+    condition: S
+    seed: int
+    method: str
+    finished: FinishedRun
+
+    @property
+    def test(self) -> EvaluationRecords:
+        return self.finished.record.test
+
+    @property
+    def workers(self) -> int:
+        """Number of ranks that compute gradients: the first ones."""
+        ranks = len(self.finished.gradients)
+        return build(self.method).workers(ranks)
+
+    @property
+    def gradients(self) -> list[int]:
+        """Number of gradients that each worker has computed."""
+        return self.finished.gradients[: self.workers]
+
+    @property
+    def iterations(self) -> int:
+        return int(self.test.step[-1])
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds per iteration, without evaluation."""
+        return float(self.test.time[-1] / self.test.step[-1])
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.test.accuracy[-1])
+
+
+T = TypeVar("T", bound=Trial[Any])
 
 
 class Comparison(Generic[S, T]):
-    """All runs of a study; a subclass defines its tables, target and goals.
+    """All runs of a study, one per condition, method and seed; a subclass defines what is shown."""
 
-    Parameters
-    ----------
-    trials
-        The runs: one per condition, method and seed.
-
-    Attributes
-    ----------
-    name
-        Name of the study's files.
-    metric
-        The metric that the figure shows against time, and of the target.
-    columns
-        Number of panels in a row of the figure.
-    notes
-        Notes below the last table.
-    """
-
-    name: str
-    metric: Metric
-    columns: int
-    notes: str
+    name: str  # of the study's files
+    panels_in_row: int
 
     def __init__(self, trials: Sequence[T]) -> None:
         self.trials = trials
         self.conditions: list[S] = list(dict.fromkeys(trial.condition for trial in trials))
         self.methods = list(dict.fromkeys(trial.method for trial in trials))
-        self._line_styles = [
-            (PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]) for i in range(len(self.methods))
-        ]
+        #: Arguments of matplotlib for the line of each method.
+        self.line_styles: dict[str, dict[str, Any]] = {
+            method: {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i % len(DASHES)]}
+            for i, method in enumerate(self.methods)
+        }
 
-    def target(self, condition: S) -> float:
-        """The target value of the metric."""
+    def tables(self) -> Iterator[Results[Any]]:
+        """The tables."""
         raise NotImplementedError
 
-    def title(self, condition: S) -> str:
-        """The title of a condition's table."""
+    def columns(self) -> list[Column[T]]:
+        """Columns of the CSV file, which has a row per run."""
         raise NotImplementedError
 
-    def relative_cells(self, condition: S, found: Medians) -> Cells:
-        """Further cells next to the time per iteration."""
-        return {}
-
-    def quality_cells(self, condition: S, method: str) -> Cells:
-        """Further cells next to the time to the target."""
-        raise NotImplementedError
-
-    def goals(self) -> list[str]:
-        """A line per goal, with the measured value."""
-        raise NotImplementedError
-
-    def rows(self, environment: output.Row) -> list[output.Row]:
-        """Rows of the CSV file, one per run."""
+    def panels(self) -> list[Panel]:
+        """The panels of the figure."""
         raise NotImplementedError
 
     def trials_of(self, condition: S, method: str) -> list[T]:
         """The runs of a method under a condition."""
         return [trial for trial in self.trials if (trial.condition, trial.method) == (condition, method)]
 
-    def medians(self, condition: S, method: str) -> Medians:
-        """Medians over the seeds; with an even number of seeds possibly the value of no run."""
-        trials = self.trials_of(condition, method)
-        reached = [trial.reached(self.target(condition)) for trial in trials]
-        gradients = [trial.gradients for trial in trials]
-        return Medians(
-            median([trial.seconds for trial in trials]),
-            median([trial.accuracy for trial in trials]),
-            median([iterations for iterations, _ in reached]),
-            median([seconds for _, seconds in reached]),
-            (median([min(g) for g in gradients]), median([max(g) for g in gradients])),
-        )
-
-    def show(self) -> None:
-        """Print a table per condition, and the goals."""
-        for condition in self.conditions:
-            ran = [method for method in self.methods if self.trials_of(condition, method)]
-            rows = {method: self._cells(condition, method) for method in ran}
-            header = ["", *next(iter(rows.values()))]
-            lines = [[method, *cells.values()] for method, cells in rows.items()]
-            notes = self.notes if condition == self.conditions[-1] else ""
-            output.print_table(self.title(condition), header, lines, notes)
-        for goal in self.goals():
-            print(goal, flush=True)
-
-    def _cells(self, condition: S, method: str) -> Cells:
-        found = self.medians(condition, method)
-        return {
-            "ms per\niteration": f"{1e3 * found.seconds:.1f}",
-            **self.relative_cells(condition, found),
-            "iterations\nto target": or_never(found.iterations_to_target, ".0f"),
-            "seconds\nto target": or_never(found.seconds_to_target, ".2f"),
-            **self.quality_cells(condition, method),
-            "gradients\nper worker": "..".join(f"{number:.0f}" for number in dict.fromkeys(found.gradients)),
-        }
-
     def publish(self, out: Path, environment: output.Row) -> None:
         """Print the tables; write the CSV file and the figure into `out`."""
-        self.show()
+        for table in self.tables():
+            table.show()
         csv = out / f"{self.name}.csv"
-        output.write_csv(csv, self.rows(environment))
+        output.write_csv(csv, Results(self.columns(), self.trials).rows(environment))
         print(csv, png(self.figure(), out), sep="\n", flush=True)
 
     def figure(self) -> Figure:
-        """The metric against time."""
+        """The panels, with a legend of the methods."""
         with style():
             from matplotlib.lines import Line2D
 
-            handles = [Line2D([], [], color=color, linestyle=dashes) for color, dashes in self._line_styles]
-            legend = list(zip(handles, self.methods, strict=True))
-            return draw(Chart(self.name, "", self.panels(), legend), self.columns)
+            legend = [(Line2D([], [], **line), method) for method, line in self.line_styles.items()]
+            return draw(Chart(self.name, "", self.panels(), legend), self.panels_in_row)
 
-    def panels(self) -> list[Panel]:
-        """One panel per condition."""
-        return [partial(self.panel, condition=condition) for condition in self.conditions]
 
-    def panel(self, axes: Axes, position: PanelPosition, *, condition: S) -> None:
-        """Draw a curve for each method that has runs under a condition."""
-        styles = zip(self.methods, self._line_styles, strict=True)
-        curves = [
-            self._curve(runs, line_style)
-            for method, line_style in styles
-            if (runs := self.trials_of(condition, method))
-        ]
-        draw_curves(
-            axes,
-            position,
-            xlabel="seconds, with simulated delays",
-            ylabel=self.metric.label,
-            curves=curves,
-            log=False,
-            format_value=lambda value: format(value, self.metric.format),
-        )
-        axes.axhline(self.metric.scale * self.target(condition), color="#808080", linewidth=0.6)
-        axes.set_title(short(str(condition)))
+def mean_and_deviation(values: Sequence[float], form: str = ".1f") -> str:
+    """Mean ± standard deviation as text; the mean alone for a single value."""
+    mean = format(np.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {deviation(values):{form}}"
 
-    def _curve(self, runs: Sequence[T], line_style: tuple[str, Dashes]) -> Curve:
-        """Medians over the seeds of time and metric at each evaluation."""
-        columns = ("time", self.metric.column)
-        times, values = (np.median([getattr(run.test, k) for run in runs], axis=0) for k in columns)
-        return Curve(times, self.metric.scale * values, *line_style)
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation; 0 for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

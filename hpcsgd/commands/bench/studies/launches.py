@@ -1,30 +1,48 @@
-"""Studies with a launch per link, whose runs go into one folder."""
+"""`hpcsgd bench async` and `ps`: studies with a launch per link, whose runs go into one folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.runner import find_finished, run_plan
-from hpcsgd.commands.bench.studies.subworlds import ranks_per_method
-from hpcsgd.commands.bench.studies.time_to_loss import TimeToLossStudy, TimeToLossTrial
-from hpcsgd.commands.bench.studies.workloads import FAST, StudyCondition, Workload, plan_run
-from hpcsgd.mpi.world import World
+from hpcsgd.commands.bench.devices import open_world
+from hpcsgd.commands.bench.options import AsyncOptions, ServerOptions, StudyOptions
+from hpcsgd.commands.bench.output import Column
+from hpcsgd.commands.bench.studies.runner import find_finished, ranks_per_method, run_plan
+from hpcsgd.commands.bench.studies.time_to_loss import LossRuns, TimeToLossStudy, TimeToLossTrial
+from hpcsgd.commands.bench.studies.workloads import EIGHT_WORKER_WORKLOADS, StudyCondition, Workload, plan_run
 
 
-def run_study(
-    study: type[TimeToLossStudy],
-    methods: Sequence[str],
-    out: str | Path,
-    data: str = "digits",
-    link: str = FAST,
-    seeds: int = 3,
-    **overrides: Any,
-) -> None:
+class AsyncStudy(TimeToLossStudy):
+    """All-reduce, local SGD, gossip and LASGD."""
+
+    name = "async"
+    slow_ranks = 1
+    baseline = "allreduce"
+
+
+class ServerStudy(TimeToLossStudy):
+    """Parameter servers in each mode, with groups of one rank and of two, and all-reduce SGD."""
+
+    name = "ps"
+    slow_ranks = 2
+    baseline = "ps:mode=sync,groups=8"
+    workloads = EIGHT_WORKER_WORKLOADS
+    notes = f"{TimeToLossStudy.notes} Bytes through the servers: pushes and replies of a whole run."
+
+    def final_columns(self) -> list[Column[LossRuns]]:
+        name = "MB through\nthe servers"
+        moved: Column[LossRuns] = Column(lambda r: r.median(lambda t: t.server_bytes / 1e6), "", name, ".0f")
+        return [*super().final_columns(), moved]
+
+
+_STUDIES = {AsyncOptions: AsyncStudy, ServerOptions: ServerStudy}
+
+
+def main(options: StudyOptions) -> None:
     """Train with each method on this job's ranks, equally fast and with slow ranks; rank 0 prints tables.
 
     The network between the ranks is that of the launch; `link` only labels it, and launches with other labels
@@ -32,52 +50,27 @@ def run_study(
     all of them; all have as many workers as the method with the most servers. `out` gets the runs, tables as
     CSV and Markdown, and a figure of test loss against time. These show all complete runs in `out` of these
     methods with the same number of ranks, over any link: this data set with these options, others with their
-    defaults. A study that was interrupted continues with the same command.
-
-    Parameters
-    ----------
-    study
-        The class of the study.
-    methods
-        Strategies, as for `hpcsgd train --strategy`.
-    out
-        The folder of the study.
-    data
-        The name of one of the study's workloads. Default "digits".
-    link
-        A label of letters, digits, dots and underscores. Default "fast", to which other goals apply.
-    seeds
-        Runs per method and condition, at least 1; conditions of other launches with fewer seeds are shown
-        too. Default 3.
-    overrides
-        Attributes of the `Workload` to replace, by name; None keeps the workload's value.
-
-    Raises
-    ------
-    BadOption
-        An option of `Workload` is out of its range.
-    HpcsgdError
-        On all ranks, if a run fails.
+    defaults. Conditions of other launches with fewer seeds are shown too.
     """
-    workload = replace(
-        study.workloads[data], **{name: value for name, value in overrides.items() if value is not None}
-    )
+    study: type[TimeToLossStudy] = _STUDIES[type(options)]
+    data, out, methods = options.data, options.out, options.methods
+    given = {field.name: getattr(options, field.name) for field in fields(Workload) if field.name != "data"}
+    workload = replace(study.workloads[data], **{k: value for k, value in given.items() if value is not None})
     workloads = {**study.workloads, data: workload}
     plan = [
-        plan_run(workload, StudyCondition(data, link, slow_ranks), seed, method)
+        plan_run(workload, StudyCondition(data, options.link, slow_ranks), seed, method)
         for slow_ranks in (0, study.slow_ranks)
-        for seed in range(seeds)
+        for seed in range(options.seeds)
         for method in methods
     ]
-    with World(device="cpu") as world:
-        out = Path(out)
-        output.check_writable(world, out / f"{study.name}.csv")
+    with open_world(path=out / f"{study.name}.csv") as world:
         run_plan(world, out, plan)
         if world.rank == 0:
             ranks = ranks_per_method(methods, world.size)
-            trials = list(finished_trials(out, workloads, ranks, seeds, study.slow_ranks))
-            targets = {name: workload.target for name, workload in workloads.items()}
-            study(trials, targets).publish(out, output.environment(world))
+            trials = list(finished_trials(out, workloads, ranks, options.seeds, study.slow_ranks))
+            environment = output.environment(world)
+            del environment["host"]  # which differs between launches
+            study(trials).publish(out, environment)
 
 
 def finished_trials(
@@ -85,18 +78,8 @@ def finished_trials(
 ) -> Iterator[TimeToLossTrial]:
     """The complete runs in a folder: under each condition those of the methods with the most seeds.
 
-    Parameters
-    ----------
-    out
-        The folder of the study.
-    workloads
-        The workload of each data set.
-    ranks
-        The number of ranks of each method.
-    seeds
-        The largest number of seeds to look for.
-    slow_ranks
-        The number of slow ranks, under the conditions that have any.
+    `workloads` has that of each data set, `ranks` the number of ranks of each method; `seeds` is the largest
+    number to look for, `slow_ranks` the number under the conditions that have any.
     """
     for data, workload in workloads.items():
         links = {run.name.split("-")[1] for run in out.glob(f"{data}-*-*-*-*")}
@@ -119,4 +102,4 @@ def finished_trials(
                 if len(complete) == most:
                     for seed, run in enumerate(complete):
                         assert run is not None, "takewhile stops at the first seed that is missing"
-                        yield TimeToLossTrial(condition, seed, method, run)
+                        yield TimeToLossTrial(condition, seed, method, run, workload.target)

@@ -6,20 +6,21 @@ import inspect
 import json
 import shutil
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hpcsgd import registry
-from hpcsgd.commands.bench.studies.subworlds import ranks_per_method, split_worlds
 from hpcsgd.commands.report.records import RunRecord
 from hpcsgd.commands.report.run_reader import load
 from hpcsgd.commands.train.metrics import FILE
-from hpcsgd.commands.train.settings import Settings, to_toml
+from hpcsgd.commands.train.settings import FIELDS, Settings, to_toml, validate
 from hpcsgd.commands.train.trainer import Trainer
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.mpi.world import World
+from hpcsgd.strategies import build
 
 _ROUNDING = 1e-6  # of epochs in the records
 _ONE_STEP = 1e-9  # of an epoch
@@ -27,15 +28,7 @@ _ONE_STEP = 1e-9  # of an epoch
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A complete run.
-
-    Attributes
-    ----------
-    record
-        Settings and records from its folder.
-    gradients
-        Number of gradients that each rank computed, (ranks,).
-    """
+    """A complete run: its settings and records, and the number of gradients of each rank, (ranks,)."""
 
     record: RunRecord
     gradients: list[int]
@@ -48,19 +41,8 @@ def run_plan(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> l
     command. Each method first takes one step in a run that is discarded, so that compilation is not timed.
     Where some methods have servers, the last ranks take no part in the runs of the other methods.
 
-    Parameters
-    ----------
-    world
-        The ranks.
-    out
-        The folder in which the run folders are created.
-    plan
-        The name, which is also that of the folder, and the settings of each run.
-
-    Returns
-    -------
-    list of FinishedRun
-        In the order of the plan on rank 0; empty on the other ranks.
+    The plan has the name, which is also that of the folder in `out`, and the settings of each run. The result
+    is in this order on rank 0, and empty on the other ranks.
 
     Raises
     ------
@@ -87,16 +69,17 @@ def run_plan(world: World, out: Path, plan: Sequence[tuple[str, Settings]]) -> l
                 _train(subworld, settings)
             if world.rank == 0:
                 finished.append(_read_run(out / name))
-                _print_progress(f"{number}/{len(plan)} {name}", finished[-1])
+                steps, seconds = finished[-1].record.test.step[-1], finished[-1].record.test.time[-1]
+                accuracy = f"accuracy {finished[-1].record.test.accuracy[-1]:.1%}"
+                done = f"{number}/{len(plan)} {name}: {steps} iterations in {seconds:.1f} s, {accuracy}"
+                print(done, flush=True)
     return finished
 
 
-def _print_progress(name: str, finished: FinishedRun) -> None:
-    test = finished.record.test
-    print(
-        f"{name}: {test.step[-1]} iterations in {test.time[-1]:.1f} s, accuracy {test.accuracy[-1]:.1%}",
-        flush=True,
-    )
+def settings_of(options: Any, **more: Any) -> Settings:
+    """The settings in `more`, those of which `options` has an attribute with that name, and the defaults."""
+    names = (FIELDS.keys() & vars(options).keys()) - {"out", *more}
+    return validate(Settings(**{name: getattr(options, name) for name in names}, **more))
 
 
 def find_finished(out: Path, name: str, settings: Settings, ranks: int) -> FinishedRun | None:
@@ -193,3 +176,29 @@ def _last_evaluation(folder: Path) -> dict[str, Any] | None:
     lines = [line for line in (folder / FILE).read_text().splitlines() if line.endswith("}")]
     tests = [record for record in map(json.loads, lines) if record["event"] == "test"]
     return tests[-1] if tests else None
+
+
+def ranks_per_method(methods: Sequence[str], ranks: int) -> dict[str, int]:
+    """The number of ranks of each strategy with which all have equally many workers, as many as possible."""
+    strategies = {method: build(method) for method in methods}
+    workers = min(strategy.workers(ranks) for strategy in strategies.values())
+    return {
+        method: next(count for count in range(workers, ranks + 1) if strategy.workers(count) == workers)
+        for method, strategy in strategies.items()
+    }
+
+
+@contextmanager
+def split_worlds(world: World, counts: Sequence[int]) -> Iterator[Mapping[int, World]]:
+    """Context with a world of the first `count` ranks for each of `counts`; collective.
+
+    The remaining ranks get a world of their own, which is unused.
+    """
+    subworlds = {
+        count: world if count == world.size else world.split(int(world.rank >= count))
+        for count in dict.fromkeys(counts)
+    }
+    yield subworlds
+    for subworld in subworlds.values():
+        if subworld is not world:
+            subworld.close()

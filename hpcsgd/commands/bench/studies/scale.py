@@ -2,128 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
 
 from hpcsgd import registry
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.runner import run_plan, with_option
-from hpcsgd.commands.bench.studies.scale_results import ScaleStudy, ScaleTrial
-from hpcsgd.commands.train.settings import Settings, validate
+from hpcsgd.commands.bench.devices import open_world
+from hpcsgd.commands.bench.options import ScaleOptions
+from hpcsgd.commands.bench.output import Column, Results
+from hpcsgd.commands.bench.studies.comparison import Comparison, Trial, deviation, mean_and_deviation
+from hpcsgd.commands.bench.studies.runner import run_plan, settings_of, with_option
+from hpcsgd.commands.report.curves import vertical
+from hpcsgd.commands.report.figures import Panel, PanelPosition
+from hpcsgd.commands.train.settings import Settings
 from hpcsgd.errors import BadOption, HpcsgdError
-from hpcsgd.mpi.world import World
 from hpcsgd.strategies import STRATEGIES
 from hpcsgd.strategies import build as build_strategy
 from hpcsgd.training.data import load
 from hpcsgd.training.data.base import Source
 from hpcsgd.training.data.partition import partition
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 T = TypeVar("T")
 
-METHODS = (
-    "dsgd:topology=ring",
-    "dsgd:topology=exponential",
-    "dsgd:topology=one-peer-exponential",
-    "dsgd:topology=base",
-    "teleport",
+_BAND = 0.15  # opacity of a standard deviation
+_NOTES = (
+    "Mean and standard deviation over the seeds; the value alone for one seed. Consensus distance: root mean "
+    "square distance of the nodes' models from their mean, the model that is tested."
 )
-NODES = (8, 16, 32, 64)
-ACTIVE = {"": 4}
-#: The best of 0.03, 0.1 and 0.3 at 16 nodes.
-RATES = {"dsgd": 0.3, "teleport": 0.1}
 
 
-def main(
-    methods: Sequence[str] = METHODS,
-    nodes: Sequence[int] = NODES,
-    active: Mapping[str, int] = ACTIVE,
-    seeds: int = 3,
-    steps: int = 150,
-    batch: int = 8,
-    alpha: float = 0.1,
-    learning_rate: Mapping[str, float] = RATES,
-    optimizer: str = "sgd:momentum=0.9",
-    model: str = "2nn:width=64",
-    data: str = "digits",
-    out: str | Path = "scale",
-) -> None:
+class ScaleTrial(Trial[int]):
+    """One run, whose condition is its number of virtual nodes."""
+
+    @property
+    def percent(self) -> float:
+        """Final test accuracy of the consensus model in percent."""
+        return 100 * self.accuracy
+
+    @property
+    def distance(self) -> float:
+        """Final consensus distance."""
+        return float(self.test.consensus_distance[-1])
+
+
+class ScaleStudy(Comparison[int, ScaleTrial]):
+    """All runs of the study; `title` is their data set, length and ranks, for the tables."""
+
+    name = "scale"
+    panels_in_row = 1
+
+    def __init__(self, trials: Sequence[ScaleTrial], title: str) -> None:
+        super().__init__(trials)
+        self.title = title
+        self.conditions.sort()
+        for line_style in self.line_styles.values():
+            line_style |= {"marker": "o", "markersize": 3}
+
+    def tables(self) -> Iterator[Results[str]]:
+        """A table of accuracies and one of consensus distances."""
+        yield self._table("test accuracy (%)", lambda trial: trial.percent, ".1f", "")
+        yield self._table("consensus distance", lambda trial: trial.distance, ".2g", _NOTES)
+
+    def _table(
+        self, quantity: str, value: Callable[[ScaleTrial], float], form: str, notes: str
+    ) -> Results[str]:
+        def cell(nodes: int, method: str) -> str:
+            return mean_and_deviation([value(trial) for trial in self.trials_of(nodes, method)], form)
+
+        methods: Column[str] = Column(lambda method: method, heading="")
+        columns = [Column(partial(cell, nodes), heading=f"{nodes}\nnodes") for nodes in self.conditions]
+        return Results([methods, *columns], self.methods, f"{quantity}; {self.title}", notes)
+
+    def columns(self) -> list[Column[ScaleTrial]]:
+        return [
+            Column(lambda t: t.condition, "virtual_nodes"),
+            Column(lambda t: t.method, "method"),
+            Column(lambda t: t.finished.record.config["strategy"], "strategy"),
+            Column(lambda t: t.finished.record.config["learning_rate"], "learning_rate", digits=9),
+            Column(lambda t: t.seed, "seed"),
+            Column(lambda t: t.iterations, "steps"),
+            Column(lambda t: t.accuracy, "accuracy", digits=6),
+            Column(lambda t: t.distance, "consensus_distance", digits=6),
+            Column(lambda t: float(t.test.time[-1]), "seconds", digits=3),
+        ]
+
+    def panels(self) -> list[Panel]:
+        """Mean accuracy against nodes, with a band of one standard deviation."""
+        return [self._panel]
+
+    def _panel(self, axes: Axes, position: PanelPosition) -> None:
+        for method, line_style in self.line_styles.items():
+            samples = [[t.percent for t in self.trials_of(nodes, method)] for nodes in self.conditions]
+            mean, width = (np.array([of(values) for values in samples]) for of in (np.mean, deviation))
+            axes.plot(self.conditions, mean, **line_style)
+            band = (mean - width, mean + width)
+            axes.fill_between(self.conditions, *band, color=line_style["color"], alpha=_BAND, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(self.conditions, [str(nodes) for nodes in self.conditions])
+        axes.set_xlabel("nodes")
+        vertical(axes, position, "test accuracy (%)")
+
+
+def main(options: ScaleOptions) -> None:
     """Train with increasing numbers of virtual nodes on the ranks of this job; rank 0 prints a table.
 
     In every iteration each active node takes a batch of its own samples, and reshuffles them when the node
     with the fewest samples has used all of its own (`--uneven stop`). `out` gets the runs, `scale.csv`, and
-    `scale.png`, accuracy against nodes. A study that was interrupted continues with the same command.
-
-    Parameters
-    ----------
-    methods
-        Strategies, as for `hpcsgd train --strategy`.
-    nodes
-        Numbers of virtual nodes, multiples of the number of ranks. Default 8, 16, 32, 64.
-    active
-        Active nodes of a teleport method that does not set them, by number of nodes, for example as found by
-        `hpcsgd tune teleportation`; with the key "" for all numbers. Default 4.
-    seeds
-        Runs per method and number of nodes, at least 1; the seed sets the model, the skew and the order of
-        the samples. Default 3.
-    steps
-        Iterations per run, for any number of nodes. Default 150.
-    batch, alpha, optimizer, model, data
-        As for `hpcsgd train`.
-    learning_rate
-        By name of the method, or with the key "" for all; the same for all numbers of nodes, with cosine
-        decay. Default: the best of 0.03, 0.1 and 0.3 at 16 nodes for D-SGD and for teleport.
-    out
-        The folder of the study. Default "scale".
-
-    Raises
-    ------
-    BadOption
-        An option of the runs is out of its range, or `active` or `learning_rate` lacks a key.
-    HpcsgdError
-        On all ranks, if a run fails.
+    `scale.png`, accuracy against nodes. The seed sets the model, the skew and the order of the samples.
     """
-    names = [registry.parse(method)[0] for method in methods]
-    active_nodes = _by_key("active", active, list(map(str, nodes)))
-    rates = _by_key("learning_rate", learning_rate, names)
-    common = validate(
-        Settings(
-            data=data,
-            model=model,
-            optimizer=optimizer,
-            batch=batch,
-            alpha=alpha,
+    names = [registry.parse(method)[0] for method in options.methods]
+    active = _by_key("active", options.active, list(map(str, options.nodes)))
+    rates = _by_key("learning_rate", options.learning_rate, names)
+    grid = [(n, seed, m) for n in options.nodes for seed in range(options.seeds) for m in options.methods]
+    source = load(options.data).train
+    plan = []
+    for count, seed, method in grid:
+        settings = settings_of(
+            options,
+            virtual_nodes=count,
+            seed=seed,
+            strategy=with_option(STRATEGIES, method, "active", active[str(count)]),
+            learning_rate=rates[registry.parse(method)[0]],
             uneven="stop",
             evaluate_every=0.0,
             checkpoint_every=0.0,
-            log_every=steps,
+            log_every=options.steps,
             threads=1,
         )
-    )
-    grid = [(count, seed, method) for count in nodes for seed in range(seeds) for method in methods]
-    source = load(data).train
-    plan = []
-    for count, seed, method in grid:
-        rate = rates[registry.parse(method)[0]]
-        settings = replace(common, virtual_nodes=count, seed=seed, learning_rate=rate)
-        strategy = with_option(STRATEGIES, method, "active", active_nodes[str(count)])
-        settings = validate(replace(settings, strategy=strategy))
-        plan.append((f"{count}-{seed}-{method}", _with_length(steps, settings, source)))
-    with World(device="cpu") as world:
-        out = Path(out)
-        output.check_writable(world, out / "scale.csv")
-        finished = run_plan(world, out, plan)
+        plan.append((f"{count}-{seed}-{method}", _with_length(options.steps, settings, source)))
+    with open_world(path=options.out / f"{ScaleStudy.name}.csv") as world:
+        finished = run_plan(world, options.out, plan)
         if world.rank == 0:
             trials = [ScaleTrial(*point, run) for point, run in zip(grid, finished, strict=True)]
-            _check_length(trials, steps)
-            title = f"{data}, Dirichlet({alpha:g}), {steps} iterations of batches of {batch}"
-            study = ScaleStudy(
-                trials, f"{title}, {seeds} seeds, virtual nodes on {output.describe_ranks(world)}"
-            )
-            study.show()
-            output.write_csv(out / "scale.csv", study.rows(output.environment(world)))
-            print(out / "scale.csv", study.plot(out), sep="\n", flush=True)
+            _check_length(trials, options.steps)
+            length = f"{options.steps} iterations of batches of {options.batch}, {options.seeds} seeds"
+            title = f"{options.data}, Dirichlet({options.alpha:g}), {length}, virtual nodes on "
+            title += output.describe_ranks(world)
+            ScaleStudy(trials, title).publish(options.out, output.environment(world))
 
 
 def _by_key(option: str, values: Mapping[str, T], keys: Sequence[str]) -> dict[str, T]:
@@ -150,6 +172,6 @@ def _with_length(steps: int, settings: Settings, source: Source) -> Settings:
 
 def _check_length(trials: Sequence[ScaleTrial], steps: int) -> None:
     for trial in trials:
-        got = int(trial.finished.record.test.step[-1])
-        if got != steps:
-            raise HpcsgdError(f"{trial.method} took a wrong number of steps", expected=steps, got=got)
+        if trial.iterations != steps:
+            error = f"{trial.method} took a wrong number of steps"
+            raise HpcsgdError(error, expected=steps, got=trial.iterations)

@@ -3,18 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
+
+from hpcsgd import registry
 from hpcsgd.commands.bench import output
-from hpcsgd.commands.bench.studies.runner import run_plan, with_option
-from hpcsgd.commands.bench.studies.straggler_results import StragglerStudy, StragglerTrial
-from hpcsgd.commands.train.settings import Settings, validate
-from hpcsgd.mpi.world import World
+from hpcsgd.commands.bench.devices import open_world
+from hpcsgd.commands.bench.options import StragglerOptions
+from hpcsgd.commands.bench.output import Column
+from hpcsgd.commands.bench.studies.runner import run_plan, settings_of, with_option
+from hpcsgd.commands.bench.studies.time_to_target import Metric, Runs, TargetTrial, TimeToTarget
+from hpcsgd.commands.train.settings import Settings
 from hpcsgd.strategies import STRATEGIES
 from hpcsgd.strategies import delays as delay_specs
 
-METHODS = ("allreduce", "backup:backups=0", "backup:backups=1", "backup", "dsgd", "adpsgd")
+
+class StragglerTrial(TargetTrial[str]):
+    """One run with a simulated delay and a target test accuracy."""
+
+    @property
+    def reached(self) -> tuple[float, float]:
+        """Iterations and seconds to the first evaluation at the target; infinite if there is none."""
+        above = np.flatnonzero(self.test.accuracy >= self.target)
+        if not len(above):
+            return np.inf, np.inf
+        return float(self.test.step[above[0]]), float(self.test.time[above[0]])
+
+
+class StragglerStudy(TimeToTarget[str, StragglerTrial]):
+    """All runs of the study; `description` is their data set and ranks, for the tables."""
+
+    name = "straggler"
+    metric = Metric("accuracy", "test accuracy (%)", ".1f", scale=100)
+    panels_in_row = 2
+    notes = (
+        "Delays are simulated: each rank sleeps for each gradient. cb-Full: backup:backups=0; cb-DyBW: "
+        "backup; their iterations average the gradients that are ready, an iteration of adpsgd is one "
+        "gradient per rank on average. Times exclude evaluation; medians over the seeds."
+    )
+
+    def __init__(self, trials: Sequence[StragglerTrial], description: str) -> None:
+        super().__init__(trials)
+        self._description = description
+        self._full = next((m for m in self.methods if _waits_for_all(m)), None)
+
+    def title(self, condition: str) -> str:
+        target = self.trials[0].target
+        return f"simulated delays {condition}; {self._description}; target {target:.1%}"
+
+    def further_columns(self) -> list[Column[Runs[str, StragglerTrial]]]:
+        return [
+            Column(self._relative, heading="ms relative\nto cb-Full", form=".2f"),
+            Column(lambda r: r.median(lambda t: t.accuracy), heading="final\naccuracy", form=".1%"),
+        ]
+
+    def _relative(self, runs: Runs[str, StragglerTrial]) -> float | None:
+        return runs.seconds / self.runs(runs.condition, self._full).seconds if self._full else None
+
+    def columns(self) -> list[Column[StragglerTrial]]:
+        return [Column(lambda trial: trial.condition, "simulated_delays"), *super().columns()]
+
+
+def _waits_for_all(method: str) -> bool:
+    name, options = registry.parse(method)
+    return name == "backup" and options.get("backups") == "0"
 
 
 def default_delays(base_ms: float) -> list[str]:
@@ -28,83 +80,29 @@ def default_delays(base_ms: float) -> list[str]:
     ]
 
 
-def main(
-    methods: Sequence[str] = METHODS,
-    delays: Sequence[str] = (),
-    topology: str = "ring",
-    base_ms: float = 20.0,
-    seeds: int = 3,
-    target: float = 0.9,
-    epochs: float = 5.0,
-    evaluate_every: float = 1.0,
-    optimizer: str = "adam",
-    learning_rate: float = 0.005,
-    data: str = "digits",
-    alpha: float | None = None,
-    out: str | Path = "straggler",
-) -> None:
+def main(options: StragglerOptions) -> None:
     """Train with each method under each delay on the ranks of this job; rank 0 prints the tables.
 
     The methods alternate within a seed, so that a disturbance of the machine affects all of them. `out` gets
-    the runs, `straggler.csv`, and `straggler.png`, accuracy against time. A study that was interrupted
-    continues with the same command.
-
-    Parameters
-    ----------
-    methods
-        Strategies, as for `hpcsgd train --strategy`.
-    delays
-        As for `hpcsgd train --delays`. Default: constant, one rank four times slower, exponential, Pareto.
-    topology
-        Topology of the methods that have one and do not name it. Default "ring".
-    base_ms
-        Simulated gradient time of the default delays in milliseconds. Default 20.
-    seeds
-        Runs per method and delay, at least 1. Default 3.
-    target
-        Target test accuracy, from 0 to 1. Default 0.9.
-    epochs, evaluate_every, optimizer, learning_rate, data, alpha
-        As for `hpcsgd train`; the learning rate is constant. All ranks synchronise before an evaluation, with
-        asynchronous methods too, and the wait counts as training time: evaluate seldom.
-    out
-        The folder of the study. Default "straggler".
-
-    Raises
-    ------
-    BadOption
-        An option of the runs is out of its range.
-    HpcsgdError
-        On all ranks, if a run fails.
+    the runs, `straggler.csv`, and `straggler.png`, accuracy against time.
     """
-    delays = [delay.replace("+", ",") for delay in delays] or default_delays(base_ms)
-    common = validate(
-        Settings(
-            data=data,
-            alpha=alpha,
-            epochs=epochs,
-            evaluate_every=evaluate_every,
-            checkpoint_every=0.0,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            schedule="constant",
-        )
-    )
-    grid = [(delay, seed, method) for delay in delays for seed in range(seeds) for method in methods]
-    plan = [("-".join(map(str, point)), _settings(common, topology, *point)) for point in grid]
-    with World(device="cpu") as world:
-        out = Path(out)
-        output.check_writable(world, out / "straggler.csv")
-        finished = run_plan(world, out, plan)
+    given = [delay.replace("+", ",") for delay in options.delays or ()]
+    delays, alpha = given or default_delays(options.base_ms), options.alpha
+    grid = [(d, seed, method) for d in delays for seed in range(options.seeds) for method in options.methods]
+    plan = [("-".join(map(str, point)), _settings(options, *point)) for point in grid]
+    with open_world(path=options.out / f"{StragglerStudy.name}.csv") as world:
+        finished = run_plan(world, options.out, plan)
         if world.rank == 0:
-            trials = [StragglerTrial(*point, run) for point, run in zip(grid, finished, strict=True)]
+            trials = [
+                StragglerTrial(*point, run, options.target) for point, run in zip(grid, finished, strict=True)
+            ]
             skew = f", Dirichlet({alpha:g})" if alpha is not None else ""
-            study = StragglerStudy(
-                trials, target, f"{data}{skew}, {output.describe_ranks(world)}, topology {topology}"
-            )
-            study.publish(out, output.environment(world))
+            about = f"{options.data}{skew}, {output.describe_ranks(world)}, topology {options.topology}"
+            StragglerStudy(trials, about).publish(options.out, output.environment(world))
 
 
-def _settings(common: Settings, topology: str, delay: str, seed: int, method: str) -> Settings:
-    strategy = with_option(STRATEGIES, method, "topology", topology)
-    seeded = with_option(delay_specs.DELAYS, delay, "seed", seed)
-    return replace(common, strategy=strategy, delays=seeded, seed=seed)
+def _settings(options: StragglerOptions, delay: str, seed: int, method: str) -> Settings:
+    strategy = with_option(STRATEGIES, method, "topology", options.topology)
+    delays = with_option(delay_specs.DELAYS, delay, "seed", seed)
+    fixed = {"checkpoint_every": 0.0, "schedule": "constant"}
+    return settings_of(options, strategy=strategy, delays=delays, seed=seed, **fixed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from hpcsgd import registry
-from hpcsgd.commands.train.settings import FIELDS, Settings, validate
+from hpcsgd.commands.bench.studies.runner import settings_of
+from hpcsgd.commands.train.settings import Settings
 
 #: The label of a link that costs no time.
 FAST = "fast"
@@ -14,18 +15,7 @@ _FACTOR = 4  # gradient time of a slow rank over that of the others
 
 @dataclass(frozen=True)
 class Workload:
-    """Model, data and hyperparameters of a study, equal for all methods.
-
-    Attributes
-    ----------
-    data, model, optimizer, learning_rate, warmup, clip, batch, epochs, evaluate_every
-        As for `hpcsgd train`; after the warm-up the learning rate is constant. Where servers take a step with
-        each group's gradient, it is divided by the number of groups.
-    target
-        Target test loss.
-    base_ms
-        Simulated time of a gradient in milliseconds; four times as long on a slow rank.
-    """
+    """Model, data and hyperparameters of a study, equal for all methods; see `options.StudyOptions`."""
 
     data: str
     model: str
@@ -104,10 +94,11 @@ class StudyCondition:
 def plan_run(workload: Workload, condition: StudyCondition, seed: int, method: str) -> tuple[str, Settings]:
     """The name and the settings of the run of `method` under `condition` with `seed`."""
     delays = f"seconds={workload.base_ms / 1000:g}"
-    settings = Settings(
-        **{k: v for k, v in asdict(workload).items() if k in FIELDS and k != "learning_rate"},
-        strategy=method,
+    settings = settings_of(
+        workload,
+        # Where servers take a step with each group's gradient, the rate is divided by the number of groups.
         learning_rate=workload.learning_rate / _steps_per_iteration(method),
+        strategy=method,
         delays=f"{_delay_model(condition.slow_ranks)}{delays}",
         seed=seed,
         schedule="constant",
@@ -115,7 +106,7 @@ def plan_run(workload: Workload, condition: StudyCondition, seed: int, method: s
         threads=1,
     )
     speeds = "slow" if condition.slow_ranks else "equal"
-    return f"{condition.data}-{condition.link}-{speeds}-{seed}-{method}", validate(settings)
+    return f"{condition.data}-{condition.link}-{speeds}-{seed}-{method}", settings
 
 
 def _steps_per_iteration(method: str) -> int:
