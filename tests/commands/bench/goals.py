@@ -1,4 +1,4 @@
-"""The goals of the studies, judged by their CSV files: `python -m tests.commands.bench.goals FILE`.
+"""The goals of the studies, judged by their CSV files: `python tests/commands/bench/goals.py FILE`.
 
 One line per goal whose methods have run, with the measured value: medians over the seeds.
 """
