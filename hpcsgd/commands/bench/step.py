@@ -132,7 +132,8 @@ def _compare(
     """Return the largest difference of the models of hpcsgd and DDP, and the times."""
     local_loop = plain_loop(copy.deepcopy(model), batches)
     ddp_loop = plain_loop(DistributedDataParallel(copy.deepcopy(model)), batches)
-    other, strategy, size = copy.deepcopy(model), AllReduce(), options.bucket_mib
+    other = copy.deepcopy(model) if options.compress is not None else model
+    strategy, size = AllReduce(), options.bucket_mib
     runs = {HPCSGD: Run(model, sgd(model), strategy, comm=world, bucket_mib=size)}
     if options.compress is not None:
         # A world of its own, which Run makes because the first run of this one is open.

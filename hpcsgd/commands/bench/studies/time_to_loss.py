@@ -63,6 +63,10 @@ class TimeToLossTrial(TargetTrial[StudyCondition]):
 LossRuns = Runs[StudyCondition, TimeToLossTrial]
 
 
+def _percents(runs: LossRuns) -> list[float]:
+    return [100 * trial.accuracy for trial in runs.trials]
+
+
 class TimeToLossStudy(TimeToTarget[StudyCondition, TimeToLossTrial]):
     """All runs of a study; a subclass defines its conditions."""
 
@@ -98,9 +102,7 @@ class TimeToLossStudy(TimeToTarget[StudyCondition, TimeToLossTrial]):
     def final_columns(self) -> list[Column[LossRuns]]:
         """Columns about whole runs."""
         return [
-            Column(
-                lambda r: [100 * t.accuracy for t in r.trials], "", "final\naccuracy (%)", mean_and_deviation
-            ),
+            Column(_percents, heading="final\naccuracy (%)", form=mean_and_deviation),
             Column(lambda r: 100 * r.median(lambda t: t.waiting), heading="waiting\n(%)", form=".0f"),
         ]
 
