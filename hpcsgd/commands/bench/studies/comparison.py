@@ -12,8 +12,9 @@ import numpy as np
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.output import Column, Results
 from hpcsgd.commands.bench.studies.runner import FinishedRun
-from hpcsgd.commands.report.figures import DASHES, PALETTE, Chart, Panel, draw, png, style
+from hpcsgd.commands.report.figures import Chart, Panel, draw, line_styles, png, style
 from hpcsgd.commands.report.records import EvaluationRecords
+from hpcsgd.commands.report.words import in_words
 from hpcsgd.strategies import build
 
 if TYPE_CHECKING:
@@ -73,10 +74,10 @@ class Comparison(Generic[S, T]):
         self.trials = trials
         self.conditions: list[S] = list(dict.fromkeys(trial.condition for trial in trials))
         self.methods = list(dict.fromkeys(trial.method for trial in trials))
-        #: Arguments of matplotlib for the line of each method.
+        #: Arguments of matplotlib for the line of each method, all-reduce first.
         self.line_styles: dict[str, dict[str, Any]] = {
-            method: {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i % len(DASHES)]}
-            for i, method in enumerate(self.methods)
+            method: {"color": color, "linestyle": dashes}
+            for method, (color, dashes) in line_styles(self.methods, {"allreduce"}).items()
         }
 
     def tables(self) -> Iterator[Results[Any]]:
@@ -108,7 +109,7 @@ class Comparison(Generic[S, T]):
         with style():
             from matplotlib.lines import Line2D
 
-            legend = [(Line2D([], [], **line), method) for method, line in self.line_styles.items()]
+            legend = [(Line2D([], [], **line), in_words(method)) for method, line in self.line_styles.items()]
             return draw(Chart(self.name, "", self.panels(), legend), self.panels_in_row)
 
 
