@@ -39,7 +39,9 @@ def run() -> None:
     try:
         main()
     except SystemExit as end:
-        shutdown.leave_process(int(end.code or 0))
+        if shutdown.runs_foreign_code() or not isinstance(end.code, int):
+            raise
+        shutdown.leave_process(end.code)
 
 
 def main() -> None:
@@ -75,7 +77,7 @@ def _exit(code: int, show: Callable[[], None]) -> None:
 def _one_line(error: click.UsageError) -> str:
     """The message of a wrong command line, and where to read on; of an incomplete one the help itself."""
     message, context = error.format_message(), error.ctx
-    if context is not None and message == context.get_help():
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # of click 8.2
         return message
     command = context.command_path if context is not None else "hpcsgd"
     return f"hpcsgd: {' '.join(message.split()).rstrip('.')}; see {command} --help"

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from hpcsgd import registry
-from hpcsgd.errors import BadOption
+from hpcsgd.errors import BadOption, unknown
 
 if TYPE_CHECKING:
     from hpcsgd.compress.base import Compressor
@@ -73,7 +73,10 @@ def check_name(spec: str) -> None:
 def _split(spec: str) -> tuple[list[str], str]:
     """The names of the wrappers, and the spec of the scheme."""
     *wrappers, scheme = re.split(r"\+(?=[a-z])", spec)
-    return list(map(WRAPPERS.check_name, wrappers)), scheme
+    for name in wrappers:
+        if name.strip() not in WRAPPERS:  # which have no options
+            raise unknown("wrapper of a compression scheme", name, WRAPPERS)
+    return [name.strip() for name in wrappers], scheme
 
 
 def spec_of(compressor: Compressor) -> str:

@@ -35,6 +35,7 @@ _DIAGNOSIS_DELAY = 6.0  # for another rank to query all ranks and print its diag
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _COMMANDS = _PACKAGE + "commands" + os.sep
 _lost_ranks: list[bool] = []
+_foreign: list[bool] = []
 #: The rank of MPI_COMM_WORLD that prints errors which all ranks of the last world raise.
 _reporting_rank = [0]
 _finalizes = [False]
@@ -126,6 +127,19 @@ def exit_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def note_foreign_code() -> None:
+    """Let the process of a command end as the interpreter does: code of the user's is imported.
+
+    Its modules may hold open files, or objects with a `__del__`, which count on that.
+    """
+    _foreign.append(True)
+
+
+def runs_foreign_code() -> bool:
+    """Return whether `note_foreign_code` was called."""
+    return bool(_foreign)
+
+
 def leave_process(code: int) -> NoReturn:
     """End the process of a command as the interpreter does, but without taking its modules apart.
 
@@ -137,7 +151,7 @@ def leave_process(code: int) -> NoReturn:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe
             stream.flush()
     # With Python's lock held, so that no other thread meets what the exit functions take apart.

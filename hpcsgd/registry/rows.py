@@ -61,5 +61,8 @@ class Rows(MutableMapping[str, Callable[..., T]]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self)})"
+
     def __len__(self) -> int:
         return len(self._rows)

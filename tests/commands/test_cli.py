@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hpcsgd.commands import cli
 from hpcsgd.commands.train.settings import FIELDS
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import launcher
-from tests.support.launch import launch, run_alone
+from tests.support.launch import CLI, launch, run_alone
 
 # A machine without MPI; torch is hidden too, except for the help of train, which lists the models.
 HELP = """
@@ -78,6 +79,9 @@ WRONG = {
     "train --strategy ring": "unknown strategy 'ring'; use one of: adpsgd, allreduce",
     "train --compress ef+sign": "unknown compression scheme 'sign'; use one of: bf16",
     "train --compress e+topk": "unknown wrapper of a compression scheme 'e'; use one of: ef",
+    "train --compress ef:x=1+topk": "unknown wrapper of a compression scheme 'ef:x=1'; use one of: ef",
+    "train --lr 0.1": "Did you mean '--learning-rate'?",
+    "train --resume auto": "--resume auto needs the name of the run",
     "train --data digit": "unknown data set 'digit'; use one of: cifar10",
     "train --model resnet": "unknown model 'resnet'; use one of: 2nn",
     "train --optimizer sdg": "unknown optimizer 'sdg'; use one of: adam",
@@ -214,3 +218,36 @@ cli.run()
 def test_the_status_of_a_rank_that_ends_after_another_is_the_status_of_the_job() -> None:
     job = launch(STATUS, 2)
     assert job.returncode == 3 and not job.left, job
+
+
+OWN = """
+import os, sys
+from torch import nn
+
+file = open(os.environ["OWN_FILE"], "w")
+file.write("kept")
+
+def make(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[-1], classes))
+
+def leave():
+    sys.exit("left")
+"""
+
+
+@pytest.mark.parametrize("call", ["make", "leave"])
+def test_modules_of_the_user_end_as_in_any_python_program(tmp_path: Path, call: str) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    words = f"train --data synthetic:samples=64 --epochs 1 --model own:{call} --out {tmp_path} --progress off"
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}){CLI}run()"
+    environment = {**os.environ, "OWN_FILE": str(tmp_path / "file")}
+    command = [sys.executable, "-c", script, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=environment)
+    assert (tmp_path / "file").read_text() == "kept"
+    assert done.returncode == (call == "leave"), done
+    assert done.stderr.splitlines()[-1:] == ["left"] * (call == "leave"), done
+
+
+def test_a_closed_output_is_no_failure() -> None:
+    words = [sys.executable, "-c", CLI + "run()", "--version"]
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], timeout=50).returncode == 0

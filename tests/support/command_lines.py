@@ -277,7 +277,7 @@ def _check_values(path: list[str], params: Mapping[str, Any]) -> None:
     if path in (["train"], ["tune", "teleportation"]):
         given = {name: params[name] for name in FIELDS}
         if given["resume"]:
-            given["resume"] = "auto"  # its folder need not exist
+            given |= {"resume": "auto", "name": given["name"] or "run"}  # its folder need not exist
         _settings(**given, config=None, element=None)
     elif path[0] == "sbatch" and params["kind"] == "train":
         for arguments in (value for value in params.values() if isinstance(value, tuple)):

@@ -31,7 +31,7 @@ def report(runs: tuple[Path, ...], out: Path, over: str | None) -> None:
     from hpcsgd.commands.report.run_reader import load
     from hpcsgd.commands.report.writer import tables, write
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 160)
     if over is not None:
         console.print(grouped([load(run) for run in runs], over))
         return

@@ -84,6 +84,7 @@ def _check_without_torch(settings: Settings) -> None:
     models.check_fits(
         settings.model or default_model(settings.data), "language" if is_text else "classification"
     )
+    run_folder.check_named(settings)
     run_folder.check_absent(settings)
 
 

@@ -31,13 +31,18 @@ def path_of(settings: Settings) -> Path:
     BadOption
         `--resume auto` without `--name`.
     """
-    if settings.resume == AUTO and not settings.name:
-        raise BadOption(f"--resume {AUTO} needs the name of the run", do="give --name NAME", everywhere=True)
+    check_named(settings)
     if settings.resume not in ("", AUTO):
         return parse_resume(settings.resume)[0]
     schemes = [settings.strategy, *([] if settings.compress == "none" else [settings.compress])]
     method = "-".join(registry.parse(scheme)[0] for scheme in schemes)
     return Path(settings.out) / (settings.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{method}")
+
+
+def check_named(settings: Settings) -> None:
+    """Raise `BadOption` for `--resume auto` without `--name`."""
+    if settings.resume == AUTO and not settings.name:
+        raise BadOption(f"--resume {AUTO} needs the name of the run", do="give --name NAME", everywhere=True)
 
 
 def check_absent(settings: Settings) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcsgd import registry
 from hpcsgd.errors import BadOption
+from hpcsgd.mpi import shutdown
 from hpcsgd.training.data import DATASETS, LANGUAGE_DATASETS
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def _import(module: str, attribute: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script has not the user's folder on its path
     do = f"set --model to module:callable, or to one of: {', '.join(sorted(MODELS))}"
+    shutdown.note_foreign_code()
     try:
         found: object = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
