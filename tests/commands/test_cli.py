@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -240,9 +239,7 @@ def test_modules_of_the_user_end_as_in_any_python_program(tmp_path: Path, call: 
     (tmp_path / "own.py").write_text(OWN)
     words = f"train --data synthetic:samples=64 --epochs 1 --model own:{call} --out {tmp_path} --progress off"
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}){CLI}run()"
-    environment = {**os.environ, "OWN_FILE": str(tmp_path / "file")}
-    command = [sys.executable, "-c", script, *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=environment)
+    done = run_alone(script, *words.split(), env={"OWN_FILE": str(tmp_path / "file")})
     assert (tmp_path / "file").read_text() == "kept"
     assert done.returncode == (call == "leave"), done
     assert done.stderr.splitlines()[-1:] == ["left"] * (call == "leave"), done
@@ -250,4 +247,5 @@ def test_modules_of_the_user_end_as_in_any_python_program(tmp_path: Path, call: 
 
 def test_a_closed_output_is_no_failure() -> None:
     words = [sys.executable, "-c", CLI + "run()", "--version"]
-    assert subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], timeout=50).returncode == 0
+    done = run_alone(f"import os; os.close(1); os.execv({sys.executable!r}, {words})")
+    assert done.returncode == 0 and not done.stderr, done

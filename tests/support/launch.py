@@ -132,13 +132,15 @@ def launch(
     return Finished(process.returncode, out, err, seconds, left, files.split(), timed_out)
 
 
-def run_alone(script: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -c script args` without mpiexec."""
+def run_alone(
+    script: str, *args: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -c script args` without mpiexec; `env` has further environment variables."""
     return subprocess.run(
         [sys.executable, "-c", script, *args],
         capture_output=True,
         text=True,
-        env=_environment("", {}),
+        env=_environment("", env or {}),
         timeout=50,
     )
 

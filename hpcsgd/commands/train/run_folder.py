@@ -52,7 +52,7 @@ def check_absent(settings: Settings) -> None:
     """
     folder = Path(settings.out) / settings.name
     if settings.name and not settings.resume and launcher.is_on_one_machine() and folder.exists():
-        raise _exists(folder)
+        raise _exists(folder, everywhere=True)
 
 
 def claim(folder: Path, settings: Settings) -> None:
@@ -78,8 +78,9 @@ def claim(folder: Path, settings: Settings) -> None:
             raise _exists(folder) from None
 
 
-def _exists(folder: Path) -> BadOption:
-    return BadOption(f"{folder} exists", do=f"choose another --name, or continue that run: --resume {folder}")
+def _exists(folder: Path, *, everywhere: bool = False) -> BadOption:
+    do = f"choose another --name, or continue that run: --resume {folder}"
+    return BadOption(f"{folder} exists", do=do, everywhere=everywhere)
 
 
 def release(folder: Path) -> None:

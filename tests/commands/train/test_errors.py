@@ -37,6 +37,7 @@ def test_errors_are_reported_once(tmp_path: Path) -> None:
         (["--data", "digit"], ["unknown data set 'digit'", "use one of: cifar10"]),
         (["--data", "digits:size=3"], ["data set 'digits' has no option 'size'"]),
         (["--model", "lenet5"], ["unknown model 'lenet5'", "lenet, "]),
+        (["--model", "gpt"], ["model 'gpt' does not fit the data", "lenet, ", "text"]),
         (["--strategy", "locl"], ["unknown strategy 'locl'", "use one of: "]),
         (["--strategy", "dsgd:topology=rng"], ["unknown topology 'rng'", "one-peer-exponential, "]),
         (["--strategy", "local:period=0"], ["option 'period' of strategy 'local'", "from 1 to 1e9"]),
@@ -55,7 +56,6 @@ def test_errors_are_reported_once(tmp_path: Path) -> None:
     late: list[Wrong] = [
         (["--name", "run"], [f"{run} exists", "choose another --name", f"--resume {run}"]),
         (["--data", f"mnist:path={tmp_path}"], ["files of the data set are missing", "path=FOLDER"]),
-        (["--model", "gpt"], ["unknown classification model 'gpt'", "lenet, "]),
         (["--model", "nowhere:model"], ["there is no module 'nowhere'"]),
         (["--model", "own:fails"], ["mine"]),
         (["--resume", run / "checkpoints" / "step-00000009"], ["no checkpoint of step 9", "steps 1, 2"]),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hpcsgd.training import data
+from hpcsgd.training.data.loader import Loader
 from tests.support.launch import launch, rank_processes
 from tests.support.train_jobs import CLI, NOISY, newest_state, records, trained, without_times
 
@@ -55,7 +56,7 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
     """Mid-epoch, when one rank has run out of data, with dropout, momentum and accumulation."""
     (tmp_path / "own.py").write_text(NOISY)
     source = data.load(f"synthetic:samples={SAMPLES}").train
-    lengths = [len(data.Loader(source, BATCH, rank, 2, ALPHA, SEED)) for rank in range(2)]
+    lengths = [len(Loader(source, BATCH, rank, 2, ALPHA, SEED)) for rank in range(2)]
     assert min(lengths) < STOP_AT_PASS < max(lengths) - 2, lengths
 
     common = (

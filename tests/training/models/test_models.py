@@ -143,8 +143,12 @@ def test_weights_are_a_function_of_the_seed() -> None:
 def test_bad_specs_list_what_is_valid() -> None:
     for spec, data, message in [
         ("resnet19", images(3, 32, 32), "resnet18, resnet20"),
-        ("gpt", images(3, 32, 32), "unknown classification model 'gpt'"),
-        ("lenet", tokens(), "use one of: gpt"),
+        (
+            "gpt",
+            images(3, 32, 32),
+            "model 'gpt' does not fit the data: expected a classification model: logistic, ",
+        ),
+        ("lenet", tokens(), "expected a language model: gpt; or data"),
         ("2nn:depth=3", images(4), "width=int"),
         ("2nn:shape=3", images(4), "set by hpcsgd"),
         ("resnet18:width", images(3, 32, 32), "key=value"),
