@@ -120,6 +120,6 @@ def assert_reported(runs: list[Path], out: Path) -> None:
     files = sorted(out.iterdir())
     assert {"report.html", "accuracy.png", "loss.png"} <= {file.name for file in files}
     assert all(file.stat().st_size > 1000 and str(file) in result.output for file in files)
-    assert "allreduce" in result.output and "local:period=4" in result.output
+    assert "all-reduce" in result.output and "local SGD" in result.output
     best = max(run_reader.load(runs[0]).test.accuracy)
     assert f"{100 * best:.2f}" in result.output or f"{100 * best:.1f}" in result.output

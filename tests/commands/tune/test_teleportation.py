@@ -59,7 +59,7 @@ def test_search_and_go_on(tmp_path: Path) -> None:
         tmp_path,
         2,
         f"{given} --search-epochs 0.3 --go-on --strategy teleport:active=2x1,topology=ring".split(),
-        f"{given} --strategy dsgd".split(),
+        f"{given}-of-another --strategy dsgd".split(),
         f"{given} --resume {tmp_path / 'it'}".split(),
         f"{given}-too-many --strategy teleport:active=3x2".split(),
     )
