@@ -120,6 +120,7 @@ def test_groups_that_stall_die_join_late_or_are_rejected(tmp_path: Path) -> None
         server.wait_for("is disconnected: ")
         stalls.wait_for_more("test loss", 1)
         assert (late.end(), rejected.end()) == (0, 0), (late.text, rejected.text)
+        server.wait_for("the client has not proved the secret for 10 s")
         stalls.send(signal.SIGUSR1)
         assert (stalls.end(), server.end()) == (0, 0), (stalls.text, server.text)
         for connection in connections:
@@ -131,7 +132,6 @@ def test_groups_that_stall_die_join_late_or_are_rejected(tmp_path: Path) -> None
         "not have the secret",
     ):
         assert reason in server.text and reason in rejected.text, (server.text, rejected.text)
-    assert "the client has not proved the secret for 10 s" in server.text
     # Each of the servers prints it.
     assert server.text.count("have the same seed, 1, and use the same batches") == 2, server.text
     assert "no group is connected: the servers wait up to 3 s (--linger) for" in server.text

@@ -202,7 +202,7 @@ def test_a_report_collects_a_sweep(cluster: Cluster) -> None:
     runs = sorted((cluster.runs / job).iterdir())
     assert [run.name for run in runs] == ["0", "1"] and all((run / "done").exists() for run in runs)
     table = cluster.lab.run(hpcsgd, "report", *runs, "--out", cluster.folder / "report")
-    assert "seed=3" in table and "learning_rate=0.02" in table, table
+    assert "seed 3" in table and "learning rate 0.02" in table, table
     assert (cluster.folder / "report" / "report.html").exists()
 
 
