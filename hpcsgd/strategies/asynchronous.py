@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 from hpcsgd.strategies.context import StrategyContext
@@ -11,7 +11,7 @@ from hpcsgd.strategies.replicas import ReplicaStrategy
 NO_TARGET = 2**62
 
 
-class AsynchronousStrategy(ReplicaStrategy):
+class AsynchronousStrategy(ReplicaStrategy, ABC):
     """A method whose ranks take steps at their own pace, while models are averaged in the background.
 
     Iterations are the steps of all ranks divided by their number; a rank may take more steps than another, or

@@ -62,6 +62,11 @@ each_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 Make = Callable[[], Strategy]
 
 
+def test_a_method_without_its_parts_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="settle"):
+        type("Unfinished", (Halves,), {"settle": AsynchronousStrategy.settle})()
+
+
 @each_method
 def test_one_rank_is_plain_training(alone: Any, make: Make) -> None:
     job = Job(alone, make())

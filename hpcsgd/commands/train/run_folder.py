@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -48,10 +49,10 @@ def check_named(settings: Settings) -> None:
 def check_absent(settings: Settings) -> None:
     """Raise `BadOption` on all ranks if the folder of a new run with a name exists, as `claim` would later.
 
-    On several machines, which may see other folders, that is left to `claim`.
+    On several machines, which may see other folders, that is left to `claim`, as is a path that cannot be.
     """
     folder = Path(settings.out) / settings.name
-    if settings.name and not settings.resume and launcher.is_on_one_machine() and folder.exists():
+    if settings.name and not settings.resume and launcher.is_on_one_machine() and os.path.exists(folder):
         raise _exists(folder, everywhere=True)
 
 
