@@ -62,7 +62,7 @@ class StepStatus:
         """Return whether numbers of 64 bits are equal on all ranks; collective."""
         return self._combine(numbers, np.zeros(0, np.bool_), operation)[0]
 
-    def of_others(self, is_awaited: Callable[[], bool] = lambda: False) -> RankCalls | None:
+    def of_others(self, is_awaited: Callable[[RankCalls], bool] = lambda place: False) -> RankCalls | None:
         """Return the place of a rank that takes this step, for one that leaves it out; None: no rank does.
 
         Waits until that rank has completed its backward passes, or has begun one more than this rank has
@@ -71,7 +71,7 @@ class StepStatus:
         Parameters
         ----------
         is_awaited
-            Whether others wait for this rank elsewhere, at which the wait ends too. Default: never.
+            Whether a rank at this place waits for this one elsewhere: the wait ends too. Default: never.
         """
         world, found = self._world, list[RankCalls]()
         others = [rank for rank in world.all.ranks if rank != world.global_rank]
@@ -84,7 +84,7 @@ class StepStatus:
                     return False
                 if not place.skipping:
                     found.append(place)
-                    return place.completing or place.passes > world.calls.passes or is_awaited()
+                    return place.completing or place.passes > world.calls.passes or is_awaited(place)
                 others.pop(0)
             return True
 

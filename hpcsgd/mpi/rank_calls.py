@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hpcsgd.errors import Disagreement, format_ranks
 
@@ -16,6 +16,9 @@ EQUAL_PASSES = (
     "run equally many backward passes on every rank, or all of a step but the last inside `with "
     "run.accumulate():`, or call run.skip()"
 )
+
+#: By world, the number of its backward pass whose gradients this process averages now.
+_averaging: dict[str, int] = {}
 
 
 @dataclass
@@ -52,6 +55,11 @@ class RankCalls:
         Whether the rank leaves this step out, and takes part in the backward passes of the others.
     weighted
         Whether the ranks have weights in a step.
+    world
+        A name of the world that is the same on all its ranks.
+    averaging
+        In a copy: by world, also by others than this one, the number of the backward pass whose gradients the
+        rank's process averages now.
     """
 
     calls: int = 0
@@ -67,6 +75,8 @@ class RankCalls:
     completing: bool = False
     skipping: bool = False
     weighted: bool = False
+    world: str = ""
+    averaging: dict[str, int] = field(default_factory=dict)
 
     def begin_run(self) -> None:
         """Count from 0 on all ranks, which may have taken unequal numbers of steps before an error."""
@@ -81,6 +91,16 @@ class RankCalls:
     def end_step(self) -> None:
         """Let the next gradient begin a step."""
         self.in_step = self.skipping = self.weighted = False
+
+    @contextmanager
+    def in_pass(self) -> Iterator[None]:
+        """Context in which the gradients of one more backward pass are averaged."""
+        self.passes += 1
+        _averaging[self.world] = self.passes
+        try:
+            yield
+        finally:
+            _averaging.pop(self.world, None)  # worlds of one rank have no name
 
     @contextmanager
     def ending(self) -> Iterator[None]:
@@ -102,7 +122,7 @@ class RankCalls:
 
     def copy(self) -> RankCalls:
         """Return a copy, for a message."""
-        return replace(self)
+        return replace(self, averaging=dict(_averaging))
 
 
 def different_calls(calls: list[str], ranks: list[int]) -> Disagreement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks
 
 T = TypeVar("T")
 
+_names = itertools.count()
 #: Whether this process has started an observer.
 _observed: list[bool] = []
 
@@ -106,7 +108,10 @@ class Runtime:
         if self.comm.size == 1:
             return
         everyone = Communicator(self.comm, range(self.comm.size), self.waiter, self.control_traffic)
-        processes = everyone.gather_objects(process, "the exchange of process ids")
+        name = f"{self.host} {process.pid} {next(_names)}"
+        both = everyone.gather_objects((process, name), "the exchange of process ids")
+        processes, names = map(list, zip(*both, strict=True))
+        self.stall_detector.calls.world = names[0]
         self.stall_detector.connect(processes)
         self.progress.start()
         if self.comm.rank == 0 and launcher.names_processes_only():

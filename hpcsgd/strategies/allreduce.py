@@ -15,6 +15,7 @@ from hpcsgd.collectives.reducer import make_reducer
 from hpcsgd.collectives.sparse_rows import sum_rows
 from hpcsgd.collectives.step_status import REMEDIES, StepStatus
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.mpi.rank_calls import RankCalls
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.tensors.gradients import Gradients
@@ -162,14 +163,14 @@ class AllReduce(Strategy):
             self._aside.take(self.context.batch_weight / self.context.contributors)
 
     def _reduce(self, *, late: bool) -> None:
-        self.context.world.calls.passes += 1
-        if self.context.unused == "error" and not self.context.loop.skipped:
-            check_all_used(self.context.world, self.gradients.unused())
-        self.gradients.finish(late=late)
-        self._finite &= self._reducer.finish()
-        self.gradients.deliver()
-        if self.gradients.sparse:
-            self._reduce_rows()
+        with self.context.world.calls.in_pass():
+            if self.context.unused == "error" and not self.context.loop.skipped:
+                check_all_used(self.context.world, self.gradients.unused())
+            self.gradients.finish(late=late)
+            self._finite &= self._reducer.finish()
+            self.gradients.deliver()
+            if self.gradients.sparse:
+                self._reduce_rows()
         self._reductions += 1
         if self._aside.on_any_rank:
             self._aside = SetAside(self.gradients)
@@ -266,10 +267,10 @@ class AllReduce(Strategy):
             self._aside.clear()
         if self.gradients.is_reporting:
             self._reduce(late=True)
-        others = [each for each in _attached if each._has_ranks_of(self)]
-        while place := self._status.of_others(lambda: any(each._is_behind() for each in others)):
+        others = [each for each in _attached if each is not self]
+        while place := self._status.of_others(lambda place: any(each._is_behind(place) for each in others)):
             for other in others:
-                if other._is_behind():
+                if other._is_behind(place):
                     other._reduce(late=True)
             if place.completing:
                 if place.weighted:
@@ -278,16 +279,10 @@ class AllReduce(Strategy):
             if place.passes > self.context.world.calls.passes:
                 self._reduce(late=True)
 
-    def _has_ranks_of(self, other: AllReduce) -> bool:
-        """Whether this is another run with the same ranks, as that of the critic of a GAN."""
-        worlds = self.context.world, other.context.world
-        return worlds[0].calls is not worlds[1].calls and worlds[0].all.ranks == worlds[1].all.ranks
-
-    def _is_behind(self) -> bool:
-        """Whether other ranks average a backward pass in which this rank takes no part."""
-        world = self.context.world
-        places = [world.place(rank) for rank in world.all.ranks if rank != world.global_rank]
-        return any(place.passes > world.calls.passes for place in places if place is not None)
+    def _is_behind(self, place: RankCalls) -> bool:
+        """Whether the rank at this place averages a backward pass of this run without this rank."""
+        calls = self.context.world.calls
+        return place.averaging.get(calls.world, 0) > calls.passes
 
     def _reduce_some(self, by_hand: np.ndarray) -> None:
         """Average gradients that the loop has set since the end of backward."""

@@ -178,6 +178,25 @@ def test_a_skipped_step_whose_backward_pass_reaches_another_run(world: Any, rank
 
 
 @pytest.mark.mpi(min_size=2)
+def test_a_skipped_step_asks_for_no_place_in_other_runs(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks may have dropped those, and not answer any more."""
+    models = [nn.Linear(1, 1, bias=False).double() for _ in range(3)]
+    left, *runs = [Run(m, torch.optim.SGD(m.parameters(), 0.1)) for m in models]
+    if world.rank != 0:
+        left.__exit__(RuntimeError, RuntimeError(), None)
+    monkeypatch.setattr(left.world, "place", None)
+    for _ in range(2):
+        if world.rank == 0:
+            runs[0].skip()
+        else:
+            (models[1].weight + 0 * models[2].weight).sum().backward()
+            runs[0].step()
+    assert runs[0].steps == 2
+    for run in runs:
+        run.close()
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("when", ["before backward", "after backward"])
 def test_a_skipped_step_in_which_a_layer_is_unfrozen(world: Any, when: str) -> None:
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
