@@ -14,6 +14,7 @@ from hpcsgd.collectives import mpi_library, node, ring, two_level
 from hpcsgd.collectives.staging import CUDA_AWARE, IN_WINDOWS, Operation, after_compute, via_host
 from hpcsgd.errors import BadOption, unknown
 from hpcsgd.mpi.progress import Work
+from hpcsgd.mpi.tasks import Steps
 from hpcsgd.tensors.group import SUMMABLE, Bucket, TensorGroup
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 
 Target = TensorGroup | Bucket
 
-ALGORITHMS: dict[str, Callable[[Bucket, str, float], None]] = {
+ALGORITHMS: dict[str, Callable[[Bucket, float], Steps[None]]] = {
     "library": mpi_library.allreduce,
     "ring": ring.allreduce,
     "node": node.allreduce,
@@ -138,7 +139,7 @@ def _choose_allreduce(name: str, bucket: Bucket) -> Operation:
     return ALGORITHMS[choose_algorithm(bucket) if name == "auto" else name]
 
 
-def _scale(bucket: Bucket, operation: str, scale: float) -> None:
+def _scale(bucket: Bucket, scale: float) -> None:
     if scale != 1.0:
         bucket.flat.mul_(scale)
 
@@ -210,7 +211,7 @@ def _submit(target: Target, kind: str, choose: Callable[[Bucket], Operation], *a
     progress, work = target.world.progress, None
     for bucket in _buckets(target):
         name = _operation_name(kind, bucket)
-        work = progress.submit(name, _job(choose(bucket), bucket, name, *arguments))
+        work = progress.submit(name, _job(choose(bucket), bucket, *arguments))
     # Jobs are executed in order, and none after a failed one, so the last work represents all.
     return work or progress.submit(f"{kind} of an empty group", lambda: None)
 
@@ -219,13 +220,13 @@ def _run(target: Target, kind: str, choose: Callable[[Bucket], Operation], *argu
     progress = target.world.progress
     for bucket in _buckets(target):
         name = _operation_name(kind, bucket)
-        progress.run(name, _job(choose(bucket), bucket, name, *arguments))
+        progress.run(name, _job(choose(bucket), bucket, *arguments))
 
 
-def _job(operation: Operation, bucket: Bucket, name: str, *arguments: Any) -> Callable[[], object]:
+def _job(operation: Operation, bucket: Bucket, *arguments: Any) -> Callable[[], object]:
     if operation is _scale:  # a single rank, which communicates nothing
-        return after_compute(bucket.flat.device, partial(operation, bucket, name, *arguments))
-    return via_host(operation, bucket, name, *arguments)
+        return after_compute(bucket.flat.device, partial(operation, bucket, *arguments))
+    return via_host(operation, bucket, *arguments)
 
 
 def _operation_name(kind: str, bucket: Bucket) -> str:

@@ -8,7 +8,6 @@ bucket are in flight, the communication thread encodes the next buckets and deco
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -18,22 +17,16 @@ import torch
 from torch import Tensor
 
 from hpcsgd.collectives import ALGORITHMS, check_algorithm, choose_algorithm, node
+from hpcsgd.collectives.bucket_order import BucketOrder
 from hpcsgd.collectives.bucket_shards import BucketShard, locate_non_finite, make_shards
-from hpcsgd.collectives.pipeline import BucketTask, Pipeline, Steps
 from hpcsgd.collectives.ring import RingCollective
-from hpcsgd.collectives.staging import (
-    on_host,
-    record_event,
-    side_stream,
-    via_host,
-    wait_for,
-    wait_for_compute,
-)
+from hpcsgd.collectives.staging import after_compute, on_host, via_host, wait_for_compute
 from hpcsgd.compress.base import Compressor, Message, RandomKey, all_finite
 from hpcsgd.compress.point_to_point import warm_up
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.progress import Work
+from hpcsgd.mpi.tasks import Steps, Wait, steps_of
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import Bucket, TensorGroup
 
@@ -42,8 +35,8 @@ _TAGS = 2**14  # MPI guarantees tags up to 2**15 - 1
 _MAXIMA, _CODES = "maxima of compressed buckets", "codes of compressed buckets"
 _OPERATIONS = {"max": "MAX", "and": "BAND"}
 
-#: One pipeline for all reductions of a world: messages match because all ranks start them in the same order.
-_pipelines: WeakKeyDictionary[World, Pipeline] = WeakKeyDictionary()
+#: One order for all reductions of a world: messages match because all ranks start them in the same order.
+_last: WeakKeyDictionary[World, BucketOrder] = WeakKeyDictionary()
 
 
 class _NonFinite(Exception):
@@ -87,11 +80,7 @@ class CompressedReducer:
         self._flags = TensorGroup(
             world, [("not finite", torch.zeros(1, device="cpu"))], staged=False
         ).buckets[0]
-        if world not in _pipelines:
-            device = world.device if group.staged else torch.device("cpu")
-            _pipelines[world] = Pipeline(world.waiter, lambda: side_stream(device))
-        self._pipeline = _pipelines[world]
-        self._works: list[tuple[BucketTask, Work]] = []
+        self._works: list[Work] = []
 
     def _sums_inside_nodes(self) -> bool:
         windowed = all(bucket.windowed for bucket in self._group)
@@ -107,32 +96,27 @@ class CompressedReducer:
         number = step if sequence_number is None else sequence_number
         operation = f"compressed all-reduce of bucket {bucket.index} at step {step}"
         shard = self._shards[bucket.index]
-        computed = record_event(bucket.flat.device)
-        task = self._pipeline.add(lambda task: self._steps(task, shard, scale, number, computed))
-        work = self._world.progress.submit(operation, lambda: self._reduce(task, shard, operation))
-        self._works.append((task, work))
+        _last[self._world] = order = BucketOrder(_last.get(self._world))
+        job = after_compute(bucket.flat.device, lambda: self._counted(order, shard, scale, number))
+        self._works.append(self._world.progress.submit(operation, job, order))
 
     def finish(self) -> bool:
         """Wait for all started sums; False: a value is not finite, and all ranks must skip the step."""
         works, self._works = self._works, []
-        for _, work in works:
+        for work in works:
             work.wait()
-        if works and not works[-1][0].done:
-            # A bucket of another reducer followed the last one of this reducer, which is not decoded yet.
-            last = works[-1][0]
-            self._world.progress.run("decoding", lambda: self._pipeline.complete(last))
         # A rank that owns no slice reads the flags of its node.
         finite = not any(bool(row[0]) for row in self._flags.rows or [self._flags.flat])
         if not finite and works:
             self._world.progress.run("the end of a skipped step", self._clear_flag)
         return finite
 
-    def _clear_flag(self) -> None:
+    def _clear_flag(self) -> Steps[None]:
         if len(self._flags.rows) > 1:
-            self._world.local.barrier("the end of a skipped step")
+            yield self._world.local.arrive()
         self._flags.flat.zero_()
         if len(self._flags.rows) > 1:
-            self._world.local.barrier("the end of a skipped step")
+            yield self._world.local.arrive()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the residuals and codec states of this rank."""
@@ -168,53 +152,53 @@ class CompressedReducer:
 
     # The steps of one bucket.
 
-    def _reduce(self, task: BucketTask, shard: BucketShard, operation: str) -> None:
-        """Run the task in its turn, in the communication thread."""
-
-        def sum_buffer(buffer: Bucket) -> None:
-            with self._poll_while_waiting():
-                via_host(ALGORITHMS[self._algorithm_for(buffer)], buffer, operation, 1.0)()
-
-        traffic = self._world.traffic
-        before = traffic.sent + (0 if self._by_node else traffic.shared)
-        self._pipeline.run_to_turn(task, operation, sum_buffer)
-        moved = traffic.sent + (0 if self._by_node else traffic.shared) - before
+    def _counted(self, order: BucketOrder, shard: BucketShard, scale: float, number: int) -> Steps[None]:
+        """Reduce a bucket, and count the bytes that this saves."""
+        reduce = self._reduce_two_level if self._by_node else self._run_codec
+        steps, moved, traffic = reduce(order, shard, scale, number), 0, self._world.traffic
+        while True:
+            before = self._bytes_moved()
+            try:
+                wait = next(steps)
+            except StopIteration:
+                break
+            finally:
+                moved += self._bytes_moved() - before
+            yield wait
+        order.end()
         if self._communicator is not None:
             uncompressed, ranks = shard.values.nbytes, self._communicator.size
             traffic.count(saved=2 * (ranks - 1) * uncompressed // ranks - moved)
 
-    def _steps(
-        self, task: BucketTask, shard: BucketShard, scale: float, number: int, computed: torch.Event | None
-    ) -> Steps:
-        device = shard.bucket.flat.device
-        wait_for(computed, device)
-        reduce = self._reduce_two_level if self._by_node else self._run_codec
-        yield from reduce(task, shard, scale, number)
-        wait_for_compute(device)
+    def _bytes_moved(self) -> int:
+        traffic = self._world.traffic
+        return traffic.sent + (0 if self._by_node else traffic.shared)
 
-    def _reduce_two_level(self, task: BucketTask, shard: BucketShard, scale: float, number: int) -> Steps:
+    def _reduce_two_level(
+        self, order: BucketOrder, shard: BucketShard, scale: float, number: int
+    ) -> Steps[None]:
         """Sum within the node, compress this rank's slice of the sum, and copy the result to the node."""
         world, bucket = self._world, shard.bucket
         if world.local_size > 1:
-            yield from self._pass_barrier(task, shard, 0)
+            yield from self._pass_barrier(order, shard, 0)
             node.reduce(bucket, shard.part, scale, to_all=False)
             yield None
         elif scale != 1.0:
             shard.values.mul_(scale)
         if self._communicator is not None and self._communicator.size > 1:
-            yield from self._run_codec(task, shard, 1.0, number)
+            yield from self._run_codec(order, shard, 1.0, number)
         if world.local_size > 1:
             node.copy_to_node(bucket, shard.part)
-            yield from self._pass_barrier(task, shard, 1)
+            yield from self._pass_barrier(order, shard, 1)
 
-    def _pass_barrier(self, task: BucketTask, shard: BucketShard, index: int) -> Steps:
+    def _pass_barrier(self, order: BucketOrder, shard: BucketShard, index: int) -> Steps[None]:
         """Wait for the node's ranks; buckets pass each of the two barriers in order."""
-        yield lambda: task.may_pass(index)
+        yield Wait(lambda: order.may_pass(index))
         wait_for_compute(shard.bucket.flat.device)
         yield self._barriers[index].arrive()
-        task.barriers_passed = index + 1
+        order.barriers_passed = index + 1
 
-    def _run_codec(self, task: BucketTask, shard: BucketShard, scale: float, number: int) -> Steps:
+    def _run_codec(self, order: BucketOrder, shard: BucketShard, scale: float, number: int) -> Steps[None]:
         """Run the codec, and combine its messages."""
         assert shard.codec is not None and self._communicator is not None
         values, codec = shard.values, shard.codec
@@ -232,9 +216,9 @@ class CompressedReducer:
                 if message is None:
                     yield None
                     continue
-                yield from self._combine(task, shard, message)
+                yield from self._combine(order, shard, message)
                 sums_left -= message.op == "sum"
-                task.all_sent = sums_left == 0 and message.op == "sum" and not self._by_node
+                order.over = sums_left == 0 and message.op == "sum" and not self._by_node
             if narrow:
                 self._check_range(shard)
                 if residual is not None and new_residual is not None:
@@ -275,45 +259,44 @@ class CompressedReducer:
             sums_left -= message is not None and message.op == "sum"
             yield message
 
-    def _combine(self, task: BucketTask, shard: BucketShard, message: Message) -> Steps:
+    def _combine(self, order: BucketOrder, shard: BucketShard, message: Message) -> Steps[None]:
         if message.op == "sum":
-            yield task.may_send
-            task.sent += 1
-            yield from self._sum(task, shard.buffers[message.buffer_index])
-            task.completed += 1
+            yield Wait(order.may_send)
+            order.sent += 1
+            yield from self._sum(order, shard.buffers[message.buffer_index])
+            order.completed += 1
             return
         data = shard.to_host(message.data)
         if message.op == "max" and not all_finite(data) and self._nonfinite == "error":
             raise self._error(shard)
-        yield task.may_send
-        task.sent += 1
+        yield Wait(order.may_send)
+        order.sent += 1
         yield from self._exchange(shard, message, data)
-        task.completed += 1
+        order.completed += 1
         if message.op == "max" and not all_finite(data):
             raise _NonFinite
 
-    def _sum(self, task: BucketTask, buffer: Bucket) -> Steps:
-        """Sum by a ring without blocking; any other algorithm has to wait for the task's turn."""
+    def _sum(self, order: BucketOrder, buffer: Bucket) -> Steps[None]:
+        """Sum by a ring, which may overlap with others; any other algorithm waits for its turn."""
         assert self._communicator is not None
         if self._by_node or (self._algorithm_for(buffer) == "ring" and not self._group.staged):
             with on_host(buffer, slice(0, buffer.numel)) as words:
-                ring = RingCollective(self._communicator, words, "", 1 + task.number % _TAGS)
-                for request, _ in ring.requests(1.0):
-                    yield request.Test
+                yield from RingCollective(self._communicator, words, 1 + order.number % _TAGS).allreduce(1.0)
         else:
-            task.pending_sum = buffer
-            yield lambda: task.pending_sum is None
+            yield Wait(lambda: order.begun)
+            yield from steps_of(via_host(ALGORITHMS[self._algorithm_for(buffer)], buffer, 1.0))
 
-    def _exchange(self, shard: BucketShard, message: Message, data: Tensor) -> Steps:
+    def _exchange(self, shard: BucketShard, message: Message, data: Tensor) -> Steps[None]:
         """Combine the message, which is `data` on the host."""
         assert self._communicator is not None
         communicator = self._communicator.dup(_MAXIMA if message.op == "max" else _CODES)
         if message.gathered is None:
-            yield communicator.iallreduce(_unsigned(data), _OPERATIONS[message.op]).Test
             result, target = data, message.data
+            request = communicator.iallreduce(_unsigned(data), _OPERATIONS[message.op])
         else:
             result, target = shard.to_host(message.gathered), message.gathered
-            yield communicator.iallgather(_bytes(data), _bytes(result)).Test
+            request = communicator.iallgather(_bytes(data), _bytes(result))
+        yield communicator.completion(request)
         if result is not target:
             target.copy_(result, non_blocking=True)
 
@@ -321,18 +304,6 @@ class CompressedReducer:
         name = choose_algorithm(buffer) if self._algorithm == "auto" else self._algorithm
         # MPI would have to send half precision as float32.
         return "ring" if name == "library" and buffer.flat.element_size() < 4 else name
-
-    @contextlib.contextmanager
-    def _poll_while_waiting(self) -> Iterator[None]:
-        """Within this context, waits for messages advance the other buckets."""
-        communicators = [comm for comm in (self._world.all, self._world.internode) if comm is not None]
-        for comm in communicators:
-            comm.on_idle = self._pipeline.poll
-        try:
-            yield
-        finally:
-            for comm in communicators:
-                comm.on_idle = None
 
     def _error(self, shard: BucketShard) -> HpcsgdError:
         rank, name = locate_non_finite(shard, self._by_node)

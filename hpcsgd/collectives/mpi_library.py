@@ -5,23 +5,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hpcsgd.mpi.tasks import Steps
 from hpcsgd.tensors.group import Bucket
 
 
-def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
+def allreduce(bucket: Bucket, scale: float) -> Steps[None]:
     """Sum by `MPI_Allreduce`; half precision, which MPI lacks, is sent as float32."""
     world, data = bucket.world, bucket.host
     if data.element_size() < 4:
         wide = data.to(torch.float32)
-        world.all.allreduce(wide.numpy(), operation)
+        yield world.all.completion(world.all.iallreduce(wide.numpy(), "SUM"))
         data.copy_(wide.mul_(scale))
     else:
-        world.all.allreduce(_array(data), operation)
+        yield world.all.completion(world.all.iallreduce(_array(data), "SUM"))
         if scale != 1.0:
             data.mul_(scale)
 
 
-def allreduce_on_device(bucket: Bucket, operation: str, scale: float) -> None:
+def allreduce_on_device(bucket: Bucket, scale: float) -> None:
     """Sum device memory by a CUDA-aware `MPI_Allreduce`.
 
     Uses the blocking call, because the non-blocking one crashes on device memory in several MPI libraries
@@ -32,9 +33,10 @@ def allreduce_on_device(bucket: Bucket, operation: str, scale: float) -> None:
         bucket.flat.mul_(scale)
 
 
-def broadcast(bucket: Bucket, operation: str, root: int) -> None:
+def broadcast(bucket: Bucket, root: int) -> Steps[None]:
     """Overwrite with the bucket of `root` by `MPI_Bcast`."""
-    bucket.world.all.broadcast(bucket.host.view(torch.uint8).numpy(), root, operation)
+    world = bucket.world
+    yield world.all.completion(world.all.ibroadcast(bucket.host.view(torch.uint8).numpy(), root), root)
 
 
 def _array(data: torch.Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ from hpcsgd.collectives.peers import Peers
 from hpcsgd.collectives.staging import copy_to, wait_for_compute
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.node import NATIVE_WAIT_SLICE
-from hpcsgd.mpi.progress import POLL_INTERVAL
+from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Wait
 from hpcsgd.tensors.group import TensorGroup
 from hpcsgd.tensors.memory import pinned
 from hpcsgd.tensors.weighted_sum import weighted_sum
@@ -36,7 +36,7 @@ _EXCHANGES = 16  # of one world, whose messages have distinct tags
 class Exchange:
     """Publication and averaging of the models of all peers; collective when created.
 
-    All methods are executed as jobs of the communication thread, or one after the other in its place.
+    Its steps are those of tasks of the communication thread, or executed one after the other in its place.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ class Exchange:
                 torch.zeros(1, dtype=dtype, device="cpu"), [(torch.zeros(1, dtype=dtype, device="cpu"), 1.0)]
             )
 
-    def publish(self, peer: int, version: int, readers: Sequence[int]) -> None:
+    def publish(self, peer: int, version: int, readers: Sequence[int]) -> Steps[None]:
         """Publish the current model of a peer of this rank as `version`.
 
         Waits until all readers of the version before the last have released the peer's next slot.
@@ -128,7 +128,7 @@ class Exchange:
         slot, self._next_slot[index] = self._next_slot[index], 1 - self._next_slot[index]
         operation = f"slot of peer {peer} for version {version}"
         row = self._members.index(self.world.rank)
-        self._wait_until(
+        yield self._wait(
             lambda micros: self._kernel.wait_until_free(
                 self._flags[row], index, slot, self.world.local.spins, micros
             ),
@@ -136,7 +136,7 @@ class Exchange:
             readers,
         )
         for request, rank in self._sends.pop((index, slot), []):
-            self._communicator.wait(request, operation, rank)
+            yield self._completion(request, rank, operation)
         copy_to(self._groups[index], self._slot(row, index, slot))
         local = [reader for reader in readers if self.peers.rank_of(reader) in self._members]
         self._kernel.publish(self._flags[row], index, slot, version + 1, len(local))
@@ -149,7 +149,7 @@ class Exchange:
                 for message in messages
             ]
 
-    def mix(self, peer: int, version: int, terms: Terms, into: Sequence[Tensor] | None = None) -> None:
+    def mix(self, peer: int, version: int, terms: Terms, into: Sequence[Tensor] | None = None) -> Steps[None]:
         """Set the model of a peer of this rank to the weighted sum of models of `version`.
 
         Parameters
@@ -176,9 +176,9 @@ class Exchange:
                 models.append((self._own_buffers(group), weight))
                 copy_to(group, models[-1][0])
             elif source in receives:
-                models.append((self._receive(source, version, *receives[source]), weight))
+                models.append(((yield from self._receive(source, version, *receives[source])), weight))
             else:
-                slots.append(self._find_slot(source, version))
+                slots.append((yield from self._find_slot(source, version)))
                 models.append((self._slot(*slots[-1]), weight))
 
         for number, out in enumerate(self._own_buffers(group) if into is None else into):
@@ -213,27 +213,31 @@ class Exchange:
         """Whether some ranks have no common memory with this one, and are sent messages."""
         return len(self._members) < self.world.size
 
-    def poll(self) -> float:
-        """Progress the sends of `publish`; a poller, for methods whose jobs are submitted and waited for.
+    def progress_sends(self) -> Steps[None]:
+        """Progress the sends of `publish`; a service, for methods whose tasks are submitted and waited for.
 
-        Unlike `flush` it does not delay later jobs until the messages have been received.
+        Unlike `flush` it does not delay later tasks until the messages have been received.
         """
-        for request, _ in [send for sends in self._sends.values() for send in sends]:
-            request.Test()
-        return POLL_INTERVAL
+        while True:
+            for request, _ in [send for sends in self._sends.values() for send in sends]:
+                request.Test()
+            yield POLL_INTERVAL
 
     def flush(self) -> None:
-        """Submit a job that completes all sends so far, while the compute thread continues."""
+        """Submit a task that completes all sends so far, while the compute thread continues."""
         if self.uses_messages:
             self.world.progress.submit("messages to neighbours", self._complete_sends)
 
-    def _complete_sends(self) -> None:
+    def _complete_sends(self) -> Steps[None]:
         for sends in self._sends.values():
             for request, rank in sends:
-                self._communicator.wait(request, "messages to neighbours", rank)
+                yield self._completion(request, rank)
             sends.clear()
 
-    def _find_slot(self, source: int, version: int) -> tuple[int, int, int]:
+    def _completion(self, request: Any, rank: int, operation: str | None = None) -> Wait:
+        return self._communicator.completion(request, rank)._replace(operation=operation)
+
+    def _find_slot(self, source: int, version: int) -> Steps[tuple[int, int, int]]:
         """Wait for a model of a peer of this node; returns its row, index and slot."""
         row, index = self._members.index(self.peers.rank_of(source)), self.peers.index(source)
         slot, spins = -1, self.world.local.spins
@@ -243,16 +247,16 @@ class Exchange:
             slot = self._kernel.wait_for_version(self._flags[row], index, version + 1, spins, micros)
             return bool(slot >= 0)
 
-        self._wait_until(is_published, f"model of peer {source}, version {version}", [source])
+        yield self._wait(is_published, f"model of peer {source}, version {version}", [source])
         return row, index, slot
 
-    def _wait_until(self, done: Any, operation: str, peers: Sequence[int]) -> None:
+    def _wait(self, done: Any, operation: str, peers: Sequence[int]) -> Wait:
         def check() -> bool:
             # Sends to other nodes only progress within MPI calls.
             pending = [r for sends in self._sends.values() for r, _ in sends if not r.Test()]
             return bool(done(_POLL_MICROSECONDS if pending else NATIVE_WAIT_SLICE))
 
-        self.world.waiter.until(check, operation, lambda: {self.peers.rank_of(peer) for peer in peers})
+        return Wait(check, lambda: {self.peers.rank_of(peer) for peer in peers}, operation)
 
     def _message(self, row: int, index: int, slot: int) -> Tensor:
         """Return the bytes of a slot of this rank, in memory of the host."""
@@ -272,11 +276,11 @@ class Exchange:
         tag = self._tag(source, peer, version)
         return number, [self._communicator.irecv(part, rank, tag) for part in message_buffers(memory)]
 
-    def _receive(self, source: int, version: int, number: int, requests: list[Any]) -> list[Tensor]:
+    def _receive(self, source: int, version: int, number: int, requests: list[Any]) -> Steps[list[Tensor]]:
         """Wait for a model that is sent as message; returns it on `device`, one tensor a bucket."""
         operation = f"model of peer {source}, version {version}"
         for request in requests:
-            self._communicator.wait(request, operation, self.peers.rank_of(source))
+            yield self._completion(request, self.peers.rank_of(source), operation)
         memory = self._receive_buffers[number]
         if self.device.type != "cpu":
             if number not in self._received:

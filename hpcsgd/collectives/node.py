@@ -14,12 +14,13 @@ import torch
 
 from hpcsgd.collectives.staging import wait_for_compute
 from hpcsgd.mpi.node import NATIVE_WAIT_SLICE
+from hpcsgd.mpi.tasks import Steps, Wait
 from hpcsgd.tensors.group import Bucket
 
 _CHUNK = 64 * 1024  # elements of half precision that are summed at a time: they fit the second-level cache
 
 
-def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
+def allreduce(bucket: Bucket, scale: float) -> Steps[None]:
     """All-reduce: each rank reduces one part of the bucket, directly into the buffers of all ranks.
 
     Needs no copy and no message: every buffer is read once and written once. A bucket of a few KiB is copied
@@ -27,9 +28,9 @@ def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
     """
     world, matrix = bucket.world, bucket.matrix
     if matrix is None:
-        barrier(bucket, operation)
+        yield barrier(bucket)
         reduce(bucket, bucket.own_part, scale, to_all=True)
-        barrier(bucket, operation)
+        yield barrier(bucket)
         return
     kernel = _kernel()
     start, me, factor = bucket.start, world.local_rank, matrix.dtype.type(scale)
@@ -51,39 +52,42 @@ def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
         phase, target = run(phase, target, local.flags, *arguments, local.spins, NATIVE_WAIT_SLICE)
         return bool(phase == kernel.DONE)
 
-    world.waiter.until(done, operation, lambda: world.local.missing(target))
+    yield Wait(done, lambda: local.missing(target))
 
 
-def broadcast(bucket: Bucket, operation: str, root: int) -> None:
+def broadcast(bucket: Bucket, root: int) -> Steps[None]:
     """Broadcast: each rank copies the bucket of the root."""
     world = bucket.world
-    barrier(bucket, operation)
+    yield barrier(bucket)
     source = world.local.members.index(root)
     if source != world.local_rank:
         world.traffic.count(shared=bucket.nbytes)
         bucket.own_row.copy_(bucket.rows[source])
-    barrier(bucket, operation)
+    yield barrier(bucket)
 
 
-def reduce_scatter(bucket: Bucket, operation: str, scale: float) -> None:
+def reduce_scatter(bucket: Bucket, scale: float) -> Steps[None]:
     """Reduce-scatter: each rank reduces its part into its own buffer."""
-    barrier(bucket, operation)
+    yield barrier(bucket)
     reduce(bucket, bucket.own_part, scale, to_all=False)
-    barrier(bucket, operation)
+    yield barrier(bucket)
 
 
-def allgather(bucket: Bucket, operation: str) -> None:
+def allgather(bucket: Bucket) -> Steps[None]:
     """All-gather: each rank writes its part into all buffers."""
-    barrier(bucket, operation)
+    yield barrier(bucket)
     copy_to_node(bucket, bucket.own_part)
-    barrier(bucket, operation)
+    yield barrier(bucket)
 
 
-def barrier(bucket: Bucket, operation: str) -> None:
-    """Wait for all ranks of the node, and before for what is queued on the current stream of their device."""
+def barrier(bucket: Bucket) -> Wait:
+    """Arrive at a barrier of the node's ranks, once the current stream of the device has done what is queued.
+
+    Returns the wait for the other ranks.
+    """
     if bucket.windowed:
         wait_for_compute(bucket.flat.device)
-    bucket.world.local.barrier(operation)
+    return bucket.world.local.arrive()
 
 
 def reduce(bucket: Bucket, part: slice, scale: float, *, to_all: bool) -> None:

@@ -11,32 +11,32 @@ Ring reduce-scatter and all-gather: arXiv 1801.03855, section on tensor collecti
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpcsgd.mpi.communicator import Communicator
+from hpcsgd.mpi.tasks import Steps
 from hpcsgd.tensors.group import Bucket, aligned_part
 
 _SUBCHUNK_BYTES = 256 * 1024
 _IN_FLIGHT = 4  # receives posted ahead
 
 
-def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
+def allreduce(bucket: Bucket, scale: float) -> Steps[None]:
     """Sum the bucket over all ranks by one ring."""
-    RingCollective(bucket.world.all, bucket.host, operation).allreduce(scale)
+    return RingCollective(bucket.world.all, bucket.host).allreduce(scale)
 
 
-def reduce_scatter(bucket: Bucket, operation: str, scale: float) -> None:
+def reduce_scatter(bucket: Bucket, scale: float) -> Steps[None]:
     """Sum the bucket so that each rank holds the sum of its part: the first half of the ring."""
-    RingCollective(bucket.world.all, bucket.host, operation).reduce_scatter(scale)
+    return RingCollective(bucket.world.all, bucket.host).reduce_scatter(scale)
 
 
-def allgather(bucket: Bucket, operation: str) -> None:
+def allgather(bucket: Bucket) -> Steps[None]:
     """Distribute the parts to all ranks: the second half of the ring."""
-    RingCollective(bucket.world.all, bucket.host, operation).allgather()
+    return RingCollective(bucket.world.all, bucket.host).allgather()
 
 
 class RingCollective:
@@ -48,16 +48,12 @@ class RingCollective:
         The ranks.
     flat
         1-D, contiguous, on the host, of the same length on every rank; reduced in place.
-    operation
-        Name of the operation, for errors.
     tag
         Tag of its messages; ring collectives with different tags may overlap. Default 0.
     """
 
-    def __init__(self, communicator: Communicator, flat: Tensor, operation: str, tag: int = 0) -> None:
-        self._communicator = communicator
-        self._operation = operation
-        self._tag = tag
+    def __init__(self, communicator: Communicator, flat: Tensor, tag: int = 0) -> None:
+        self._communicator, self._tag = communicator, tag
         rank, ranks = communicator.rank, communicator.size
         self._left, self._right = (rank - 1) % ranks, (rank + 1) % ranks
         chunks = [flat[aligned_part(flat, index, ranks)] for index in range(ranks)]
@@ -66,27 +62,19 @@ class RingCollective:
         self._subchunk_size = size = max(1, -(-longest // count))
         self._subchunks = [[chunk[i * size : (i + 1) * size] for i in range(count)] for chunk in chunks]
 
-    def allreduce(self, scale: float) -> None:
+    def allreduce(self, scale: float) -> Steps[None]:
         """Set the tensor to `scale` times its sum, on every rank."""
-        self._wait(self.requests(scale))
-
-    def requests(self, scale: float) -> Iterator[tuple[Any, int]]:
-        """All-reduce without waiting: yields each request, and its peer, that must complete to continue."""
         return self._hops(0, 2 * (self._communicator.size - 1), scale)
 
-    def reduce_scatter(self, scale: float) -> None:
+    def reduce_scatter(self, scale: float) -> Steps[None]:
         """Set chunk r on rank r to `scale` times its sum."""
-        self._wait(self._hops(0, self._communicator.size - 1, scale))
+        return self._hops(0, self._communicator.size - 1, scale)
 
-    def allgather(self) -> None:
+    def allgather(self) -> Steps[None]:
         """Set chunk r to that of rank r, on every rank."""
-        self._wait(self._hops(self._communicator.size - 1, 2 * (self._communicator.size - 1), 1.0))
+        return self._hops(self._communicator.size - 1, 2 * (self._communicator.size - 1), 1.0)
 
-    def _wait(self, requests: Iterator[tuple[Any, int]]) -> None:
-        for request, peer in requests:
-            self._communicator.wait(request, self._operation, peer)
-
-    def _hops(self, first_hop: int, last_hop: int, scale: float) -> Iterator[tuple[Any, int]]:
+    def _hops(self, first_hop: int, last_hop: int, scale: float) -> Steps[None]:
         """Execute hops [first, last): received sub-chunks are partial sums before hop p-1, final from it on.
 
         At hop h rank r sends chunk r-1-h and receives chunk r-2-h, which it sends at hop h+1.
@@ -108,14 +96,14 @@ class RingCollective:
             buffer = _bytes(self._subchunks[chunk][index])
             sent[chunk, index] = self._communicator.isend(buffer, self._right, self._tag)
 
-        def post(item: int) -> Iterator[tuple[Any, int]]:
+        def post(item: int) -> Steps[None]:
             hop, index = items[item]
             chunk = (rank - 2 - hop) % p
             target = self._subchunks[chunk][index]
             if hop < p - 1:
                 target = spare[item % ahead][: target.numel()]
             elif (chunk, index) in sent:
-                yield sent.pop((chunk, index)), self._right
+                yield self._communicator.completion(sent.pop((chunk, index)), self._right)
             posted.append((self._communicator.irecv(_bytes(target), self._left, self._tag), target))
 
         for index in range(count):
@@ -126,7 +114,7 @@ class RingCollective:
             yield from post(item)
         for item, (hop, index) in enumerate(items):
             request, received = posted.popleft()
-            yield request, self._left
+            yield self._communicator.completion(request, self._left)
             if hop < p - 1:
                 own = self._subchunks[(rank - 2 - hop) % p][index]
                 torch.add(received, own, alpha=1 if scale == 1.0 else scale, out=own)
@@ -135,7 +123,7 @@ class RingCollective:
             if item + ahead < len(items):
                 yield from post(item + ahead)
         for request in sent.values():
-            yield request, self._right
+            yield self._communicator.completion(request, self._right)
 
 
 def _scale(subchunk: Tensor, scale: float) -> None:

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpcsgd.mpi.tasks import Steps, steps_of, stepwise
 from hpcsgd.tensors.group import Bucket, TensorGroup
 
-#: Works on a bucket: `operation(bucket, name, *arguments)`.
-Operation = Callable[..., None]
+#: Works on a bucket: `operation(bucket, *arguments)`.
+Operation = Callable[..., Steps[None] | None]
 
 
-def via_host(operation: Operation, bucket: Bucket, name: str, *arguments: Any) -> Callable[[], None]:
-    """Return a job that runs `operation(bucket, name, *arguments)` on `bucket.host`, between the copies.
+def via_host(operation: Operation, bucket: Bucket, *arguments: Any) -> Callable[[], Steps[None] | None]:
+    """Return a job that runs `operation(bucket, *arguments)` on `bucket.host`, between the copies.
 
     On a GPU the copies run on a stream of the communication thread, after all work that is queued on the
     caller's current stream. The job ends when the result is in device memory, so work that the caller queues
@@ -32,24 +33,22 @@ def via_host(operation: Operation, bucket: Bucket, name: str, *arguments: Any) -
     except in half precision, which MPI lacks.
     """
     if not bucket.staged:
-        return partial(operation, bucket, name, *arguments)
+        return partial(operation, bucket, *arguments)
     device = bucket.flat.device
-    computed = record_event(device)
     cuda_aware = bucket.world.cuda_aware and bucket.flat.element_size() >= 4
     of_mpi = CUDA_AWARE.get(operation) if cuda_aware else None
 
-    def run() -> None:
-        with on_side_stream(device, computed):
-            if of_mpi is not None:
-                wait_for_compute(device)
-                of_mpi(bucket, name, *arguments)
-            elif bucket.windowed and operation in IN_WINDOWS:
-                operation(bucket, name, *arguments)
-            else:
-                with _copied(bucket.flat, bucket.host):
-                    operation(bucket, name, *arguments)
+    def run() -> Steps[None]:
+        if of_mpi is not None:
+            wait_for_compute(device)
+            of_mpi(bucket, *arguments)
+        elif bucket.windowed and operation in IN_WINDOWS:
+            yield from steps_of(partial(operation, bucket, *arguments))
+        else:
+            with _copied(bucket.flat, bucket.host):
+                yield from steps_of(partial(operation, bucket, *arguments))
 
-    return run
+    return after_compute(device, run)
 
 
 def on_host(bucket: Bucket, part: slice) -> AbstractContextManager[Tensor]:
@@ -71,20 +70,23 @@ def _copied(values: Tensor, host: Tensor) -> Iterator[Tensor]:
     values.copy_(host, non_blocking=True)
 
 
-def after_compute(device: torch.device, job: Callable[[], object]) -> Callable[[], object]:
+def after_compute(device: torch.device, job: Callable[[], Any]) -> Callable[[], Any]:
     """Return a job that runs `job` after all work that is queued on the caller's current stream.
 
-    The job ends when its copies between device and host are complete. On a CPU it is `job` itself.
+    It runs on the stream of the communication thread, and ends when that has done all. On a CPU it is `job`
+    itself.
     """
     if device.type == "cpu":
         return job
     computed = record_event(device)
 
-    def run() -> None:
-        with on_side_stream(device, computed):
-            job()
+    def run() -> Steps[Any]:
+        wait_for(computed, device)
+        result = yield from steps_of(job)
+        wait_for_compute(device)
+        return result
 
-    return run
+    return lambda: stepwise(partial(side_stream, device), run())
 
 
 def record_event(device: torch.device) -> torch.Event | None:
@@ -102,15 +104,6 @@ def current_stream(device: torch.device) -> torch.Stream:
     """Return the caller's current stream of a device that is no CPU."""
     found: torch.Stream = torch.get_device_module(device).current_stream(device)
     return found
-
-
-@contextlib.contextmanager
-def on_side_stream(device: torch.device, after: torch.Event | None) -> Iterator[None]:
-    """Run the context on the stream of the communication thread, after an event; synchronises at the end."""
-    with side_stream(device) as stream:
-        wait_for(after, device)
-        yield
-        _synchronize(stream)
 
 
 def wait_for_compute(device: torch.device) -> None:
@@ -145,11 +138,6 @@ def _on_stream(device: torch.device) -> Iterator[torch.Stream]:
 def side_stream(device: torch.device) -> AbstractContextManager[torch.Stream | None]:
     """Return a context on the stream of the communication thread; on a CPU it does nothing."""
     return contextlib.nullcontext() if device.type == "cpu" else _on_stream(device)
-
-
-def _synchronize(stream: torch.Stream | None) -> None:
-    if stream is not None:
-        stream.synchronize()
 
 
 _streams: dict[torch.device, torch.Stream] = {}

@@ -11,24 +11,25 @@ from __future__ import annotations
 from hpcsgd.collectives import node
 from hpcsgd.collectives.ring import RingCollective
 from hpcsgd.collectives.staging import on_host
+from hpcsgd.mpi.tasks import Steps
 from hpcsgd.tensors.group import Bucket
 
 
-def allreduce(bucket: Bucket, operation: str, scale: float) -> None:
+def allreduce(bucket: Bucket, scale: float) -> Steps[None]:
     """Sum the bucket over all ranks of all nodes."""
     world = bucket.world
     ring = min(world.local_rank, world.rings)
     # Ranks beyond the last ring own no slice, but pass the barriers before and after the node's reduction.
     part = bucket.part(ring, world.rings) if world.internode else slice(0, 0)
     if world.local_size > 1:
-        node.barrier(bucket, operation)
+        yield node.barrier(bucket)
         # Scaled before the sums between nodes, which would overflow in half precision.
         node.reduce(bucket, part, scale, to_all=False)
     elif scale != 1.0:
         bucket.own_row[part].mul_(scale)
     if world.internode:
         with on_host(bucket, part) as values:
-            RingCollective(world.internode, values, operation).allreduce(1.0)
+            yield from RingCollective(world.internode, values).allreduce(1.0)
     if world.local_size > 1:
         node.copy_to_node(bucket, part)
-        node.barrier(bucket, operation)
+        yield node.barrier(bucket)

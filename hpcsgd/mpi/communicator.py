@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import count, pairwise
 from typing import Any
 
@@ -17,6 +16,7 @@ from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi import large_messages
 from hpcsgd.mpi.large_messages import Parts, as_bytes
 from hpcsgd.mpi.outstanding import Outstanding
+from hpcsgd.mpi.tasks import Wait
 from hpcsgd.mpi.waiting import DeadlineWaiter
 
 Buffer = Any  # a NumPy array, or a device tensor where MPI is CUDA-aware
@@ -38,8 +38,6 @@ class Communicator:
 
     Attributes
     ----------
-    on_idle
-        Called while a wait lasts, or None: does a little other work and returns whether there was any.
     outstanding
         Its receives and collectives that may not have ended.
     """
@@ -55,7 +53,6 @@ class Communicator:
         self._duplicates: dict[str, Communicator] = {}
         self._ids = count()
         self._thread: int | None = None
-        self.on_idle: Callable[[], bool] | None = None
 
     def next_id(self) -> int:
         """Return 0, 1, 2 … at successive calls; each user of the communicator derives its own tags from one.
@@ -109,14 +106,11 @@ class Communicator:
 
     def wait(self, request: Any, operation: str, peer: int | None = None) -> None:
         """Wait for a request; `peer` is the rank of this communicator that it depends on, if one."""
-        missing = None if peer is None else lambda: [self.ranks[peer]]
-        self._waiter.until(partial(self._test, request), operation, missing)
+        self._waiter.until_end_of(self.completion(request, peer), operation)
 
-    def _test(self, request: Any) -> bool:
-        while not request.Test():
-            if self.on_idle is None or not self.on_idle():
-                return False
-        return True
+    def completion(self, request: Any, peer: int | None = None) -> Wait:
+        """Return the wait of a task for a request, see `wait`."""
+        return Wait(request.Test, None if peer is None else lambda: [self.ranks[peer]])
 
     def allreduce(self, buffer: Buffer, operation: str, op: str = "SUM") -> None:
         """Reduce in place with MPI's own all-reduce; `op` is the name of an MPI operation."""
@@ -166,11 +160,11 @@ class Communicator:
     def _count_allreduce(self, buffer: Buffer) -> None:
         self._traffic.count(sent=2 * (self.size - 1) * int(buffer.nbytes) // self.size)
 
-    def broadcast(self, buffer: Buffer, root: int, operation: str) -> None:
-        """Overwrite the buffer with that of `root`."""
+    def ibroadcast(self, buffer: Buffer, root: int) -> Any:
+        """Start to overwrite the buffer with that of `root`."""
         if self.rank == root:
             self._traffic.count(sent=buffer.nbytes)
-        self.wait(self._ibroadcast(buffer, root), operation, root)
+        return self._ibroadcast(buffer, root)
 
     def barrier(self, operation: str) -> None:
         """Wait until all ranks have called this."""

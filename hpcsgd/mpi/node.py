@@ -14,7 +14,7 @@ from hpcsgd.diagnostics.activity import phase
 from hpcsgd.mpi import environment, shutdown
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.shared_memory import SharedAllocator, SharedMemory
-from hpcsgd.mpi.waiting import DeadlineWaiter
+from hpcsgd.mpi.tasks import Wait
 
 if TYPE_CHECKING:
     from hpcsgd.mpi.device_windows import DeviceAllocator
@@ -32,8 +32,6 @@ class Node:
         The communicator of the node.
     members
         For each of its ranks the rank in the world.
-    waiter
-        Waits with a deadline.
     shared_memory, device_windows
         False behaves as if the node had no shared memory, or no device memory that its ranks share.
 
@@ -51,14 +49,13 @@ class Node:
         self,
         comm: Communicator,
         members: Sequence[int],
-        waiter: DeadlineWaiter,
         *,
         shared_memory: bool,
         device_windows: bool,
     ) -> None:
         self.comm, self.members = comm, list(members)
         self.rank, self.size = comm.rank, comm.size
-        self._waiter, self._shared_memory = waiter, shared_memory
+        self._shared_memory = shared_memory
         binding = os.sched_getaffinity(0)
         settings = comm.gather_objects((binding, device_windows), "the comparison of core bindings")
         bindings, self._device_windows = [each for each, _ in settings], all(each for _, each in settings)
@@ -128,16 +125,15 @@ class Node:
         self._parity = 1 - self._parity
         return self._slots[self._parity, dtype]
 
-    def barrier(self, operation: str) -> None:
-        """Wait for all ranks of the node, by flags in shared memory."""
+    def arrive(self) -> Wait:
+        """Arrive at the barrier, by flags in shared memory; return the wait for all ranks of the node."""
         from hpcsgd.kernels.sync import barrier
 
         flags = self.flags
         assert flags is not None, "only where the node has shared memory"
         target = barrier.arrive(flags, self.size, self.rank)
-        self._waiter.until(
+        return Wait(
             lambda: bool(barrier.wait(flags, target, self.spins, NATIVE_WAIT_SLICE)),
-            operation,
             lambda: self.missing(int(target)),
         )
 
@@ -188,12 +184,16 @@ class NodeBarrier:
     def __init__(self, comm: Communicator, allocate: Callable[[int], SharedMemory | None]) -> None:
         from hpcsgd.kernels.sync import barrier
 
-        self._kernel, self._size, self._rank = barrier, comm.size, comm.rank
+        self._kernel, self._size, self._rank, self._ranks = barrier, comm.size, comm.rank, comm.ranks
         memory = allocate(barrier.flags_size(self._size))
         assert memory is not None, "only where the node has shared memory"
         self._flags = memory.rows[0].view(np.int32)
 
-    def arrive(self) -> Callable[[], bool]:
-        """Arrive, once the previous generation is complete; returns a test whether all ranks have arrived."""
-        target = int(self._kernel.arrive(self._flags, self._size, self._rank))
-        return lambda: self._kernel.is_complete(self._flags, target)
+    def arrive(self) -> Wait:
+        """Arrive, once the previous generation is complete; return the wait for all ranks of the node."""
+        kernel, flags = self._kernel, self._flags
+        target = int(kernel.arrive(flags, self._size, self._rank))
+        return Wait(
+            lambda: bool(kernel.is_complete(flags, target)),
+            lambda: [self._ranks[rank] for rank in kernel.missing_ranks(flags, self._size, target)],
+        )

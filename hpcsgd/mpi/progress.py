@@ -1,54 +1,69 @@
-"""The communication thread: executes one queue of jobs in order, the same on all ranks."""
+"""The communication thread: executes a queue of tasks, in an order that all ranks share, and services."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from hpcsgd.diagnostics.activity import ActivityRecord
 from hpcsgd.errors import DeadlineExceeded, HpcsgdError, RankFailed
 from hpcsgd.mpi.departure import Departure
+from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Task, Wait, steps_of
 from hpcsgd.mpi.waiting import DeadlineWaiter
 
 # Seconds, all of them.
 _IDLE_CHECK_INTERVAL = 0.25
 _BUSY_CHECK_INTERVAL = 2.0  # a thread that is never idle checks on other ranks after this long
 _ABANDON_TIMEOUT = 10.0  # for a job to detect that ranks have failed
-#: What a poller returns while it waits for messages, and when it is not to be called any more.
-POLL_INTERVAL, POLLER_ENDED = 1e-3, math.inf
-
-#: Does a little work without waiting, and returns the seconds until it is to be called again at the latest: 0
-#: where it made progress; `POLLER_ENDED` if never again.
-Poller = Callable[[], float]
+_AHEAD = 2  # tasks that may advance before their turn
 
 
-class Work:
-    """A job submitted to the communication thread.
+@dataclass
+class Turn:
+    """The turn of a task that may advance before it begins, and after it is over.
 
-    Its result is ready once `test()` is true; `wait()` returns it or raises the error of the job.
+    Attributes
+    ----------
+    begun
+        Whether all earlier tasks have ended, or their turns are over: this one may do what needs an order.
+    over
+        Set by the task when it does nothing any more that needs an order.
     """
 
-    def __init__(self, progress: Progress, operation: str, job: Callable[[], Any]) -> None:
-        self.operation = operation
+    begun: bool = False
+    over: bool = False
+
+
+class Work(Task):
+    """A task submitted to the communication thread.
+
+    Its result is ready once `test()` is true; `wait()` returns it or raises the error of the task.
+    """
+
+    def __init__(
+        self, progress: Progress, operation: str, job: Callable[[], Any], turn: Turn | None = None
+    ) -> None:
+        super().__init__(steps_of(job))
+        self.operation, self.turn = operation, turn
         self._progress = progress
-        self._job: Callable[[], Any] | None = job
-        self._done = threading.Event()
+        self._ended = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
 
     def test(self) -> bool:
-        """Return whether the job is complete, without waiting."""
-        return self._done.is_set()
+        """Return whether the task has ended, without waiting."""
+        return self._ended.is_set()
 
     def wait(self, timeout: float | None = None) -> Any:
-        """Wait for the job and return its result.
+        """Wait for the end of the task and return its result.
 
         Parameters
         ----------
@@ -58,7 +73,7 @@ class Work:
         Raises
         ------
         DeadlineExceeded
-            When the timeout passes first. The job stays in the queue.
+            When the timeout passes first. The task goes on.
         """
         self._finish(timeout)
         if self._error is not None:
@@ -66,20 +81,20 @@ class Work:
         return self._result
 
     def _finish(self, timeout: float | None) -> None:
-        if not self._done.is_set():
+        if not self._ended.is_set():
             with self._progress.waiting(self.operation):
-                self._progress.waiter.event(self._done, lambda: self.operation, timeout)
+                self._progress.waiter.event(self._ended, lambda: self.operation, timeout)
 
-    def _run(self) -> None:
-        job, self._job = self._job, None
-        assert job is not None
-        try:
-            self._result = self._progress._execute(self.operation, job)
-        except BaseException as error:
-            self._error = error
-        # The job holds the buffers; it is released first, so that a caller that sees "done" may free them.
-        del job
-        self._done.set()
+    def _end(self, result: Any) -> None:
+        # The steps hold the buffers; released first, they may be freed by a caller that sees the end.
+        self._steps, self._result = steps_of(lambda: None), result
+        super()._end(result)
+        self._ended.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End the task by an error."""
+        self._error = error
+        self._end(None)
 
 
 class Progress:
@@ -108,14 +123,17 @@ class Progress:
         self.threaded = threaded
         self.busy_seconds = 0.0
         self.wait_seconds = 0.0
-        self._jobs: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        #: Of the tasks with a `Turn`: those before it, and those whose turn is over.
+        self._early: deque[Work] = deque()
+        self._late: deque[Work] = deque()
         self._count = threading.Lock()
         self._unfinished = 0
         self._failed: BaseException | None = None
         self._failed_at: TracebackType | None = None
         self._thread: threading.Thread | None = None
-        self._pollers: list[Poller] = []
-        self._polling = threading.Lock()
+        self._services: list[Task] = []
+        self._serving = threading.Lock()
         self._compute_waits = False
         self._checked = time.perf_counter()
         self._departure: Departure | None = None
@@ -133,76 +151,96 @@ class Progress:
                 everywhere=True,
             )
 
-    def add_poller(self, poller: Poller) -> None:
-        """Call a poller repeatedly, by one thread at a time: while the communication thread is idle, and in
-        waits.
-        """
-        with self._polling:
-            self._pollers.append(poller)
+    def serve(self, steps: Steps[None]) -> Task:
+        """Execute the steps of a service, by one thread at a time: while no task can go on, and in waits."""
+        service = Task(steps)
+        with self._serving:
+            self._services.append(service)
         self.poll_now()
+        return service
 
-    def remove_poller(self, poller: Poller) -> None:
-        """Stop calling a poller; on return no call of it is in progress."""
-        with self._polling:
-            if poller in self._pollers:
-                self._pollers.remove(poller)
+    def stop_serving(self, service: Task) -> None:
+        """End a service; on return no step of it is in progress."""
+        with self._serving:
+            if service in self._services:
+                self._services.remove(service)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether there are services that have not ended."""
+        return bool(self._services)
 
     def poll_now(self) -> None:
-        """Make the idle thread call all pollers now, before their intervals have passed."""
-        self.submit("a call of the pollers", lambda: None)
+        """Make the idle thread advance all services now, before their intervals have passed."""
+        self.submit("a call of the services", lambda: None)
 
     def poll(self) -> bool:
-        """Call all pollers once, unless the other thread does; return whether one made progress."""
+        """Advance all services once, unless the other thread does; return whether one could go on."""
         return self._poll() == 0
 
     def _poll(self) -> float:
-        if not self._polling.acquire(blocking=False):
-            return POLL_INTERVAL  # the other thread has called them
+        if not self._serving.acquire(blocking=False):
+            return POLL_INTERVAL  # the other thread advances them
         try:
-            pauses = [self._call(poller) for poller in self._pollers]
-            if POLLER_ENDED in pauses:
-                ended = [pause == POLLER_ENDED for pause in pauses]
-                self._pollers = [poller for poller, end in zip(self._pollers, ended, strict=True) if not end]
+            pauses = [self._advance(service) for service in self._services]
+            self._services = [service for service in self._services if not service.done]
             return min(pauses, default=_IDLE_CHECK_INTERVAL)
         finally:
-            self._polling.release()
+            self._serving.release()
 
-    def _call(self, poller: Poller) -> float:
-        with self.waiter.tracer.span(getattr(poller, "__qualname__", "service"), "service"):
-            return poller()
+    def _advance(self, service: Task) -> float:
+        with self.waiter.tracer.span(service.name, "service"):
+            return service.advance()
 
-    def submit(self, operation: str, job: Callable[[], Any]) -> Work:
-        """Queue a job; every rank must submit the same jobs in the same order."""
+    def submit(self, operation: str, job: Callable[[], Any], turn: Turn | None = None) -> Work:
+        """Queue a task; every rank must submit the same tasks in the same order.
+
+        Parameters
+        ----------
+        operation
+            Name of the task, for errors.
+        job
+            Called in its turn; returns its result, or its steps.
+        turn
+            For a task that may advance before its turn and after it. Default: it does not.
+        """
         if self._departure is not None:
             self.check()
-        work = Work(self, operation, job)
-        if not self.threaded:
-            work._run()
-            return work
-        self.start()
+        work = Work(self, operation, job, turn)
         with self._count:
             self._unfinished += 1
-        self._jobs.put(work)
+            if self.threaded:
+                if turn is not None:
+                    self._early.append(work)
+                self._queue.put(work)
+        if self.threaded:
+            self.start()
+        else:
+            self._take_turn(work)
         return work
+
+    def _count_end(self) -> None:
+        with self._count:
+            self._unfinished -= 1
 
     def start(self) -> None:
         """Start the communication thread, which also serves other ranks' requests while it is idle."""
         if self.threaded and self._thread is None:
-            self._thread = threading.Thread(target=self._execute_jobs, name="hpcsgd", daemon=True)
+            self._thread = threading.Thread(target=self._execute_queue, name="hpcsgd", daemon=True)
             self._thread.start()
 
     def run(self, operation: str, job: Callable[[], Any]) -> Any:
-        """Execute a job and return its result; in the calling thread where the queue is empty.
+        """Execute a task and return its result; in the calling thread where the queue is empty.
 
-        The order is the same as with `submit`, and a small job is spared two changes of thread. A job may run
-        another, which is then a part of it.
+        The order is the same as with `submit`, and a small task is spared two changes of thread. A step may
+        run another task, which is then a part of it.
         """
         if self.in_communication_thread():
-            return job()
+            return self.waiter.complete(steps_of(job), operation)
         if self._unfinished:
             return self.submit(operation, job).wait()
-        with self._counted():
-            return self._execute(operation, job)
+        with self._counted(), self._executing(operation):
+            return self.waiter.complete(steps_of(job), operation)
 
     def leave(self, departure: Departure) -> None:
         """Leave once the queue is empty, in the communication thread if there is one; never waits.
@@ -211,7 +249,7 @@ class Progress:
         """
         self._departure = departure
         departure.has_thread = self._thread is not None
-        self._jobs.put(None)
+        self._queue.put(None)
 
     def in_communication_thread(self) -> bool:
         """Return whether the caller is the communication thread."""
@@ -222,7 +260,7 @@ class Progress:
         return not self._compute_waits and self.in_communication_thread()
 
     def check(self) -> None:
-        """Raise the error of a failed job or poller, or that this rank has left."""
+        """Raise the error of a failed task or service, or that this rank has left."""
         if self._departure is not None and not self.in_communication_thread():
             raise self._departure.error()
         if self._failed is not None:
@@ -231,7 +269,7 @@ class Progress:
     def until(
         self, done: Callable[[], bool], operation: str, missing: Callable[[], Iterable[int]] | None = None
     ) -> None:
-        """Wait in the compute thread for a result of pollers and jobs; raises the error of a failed one.
+        """Wait in the compute thread for a result of services and tasks; raises the error of a failed one.
 
         Parameters
         ----------
@@ -260,7 +298,7 @@ class Progress:
             self.wait_seconds += time.perf_counter() - started
 
     def drain(self, timeout: float | None = None) -> None:
-        """Wait until every job submitted so far is complete; an error is raised by its `Work` only."""
+        """Wait until every task submitted so far has ended; an error is raised by its `Work` only."""
         if self._unfinished:
             self.submit("the outstanding jobs", lambda: None)._finish(timeout)
 
@@ -270,7 +308,7 @@ class Progress:
             return
         if self._departure is None:
             self.drain(timeout)
-            self._jobs.put(None)
+            self._queue.put(None)
         self._stopping.set()
         limit = self.waiter.timeout if timeout is None else timeout
         self._thread.join(limit)
@@ -279,47 +317,107 @@ class Progress:
         self._thread = None
 
     def release(self) -> None:
-        """Forget what refers to buffers: the error of a failed job, pollers, and jobs they have queued."""
+        """Forget what refers to buffers: the error of a failed task, services, and tasks they have queued."""
         self._failed = self._failed_at = None
-        self._pollers.clear()
+        self._services.clear()
         with contextlib.suppress(queue.Empty):
             while True:
-                self._jobs.get_nowait()
+                self._queue.get_nowait()
 
     def abandon(self) -> None:
         """End the thread without its jobs: after ranks have failed, their communication never completes."""
         self._failed = self._failed or RankFailed("a rank of this job has died")
-        self._pollers.clear()
+        self._services.clear()
         thread, self._thread = self._thread, None
         if thread is not None:
-            self._jobs.put(None)
+            self._queue.put(None)
             thread.join(_ABANDON_TIMEOUT)
 
-    def _execute_jobs(self) -> None:
+    def _execute_queue(self) -> None:
         while True:
-            work = self._next_job()
+            work = self._next_work()
             if work is None:
                 if self._departure is not None:
-                    self._pollers.clear()
+                    self._services.clear()
                     self._departure.run(self._stopping.is_set)
                 return
-            work._run()
-            with self._count:
-                self._unfinished -= 1
-            # An idle thread that still held the last job would keep its buffers alive.
+            self._take_turn(work)
+            # An idle thread that still held the last task would keep its buffers alive.
             del work
 
-    def _next_job(self) -> Work | None:
-        """The next job; until there is one, serves other ranks' requests and calls pollers."""
+    def _next_work(self) -> Work | None:
+        """The next task; until there is one, serves other ranks' requests and advances services."""
         checked = time.monotonic()
         while True:
             pause = min(self._poll_or_fail(), _IDLE_CHECK_INTERVAL)
             try:
-                return self._jobs.get(timeout=pause) if pause else self._jobs.get_nowait()
+                return self._queue.get(timeout=pause) if pause else self._queue.get_nowait()
             except queue.Empty:
                 if time.monotonic() - checked > _IDLE_CHECK_INTERVAL / 2:
                     self._check_or_fail()
                     checked = time.monotonic()
+
+    def _take_turn(self, work: Work) -> None:
+        """Execute a task to its end, or until its turn is over and another one waits that may advance."""
+        if work.turn is not None and self.threaded:
+            self._early.remove(work)
+        try:
+            with self._executing(work.operation):
+                self._advance_in_turn(work)
+        except BaseException as error:
+            for each in (work, *self._late):
+                each.fail(error)
+                self._count_end()
+            self._late.clear()
+            return
+        if work.done:
+            self._count_end()
+        else:
+            self._late.append(work)
+
+    def _advance_in_turn(self, work: Work) -> None:
+        turn = work.turn
+        if turn is None:
+            self._end_late()  # this one may wait for them
+        else:
+            turn.begun = True
+        while not work.done and not (turn is not None and turn.over and self._early):
+            if work.awaited is not None:
+                self._wait_for(work.awaited, work.operation)
+            work.step()
+        if not self._early:
+            self._end_late()
+
+    def _wait_for(self, wait: Wait, operation: str) -> None:
+        """Wait in the turn of a task; tasks before and after theirs advance meanwhile."""
+
+        def has_ended() -> bool:
+            while not wait.done():
+                if not self._advance_others():
+                    return False
+            return True
+
+        self.waiter.until_end_of(wait._replace(done=has_ended), operation)
+
+    def _advance_others(self) -> bool:
+        """Advance one task before or after its turn by one step; returns False if none can advance."""
+        # Looks at few tasks: where ranks share cores, the time of a look is taken from ranks that compute.
+        for work in list(self._early)[:_AHEAD]:
+            if work.advance() == 0:
+                return True
+        return self._advance_late()
+
+    def _advance_late(self) -> bool:
+        if not self._late or self._late[0].advance() == POLL_INTERVAL:
+            return False
+        if self._late[0].done:
+            self._late.popleft()
+            self._count_end()
+        return True
+
+    def _end_late(self) -> None:
+        while self._late:
+            self.waiter.until(self._advance_late, self._late[0].operation)
 
     def _poll_or_fail(self) -> float:
         try:
@@ -338,9 +436,10 @@ class Progress:
         # As after a failed job, the next operation raises the error.
         if self._failed is None:
             self._failed, self._failed_at = error, error.__traceback__
-        self._pollers.clear()
+        self._services.clear()
 
-    def _execute(self, operation: str, job: Callable[[], Any]) -> Any:
+    @contextmanager
+    def _executing(self, operation: str) -> Iterator[None]:
         # After a failure the ranks no longer agree on the next operation: none is started.
         self.check()
         started = time.perf_counter()
@@ -351,7 +450,7 @@ class Progress:
         self.activity.begin(operation, started)
         try:
             with self.waiter.tracer.span(operation, "communication"):
-                return job()
+                yield
         except BaseException as error:
             self._failed, self._failed_at = error, error.__traceback__
             raise

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from hpcsgd.diagnostics.trace import NullTracer
 from hpcsgd.errors import DeadlineExceeded, format_ranks
+from hpcsgd.mpi.tasks import Steps, T, Wait
 
 _SPINS = 50
 _LONGEST_SPIN = 1e-3  # seconds; a test may sleep in native code itself
@@ -143,6 +144,20 @@ class DeadlineWaiter:
         if not done():
             with self._recorded(operation, started, missing), self.tracer.span(operation, "wait"):
                 self._sleep_until(done, started, advice)
+
+    def until_end_of(self, wait: Wait, operation: str) -> None:
+        """Return once what a task waits for is true; see `until`."""
+        self.until(wait.done, wait.operation or operation, wait.missing, wait.advice or _ADVICE)
+
+    def complete(self, steps: Steps[T], operation: str) -> T:
+        """Execute the steps of a task in the calling thread, and return its result."""
+        try:
+            while True:
+                wait = next(steps)
+                if isinstance(wait, Wait):
+                    self.until_end_of(wait, operation)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
     def _sleep_until(self, done: Callable[[], bool], started: float, advice: str) -> None:
         checked, warn_at = started, started + self.warn_after

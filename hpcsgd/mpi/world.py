@@ -113,7 +113,6 @@ class World:
         self.local = Node(
             node,
             members,
-            self.waiter,
             shared_memory=runtime.shared_memory,
             device_windows=runtime.device_windows,
         )

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
+from hpcsgd.mpi.tasks import NEVER, POLL_INTERVAL, Steps
 from hpcsgd.server.proof import SecretError
 from hpcsgd.server.protocol import (
     MAX_JSON_BYTES,
@@ -132,13 +132,18 @@ class Connection:
     def closed(self) -> bool:
         return self._closed
 
+    def serve(self) -> Steps[None]:
+        """Send and receive, until the connection is abandoned; a service."""
+        while (pause := self.pump()) < NEVER:
+            yield pause
+
     def pump(self) -> float:
-        """Send and receive without blocking; returns the seconds until the next call (see `Progress`)."""
+        """Send and receive without blocking; returns the seconds until the next call, at the end `NEVER`."""
         with self._lock:
             if self._abandoned:
                 if self._link is not None:
                     self._link.close()
-                return POLLER_ENDED
+                return NEVER
             if self._closed:
                 return _IDLE_INTERVAL
             if self._link is None:

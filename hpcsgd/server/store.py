@@ -19,6 +19,7 @@ from hpcsgd.collectives.staging import after_compute
 from hpcsgd.compress import spec_of
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.progress import Work
+from hpcsgd.mpi.tasks import Steps, Wait
 from hpcsgd.mpi.world import World
 from hpcsgd.server.connection import Connection, Connector, Request
 from hpcsgd.server.delta_coding import ClientDeltaCodec, CodingConfig, shard_codec
@@ -122,8 +123,7 @@ class Store:
 
         timeout = self._world.timeout
         connections = [Connection(connector, hello, timeout) for connector in connectors]
-        for connection in connections:
-            self._world.progress.add_poller(connection.pump)
+        self._services = [self._world.progress.serve(connection.serve()) for connection in connections]
         return connections
 
     # Values.
@@ -249,37 +249,38 @@ class Store:
                 if next_request is not None:
                     self._send(next_request)
 
-    def _finish_push(self, bucket: Bucket, index: int) -> None:
-        self._await_reply(index, bucket)
+    def _finish_push(self, bucket: Bucket, index: int) -> Steps[None]:
+        yield from self._await_reply(index, bucket)
         _to_device(bucket)
         bucket.clear_gaps(slice(0, bucket.numel))
 
-    def _await_reply(self, index: int, bucket: Bucket) -> None:
+    def _await_reply(self, index: int, bucket: Bucket) -> Steps[None]:
         """Wait for the last reply to a push; its values go to the bucket."""
 
         def is_done() -> bool:
             self._continue_pushes()
             return self._requests[index].done
 
-        self._until(is_done, f"the reply to a push of {bucket}")
+        yield _reply(is_done, f"the reply to a push of {bucket}")
         reply = self._record_reply(self._requests.pop(index))
         if index in self._codecs:
             self._codecs[index].decode_reply(reply, bucket.host)
 
-    def _await_replies(self, key: str, group: TensorGroup) -> None:
+    def _await_replies(self, key: str, group: TensorGroup) -> Steps[None]:
         for bucket in group:
             index = self._first_index[key] + bucket.index
             if self._is_gateway_of(index):
-                self._await_reply(index, bucket)
+                yield from self._await_reply(index, bucket)
 
-    def _fetch_or_initialize(self, bucket: Bucket, index: int) -> None:
-        if self._fetch(bucket, index, MessageType.PULL) is ReplyStatus.NO_VALUES:
+    def _fetch_or_initialize(self, bucket: Bucket, index: int) -> Steps[None]:
+        status = yield from self._fetch(bucket, index, MessageType.PULL)
+        if status is ReplyStatus.NO_VALUES:
             _to_host(bucket)
-            self._fetch(bucket, index, MessageType.INIT)
+            yield from self._fetch(bucket, index, MessageType.INIT)
 
     def _fetch(
         self, bucket: Bucket, index: int, message_type: MessageType, join: bool = False
-    ) -> ReplyStatus:
+    ) -> Steps[ReplyStatus]:
         values = _bytes(bucket)
         # The source must stay unchanged until all of it has arrived, even over several links.
         source = values.copy() if message_type is MessageType.INIT else None
@@ -288,18 +289,15 @@ class Store:
         )
         request = Request(header, source, values)
         self._connection(index).send_request(request)
-        status = self._wait_for(request, f"the {message_type.name.lower()} of {bucket}").status
+        reply = yield from self._wait_for(request, f"the {message_type.name.lower()} of {bucket}")
+        status = reply.status
         if status is not ReplyStatus.NO_VALUES:
             _to_device(bucket)
         return status
 
-    def _wait_for(self, request: Request, what: str) -> Header:
-        self._until(lambda: request.done, what)
+    def _wait_for(self, request: Request, what: str) -> Steps[Header]:
+        yield _reply(lambda: request.done, what)
         return self._record_reply(request)
-
-    def _until(self, done: Callable[[], bool], what: str) -> None:
-        advice = "see the output of the servers, and of the other groups, which mode sync awaits"
-        self._world.waiter.until(done, f"{what} (the server has not replied)", advice=advice)
 
     def _record_reply(self, request: Request) -> Header:
         reply = request.reply
@@ -316,11 +314,11 @@ class Store:
     def request_steps(self, steps: int) -> Work:
         """Start to request a quota of steps, see `granted`."""
 
-        def send_claim() -> None:
+        def send_claim() -> Steps[None]:
             if self._world.rank == self.leader:
                 request = Request(Header(MessageType.CLAIM, steps=steps))
                 self._connections[0].send_request(request)
-                self._wait_for(request, "the grant of steps")
+                yield from self._wait_for(request, "the grant of steps")
 
         return self._world.progress.submit("request for steps", send_claim)
 
@@ -340,18 +338,21 @@ class Store:
 
     def close(self) -> None:
         """Close the sessions; collective. Servers that cannot be reached are not waited for."""
-        progress, waiter, what = self._world.progress, self._world.waiter, "the closing of server sessions"
+        progress = self._world.progress
         for connection in self._connections:
             connection.start_close()
-        progress.run(what, lambda: waiter.until(lambda: all(c.closed for c in self._connections), what))
-        for connection in self._connections:
-            progress.remove_poller(connection.pump)
+        progress.run("the closing of server sessions", self._await_closes)
+        for service in self._services:
+            progress.stop_serving(service)
         self._connections = []
 
     def abandon(self) -> None:
         """Stop without a message to the servers, after the run was dropped or left; local."""
         for connection in self._connections:
             connection.abandon()
+
+    def _await_closes(self) -> Steps[None]:
+        yield Wait(lambda: all(connection.closed for connection in self._connections))
 
     def state_dict(self) -> dict[str, Any]:
         """State of this rank; the servers' state is not included."""
@@ -379,6 +380,11 @@ class Store:
             self._push_numbers, self._versions = list(state["rounds"]), list(state["versions"])
         for index, codec in self._codecs.items():
             codec.load_state_dict(state["codes"][index], with_servers)
+
+
+def _reply(done: Callable[[], bool], what: str) -> Wait:
+    advice = "see the output of the servers, and of the other groups, which mode sync awaits"
+    return Wait(done, None, f"{what} (the server has not replied)", advice)
 
 
 def _bytes(bucket: Bucket) -> np.ndarray:

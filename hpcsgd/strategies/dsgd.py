@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hpcsgd.mpi.tasks import Steps
 from hpcsgd.strategies.gossip import Gossip
 from hpcsgd.strategies.step_work import StepWork
 from hpcsgd.topology import TopologySpec
@@ -52,17 +53,17 @@ class DSGD(Gossip):
     def _begin(self, step: int) -> StepWork:
         return self._submit("averaging with neighbours", step, self._average)
 
-    def _average(self, step: int) -> None:
+    def _average(self, step: int) -> Steps[None]:
         """Publish the local models, then average each in place, or with overlap write average - model."""
         peers, graph, exchange = self.context.peers, self.graph, self._exchange
         for peer in peers.local:
-            exchange.publish(peer, step, graph.readers(peer, step))
+            yield from exchange.publish(peer, step, graph.readers(peer, step))
         for peer, changes in zip(peers.local, self._received, strict=True):
             terms = graph.row(peer, step)
             if self.overlap:
-                exchange.mix(peer, step, [(p, w - (p == peer)) for p, w in terms], changes)
+                yield from exchange.mix(peer, step, [(p, w - (p == peer)) for p, w in terms], changes)
             else:
-                exchange.mix(peer, step, terms)
+                yield from exchange.mix(peer, step, terms)
 
     def _add_changes(self) -> None:
         for group, changes in zip(self.parameters.groups, self._received, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hpcsgd.collectives.neighbour_exchange import Exchange
+from hpcsgd.mpi.tasks import Steps
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.replicas import ReplicaStrategy
 from hpcsgd.strategies.step_work import StepWork
@@ -53,6 +54,6 @@ class Gossip(ReplicaStrategy):
         del self._exchange, self._exchange_in_flight
         super().detach()
 
-    def _submit(self, what: str, step: int, job: Callable[[int], None]) -> StepWork:
-        """Run `job(step)` in the communication thread."""
+    def _submit(self, what: str, step: int, job: Callable[[int], Steps[None]]) -> StepWork:
+        """Execute the steps of `job(step)` in the communication thread."""
         return StepWork(self.context.world, f"{what} at step {step}", lambda: job(step))

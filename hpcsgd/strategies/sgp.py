@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hpcsgd.mpi.tasks import Steps
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.gossip import Gossip
 from hpcsgd.strategies.push_sum import PushSumWeights
@@ -74,14 +75,14 @@ class SGP(Gossip):
         for bucket, value in zip(self.parameters.group, before, strict=False):
             bucket.flat.add_(value, alpha=weight - 1)
 
-    def _push(self, step: int) -> None:
+    def _push(self, step: int) -> Steps[None]:
         """Replace every local x by the next z; the weights are those after the step already."""
-        self._publish(step)
+        yield from self._publish(step)
         for peer in self.context.peers.local:
             weight = float(self._weights.local[peer])
             sources = sorted([peer, *self.graph.sources(peer, step)])
             terms = [(source, self._weights.share(source, step) / weight) for source in sources]
-            self._exchange.mix(peer, step, terms)
+            yield from self._exchange.mix(peer, step, terms)
 
     def _merge_and_push(self, step: int) -> None:
         """Replace every local x by the next z, with the shares of the last step; send the next shares."""
@@ -99,15 +100,15 @@ class SGP(Gossip):
                 weighted_sum(bucket.flat, terms)
         self._exchange_in_flight, self._sent = self._submit("shares of neighbours", step, self._receive), step
 
-    def _publish(self, step: int) -> None:
+    def _publish(self, step: int) -> Steps[None]:
         for peer in self.context.peers.local:
-            self._exchange.publish(peer, step, self.graph.readers(peer, step))
+            yield from self._exchange.publish(peer, step, self.graph.readers(peer, step))
 
-    def _receive(self, step: int) -> None:
+    def _receive(self, step: int) -> Steps[None]:
         for peer, shares in zip(self.context.peers.local, self._received, strict=True):
             terms = [(source, self._weights.share(source, step)) for source in self.graph.sources(peer, step)]
             if terms:
-                self._exchange.mix(peer, step, terms, shares)
+                yield from self._exchange.mix(peer, step, terms, shares)
 
     def state_dict(self) -> dict[str, Any]:
         if self._exchange_in_flight is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hpcsgd.collectives.staging import after_compute
 from hpcsgd.diagnostics.traffic import Moved
+from hpcsgd.mpi.tasks import Steps, stepwise
 from hpcsgd.mpi.world import World
 
 
@@ -22,17 +23,16 @@ class StepWork:
     operation
         Name of the job.
     job
-        The job; on a GPU it is executed after all work that is queued there now.
+        Returns the steps; on a GPU they are executed after all work that is queued there now.
     """
 
-    def __init__(self, world: World, operation: str, job: Callable[[], None]) -> None:
+    def __init__(self, world: World, operation: str, job: Callable[[], Steps[None]]) -> None:
         self._traffic, self._moved, self._is_used = world.traffic, Moved(), False
 
-        def run() -> None:
-            with self._traffic.counted_ahead(self._moved):
-                job()
+        def counted() -> Steps[None]:
+            return stepwise(lambda: self._traffic.counted_ahead(self._moved), job())
 
-        self._work = world.progress.submit(operation, after_compute(world.device, run))
+        self._work = world.progress.submit(operation, after_compute(world.device, counted))
 
     def wait(self) -> None:
         """Wait for the job, and count its bytes if this is the first time."""

@@ -12,7 +12,8 @@ import pytest
 
 from hpcsgd import DeadlineExceeded
 from hpcsgd.diagnostics.activity import ActivityRecord
-from hpcsgd.mpi.progress import POLL_INTERVAL, Progress
+from hpcsgd.mpi.progress import Progress, Turn
+from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Wait
 from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks
 
 
@@ -135,30 +136,31 @@ def test_a_wait_ends_when_its_condition_is_true() -> None:
     assert 0.1 < time.monotonic() - began < 5
 
 
-def test_a_poller_runs_while_idle_and_while_waiting_until_removed(progress: Progress) -> None:
+def test_a_service_runs_while_idle_and_while_waiting_until_stopped(progress: Progress) -> None:
     calls: list[str] = []
 
-    def poller() -> float:
-        calls.append(threading.current_thread().name)
-        return POLL_INTERVAL
+    def steps() -> Steps[None]:
+        while True:
+            calls.append(threading.current_thread().name)
+            yield POLL_INTERVAL
 
-    progress.add_poller(poller)
+    service = progress.serve(steps())
     progress.waiter.until(lambda: "hpcsgd" in calls, "the idle thread")
     main = threading.current_thread().name
     progress.waiter.until(lambda: main in calls, "a wait of this thread")
-    progress.remove_poller(poller)
+    progress.stop_serving(service)
     before = len(calls)
     time.sleep(0.02)
     assert len(calls) == before
 
 
-def test_a_failed_poller_fails_the_next_operation(progress: Progress) -> None:
-    def poller() -> float:
-        if threading.current_thread() is threading.main_thread():
-            return POLL_INTERVAL
+def test_a_failed_service_fails_the_next_operation(progress: Progress) -> None:
+    def steps() -> Steps[None]:
+        while threading.current_thread() is threading.main_thread():
+            yield POLL_INTERVAL
         raise KeyError("lost")
 
-    progress.add_poller(poller)
+    progress.serve(steps())
     with pytest.raises(KeyError, match="lost"):
         for _ in range(1000):
             progress.submit("a job", lambda: time.sleep(0.001)).wait()

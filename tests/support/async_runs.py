@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hpcsgd import Run, Strategy
-from hpcsgd.mpi.progress import POLL_INTERVAL
+from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps
 from tests.support.devices import on_device
 
 FEATURES = 4
@@ -85,18 +85,19 @@ def check_averages_within_a_loop(job: Job, pause: Callable[[int], object], atol:
 
 @contextmanager
 def slow_service(world: Any, seed: int) -> Iterator[None]:
-    """Delay the communication thread's pollers at random."""
+    """Delay the communication thread's services at random."""
     rng = random.Random(seed)
 
-    def delay() -> float:
-        time.sleep(rng.random() * 2e-3)
-        return POLL_INTERVAL
+    def delay() -> Steps[None]:
+        while True:
+            time.sleep(rng.random() * 2e-3)
+            yield POLL_INTERVAL
 
-    world.progress.add_poller(delay)
+    service = world.progress.serve(delay())
     try:
         yield
     finally:
-        world.progress.remove_poller(delay)
+        world.progress.stop_serving(service)
 
 
 def train_while_rank_0_is_stopped(job: Job, steps: int) -> list[int]:

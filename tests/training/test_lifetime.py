@@ -259,7 +259,7 @@ def test_asynchronous_runs_leave_nothing_in_a_world_of_the_user(world: Any, stra
                             raise Pruned
             del run
             gc.collect()
-            own.progress.until(lambda: not own.progress._pollers, "the end of the pollers")
+            own.progress.until(lambda: not own.progress.is_serving, "the end of the services")
             # The communication thread may hold it for another moment.
             own.progress.until(
                 lambda freed=freed: gc.collect() >= 0 and freed() is None, "the end of the strategy"
@@ -288,7 +288,7 @@ def test_runs_that_are_dropped_after_their_loop_leave_nothing_in_a_world_of_the_
             freed = weakref.ref(run.strategy)
             del run
             gc.collect()
-            own.progress.until(lambda: not own.progress._pollers, "the end of the pollers")
+            own.progress.until(lambda: not own.progress.is_serving, "the end of the services")
             own.progress.until(
                 lambda freed=freed: gc.collect() >= 0 and freed() is None, "the end of the strategy"
             )
@@ -309,7 +309,7 @@ def test_a_rank_that_leaves_an_asynchronous_run_alone_in_a_world_of_the_user(wor
                 run.step()
                 if world.rank == 0 and step == 2:
                     raise Pruned
-        own.progress.until(lambda: not own.progress._pollers, "the end of the pollers")
+        own.progress.until(lambda: not own.progress.is_serving, "the end of the services")
 
 
 @pytest.mark.mpi(min_size=2)

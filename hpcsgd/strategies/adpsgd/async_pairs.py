@@ -19,7 +19,7 @@ import torch
 from hpcsgd.collectives.neighbour_exchange import message_buffers, split_by_bucket
 from hpcsgd.collectives.staging import copy_to
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
+from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Task
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import TensorGroup
 from hpcsgd.tensors.memory import pinned
@@ -92,9 +92,9 @@ class PairwiseAverager:
         self._ends = 0
         self._headers_sent: list[tuple[Any, np.ndarray]] = []
         self._headers = {other: self._post_receive(other) for other in self._neighbours}
-        self._protocol = self._request_averages() if active else self._reply_to_requests()
+        self._services: list[Task] = []
         if self._neighbours:
-            world.progress.add_poller(self._poll)
+            self._services.append(world.progress.serve(self._serve()))
 
     def total_steps(self) -> int:
         """Return the sum of `counts`."""
@@ -142,7 +142,8 @@ class PairwiseAverager:
 
     def close(self) -> None:
         """Stop to reply; collective, after `quiesce`."""
-        self._world.progress.remove_poller(self._poll)
+        for service in self._services:
+            self._world.progress.stop_serving(service)
         self._world.gather(None, "the close of averages in pairs")
         for request, _ in self._headers.values():
             request.Cancel()
@@ -175,7 +176,16 @@ class PairwiseAverager:
 
     # In the communication thread.
 
-    def _poll(self) -> float:
+    def _serve(self) -> Steps[None]:
+        protocol = self._request_averages() if self._active else self._reply_to_requests()
+        while True:
+            arrived = self._exchange_headers()
+            if self._dropped and self._has_ended():
+                return
+            yield None if next(protocol) or arrived else POLL_INTERVAL
+
+    def _exchange_headers(self) -> bool:
+        """Receive headers and send those that are due; return whether any has arrived."""
         self._headers_sent = [entry for entry in self._headers_sent if not entry[0].Test()]
         arrived = [other for other, (request, _) in self._headers.items() if request.Test()]
         for other in arrived:
@@ -183,9 +193,7 @@ class PairwiseAverager:
         while self._to_notify:
             self._send_header(self._to_notify[-1], _END_OF_STEPS)
             self._to_notify.pop()
-        if self._dropped and self._has_ended():
-            return POLLER_ENDED
-        return 0.0 if next(self._protocol) or arrived else POLL_INTERVAL
+        return bool(arrived)
 
     def _has_ended(self) -> bool:
         """Notify the neighbours of the end once no average is in flight; whether theirs have come too."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.errors import BadOption
+from hpcsgd.mpi.tasks import Steps
 from hpcsgd.strategies.context import StrategyContext
 from hpcsgd.strategies.step_work import StepWork
 from hpcsgd.tensors.group import Bucket, TensorGroup
@@ -130,7 +131,7 @@ class SynchronousPairs:
         operation = f"averaging in pairs at step {step}"
         return StepWork(self._context.world, operation, partial(self._average, step))
 
-    def _average(self, step: int) -> None:
+    def _average(self, step: int) -> Steps[None]:
         """Write the change of each local model by the averages of a step to its replica."""
         peers = self._context.peers
         for bucket, copy in self._each_bucket():
@@ -140,8 +141,8 @@ class SynchronousPairs:
             local = [peer for peer in pair if peer in peers.local]
             version = step * len(pairs) + number
             for peer in local:
-                self._exchange.publish(peer, version, [other for other in pair if other != peer])
+                yield from self._exchange.publish(peer, version, [other for other in pair if other != peer])
             for peer in local:
-                self._exchange.mix(peer, version, [(end, 0.5) for end in sorted(pair)])
+                yield from self._exchange.mix(peer, version, [(end, 0.5) for end in sorted(pair)])
         for bucket, copy in self._each_bucket():
             copy.flat.sub_(bucket.flat)

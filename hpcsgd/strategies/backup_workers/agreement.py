@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcsgd.mpi.node import NATIVE_WAIT_SLICE
-from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
+from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Wait
 from hpcsgd.mpi.world import World
 from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser, words_needed
 
@@ -26,8 +26,8 @@ _LOOK_INTERVAL = 0.1  # seconds between two looks whether this rank has
 class Agreement(Protocol):
     """Agreement in which each rank is one peer."""
 
-    def join(self, end: int) -> tuple[int, list[int]] | None:
-        """Mark this rank as done and wait until the iteration closes.
+    def join(self, end: int) -> Steps[tuple[int, list[int]] | None]:
+        """Mark this rank as done and wait until the iteration closes; in the task `CLOSE_OF_ITERATION`.
 
         Returns
         -------
@@ -86,24 +86,23 @@ class SharedMemoryAgreement:
         closer.open()
         world.gather(None, "the start of an agreement")
 
-    def join(self, end: int) -> tuple[int, list[int]] | None:
+    def join(self, end: int) -> Steps[tuple[int, list[int]] | None]:
         world, words, closer, kernel = self._world, self._words, self._closer, self._kernel
         ticket = kernel.take_ticket(words, 0)
-        self._until(lambda micros: kernel.acquire(words, 0, ticket, world.local.spins, micros))
+        yield self._wait(lambda micros: kernel.acquire(words, 0, ticket, world.local.spins, micros))
         entered = closer.mark_done([world.rank], end)
         if entered is not None and closer.iteration > entered:
             kernel.set_count(words, self._count, closer.iteration)
         kernel.release(words, 0, ticket)
         if entered is None:
             return None
-        self._until(
+        yield self._wait(
             lambda micros: kernel.wait_for_count(words, self._count, entered + 1, world.local.spins, micros)
         )
         return entered, closer.participants(world.rank)
 
-    def _until(self, done: Callable[[int], bool]) -> None:
-        waiter, closer = self._world.waiter, self._closer
-        waiter.until(lambda: bool(done(NATIVE_WAIT_SLICE)), CLOSE_OF_ITERATION, lambda: closer.awaited)
+    def _wait(self, done: Callable[[int], bool]) -> Wait:
+        return Wait(lambda: bool(done(NATIVE_WAIT_SLICE)), lambda: self._closer.awaited)
 
     def state_dict(self) -> dict[str, Any]:
         return self._closer.state_dict()
@@ -151,15 +150,15 @@ class MessageAgreement:
             self._requests = [self._post_receive(rank) for rank in range(world.size)]
         #: On rank 0: the ranks that have dropped the run, and wait for no reply any more.
         self._left: set[int] = set()
-        self._leaving: Any = None
-        world.progress.add_poller(self._poll if world.rank == 0 else self._leave_if_abandoned)
+        steps = self._serve_requests() if world.rank == 0 else self._leave_once_abandoned()
+        self._service = world.progress.serve(steps)
 
-    def join(self, end: int) -> tuple[int, list[int]] | None:
+    def join(self, end: int) -> Steps[tuple[int, list[int]] | None]:
         net = self._net
         reply = net.irecv(self._reply, 0, self._reply_tag)
         request = np.array([end], np.int32)
-        net.wait(net.comm.Isend(request, 0, self._request_tag), CLOSE_OF_ITERATION, 0)
-        net.wait(reply, CLOSE_OF_ITERATION, 0)
+        yield net.completion(net.comm.Isend(request, 0, self._request_tag), 0)
+        yield net.completion(reply, 0)
         (entered, iteration), participants, unused = np.split(self._reply, [2, 2 + self._world.size])
         self._mirror.open(int(iteration), np.flatnonzero(unused).tolist())
         return None if entered < 0 else (int(entered), np.flatnonzero(participants).tolist())
@@ -168,19 +167,20 @@ class MessageAgreement:
         request = np.zeros(1, np.int32)
         return self._net.irecv(request, rank, self._request_tag), request
 
-    def _leave_if_abandoned(self) -> float:
+    def _leave_once_abandoned(self) -> Steps[None]:
         """Send rank 0 that this rank has dropped the run."""
-        if not self._abandoned:
-            return _LOOK_INTERVAL
-        if self._leaving is None:
-            end = np.array([_LEFT], np.int32)
-            self._leaving = self._net.comm.Isend(end, 0, self._request_tag), end
-        return POLLER_ENDED if self._leaving[0].Test() else POLL_INTERVAL
+        while not self._abandoned:
+            yield _LOOK_INTERVAL
+        end = np.array([_LEFT], np.int32)
+        yield self._net.completion(self._net.comm.Isend(end, 0, self._request_tag))
 
-    def _poll(self) -> float:
-        if self._abandoned and len(self._left) == self._world.size - 1 and not self._replies:
-            self._cancel_requests()
-            return POLLER_ENDED
+    def _serve_requests(self) -> Steps[None]:
+        while not self._abandoned or len(self._left) < self._world.size - 1 or self._replies:
+            yield None if self._reply_to_requests() else POLL_INTERVAL
+        self._cancel_requests()
+
+    def _reply_to_requests(self) -> bool:
+        """Handle the requests that have arrived; return whether there were any."""
         busy = False
         for rank, (received, request) in enumerate(self._requests):
             if rank in self._left or not received.Test():
@@ -197,7 +197,7 @@ class MessageAgreement:
                 self._send_reply(entered, self._closer.participants(rank))
         if self._replies:
             self._replies = [entry for entry in self._replies if not entry[0].Test()]
-        return 0.0 if busy else POLL_INTERVAL
+        return busy
 
     def _send_reply(self, entered: int, participants: Sequence[int]) -> None:
         reply = np.zeros_like(self._reply)
@@ -217,8 +217,7 @@ class MessageAgreement:
     def close(self) -> None:
         # Rank 0 may close before the last rank has sent its last request.
         self._world.gather(None, "the end of an agreement")
-        self._world.progress.remove_poller(self._poll)
-        self._world.progress.remove_poller(self._leave_if_abandoned)
+        self._world.progress.stop_serving(self._service)
         if self._world.rank == 0:
             for sent, _ in self._replies:
                 self._net.wait(sent, CLOSE_OF_ITERATION)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hpcsgd.collectives.neighbour_exchange import Exchange
 from hpcsgd.collectives.staging import after_compute
 from hpcsgd.errors import HpcsgdError
+from hpcsgd.mpi.tasks import Steps
 from hpcsgd.registry.limits import Natural
 from hpcsgd.strategies import delays as delay_specs
 from hpcsgd.strategies.backup_workers.closing_rule import IterationCloser, fixed_backups
@@ -139,13 +140,15 @@ class BackupWorkers(ReplicaStrategy):
         self._exchange.flush()
         self.context.step = iteration + 1
 
-    def _mix(self, iteration: int, participants: Sequence[int]) -> None:
+    def _mix(self, iteration: int, participants: Sequence[int]) -> Steps[None]:
         rows = metropolis_among(self._adjacency, participants)
         local = [peer for peer in participants if peer in self.context.peers.local and len(rows[peer]) > 1]
         for peer in local:
-            self._exchange.publish(peer, iteration, [other for other, _ in rows[peer] if other != peer])
+            yield from self._exchange.publish(
+                peer, iteration, [other for other, _ in rows[peer] if other != peer]
+            )
         for peer in local:
-            self._exchange.mix(peer, iteration, rows[peer])
+            yield from self._exchange.mix(peer, iteration, rows[peer])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; valid at the end of `run.batches`, where all ranks are at the same iteration."""

@@ -8,12 +8,12 @@ without another message.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from hpcsgd.mpi.progress import POLL_INTERVAL, POLLER_ENDED
+from hpcsgd.mpi.tasks import Steps, Wait
 from hpcsgd.mpi.world import World
 
 _IDLE_INTERVAL = 60.0  # seconds; `request` makes the thread poll at once
@@ -62,8 +62,7 @@ class ControlAllgather:
         self._tag = self._net.next_id() % self._net.tag_limit
         self._requested, self._due = False, 0.0
         self._source = world.rank
-        self._protocol = self._repeat()
-        world.progress.add_poller(self._poll)
+        self._service = world.progress.serve(self._repeat())
 
     @property
     def missing(self) -> list[int]:
@@ -83,7 +82,7 @@ class ControlAllgather:
 
     def close(self) -> None:
         """Stop; only while all ranks are idle."""
-        self._world.progress.remove_poller(self._poll)
+        self._world.progress.stop_serving(self._service)
 
     def abandon(self) -> None:
         """Stop after the run was dropped or left: local; the messages end when all ranks have dropped theirs.
@@ -92,10 +91,7 @@ class ControlAllgather:
         """
         self._dropped = self._requested = True
 
-    def _poll(self) -> float:
-        return next(self._protocol, POLLER_ENDED)
-
-    def _repeat(self) -> Generator[float, None, None]:
+    def _repeat(self) -> Steps[None]:
         while True:
             while not self._requested:
                 yield _IDLE_INTERVAL
@@ -109,7 +105,7 @@ class ControlAllgather:
             next_in = self._react(rows)
             if next_in is not None:
                 self._requested, self._due = True, time.monotonic() + next_in
-            yield 0.0
+            yield None
 
     def _row(self) -> np.ndarray:
         row = np.zeros(1, self._row_dtype)
@@ -126,7 +122,7 @@ class ControlAllgather:
         assert self._callbacks is not None
         return self._callbacks[1](np.ascontiguousarray(rows["record"]))
 
-    def _gather(self, row: np.ndarray) -> Generator[float, None, np.ndarray]:
+    def _gather(self, row: np.ndarray) -> Steps[np.ndarray]:
         """All-gather by Bruck's algorithm: rows are forwarded over distances 1, 2, 4, ..."""
         rank, size, net = self._world.rank, self._world.size, self._net
         rows, have = np.empty(size, row.dtype), 1
@@ -138,8 +134,7 @@ class ControlAllgather:
                 net.irecv(rows[have : have + count], self._source, self._tag),
                 net.isend(rows[:count], (rank - have) % size, self._tag),
             ]
-            while not all(request.Test() for request in requests):
-                yield POLL_INTERVAL
+            yield Wait(lambda requests=requests: all(request.Test() for request in requests))  # type: ignore[misc]
             have += count
         self._source = rank
         return np.roll(rows, rank)

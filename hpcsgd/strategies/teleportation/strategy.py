@@ -83,9 +83,8 @@ class Teleportation(ReplicaStrategy):
         self._state = PortableOptimizerState(context.world, context.optimizer, copies, context.bucket_mib)
         group_lists = filter(None, (self.parameters.groups, self._state.groups))
         self._exchanges = [Exchange(peers, groups, channel) for channel, groups in enumerate(group_lists)]
-        for exchange in self._exchanges:
-            if exchange.uses_messages:
-                context.world.progress.add_poller(exchange.poll)
+        progress = context.world.progress
+        self._services = [progress.serve(e.progress_sends()) for e in self._exchanges if e.uses_messages]
         self._scheduled = False
         self._latest_holders: tuple[int, ...] | None = (
             None  # set at the close after a loop that was left early
@@ -94,8 +93,9 @@ class Teleportation(ReplicaStrategy):
 
     def detach(self) -> None:
         progress = self.context.world.progress
+        for service in self._services:
+            progress.stop_serving(service)
         for exchange in self._exchanges:
-            progress.remove_poller(exchange.poll)
             exchange.flush()
         progress.drain()
         self._check_for_early_exit()
@@ -145,7 +145,7 @@ class Teleportation(ReplicaStrategy):
         """Average the models of an iteration and move them, with optimizer states, to the next holders."""
         world = self.context.world
         for transfer in self.tokens.transfers(step, self._exchanges, self.fused):
-            # Not `progress.run`, which may run it in this thread: `exchange.poll` polls the same messages.
+            # Not `progress.run`, which may run it in this thread: the services poll the same messages.
             what = f"the transfer of models after iteration {step}"
             world.progress.submit(what, after_compute(world.device, transfer.run)).wait()
         for peer in self.tokens.local_holders(step + 1):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpcsgd.collectives.neighbour_exchange import Exchange, Terms
+from hpcsgd.mpi.tasks import Steps
 
 
 @dataclass
@@ -28,22 +29,22 @@ class TokenTransfer:
     targets: Sequence[int]
     rows: Sequence[Terms]
 
-    def run(self) -> None:
-        """Publish and mix the tokens of this rank; in the communication thread, like all of `Exchange`."""
+    def run(self) -> Steps[None]:
+        """Publish and mix the tokens of this rank."""
         local = self.exchange.peers.local
         for token, peer in enumerate(self.sources):
             if peer in local:
-                self._publish(token, peer)
+                yield from self._publish(token, peer)
         for token, peer in enumerate(self.targets):
             if peer in local:
-                self._mix(token, peer)
+                yield from self._mix(token, peer)
 
-    def _publish(self, token: int, peer: int) -> None:
+    def _publish(self, token: int, peer: int) -> Steps[None]:
         readers = [m for m, row in enumerate(self.rows) if any(source == token for source, _ in row)]
         others = [self.targets[m] for m in readers if self.targets[m] != peer]
-        self.exchange.publish(peer, self.version, others)
+        yield from self.exchange.publish(peer, self.version, others)
 
-    def _mix(self, token: int, peer: int) -> None:
+    def _mix(self, token: int, peer: int) -> Steps[None]:
         terms = [(self.sources[source], weight) for source, weight in self.rows[token]]
         if terms != [(peer, 1.0)]:
-            self.exchange.mix(peer, self.version, terms)
+            yield from self.exchange.mix(peer, self.version, terms)
