@@ -267,7 +267,8 @@ class AllReduce(Strategy):
             self._aside.clear()
         if self.gradients.is_reporting:
             self._reduce(late=True)
-        others = [each for each in _attached if each is not self]
+        # Of this world only one run is open; an earlier one may not have been collected yet.
+        others = [each for each in _attached if each.context.world.calls is not self.context.world.calls]
         while place := self._status.of_others(lambda place: any(each._is_behind(place) for each in others)):
             for other in others:
                 if other._is_behind(place):

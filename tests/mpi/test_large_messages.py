@@ -54,7 +54,7 @@ def test_each_operation_in_parts(comm: Communicator, count: int) -> None:
     assert all(np.array_equal(rows[r], numbers(r, count)) for r in ranks)
     root = size - 1
     buffer = numbers(rank, count)
-    comm.broadcast(buffer, root, "a test")
+    comm.wait(comm.ibroadcast(buffer, root), "a test")
     assert np.array_equal(buffer, numbers(root, count))
     objects = comm.gather_objects(bytes(count * (rank + 1)), "a test")
     assert [len(each) for each in objects] == [count * (r + 1) for r in ranks]

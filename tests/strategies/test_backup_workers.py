@@ -18,7 +18,7 @@ from torch import nn
 from hpcsgd import BackupWorkers, BadOption, DeadlineExceeded, HpcsgdError, Run, World, topology
 from hpcsgd.errors import format_ranks
 from hpcsgd.strategies import delays
-from hpcsgd.strategies.backup_workers.agreement import make_agreement
+from hpcsgd.strategies.backup_workers.agreement import CLOSE_OF_ITERATION, make_agreement
 from hpcsgd.topology.graphs import is_connected
 from tests.support.devices import on_device
 
@@ -257,11 +257,12 @@ def test_a_wait_beyond_the_deadline_is_an_error(
             impatient.waiter.timeout = 0.5
             missing = format_ranks(range(1, world.size))
             with pytest.raises(DeadlineExceeded, match=f"for {missing} in" if shared else "close of an"):
-                iterations.join(5)
+                impatient.waiter.complete(iterations.join(5), CLOSE_OF_ITERATION)
             impatient.waiter.timeout = 30
         world.gather(None)
         if world.rank:
-            assert iterations.join(5) == (0, list(range(world.size)))
+            joined = impatient.waiter.complete(iterations.join(5), CLOSE_OF_ITERATION)
+            assert joined == (0, list(range(world.size)))
         iterations.close()
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import LocalSGD, Run
+from hpcsgd import LocalSGD, Run, World
 from hpcsgd.compress.maxnorm import QSGDMaxNorm
+from hpcsgd.errors import HpcsgdError
 from tests.support import strategy_rows as s
 from tests.support.devices import Random
 
@@ -194,6 +195,24 @@ def test_a_skipped_step_asks_for_no_place_in_other_runs(world: Any, monkeypatch:
     assert runs[0].steps == 2
     for run in runs:
         run.close()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_skipped_step_takes_no_part_in_an_earlier_run_of_its_world(world: Any) -> None:
+    models = [nn.Linear(1, 1, bias=False).double() for _ in range(2)]
+    with World(device=str(torch.get_default_device())) as own:
+        earlier = Run(models[0], torch.optim.SGD(models[0].parameters(), 0.1), comm=own)
+        models[0].weight.data += world.rank
+        with pytest.raises(HpcsgdError, match="differ"):
+            earlier.close()
+        assert earlier.world is own
+        with Run(models[1], torch.optim.SGD(models[1].parameters(), 0.1), comm=own) as run:
+            assert run.world is own
+            if world.rank == 0:
+                run.skip()
+            else:
+                models[1](torch.ones(1, 1).double()).sum().backward()
+                run.step()
 
 
 @pytest.mark.mpi(min_size=2)
