@@ -1,4 +1,4 @@
-"""The communication thread: order of jobs, errors, pollers and deadlines."""
+"""The communication thread: order of tasks, errors, services and deadlines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -164,3 +165,96 @@ def test_a_failed_service_fails_the_next_operation(progress: Progress) -> None:
     with pytest.raises(KeyError, match="lost"):
         for _ in range(1000):
             progress.submit("a job", lambda: time.sleep(0.001)).wait()
+
+
+@pytest.mark.parametrize("call", ["run", "submit"])
+def test_steps_wait_for_what_they_yield_and_return_a_result(progress: Progress, call: str) -> None:
+    seen: list[float] = []
+
+    def steps() -> Steps[str]:
+        for _ in range(3):
+            end = time.monotonic() + 0.02
+            yield Wait(lambda end=end: time.monotonic() >= end)  # type: ignore[misc]
+            seen.append(time.monotonic() - end)
+        yield None
+        return "a result"
+
+    found = progress.run("steps", steps) if call == "run" else progress.submit("steps", steps).wait()
+    assert found == "a result" and len(seen) == 3 and min(seen) >= 0
+
+
+class Pipelined:
+    """Tasks that need their turn for their middle step only; records when each one takes a step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.record = progress, list[tuple[str, int]]()
+        self.gates = {name: threading.Event() for name in "abc"}
+
+    def submit(self, name: str) -> Any:
+        turn = Turn()
+
+        def steps() -> Steps[None]:
+            self.record.append((name, 0))
+            yield Wait(lambda: turn.begun)
+            self.record.append((name, 1))
+            yield Wait(self.gates[name].is_set)
+            turn.over = True
+            for number in (2, 3):
+                yield None
+                self.record.append((name, number))
+
+        return self.progress.submit(name, steps, turn)
+
+
+def test_tasks_with_turns_begin_before_them_and_end_after_them(progress: Progress) -> None:
+    gate, tasks = threading.Event(), Pipelined(progress)
+    progress.submit("a plain task", lambda: gate.wait(20))
+    works = [tasks.submit(name) for name in "abc"]
+    plain = progress.submit("another", lambda: tasks.record.append(("plain", 0)))
+    gate.set()
+    progress.waiter.until(lambda: ("b", 0) in tasks.record and ("c", 0) in tasks.record, "their first steps")
+    assert ("a", 1) in tasks.record and ("b", 1) not in tasks.record, "the turn is that of a"
+    tasks.gates["a"].set()
+    progress.waiter.until(lambda: ("a", 3) in tasks.record, "the end of a")
+    assert ("b", 1) in tasks.record and ("c", 1) not in tasks.record, "while b waits in its turn"
+    tasks.gates["c"].set()
+    assert works[0].test() and not plain.test()
+    tasks.gates["b"].set()
+    for work in (*works, plain):
+        work.wait()
+    order = tasks.record
+    assert [name for name, number in order if number == 1] == ["a", "b", "c"]
+    assert order[-1] == ("plain", 0), "a plain task may wait for all before it"
+    assert sorted(order[:-1]) == [(name, number) for name in "abc" for number in range(4)]
+
+
+def test_the_error_of_a_task_after_its_turn_ends_all_that_have_not_ended(progress: Progress) -> None:
+    turns, gate = [Turn(), Turn()], threading.Event()
+
+    def first() -> Steps[None]:
+        turns[0].over = True
+        yield None
+        gate.wait(20)
+        raise KeyError("late")
+
+    def second() -> Steps[None]:
+        yield Wait(lambda: False)
+
+    hold = threading.Event()
+    progress.submit("a plain task", lambda: hold.wait(20))
+    works = [progress.submit(str(i), job, turns[i]) for i, job in enumerate((first, second))]
+    works.append(progress.submit("another", lambda: None))
+    hold.set()
+    gate.set()
+    for work in works:
+        with pytest.raises(KeyError, match="late"):
+            work.wait(20)
+
+
+def test_the_deadline_of_a_task_names_what_it_waits_for(progress: Progress) -> None:
+    progress.waiter.timeout = 0.3
+    steps = [Wait(lambda: False, lambda: [5, 2], "a slot", "look there")]
+    with pytest.raises(DeadlineExceeded, match=r"rank 3: waited 0\.3 s for ranks 2, 5 in a slot") as error:
+        progress.submit("the task", lambda: (yield from steps)).wait()
+    assert "look there; to wait longer" in str(error.value)
+    progress.release()
