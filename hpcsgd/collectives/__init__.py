@@ -13,8 +13,7 @@ from typing import Any
 from hpcsgd.collectives import mpi_library, node, ring, two_level
 from hpcsgd.collectives.staging import CUDA_AWARE, IN_WINDOWS, Operation, after_compute, via_host
 from hpcsgd.errors import BadOption, unknown
-from hpcsgd.mpi.progress import Work
-from hpcsgd.mpi.tasks import Steps
+from hpcsgd.mpi.tasks import Steps, Work
 from hpcsgd.tensors.group import SUMMABLE, Bucket, TensorGroup
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpcsgd.mpi.progress import Turn
+from hpcsgd.mpi.tasks import Turn
 
 
 class BucketOrder(Turn):

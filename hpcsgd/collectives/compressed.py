@@ -25,8 +25,7 @@ from hpcsgd.compress.base import Compressor, Message, RandomKey, all_finite
 from hpcsgd.compress.point_to_point import warm_up
 from hpcsgd.errors import HpcsgdError
 from hpcsgd.mpi.communicator import Communicator
-from hpcsgd.mpi.progress import Work
-from hpcsgd.mpi.tasks import Steps, Wait, steps_of
+from hpcsgd.mpi.tasks import Steps, Wait, Work, steps_of
 from hpcsgd.mpi.world import World
 from hpcsgd.tensors.group import Bucket, TensorGroup
 

@@ -7,7 +7,7 @@ from typing import Any
 from hpcsgd.collectives import iallreduce
 from hpcsgd.collectives.compressed import CompressedReducer
 from hpcsgd.compress.base import Compressor
-from hpcsgd.mpi.progress import Work
+from hpcsgd.mpi.tasks import Work
 from hpcsgd.tensors.group import Bucket, TensorGroup
 
 

@@ -12,6 +12,7 @@ from hpcsgd.diagnostics.activity import ProcessInfo, ProcessView
 from hpcsgd.diagnostics.inspection import inspect
 from hpcsgd.errors import format_ranks
 from hpcsgd.mpi import launcher
+from hpcsgd.mpi.waiting import Explanation
 
 _MOST_DETAILED = 3  # ranks
 
@@ -70,10 +71,10 @@ class Arrivals:
         is_whole = self._rank in here and launcher.shows_all_ranks()
         return {rank for rank in (self._ranks.values() if is_whole else self._seen) if rank not in here}
 
-    def explain(self, seconds: float) -> tuple[str, bool]:
+    def explain(self, seconds: float) -> Explanation:
         """Return the states of the missing ranks, and whether another rank of this machine prints them."""
         lines, is_first = self._report(stacks=True)
-        return ("\n" + " " * 12).join(lines), not is_first
+        return Explanation(("\n" + " " * 12).join(lines), elsewhere=not is_first)
 
     def warn(self, seconds: float) -> bool:
         """Print a warning, on one rank of each machine, that some have not arrived."""

@@ -19,7 +19,7 @@ from hpcsgd.errors import format_ranks
 from hpcsgd.mpi.control_messages import ControlChannel
 from hpcsgd.mpi.rank_calls import RankCalls, certain_mismatch
 from hpcsgd.mpi.stall_report import RankState, blocking_ranks, describe_activity, is_stalled, wait_lines
-from hpcsgd.mpi.waiting import DeadlineWaiter
+from hpcsgd.mpi.waiting import DeadlineWaiter, Explanation
 
 _REPORT_INTERVAL = 0.9  # of the time waited: another rank reports a stall only after so long
 _FIRST_QUERIED = 4  # ranks that are queried at once for the lowest responsive one; then as many times more
@@ -28,6 +28,7 @@ _NOTIFY_INTERVAL = 5.0  # seconds
 _LONGEST_REPORT, _LONGEST_SILENCE, _REPORT_PAUSE = 60.0, 10.0, 0.1
 _MOST_DETAILED = 3  # ranks
 _INDENT = " " * 12  # of the "got" lines of an error
+_NONE = Explanation()
 _MOST_OBSERVERS = 2  # ranks of a node that are queried about a silent one
 
 
@@ -62,7 +63,7 @@ class StallDetector:
         #: By action, the rank that this one has chosen last to report, and when.
         self._reporters: dict[str, tuple[int, float]] = {}
         self._arbitrating, self._reporting = threading.Lock(), threading.Lock()
-        self._reported = -math.inf, ""
+        self._reported = -math.inf, _NONE
 
     def connect(self, processes: list[ProcessInfo]) -> None:
         """Register the processes of all ranks, and map the activity records of those on this machine."""
@@ -114,38 +115,38 @@ class StallDetector:
         state = self.channel.request([rank], ("state", None)).get(rank)
         return state.calls if state else None
 
-    def explain(self, seconds: float) -> tuple[str, bool]:
+    def explain(self, seconds: float) -> Explanation:
         """Return the state of each rank, after a wait of `seconds`, and whether another rank prints it.
 
         One rank finds it out, and the others get it there: each can print it, should that one end before.
         """
         reporter, _ = self._reporter("explain", seconds)
-        if reporter != self._rank and (report := self._report_of(reporter, seconds)):
-            return report, True
+        if reporter != self._rank and (found := self._report_of(reporter, seconds)).report:
+            return found._replace(elsewhere=True)
         with self._reporting:  # both threads may come here, and either's error be the one that is printed
-            if not self._report(seconds):
+            if not self._report(seconds).report:
                 self._reported = time.monotonic(), self._make_report()
-            return self._reported[1], False
+            return self._reported[1]
 
-    def _report(self, seconds: float) -> str:
+    def _report(self, seconds: float) -> Explanation:
         """The report of this rank, if it has made one in the last `seconds`."""
-        made, text = self._reported
-        return text if time.monotonic() - made < _REPORT_INTERVAL * seconds else ""
+        made, found = self._reported
+        return found if time.monotonic() - made < _REPORT_INTERVAL * seconds else _NONE
 
-    def _report_of(self, rank: int, seconds: float) -> str:
-        """The report of another rank, for which this one waits; "" if it makes none, for it has ended."""
+    def _report_of(self, rank: int, seconds: float) -> Explanation:
+        """The report of another rank, for which this one waits; none if it makes none, for it has ended."""
         began = answered = time.monotonic()
         while (now := time.monotonic()) - began < _LONGEST_REPORT and now - answered < _LONGEST_SILENCE:
             if rank in self._views and not procfs.is_alive(self._views[rank].info.pid):
                 break
             reply = self.channel.request([rank], ("report", rank, seconds))
-            if reply.get(rank):
-                return str(reply[rank])
+            if rank in reply and reply[rank].report:
+                return reply[rank]  # type: ignore[no-any-return]
             answered = now if rank in reply else answered
             time.sleep(_REPORT_PAUSE)
-        return ""
+        return _NONE
 
-    def _make_report(self) -> str:
+    def _make_report(self) -> Explanation:
         states = self._states()
         blocking = blocking_ranks(self._rank, states, self._size)
         # Under load more ranks may be silent than those that are stopped, which have moved last.
@@ -155,7 +156,8 @@ class StallDetector:
             lines += [self._line(rank, states), *self._details(rank, True, states)]
         if blocking[_MOST_DETAILED:]:
             lines.append(f"{format_ranks(blocking[_MOST_DETAILED:])} did not wait either")
-        return ("\n" + _INDENT).join([*wait_lines(states, blocking), *lines])
+        text = ("\n" + _INDENT).join([*wait_lines(states, blocking), *lines])
+        return Explanation(text, tuple(sorted(blocking)))
 
     def warn(self, seconds: float) -> bool:
         """Print a warning on one rank that all have waited; False where the blocking ranks are active."""

@@ -101,7 +101,7 @@ def _report_missing(done: int, timeout: float) -> bool:
             warn_at = timeout
             arrivals.warn(waited)
         ended = arrivals.look()
-    report, elsewhere = arrivals.explain(waited)
+    report, _, elsewhere = arrivals.explain(waited)
     if elsewhere and select.select([done], [], [], _REPORT_DELAY)[0]:
         return False
     error = deadline_error(rank, round(waited), arrivals.missing(), arrivals.operation, report)

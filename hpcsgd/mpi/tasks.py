@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from hpcsgd.mpi.progress import Progress
 
 T = TypeVar("T")
 
@@ -104,3 +109,74 @@ class Task:
 
     def _end(self, result: Any) -> None:
         self.done = True
+
+
+@dataclass
+class Turn:
+    """The turn of a task that may advance before it begins, and after it is over.
+
+    Attributes
+    ----------
+    begun
+        Whether all earlier tasks have ended, or their turns are over: this one may do what needs an order.
+    over
+        Set by the task when it does nothing any more that needs an order.
+    """
+
+    begun: bool = False
+    over: bool = False
+
+
+class Work(Task):
+    """A task submitted to the communication thread.
+
+    Its result is ready once `test()` is true; `wait()` returns it or raises the error of the task.
+    """
+
+    def __init__(
+        self, progress: Progress, operation: str, job: Callable[[], Any], turn: Turn | None = None
+    ) -> None:
+        super().__init__(steps_of(job))
+        self.operation, self.turn = operation, turn
+        self._progress = progress
+        self._ended = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def test(self) -> bool:
+        """Return whether the task has ended, without waiting."""
+        return self._ended.is_set()
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Wait for the end of the task and return its result.
+
+        Parameters
+        ----------
+        timeout
+            Seconds; by default the world's deadline (`HPCSGD_TIMEOUT`).
+
+        Raises
+        ------
+        DeadlineExceeded
+            When the timeout passes first. The task goes on.
+        """
+        self._finish(timeout)
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _finish(self, timeout: float | None) -> None:
+        if not self._ended.is_set():
+            with self._progress.waiting(self.operation):
+                self._progress.waiter.event(self._ended, lambda: self.operation, timeout)
+
+    def _end(self, result: Any) -> None:
+        # The steps hold the buffers; released first, they may be freed by a caller that sees the end.
+        self._steps, self._result = steps_of(lambda: None), result
+        super()._end(result)
+        self._ended.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End the task by an error."""
+        self._error = error
+        self._end(None)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hpcsgd.diagnostics.trace import NullTracer
 from hpcsgd.errors import DeadlineExceeded, format_ranks
@@ -44,6 +45,17 @@ class PendingWait:
     ranks: tuple[int, ...] = ()
 
 
+class Explanation(NamedTuple):
+    """Why a wait lasts: the state of each rank, and the ranks for which the others wait, if known.
+
+    `elsewhere` is true where another rank prints it first.
+    """
+
+    report: str = ""
+    blocking: tuple[int, ...] = ()
+    elsewhere: bool = False
+
+
 @dataclass(frozen=True)
 class WaitHooks:
     """Callbacks of a wait; each default does nothing.
@@ -60,7 +72,7 @@ class WaitHooks:
         Returns whether no thread depends on this one's wait: it then polls less often, for polling takes time
         from the compute thread.
     explain
-        Takes the seconds waited; returns the state of each rank, and whether another rank prints it first.
+        Takes the seconds waited.
     warn
         Takes the seconds waited; reports the wait before its deadline. False where there is nothing to report
         yet.
@@ -74,7 +86,7 @@ class WaitHooks:
     answer: Callable[[], None] = lambda: None
     poll: Callable[[], bool] = lambda: False
     is_background: Callable[[], bool] = lambda: False
-    explain: Callable[[float], tuple[str, bool]] = lambda seconds: ("", False)
+    explain: Callable[[float], Explanation] = lambda seconds: Explanation()
     warn: Callable[[float], bool] = lambda seconds: True
     compare: Callable[[float], None] = lambda seconds: None
     is_busy: Callable[[], bool] = lambda: False
@@ -235,7 +247,9 @@ class DeadlineWaiter:
 
     def _deadline_error(self, waited: float, limit: float, advice: str = _ADVICE) -> DeadlineExceeded:
         operation, _, missing = self._pending[threading.get_ident()]
-        ranks, (report, elsewhere) = _ranks(missing), self.hooks.explain(waited)
+        ranks, (report, blocking, elsewhere) = _ranks(missing), self.hooks.explain(waited)
+        if missing is None:  # a collective of MPI's own, which does not report who has not come
+            ranks = blocking
         return deadline_error(self.rank, limit, ranks, operation, report, elsewhere, advice)
 
 
@@ -257,7 +271,7 @@ def deadline_error(
     missing, operation
         The ranks for which it waits, as far as they are known, and in which operation.
     report, elsewhere
-        See `WaitHooks.explain`.
+        See `Explanation`.
     advice
         What to do.
     """

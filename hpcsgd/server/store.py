@@ -18,8 +18,7 @@ from hpcsgd.collectives import ibroadcast
 from hpcsgd.collectives.staging import after_compute
 from hpcsgd.compress import spec_of
 from hpcsgd.errors import HpcsgdError
-from hpcsgd.mpi.progress import Work
-from hpcsgd.mpi.tasks import Steps, Wait
+from hpcsgd.mpi.tasks import Steps, Wait, Work
 from hpcsgd.mpi.world import World
 from hpcsgd.server.connection import Connection, Connector, Request
 from hpcsgd.server.delta_coding import ClientDeltaCodec, CodingConfig, shard_codec

@@ -13,9 +13,9 @@ import pytest
 
 from hpcsgd import DeadlineExceeded
 from hpcsgd.diagnostics.activity import ActivityRecord
-from hpcsgd.mpi.progress import Progress, Turn
-from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Wait
-from hpcsgd.mpi.waiting import DeadlineWaiter, WaitHooks
+from hpcsgd.mpi.progress import Progress
+from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Turn, Wait
+from hpcsgd.mpi.waiting import DeadlineWaiter, Explanation, WaitHooks
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_deadline_error_names_rank_operation_and_missing_ranks() -> None:
     waiter, checks = DeadlineWaiter(2, 0.3), []
     waiter.hooks = WaitHooks(
         check=lambda: checks.append(1),
-        explain=lambda seconds: (f"rank 1: asleep for {seconds > 0.3}", False),
+        explain=lambda seconds: Explanation(f"rank 1: asleep for {seconds > 0.3}"),
     )
     with pytest.raises(DeadlineExceeded) as error:
         waiter.until(lambda: False, "all-reduce of bucket 3 at step 17", lambda: [4, 1])
