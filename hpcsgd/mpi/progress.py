@@ -15,7 +15,7 @@ from typing import Any
 from hpcsgd.diagnostics.activity import ActivityRecord
 from hpcsgd.errors import DeadlineExceeded, HpcsgdError, RankFailed
 from hpcsgd.mpi.departure import Departure
-from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Task, Turn, Wait, Work, steps_of
+from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Task, Turn, Wait, Work
 from hpcsgd.mpi.waiting import DeadlineWaiter
 
 # Seconds, all of them.
@@ -164,11 +164,16 @@ class Progress:
         run another task, which is then a part of it.
         """
         if self.in_communication_thread():
-            return self.waiter.complete(steps_of(job), operation)
+            return self.waiter.complete(job, operation)
         if self._unfinished:
             return self.submit(operation, job).wait()
-        with self._counted(), self._executing(operation):
-            return self.waiter.complete(steps_of(job), operation)
+        # No context managers here: a small all-reduce takes microseconds.
+        started, self._compute_waits = time.perf_counter(), True
+        try:
+            return self._execute(operation, lambda: self.waiter.complete(job, operation))
+        finally:
+            self._compute_waits = False
+            self.wait_seconds += time.perf_counter() - started
 
     def leave(self, departure: Departure) -> None:
         """Leave once the queue is empty, in the communication thread if there is one; never waits.
@@ -290,8 +295,7 @@ class Progress:
         if work.turn is not None and self.threaded:
             self._early.remove(work)
         try:
-            with self._executing(work.operation):
-                self._advance_in_turn(work)
+            self._execute(work.operation, lambda: self._advance_in_turn(work))
         except BaseException as error:
             for each in (work, *self._late):
                 each.fail(error)
@@ -366,8 +370,7 @@ class Progress:
             self._failed, self._failed_at = error, error.__traceback__
         self._services.clear()
 
-    @contextmanager
-    def _executing(self, operation: str) -> Iterator[None]:
+    def _execute(self, operation: str, call: Callable[[], Any]) -> Any:
         # After a failure the ranks no longer agree on the next operation: none is started.
         self.check()
         started = time.perf_counter()
@@ -378,7 +381,7 @@ class Progress:
         self.activity.begin(operation, started)
         try:
             with self.waiter.tracer.span(operation, "communication"):
-                yield
+                return call()
         except BaseException as error:
             self._failed, self._failed_at = error, error.__traceback__
             raise

@@ -147,7 +147,7 @@ def test_a_model_overwritten_while_it_is_read_is_an_error(
         monkeypatch.setattr(other, "holds_version", overwrite)
         with pytest.raises(HpcsgdError, match="overwritten while it was read, version 4"):
             steps = Exchange_.mix(exchange, 1, 4, [(0, 1.0)])
-            world.waiter.complete(steps, "a sum")  # not as a task: those after it would fail too
+            world.waiter.complete(lambda: steps, "a sum")  # not as a task: those after it would fail too
     world.gather(None)
 
 

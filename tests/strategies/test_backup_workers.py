@@ -257,11 +257,11 @@ def test_a_wait_beyond_the_deadline_is_an_error(
             impatient.waiter.timeout = 0.5
             missing = format_ranks(range(1, world.size))
             with pytest.raises(DeadlineExceeded, match=f"for {missing} in" if shared else "close of an"):
-                impatient.waiter.complete(iterations.join(5), CLOSE_OF_ITERATION)
+                impatient.waiter.complete(lambda: iterations.join(5), CLOSE_OF_ITERATION)
             impatient.waiter.timeout = 30
         world.gather(None)
         if world.rank:
-            joined = impatient.waiter.complete(iterations.join(5), CLOSE_OF_ITERATION)
+            joined = impatient.waiter.complete(lambda: iterations.join(5), CLOSE_OF_ITERATION)
             assert joined == (0, list(range(world.size)))
         iterations.close()
 
