@@ -20,7 +20,7 @@ Kind = Literal["step", "compute", "wait", "communication", "service", "codec"]
 EVENT_LIMIT = 200_000
 #: Events, and seconds, after which the buffer is flushed; a rank that is killed loses no more than these.
 _BUFFERED_EVENTS, _BUFFERED_SECONDS = 500, 0.25
-#: Calls of pollers that are shorter and moved nothing are not recorded: there are thousands a second.
+#: Steps of services that are shorter and moved nothing are not recorded: there are thousands a second.
 _SHORT = 100e-6
 _COUNTED = ("communication", "service")
 _NULL_SPAN = nullcontext()
@@ -59,7 +59,7 @@ class Tracer(NullTracer):
 
     Bytes are attributed to the innermost open span of communication of the thread that begins or ends one,
     else to that of the other thread. Each byte counts once; its span can be wrong only for bytes that one
-    thread moves while the other is inside a poller.
+    thread moves while the other is inside a service.
 
     Parameters
     ----------

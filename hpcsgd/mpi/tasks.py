@@ -19,7 +19,7 @@ POLL_INTERVAL, NEVER = 1e-3, math.inf
 
 
 class Wait(NamedTuple):
-    """What a task waits for.
+    """Condition that a task waits for.
 
     Attributes
     ----------

@@ -340,7 +340,8 @@ class Store:
         progress = self._world.progress
         for connection in self._connections:
             connection.start_close()
-        progress.run("the closing of server sessions", self._await_closes)
+        are_closed = Wait(lambda: all(connection.closed for connection in self._connections))
+        progress.run("the closing of server sessions", lambda: (yield are_closed))
         for service in self._services:
             progress.stop_serving(service)
         self._connections = []
@@ -349,9 +350,6 @@ class Store:
         """Stop without a message to the servers, after the run was dropped or left; local."""
         for connection in self._connections:
             connection.abandon()
-
-    def _await_closes(self) -> Steps[None]:
-        yield Wait(lambda: all(connection.closed for connection in self._connections))
 
     def state_dict(self) -> dict[str, Any]:
         """State of this rank; the servers' state is not included."""

@@ -18,17 +18,12 @@ pytestmark = [pytest.mark.standin, pytest.mark.mpi(min_size=2)]
 #: give what memory held before.)
 NEEDED = {
     "collectives/bucket_shards.py:BucketShard.to_host synchronize",
-    "collectives/compressed.py:CompressedReducer._steps synchronize",
-    "collectives/compressed.py:CompressedReducer._steps wait",
-    "collectives/compressed.py:CompressedReducer.start record",
     "collectives/node.py:barrier synchronize",
     "collectives/staging.py:_copied synchronize",
     "collectives/staging.py:after_compute record",
+    "collectives/staging.py:after_compute.run synchronize",
     "collectives/staging.py:after_compute.run wait",
     "collectives/staging.py:copy_to synchronize",
-    "collectives/staging.py:via_host record",
-    "collectives/staging.py:via_host.run synchronize",
-    "collectives/staging.py:via_host.run wait",
     "compress/base.py:MaxMagnitude.exponent synchronize",
     "server/store.py:_to_host synchronize",
     "strategies/lasgd/averaging.py:Averaging._for_pass record",

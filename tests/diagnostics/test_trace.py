@@ -118,7 +118,7 @@ def test_bytes_of_two_threads_at_once_are_counted_once(rank: Rank) -> None:
     assert found == {"job": 403, "service": 20}
 
 
-def test_short_calls_of_idle_pollers_are_not_recorded(rank: Rank) -> None:
+def test_short_steps_of_idle_services_are_not_recorded(rank: Rank) -> None:
     for _ in range(50):
         with rank.tracer.span("service", "service"):
             pass

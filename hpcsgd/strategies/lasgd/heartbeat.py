@@ -1,6 +1,6 @@
 """Repeated non-blocking all-gather of one control record a rank.
 
-The messages are progressed by a poller of the communication thread; no rank blocks. All ranks get the same
+The messages are progressed by a service of the communication thread; no rank blocks. All ranks get the same
 records in the same order, so every decision that is a function of the records alone is equal on all ranks,
 without another message.
 """
