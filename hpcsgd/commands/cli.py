@@ -5,6 +5,7 @@ No module of this folder imports torch or MPI before its command runs, so that `
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -63,6 +64,11 @@ def main() -> None:
         if _mpi_is_up() and launcher.size()[1] > 1 and not error.everywhere:
             raise  # the others may be inside a collective: the exception ends them too
         _exit(2, lambda: click.echo(f"hpcsgd: {text}", err=True))
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None or launcher.size()[1] > 1:
+            raise
+        text = f"hpcsgd: the output cannot be written: {error}; free space there, or write it elsewhere"
+        _exit(1, lambda: click.echo(text, err=True))
     else:
         shutdown.exit_process(code if isinstance(code, int) else 0)
 

@@ -249,3 +249,12 @@ def test_a_closed_output_is_no_failure() -> None:
     words = [sys.executable, "-c", CLI + "run()", "--version"]
     done = run_alone(f"import os; os.close(1); os.execv({sys.executable!r}, {words})")
     assert done.returncode == 0 and not done.stderr, done
+
+
+@pytest.mark.parametrize("words", [["--version"], ["sbatch", "--help"]], ids=" ".join)
+def test_a_full_disk_for_the_output_is_one_line(words: list[str]) -> None:
+    command = [sys.executable, "-c", CLI + "run()", *words]
+    end = f"os.dup2(os.open('/dev/full', os.O_WRONLY), 1); os.execv({sys.executable!r}, {command})"
+    done = run_alone(f"import os; {end}")
+    assert done.returncode == 1 and not done.stdout, done
+    assert done.stderr.count("\n") == 1 and "the output cannot be written" in done.stderr, done

@@ -28,6 +28,8 @@ def _without_compiler(kind: type[T]) -> type[T]:
     for name in ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad"):
         method = getattr(kind, name)
         body[name] = getattr(method, "__wrapped__", method)
+    # Pickles and copies are torch's own, by whose name the class is found.
+    body["__reduce__"] = lambda self: (object.__new__, (kind,), self.__getstate__())
     body["step"] = torch.no_grad()(body["step"])  # as its wrapper does, but for differentiable optimizers
     return type(kind.__name__, (kind,), body)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import time
 from pathlib import Path
 
@@ -81,6 +82,10 @@ def make_connectors(path: Path, world: World) -> list[Connector]:
         On all ranks, if no file is written within the world's timeout, or if it is of another kind.
     """
     deadline = time.monotonic() + world.timeout
+    if world.rank == 0 and not path.exists():
+        print(
+            f"hpcsgd: waiting up to {world.timeout:g} s for {path}, which the servers write", file=sys.stderr
+        )
     servers = 0
     while servers == 0:
         count = world.collectively(lambda: _count_servers(path, deadline) if world.rank == 0 else 0)

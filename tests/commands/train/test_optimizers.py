@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from hpcsgd.commands.options import OPTIMIZERS
 from hpcsgd.commands.train.optimizers import build, learning_rate_schedule
 from hpcsgd.commands.train.settings import KINDS, Settings
 from tests.support.launch import run_alone
 
+SPECS = ["sgd:momentum=0.9,nesterov=yes", "adam", "adamw:weight_decay=0.2"]
 SCHEDULES = get_args(KINDS["schedule"])
 
 
@@ -65,7 +69,19 @@ def test_optimizers_take_torchs_options(spec: str, kind: type, options: dict[str
     assert group["lr"] == 0.3 and {key: group[key] for key in options} == options
 
 
-@pytest.mark.parametrize("spec", ["sgd:momentum=0.9,nesterov=yes", "adam", "adamw:weight_decay=0.2"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_pickles_are_torchs_own(spec: str) -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = build(spec, layer.parameters(), 0.1)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    for other in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert type(other) is type(optimizer).__mro__[1]
+        assert str(other.state_dict()) == str(optimizer.state_dict())
+        other.step()
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_optimizers_take_torchs_steps(spec: str) -> None:
     parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
     optimizer = build(spec, [parameters[0]], 0.3)
