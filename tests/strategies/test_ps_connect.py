@@ -30,12 +30,14 @@ def test_all_ranks_wait_for_the_file_and_have_the_same_name(world: Any, tmp_path
 
 @pytest.mark.mpi
 def test_missing_or_invalid_file_is_an_error_on_all_ranks(
-    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(world, "timeout", 0.3)
     folder = Path(world.gather(str(tmp_path))[0])
     with pytest.raises(HpcsgdError, match="no server has written"):
         make_connectors(folder / "nothing", world)
+    notice = f"hpcsgd: waiting up to 0.3 s for {folder / 'nothing'}, which the servers write\n"
+    assert (notice in capfd.readouterr().err) == (world.rank == 0)
     if world.rank == 0:
         (folder / "junk").write_text("[1, 2]")
     with pytest.raises(HpcsgdError, match="is not a file of `hpcsgd serve"):

@@ -83,9 +83,8 @@ def make_connectors(path: Path, world: World) -> list[Connector]:
     """
     deadline = time.monotonic() + world.timeout
     if world.rank == 0 and not path.exists():
-        print(
-            f"hpcsgd: waiting up to {world.timeout:g} s for {path}, which the servers write", file=sys.stderr
-        )
+        line = f"hpcsgd: waiting up to {world.timeout:g} s for {path}, which the servers write"
+        print(line, file=sys.stderr, flush=True)
     servers = 0
     while servers == 0:
         count = world.collectively(lambda: _count_servers(path, deadline) if world.rank == 0 else 0)
