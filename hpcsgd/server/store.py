@@ -96,6 +96,7 @@ class Store:
             self._compress(coding, buckets)
         self.late = self.granted = self.steps_begun = 0
         self._connections = self._connect(connectors, name) if world.rank in self._gateways else []
+        self._services = [world.progress.serve(connection.serve()) for connection in self._connections]
 
     def _compress(self, coding: CodingConfig, buckets: Sequence[Bucket]) -> None:
         tensors = [[bucket.extent(view) for view in bucket.views] for bucket in buckets]
@@ -121,9 +122,7 @@ class Store:
             return {**self._hello_fields, **identity, "contract": self._contract, "options": self._options}
 
         timeout = self._world.timeout
-        connections = [Connection(connector, hello, timeout) for connector in connectors]
-        self._services = [self._world.progress.serve(connection.serve()) for connection in connections]
-        return connections
+        return [Connection(connector, hello, timeout) for connector in connectors]
 
     # Values.
 
