@@ -127,45 +127,26 @@ Word = Annotated[str, Text(1, 255), Accepted(_check_word, "lasgd-8, without spac
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job's resources and command, from which its script is written.
+    """A job's resources and command, from which its script is written."""
 
-    Parameters
-    ----------
-    nodes, ranks_per_node
-        Number of nodes, and of ranks on each node.
-    cpus
-        Cores a rank.
-    gpus
-        GPUs a node; 0: the script requests none.
-    time
-        Time limit, in one of Slurm's formats, see `TIMES`.
-    warn
-        Seconds before the time limit at which Slurm sends SIGUSR1: the run writes a checkpoint and ends.
-    mpi
-        Launcher of the ranks: srun with one of its plugins, or the mpiexec of the MPI itself.
-    requeue
-        Whether the job returns to the queue until the run is done.
-    array
-        Number of runs of a sweep, one element of the job array each; 0: given to sbatch; None: no sweep.
-    name, partition, account
-        Options of sbatch; empty: Slurm's defaults.
-    arguments
-        Arguments of `hpcsgd train`; with a sweep the first is the TOML file.
-    """
-
+    #: Number of nodes, and of ranks on each node.
     nodes: Annotated[int, Within(1, 10**6)] = 2
     ranks_per_node: Annotated[int, Within(1, 10**4)] = 2
-    cpus: Annotated[int, Within(1, 10**4)] = 2
-    gpus: Annotated[int, Within(0, 1000)] = 0
-    time: Annotated[str, Accepted(seconds)] = "1:00:00"
+    cpus: Annotated[int, Within(1, 10**4)] = 2  # cores a rank
+    gpus: Annotated[int, Within(0, 1000)] = 0  # GPUs a node; 0: the script requests none
+    time: Annotated[str, Accepted(seconds)] = "1:00:00"  # time limit, in one of Slurm's formats, see `TIMES`
+    #: Seconds before the time limit at which Slurm sends SIGUSR1: the run writes a checkpoint and ends.
     warn: Annotated[int, Within(1, 10**6)] = 120
+    #: Launcher of the ranks: srun with one of its plugins, or the mpiexec of the MPI itself.
     mpi: Literal["pmi2", "pmix", "mpiexec"] = "pmi2"
-    requeue: bool = False
+    requeue: bool = False  # whether the job returns to the queue until the run is done
+    #: Number of runs of a sweep, one element of the job array each; 0: given to sbatch; None: no sweep.
     array: Natural | None = None
+    #: Options of sbatch; empty: Slurm's defaults.
     name: Word = "hpcsgd"
     partition: Word | Literal[""] = ""
     account: Word | Literal[""] = ""
-    arguments: Sequence[str] = ()
+    arguments: Sequence[str] = ()  # arguments of `hpcsgd train`; with a sweep the first is the TOML file
 
     def __post_init__(self) -> None:
         registry.check_fields(self)

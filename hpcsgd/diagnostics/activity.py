@@ -39,25 +39,16 @@ _DUMP_TIMEOUT, _DUMP_QUIET, _DUMP_POLL = 1.0, 0.05, 0.01  # seconds
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Where other processes of the machine find this one's record.
+    """Where other processes of the machine find this one's record."""
 
-    Attributes
-    ----------
-    host, pid
-        Its machine and its process id there.
-    fd, file
-        Its file descriptor of the record, and the record's name, which is unique.
-    signal
-        The signal at which it appends its threads' stacks to the record; 0: none.
-    end
-        Its file descriptor of the reading end of a pipe, of which it alone has the other end; -1: not known.
-    """
-
+    #: Its machine and its process id there.
     host: str
     pid: int
+    #: Its file descriptor of the record, and the record's name, which is unique.
     fd: int
     file: str
-    signal: int
+    signal: int  # signal at which it appends its threads' stacks to the record; 0: none
+    #: Its file descriptor of the reading end of a pipe, of which it alone has the other end; -1: not known.
     end: int = -1
 
     def record_of(self, pid: int) -> str | None:
@@ -83,28 +74,15 @@ class ProcessInfo:
 
 @dataclass(frozen=True)
 class LastActivity:
-    """The last recorded activity of a rank.
+    """The last recorded activity of a rank."""
 
-    Attributes
-    ----------
-    ago
-        Seconds since an operation or a step began or ended.
-    step
-        The current step.
-    operation, in_flight
-        The last operation, and whether it is still in flight.
-    busy
-        Long work of this rank alone, for which the others wait; "": none.
-    phase
-        Work in which it may answer no other rank; "": none.
-    """
-
-    ago: float
+    ago: float  # seconds since an operation or a step began or ended
     step: int
+    #: The last operation, and whether it is still in flight.
     operation: str
     in_flight: bool
-    busy: str = ""
-    phase: str = ""
+    busy: str = ""  # long work of this rank alone, for which the others wait; "": none
+    phase: str = ""  # work in which it may answer no other rank; "": none
 
 
 class ActivityRecord:

@@ -10,21 +10,13 @@ from dataclasses import dataclass
 
 @dataclass
 class Moved:
-    """Numbers of bytes, counted at the sender.
+    """Numbers of bytes, counted at the sender."""
 
-    Attributes
-    ----------
-    sent
-        Bytes of MPI messages. MPI does not report the bytes of its own collectives; for an all-reduce of B
-        bytes over p ranks the bandwidth-optimal 2(p-1)/p * B is counted, for a broadcast B at the root.
-    shared
-        Bytes of other ranks' buffers that were read or written in the node's shared memory.
-    saved
-        Bytes that would have been moved in addition without compression, in reductions, pushes and pulls.
-    """
-
+    #: Bytes of MPI messages. MPI does not report the bytes of its own collectives; for an all-reduce of B
+    #: bytes over p ranks the bandwidth-optimal 2(p-1)/p * B is counted, for a broadcast B at the root.
     sent: int = 0
-    shared: int = 0
+    shared: int = 0  # bytes of other ranks' buffers that were read or written in the node's shared memory
+    #: Bytes that would have been moved in addition without compression, in reductions, pushes and pulls.
     saved: int = 0
 
     def add(self, other: Moved) -> None:

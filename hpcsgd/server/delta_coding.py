@@ -33,21 +33,12 @@ Extents = Sequence[tuple[int, int]]
 
 
 class CodingConfig(NamedTuple):
-    """Compression of a group's pushes and of their replies.
-
-    Attributes
-    ----------
-    compressor
-        Compression scheme.
-    mode
-        Mode of the servers: "elastic" pushes models, the others push gradients; "sync" sums their codes.
-    rank
-        Number that is unique among groups, for stochastic rounding.
-    """
+    """Compression of a group's pushes and of their replies."""
 
     compressor: Compressor
+    #: Mode of the servers: "elastic" pushes models, the others push gradients; "sync" sums their codes.
     mode: str
-    rank: int
+    rank: int  # number that is unique among groups, for stochastic rounding
 
 
 def shard_codec(

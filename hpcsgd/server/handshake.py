@@ -26,25 +26,14 @@ Contract = Mapping[str, Any]
 
 
 class ClientIdentity(NamedTuple):
-    """Identity of a client.
+    """Identity of a client."""
 
-    Attributes
-    ----------
-    name
-        Name that it has given.
-    gateway, gateways
-        Its index among the gateway ranks of its group (see `hpcsgd.server.store`), and their number.
-    options
-        Options of its optimizer.
-    seed
-        Seed of the order of its data; None if it has sent none.
-    """
-
-    name: str
+    name: str  # name that it has given
+    #: Its index among the gateway ranks of its group (see `hpcsgd.server.store`), and their number.
     gateway: int
     gateways: int
-    options: Options
-    seed: int | None
+    options: Options  # options of its optimizer
+    seed: int | None  # seed of the order of its data; None if it has sent none
 
 
 def parse_identity(fields: Mapping[str, Any]) -> ClientIdentity:

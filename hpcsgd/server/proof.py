@@ -37,21 +37,11 @@ _T = TypeVar("_T")
 
 
 class ServerIdentity(NamedTuple):
-    """Secret and certificate of a server, with which it greets clients.
-
-    Attributes
-    ----------
-    secret
-        Secret of the job.
-    context
-        TLS with the server's certificate; None: no link is encrypted.
-    always
-        Whether links inside of one host are encrypted too. Default False.
-    """
+    """Secret and certificate of a server, with which it greets clients."""
 
     secret: str
-    context: ssl.SSLContext | None = None
-    always: bool = False
+    context: ssl.SSLContext | None = None  # TLS with the server's certificate; None: no link is encrypted
+    always: bool = False  # whether links inside of one host are encrypted too
 
 
 class SecretError(ProtocolError):

@@ -66,39 +66,19 @@ class ReplyStatus(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """Fixed-size part of a message.
-
-    Attributes
-    ----------
-    type
-        Type of the message.
-    shard
-        Index of a shard, see `hpcsgd.server.store`.
-    status
-        Result, in a reply.
-    push_number
-        Number of the client's push to this shard, from 1.
-    version
-        Number of updates that the shard has had.
-    weight
-        Number of gradients whose mean is pushed.
-    steps, steps_begun
-        Steps that a client requests or is granted (in a pull: 1 if it will push); steps begun by all.
-    nbytes
-        Size of the body.
-    part, terms
-        In a code sum: the index of this part, from 0, and the number of clients whose pushes are summed.
-    """
+    """Fixed-size part of a message."""
 
     type: MessageType
-    shard: int = 0
-    status: ReplyStatus = ReplyStatus.OK
-    push_number: int = 0
-    version: int = 0
-    weight: float = 0.0
+    shard: int = 0  # index of a shard, see `hpcsgd.server.store`
+    status: ReplyStatus = ReplyStatus.OK  # result, in a reply
+    push_number: int = 0  # number of the client's push to this shard, from 1
+    version: int = 0  # number of updates that the shard has had
+    weight: float = 0.0  # number of gradients whose mean is pushed
+    #: Steps that a client requests or is granted (in a pull: 1 if it will push); steps begun by all.
     steps: int = 0
     steps_begun: int = 0
     nbytes: int = 0
+    #: In a code sum: the index of this part, from 0, and the number of clients whose pushes are summed.
     part: int = 0
     terms: int = 0
 

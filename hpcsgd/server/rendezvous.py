@@ -15,37 +15,19 @@ _FINGERPRINT_LENGTH = 64
 
 
 class Endpoint(NamedTuple):
-    """Where a server listens.
+    """Where a server listens."""
 
-    Attributes
-    ----------
-    addresses
-        Addresses at which it may be reached.
-    port
-        Its port, at each of them.
-    fingerprint
-        SHA-256 of its certificate, in hexadecimal; "": its links are not encrypted.
-    """
-
-    addresses: list[str]
-    port: int
-    fingerprint: str = ""
+    addresses: list[str]  # addresses at which it may be reached
+    port: int  # its port, at each of them
+    fingerprint: str = ""  # SHA-256 of its certificate, in hexadecimal; "": its links are not encrypted
 
 
 @dataclass
 class RendezvousFile:
-    """Endpoints of the servers of a job and the secret by which groups authenticate, in a file.
+    """Endpoints of the servers of a job and the secret by which groups authenticate, in a file."""
 
-    Attributes
-    ----------
-    secret
-        Key of the HMACs by which clients and servers authenticate each other.
-    servers
-        Endpoint of each server.
-    """
-
-    secret: str
-    servers: list[Endpoint]
+    secret: str  # key of the HMACs by which clients and servers authenticate each other
+    servers: list[Endpoint]  # endpoint of each server
 
     def write(self, path: Path) -> None:
         """Write the file atomically, readable by its owner only."""

@@ -15,64 +15,33 @@ from hpcsgd.server.update_rules import Options
 
 @dataclass
 class Session:
-    """State of one client: a gateway rank of a group, over all of its links.
+    """State of one client: a gateway rank of a group, over all of its links."""
 
-    Attributes
-    ----------
-    name
-        Unique name of the client.
-    link
-        Current link; None while it is disconnected.
-    shards
-        Indices of the shards that it pushes and pulls.
-    options
-        Options of its optimizer.
-    alive
-        Whether its lease is valid: it is connected, or has been until now, and is not silent for too long.
-    paused
-        Whether it has announced that it will not push.
-    done
-        Whether it has closed its session.
-    subscribed
-        Shards whose values it has received.
-    pending_replies
-        By shard: header of the reply to a push, which waits for the pushes of other clients.
-    buffers
-        By shard: memory for one push and its reply.
-    staleness
-        Histogram: number of pushes by the number of updates of others that they had missed.
-    dropped
-        Number of pushes that came too late.
-    received, sent
-        Bytes over its earlier links.
-    seed
-        Seed of the order of its data; None if it has sent none.
-    quota, quota_granted_at
-        Steps that it was last granted, and when.
-    step_seconds
-        Duration of one of its steps; 0 while unknown.
-    last_seen
-        While it is disconnected: when it was last connected, or the server started; by `time.monotonic`.
-    """
-
-    name: str
-    link: Link | None
-    shards: frozenset[int]
-    options: Options
+    name: str  # unique name of the client
+    link: Link | None  # current link; None while it is disconnected
+    shards: frozenset[int]  # indices of the shards that it pushes and pulls
+    options: Options  # options of its optimizer
+    #: Whether its lease is valid: it is connected, or has been until now, and is not silent for too long.
     alive: bool = True
-    paused: bool = True
-    done: bool = False
-    subscribed: set[int] = field(default_factory=set)
+    paused: bool = True  # whether it has announced that it will not push
+    done: bool = False  # whether it has closed its session
+    subscribed: set[int] = field(default_factory=set)  # shards whose values it has received
+    #: By shard: header of the reply to a push, which waits for the pushes of other clients.
     pending_replies: dict[int, Header] = field(default_factory=dict)
+    #: By shard: memory for one push and its reply.
     buffers: dict[int, np.ndarray] = field(default_factory=dict)
+    #: Histogram: number of pushes by the number of updates of others that they had missed.
     staleness: Counter[int] = field(default_factory=Counter)
-    dropped: int = 0
+    dropped: int = 0  # number of pushes that came too late
+    #: Bytes over its earlier links.
     received: int = 0
     sent: int = 0
-    seed: int | None = None
+    seed: int | None = None  # seed of the order of its data; None if it has sent none
+    #: Steps that it was last granted, and when.
     quota: int = 0
     quota_granted_at: float = 0.0
-    step_seconds: float = 0.0
+    step_seconds: float = 0.0  # duration of one of its steps; 0 while unknown
+    #: While it is disconnected: when it was last connected, or the server started; by `time.monotonic`.
     last_seen: float = field(default_factory=time.monotonic)
 
     @property

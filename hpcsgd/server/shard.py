@@ -19,73 +19,38 @@ INITIAL_PUSH = 0
 
 
 class Push(NamedTuple):
-    """One push of one client.
-
-    Attributes
-    ----------
-    client
-        Name of the client.
-    number
-        Number of the client's push to this shard, from 1; or `INITIAL_PUSH`.
-    weight
-        Number of gradients whose mean is pushed.
-    values
-        (nbytes,) uint8: the push, and then its reply. In a code sum: one part of the push; and then the sum
-        for the first client, and an empty array for the others.
-    terms
-        In a code sum: the number of pushes that are summed.
-    staleness
-        Number of updates that the client had missed.
-    """
+    """One push of one client."""
 
     client: str
-    number: int
-    weight: float
+    number: int  # number of the client's push to this shard, from 1; or `INITIAL_PUSH`
+    weight: float  # number of gradients whose mean is pushed
+    #: (nbytes,) uint8: the push, and then its reply. In a code sum: one part of the push; and then the sum
+    #: for the first client, and an empty array for the others.
     values: np.ndarray
-    terms: int = 0
-    staleness: int = 0
+    terms: int = 0  # in a code sum: the number of pushes that are summed
+    staleness: int = 0  # number of updates that the client had missed
 
 
 @dataclass
 class Shard:
-    """The values of one bucket, on the server that holds it.
+    """The values of one bucket, on the server that holds it."""
 
-    Attributes
-    ----------
-    index, dtype, numel
-        Index among all shards; type and number of the values.
-    rule
-        Update rule.
-    centre
-        (numel,) the values: the model's, or the centre variable of EASGD; None until a client sends some.
-    version
-        Number of updates.
-    last_pushes
-        By client: number of the last push that was applied or dropped.
-    clocks
-        By client: number of pushes, as if it had been there from the start.
-    dropped
-        Clients whose last push was dropped.
-    pending
-        By client: push that has not been applied yet.
-    make_codec
-        Makes `codec`, once there are values.
-    codec
-        Encodes replies and decodes pushes; None: they are sent as values.
-    """
-
+    #: Index among all shards; type and number of the values.
     index: int
     dtype: torch.dtype
     numel: int
     rule: UpdateRule
+    #: (numel,) the values: the model's, or the centre variable of EASGD; None until a client sends some.
     centre: Tensor | None = None
-    version: int = 0
+    version: int = 0  # number of updates
+    #: By client: number of the last push that was applied or dropped.
     last_pushes: dict[str, int] = field(default_factory=dict)
+    #: By client: number of pushes, as if it had been there from the start.
     clocks: dict[str, int] = field(default_factory=dict)
-    dropped: set[str] = field(default_factory=set)
-    pending: dict[str, Push] = field(default_factory=dict)
-    make_codec: Callable[[], ServerDeltaCodec | None] = lambda: None
-    codec: ServerDeltaCodec | None = None
+    dropped: set[str] = field(default_factory=set)  # clients whose last push was dropped
+    pending: dict[str, Push] = field(default_factory=dict)  # by client: push that has not been applied yet
+    make_codec: Callable[[], ServerDeltaCodec | None] = lambda: None  # makes `codec`, once there are values
+    codec: ServerDeltaCodec | None = None  # encodes replies and decodes pushes; None: they are sent as values
 
     @property
     def nbytes(self) -> int:

@@ -32,21 +32,11 @@ Options = Sequence[Mapping[str, Any]]  # one for each parameter group
 
 
 class UpdateContext(NamedTuple):
-    """Inputs of an update besides the values and the pushes.
+    """Inputs of an update besides the values and the pushes."""
 
-    Attributes
-    ----------
-    weights
-        Number of gradients whose mean is pushed, for each push.
-    clients
-        Number of awaited clients.
-    options
-        Options of the optimizer, for each parameter group.
-    """
-
-    weights: list[float]
-    clients: int
-    options: Options
+    weights: list[float]  # number of gradients whose mean is pushed, for each push
+    clients: int  # number of awaited clients
+    options: Options  # options of the optimizer, for each parameter group
 
 
 class UpdateRule(Protocol):

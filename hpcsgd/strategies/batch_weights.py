@@ -23,55 +23,27 @@ _KEPT_BATCHES = (
 
 @dataclass
 class LoopState:
-    """The user's loop, as far as it has come.
+    """The user's loop, as far as it has come."""
 
-    Attributes
-    ----------
-    batches
-        Number of batches that this rank has taken since the start of the run.
-    batch_used
-        Whether a backward pass, a step or `skip` has followed the last batch.
-    sees_backward
-        Whether the strategy sets `batch_used` in backward passes.
-    steps
-        Steps taken, also those left out, since the start of the run.
-    weight
-        Weight of this rank's gradients in this step, as the user has given it; None: equal weights.
-    skipped
-        Whether this rank leaves the current step out.
-    has_closure
-        Whether the optimizer computes the gradients of this step by calls of a closure.
-    structure
-        Checksum of the names of the trained parameters.
-    equal_peers
-        Peers whose first batch in this loop was the same.
-    is_open
-        Whether a loop over batches is in progress.
-    """
-
-    batches: int = 0
-    batch_used: bool = True
-    sees_backward: bool = False
-    steps: int = 0
+    batches: int = 0  # number of batches that this rank has taken since the start of the run
+    batch_used: bool = True  # whether a backward pass, a step or `skip` has followed the last batch
+    sees_backward: bool = False  # whether the strategy sets `batch_used` in backward passes
+    steps: int = 0  # steps taken, also those left out, since the start of the run
+    #: Weight of this rank's gradients in this step, as the user has given it; None: equal weights.
     weight: float | None = None
-    skipped: bool = False
+    skipped: bool = False  # whether this rank leaves the current step out
+    #: Whether the optimizer computes the gradients of this step by calls of a closure.
     has_closure: bool = False
-    structure: int = 0
-    equal_peers: list[int] = field(default_factory=list)
-    is_open: bool = False
+    structure: int = 0  # checksum of the names of the trained parameters
+    equal_peers: list[int] = field(default_factory=list)  # peers whose first batch in this loop was the same
+    is_open: bool = False  # whether a loop over batches is in progress
 
 
 @dataclass(eq=False)
 class OpenLoop:
-    """A loop over batches that is in progress, which may be inside of another one.
+    """A loop over batches that is in progress, which may be inside of another one."""
 
-    Attributes
-    ----------
-    has_batch
-        For each peer, whether the current batch of the loop is one of its own.
-    """
-
-    has_batch: list[bool]
+    has_batch: list[bool]  # for each peer, whether the current batch of the loop is one of its own
 
 
 class BatchWeights:

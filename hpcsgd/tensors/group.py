@@ -34,37 +34,26 @@ class Bucket:
 
     Attributes
     ----------
-    world
-        The ranks.
-    index
-        Position in the order of communication, equal on all ranks.
-    names, views
-        Its tensors, as views of `flat`; complex ones as pairs of real numbers.
-    flat
-        1-D tensor of all its elements on the group's device, zero in the gaps that align the views.
     host
         The copy in host memory, which is communicated. On a CPU it is `flat` itself; where `rows` are of the
         device it is allocated at first use.
-    rows
-        1-D tensors: this bucket of each rank of the node, in memory that all of them read and write: of the
-        host, or windows of device memory; empty without it.
-    start
-        Index of its first element in the rows of the group, in elements of its dtype.
-    own_part
-        The part that this rank reduces for the ranks of its node.
-    matrix
-        The complete rows of the node's ranks, (ranks on the node, elements), for the host's kernels; None
-        for half precisions and without shared memory of the host.
     """
 
     world: World
-    index: int
+    index: int  # position in the order of communication, equal on all ranks
+    #: Its tensors, as views of `flat`; complex ones as pairs of real numbers.
     names: list[str]
     views: list[Tensor]
+    #: 1-D tensor of all its elements on the group's device, zero in the gaps that align the views.
     flat: Tensor
+    #: 1-D tensors: this bucket of each rank of the node, in memory that all of them read and write: of the
+    #: host, or windows of device memory; empty without it.
     rows: list[Tensor] = field(default_factory=list)
-    start: int = 0
+    start: int = 0  # index of its first element in the rows of the group, in elements of its dtype
+    #: The part that this rank reduces for the ranks of its node.
     own_part: slice = field(default_factory=lambda: slice(0))
+    #: The complete rows of the node's ranks, (ranks on the node, elements), for the host's kernels; None for
+    #: half precisions and without shared memory of the host.
     matrix: np.ndarray | None = None
     #: Host memory of the copy; None: none yet.
     host_memory: Tensor | None = None

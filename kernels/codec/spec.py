@@ -48,21 +48,11 @@ _MASK = 2**64 - 1
 
 @dataclass(frozen=True)
 class Lanes:
-    """Division of a word into lanes, one code in each.
+    """Division of a word into lanes, one code in each."""
 
-    Attributes
-    ----------
-    width
-        Bits of a lane.
-    count
-        Lanes of a word.
-    word
-        Bits of a word: 32 or 64.
-    """
-
-    width: int
-    count: int
-    word: int
+    width: int  # bits of a lane
+    count: int  # lanes of a word
+    word: int  # bits of a word: 32 or 64
 
     @property
     def bits_per_element(self) -> float:
@@ -89,23 +79,11 @@ def lanes_for(levels: int, terms: int) -> Lanes:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Division of a segment into rows and tiles.
-
-    Attributes
-    ----------
-    numel
-        Elements.
-    lanes
-        Rows of a tile.
-    row
-        Elements of a row; the last row may have fewer.
-    tiles
-        Tiles.
-    """
+    """Division of a segment into rows and tiles."""
 
     numel: int
-    lanes: int
-    row: int
+    lanes: int  # rows of a tile
+    row: int  # elements of a row; the last row may have fewer
     tiles: int
 
     @staticmethod

@@ -25,27 +25,14 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class Column(Generic[R]):
-    """A quantity of each result. NaN and None are empty cells; infinity is "never" in a table.
+    """A quantity of each result. NaN and None are empty cells; infinity is "never" in a table."""
 
-    Parameters
-    ----------
-    value
-        Returns the quantity of a result.
-    name
-        Its name in the CSV file; empty: it is in the table only.
-    heading
-        Its heading in the table; None: it is in the CSV file only.
-    form
-        Its format in the table, or a function that formats it. Default: its text.
-    digits
-        Decimals in the CSV file; None: it is rounded to a whole number. Default 4.
-    """
-
-    value: Callable[[R], Any]
-    name: str = ""
-    heading: str | None = None
+    value: Callable[[R], Any]  # returns the quantity of a result
+    name: str = ""  # its name in the CSV file; empty: it is in the table only
+    heading: str | None = None  # its heading in the table; None: it is in the CSV file only
+    #: Its format in the table, or a function that formats it.
     form: str | Callable[[Any], str] = ""
-    digits: int | None = 4
+    digits: int | None = 4  # decimals in the CSV file; None: it is rounded to a whole number
 
     def text(self, result: R) -> str:
         """Return the cell in the table."""
@@ -64,20 +51,11 @@ class Column(Generic[R]):
 
 @dataclass(frozen=True)
 class Results(Generic[R]):
-    """Results of one kind, all with the same columns; the first column of the table is text.
-
-    Parameters
-    ----------
-    columns
-        The quantities.
-    results
-        A row each.
-    title, notes
-        Text above and below the table. Default: none.
-    """
+    """Results of one kind, all with the same columns; the first column of the table is text."""
 
     columns: Sequence[Column[R]]
-    results: Sequence[R]
+    results: Sequence[R]  # a row each
+    #: Text above and below the table.
     title: str = ""
     notes: str = ""
 

@@ -16,40 +16,23 @@ FactsByRank = Sequence[Facts]
 
 @dataclass(frozen=True)
 class Finding:
-    """A mistake and its fix.
+    """A mistake and its fix."""
 
-    Attributes
-    ----------
-    level
-        "error": training fails or its result is useless. "warning": it is slower or less safe than possible.
-    problem, fix
-        The mistake and its fix, one sentence each.
-    """
-
+    #: "error": training fails or its result is useless. "warning": it is slower or less safe than possible.
     level: Literal["error", "warning"]
+    #: The mistake and its fix, one sentence each.
     problem: str
     fix: str
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check of the doctor.
+    """One check of the doctor."""
 
-    Attributes
-    ----------
-    name
-        One word, the title of the check's lines.
-    collect
-        Returns the facts of this rank; collective.
-    describe
-        Returns the facts of all ranks as lines of the page.
-    diagnose
-        Yields the mistakes in the facts of all ranks, from this check and those before it; uses no MPI.
-    """
-
-    name: str
-    collect: Callable[[ExaminedJob], Facts]
-    describe: Callable[[FactsByRank], Iterable[str]]
+    name: str  # one word, the title of the check's lines
+    collect: Callable[[ExaminedJob], Facts]  # returns the facts of this rank; collective
+    describe: Callable[[FactsByRank], Iterable[str]]  # returns the facts of all ranks as lines of the page
+    #: Yields the mistakes in the facts of all ranks, from this check and those before it; uses no MPI.
     diagnose: Callable[[FactsByRank], Iterator[Finding]]
 
 

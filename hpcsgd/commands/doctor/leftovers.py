@@ -28,20 +28,14 @@ _REMOVED = 30
 
 
 class SharedFile(NamedTuple):
-    """A file of shared memory.
+    """A file of shared memory."""
 
-    Attributes
-    ----------
-    name, library, owner, nbytes
-        The file, the library that has made it, its owner and its size.
-    processes
-        Processes that map it; None if the owner's processes cannot be examined.
-    """
-
+    #: The file, the library that has made it, its owner and its size.
     name: str
     library: str
     owner: str
     nbytes: int
+    #: Processes that map it; None if the owner's processes cannot be examined.
     processes: tuple[int, ...] | None
 
     def __str__(self) -> str:

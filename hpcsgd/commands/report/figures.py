@@ -78,27 +78,13 @@ Panel = Callable[["Axes", PanelPosition], None]
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that share a vertical axis and a legend.
+    """Panels that share a vertical axis and a legend."""
 
-    Parameters
-    ----------
-    name
-        The name of the figure's file, without suffix.
-    title
-        A description of the content.
-    panels
-        The functions that draw the panels.
-    legend
-        A handle and a text for each entry of the legend.
-    captions
-        The title of each panel; none by default.
-    """
-
-    name: str
+    name: str  # name of the figure's file, without suffix
     title: str
-    panels: Sequence[Panel]
-    legend: Sequence[tuple[Artist, str]]
-    captions: Sequence[str] = ()
+    panels: Sequence[Panel]  # functions that draw the panels
+    legend: Sequence[tuple[Artist, str]]  # a handle and a text for each entry of the legend
+    captions: Sequence[str] = ()  # title of each panel
 
 
 def style() -> AbstractContextManager[None]:

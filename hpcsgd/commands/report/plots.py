@@ -43,23 +43,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Section:
-    """The charts of one task.
+    """The charts of one task."""
 
-    Attributes
-    ----------
-    title
-        The task, in words.
-    lines
-        Its runs, the baseline first.
-    curves
-        A chart for each metric.
-    ranks
-        The time per step on each rank, with a panel for each run; None if no run has records of it.
-    """
-
-    title: str
-    lines: Sequence[Line]
-    curves: Sequence[Chart]
+    title: str  # the task, in words
+    lines: Sequence[Line]  # its runs, the baseline first
+    curves: Sequence[Chart]  # a chart for each metric
+    #: The time per step on each rank, with a panel for each run; None if no run has records of it.
     ranks: Chart | None
 
 

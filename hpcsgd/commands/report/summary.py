@@ -19,43 +19,23 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Summary:
-    """The summary of one run; None marks a value that its records do not contain.
+    """The summary of one run; None marks a value that its records do not contain."""
 
-    Parameters
-    ----------
-    label
-        The label of the run in this comparison.
-    final_accuracy, best_accuracy
-        Test accuracy from 0 to 1 at the last evaluation, and the highest.
-    final_loss
-        Test loss at the last evaluation.
-    time
-        Seconds from the first step to the last record.
-    time_to_target
-        Seconds from the first step to the first evaluation that reaches the common target.
-    bytes_per_rank
-        Bytes sent per rank in messages, mean over ranks; includes bytes moved through shared memory if a run
-        on one node moves more through it than in messages.
-    shared
-        Whether `bytes_per_rank` includes shared memory.
-    compression
-        Bytes without compression over bytes moved; None if nothing was compressed.
-    waiting
-        Wait time as a share of compute plus wait time, over all ranks.
-    slowest_rank, slowdown
-        The rank with the longest compute time, and the ratio of that time to the median of the ranks.
-    """
-
-    label: str
+    label: str  # label of the run in this comparison
+    #: Test accuracy from 0 to 1 at the last evaluation, and the highest.
     final_accuracy: float | None
     best_accuracy: float | None
-    final_loss: float | None
-    time: float
+    final_loss: float | None  # test loss at the last evaluation
+    time: float  # seconds from the first step to the last record
+    #: Seconds from the first step to the first evaluation that reaches the common target.
     time_to_target: float | None
+    #: Bytes sent per rank in messages, mean over ranks; includes bytes moved through shared memory if a run
+    #: on one node moves more through it than in messages.
     bytes_per_rank: float
-    shared: bool
-    compression: float | None
-    waiting: float | None
+    shared: bool  # whether `bytes_per_rank` includes shared memory
+    compression: float | None  # bytes without compression over bytes moved; None if nothing was compressed
+    waiting: float | None  # wait time as a share of compute plus wait time, over all ranks
+    #: The rank with the longest compute time, and the ratio of that time to the median of the ranks.
     slowest_rank: int | None
     slowdown: float | None
 

@@ -39,42 +39,22 @@ _BUSY_SECONDS = 1.0  # since the last message of a client
 
 
 class ServeOptions(NamedTuple):
-    """Options of `hpcsgd serve`.
+    """Options of `hpcsgd serve`."""
 
-    Attributes
-    ----------
-    listen
-        Rendezvous file to write, see `hpcsgd.server.rendezvous.RendezvousFile`.
-    mode, alpha, max_staleness, lease
-        See `hpcsgd.server.Policy`.
-    checkpoint
-        Folder of the servers' state; None (default): beside `listen`.
-    checkpoint_every
-        Seconds between two checkpoints. Default 60.
-    groups
-        Number of groups that must have connected before the servers may end. Default 1.
-    linger
-        Seconds to wait for disconnected groups, once all others are done. Default 60.
-    progress
-        Output, see `hpcsgd.commands.serve.dashboard.ServerDashboard`. Default "auto".
-    bind
-        Where to listen, see `hpcsgd.server.listening.resolve`. Default: all addresses of this host.
-    tls
-        Whether links are encrypted; None (default): those that leave the host.
-    """
-
-    listen: Path
+    listen: Path  # rendezvous file to write, see `hpcsgd.server.rendezvous.RendezvousFile`
+    #: See `hpcsgd.server.Policy`.
     mode: ServerMode = "sync"
     alpha: float | None = None
     max_staleness: int | None = None
     lease: float = 10.0
-    checkpoint: Path | None = None
-    checkpoint_every: float = 60.0
-    groups: int = 1
-    linger: float = 60.0
-    progress: str = "auto"
+    checkpoint: Path | None = None  # folder of the servers' state; None: beside `listen`
+    checkpoint_every: float = 60.0  # seconds between two checkpoints
+    groups: int = 1  # number of groups that must have connected before the servers may end
+    linger: float = 60.0  # seconds to wait for disconnected groups, once all others are done
+    progress: str = "auto"  # output, see `hpcsgd.commands.serve.dashboard.ServerDashboard`
+    #: Where to listen, see `hpcsgd.server.listening.resolve`. Default: all addresses of this host.
     bind: tuple[str, ...] = ()
-    tls: bool | None = None
+    tls: bool | None = None  # whether links are encrypted; None: those that leave the host
 
 
 class Service:

@@ -22,19 +22,12 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class MessageCounts:
-    """The messages of a topology, one model each.
+    """The messages of a topology, one model each."""
 
-    Parameters
-    ----------
-    least, most
-        Smallest and largest number of models that a peer reads in a step.
-    messages
-        Number of models that all peers together read in a step, on average over a period.
-    """
-
+    #: Smallest and largest number of models that a peer reads in a step.
     least: int
     most: int
-    messages: float
+    messages: float  # number of models that all peers together read in a step, on average over a period
 
 
 def count_messages(topology: Topology) -> MessageCounts:

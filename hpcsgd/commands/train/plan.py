@@ -11,29 +11,19 @@ from hpcsgd.commands.train.settings import Settings
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths and periods of a run, equal on all ranks.
+    """Lengths and periods of a run, equal on all ranks."""
 
-    Attributes
-    ----------
-    batches
-        Batches a peer in an epoch.
-    steps_per_epoch, total, warmup
-        Steps in an epoch, in the whole run, and with a rising learning rate.
-    evaluate_every, checkpoint_every, snapshot_every
-        Periods, in steps, of evaluations, of checkpoints in files, and of checkpoints in memory; longer than
-        the run if there are none.
-    log_every
-        Period of records of training; of an asynchronous method the step of the first one.
-    """
-
-    batches: int
+    batches: int  # batches a peer in an epoch
+    #: Steps in an epoch, in the whole run, and with a rising learning rate.
     steps_per_epoch: int
     total: int
     warmup: int
+    #: Periods, in steps, of evaluations, of checkpoints in files, and of checkpoints in memory; longer than
+    #: the run if there are none.
     evaluate_every: int
     checkpoint_every: int
     snapshot_every: int
-    log_every: int
+    log_every: int  # period of records of training; of an asynchronous method the step of the first one
 
     @classmethod
     def make(cls, settings: Settings, batches_of_peers: Sequence[int], synchronous: bool) -> Plan:

@@ -130,21 +130,12 @@ class RunState:
 
 
 class ResumePoint(NamedTuple):
-    """A state to continue from.
-
-    Attributes
-    ----------
-    state
-        The state of this rank.
-    last_record
-        If other ranks counted the steps: the step, in their count, after which metrics are discarded.
-    records
-        The number of records until the checkpoint; None: unknown.
-    """
+    """A state to continue from."""
 
     state: dict[str, Any]
+    #: If other ranks counted the steps: the step, in their count, after which metrics are discarded.
     last_record: int | None = None
-    records: int | None = None
+    records: int | None = None  # number of records until the checkpoint; None: unknown
 
     @property
     def redistributed(self) -> bool:

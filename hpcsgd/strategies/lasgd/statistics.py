@@ -15,28 +15,19 @@ _WINDOW = 9  # steps whose median is the step time: the first ones are slow, and
 
 @dataclass
 class RoundTotals:
-    """Totals of this rank since the start.
+    """Totals of this rank since the start."""
 
-    Attributes
-    ----------
-    rounds, steps
-        Completed rounds, and steps.
-    merges, lag, longest_lag
-        Merged averages, and the steps from snapshot to merge: their sum, and their maximum.
-    seconds, waited
-        Duration of all rounds, and the time for which the training waited for them.
-    drift
-        Sum of the consensus distances of the snapshots.
-    """
-
+    #: Completed rounds, and steps.
     rounds: int = 0
     steps: int = 0
+    #: Merged averages, and the steps from snapshot to merge: their sum, and their maximum.
     merges: int = 0
     lag: int = 0
     longest_lag: int = 0
+    #: Duration of all rounds, and the time for which the training waited for them.
     seconds: float = 0.0
     waited: float = 0.0
-    drift: float = 0.0
+    drift: float = 0.0  # sum of the consensus distances of the snapshots
 
 
 class RoundStatistics:

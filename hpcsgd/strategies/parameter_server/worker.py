@@ -25,36 +25,16 @@ from hpcsgd.tensors.parameters import Parameters
 
 
 class GroupConfig(NamedTuple):
-    """Configuration of a group of workers.
+    """Configuration of a group of workers."""
 
-    Attributes
-    ----------
-    run
-        Context of the whole run, which counts the steps of all groups.
-    connectors
-        One for each server.
-    name
-        Name of the group.
-    number
-        Its number in the job, from 0; in a job of its own the seed distinguishes it from others.
-    groups
-        Number of groups that share the steps of the run; 0: this group takes all of them.
-    mode
-        "sync", "async" or "elastic".
-    interval
-        Steps between two exchanges with the servers.
-    synchronous
-        Whether all groups exchange at the same time.
-    """
-
-    run: StrategyContext
-    connectors: list[Connector]
+    run: StrategyContext  # context of the whole run, which counts the steps of all groups
+    connectors: list[Connector]  # one for each server
     name: str
-    number: int
-    groups: int
-    mode: str
-    interval: int
-    synchronous: bool
+    number: int  # its number in the job, from 0; in a job of its own the seed distinguishes it from others
+    groups: int  # number of groups that share the steps of the run; 0: this group takes all of them
+    mode: str  # "sync", "async" or "elastic"
+    interval: int  # steps between two exchanges with the servers
+    synchronous: bool  # whether all groups exchange at the same time
 
 
 class Worker(AllReduce):

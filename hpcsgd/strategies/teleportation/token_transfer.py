@@ -11,23 +11,15 @@ from hpcsgd.mpi.tasks import Steps
 
 @dataclass
 class TokenTransfer:
-    """Transfer of all tokens from their holders to other peers, or the same ones, with averaging.
+    """Transfer of all tokens from their holders to other peers, or the same ones, with averaging."""
 
-    Attributes
-    ----------
-    exchange, version
-        The exchange of the transferred tensors, and the version that is published there.
-    sources, targets
-        The holder of each token before and after.
-    rows
-        For each token the (token, weight) pairs of its weighted sum.
-    """
-
+    #: The exchange of the transferred tensors, and the version that is published there.
     exchange: Exchange
     version: int
+    #: The holder of each token before and after.
     sources: Sequence[int]
     targets: Sequence[int]
-    rows: Sequence[Terms]
+    rows: Sequence[Terms]  # for each token the (token, weight) pairs of its weighted sum
 
     def run(self) -> Steps[None]:
         """Publish and mix the tokens of this rank."""

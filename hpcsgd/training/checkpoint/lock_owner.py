@@ -23,30 +23,21 @@ _QUEUE_TIMEOUT = 20.0  # seconds
 
 @dataclass(frozen=True)
 class LockOwner:
-    """A process that owns a lock; the defaults are those of this process.
+    """A process that owns a lock; the defaults are those of this process."""
 
-    Attributes
-    ----------
-    token
-        Unique to each lock that a process acquires.
-    host, pid, started
-        Host and id of the process, and its start in clock ticks since that of the machine.
-    machine
-        The boot of the machine and the namespace of process ids, in which `pid` is valid; "": unknown.
-    job, restarts, cluster
-        Slurm's job, the number of times that it was requeued, and the cluster; "": none.
-    since
-        Time at which the lock was acquired, for people.
-    """
-
+    #: Unique to each lock that a process acquires.
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    #: Host and id of the process, and its start in clock ticks since that of the machine.
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     started: int = field(default_factory=lambda: procfs.started(os.getpid()))
+    #: The boot of the machine and the namespace of process ids, in which `pid` is valid; "": unknown.
     machine: str = field(default_factory=lambda: _machine())
+    #: Slurm's job, the number of times that it was requeued, and the cluster; "": none.
     job: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
     restarts: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT") or 0))
     cluster: str = field(default_factory=lambda: os.environ.get("SLURM_CLUSTER_NAME", ""))
+    #: Time at which the lock was acquired, for people.
     since: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
     @classmethod
