@@ -54,13 +54,7 @@ Label = Annotated[str, Text(1, 255)]
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]
-    """A value of an annotation, within its limits.
-
-    Parameters
-    ----------
-    kind
-        The annotation, see `hpcsgd.registry.check`.
-    """
+    """A value of an annotation, within its limits."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind
@@ -94,15 +88,7 @@ class Value(click.ParamType):  # type: ignore[type-arg]
 
 
 class Values(Value):
-    """One or more values of an annotation, each once.
-
-    Parameters
-    ----------
-    kind
-        The annotation.
-    separator
-        Text between two values. Default a comma.
-    """
+    """One or more values of an annotation, each once."""
 
     def __init__(self, kind: Any, separator: str = ",") -> None:
         super().__init__(kind)
@@ -163,22 +149,9 @@ class ShortCount(Value):
 def option(
     flag: str, kind: Any, help: str, default: object = None, *, short: str = "", **more: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare an option with a value.
+    """Declare an option with a value; `more` are further arguments of `click.option`.
 
-    Parameters
-    ----------
-    flag
-        The name of the option.
-    kind
-        The annotation of its value, or a click type.
-    help
-        One sentence for ``--help``.
-    default
-        Its default; None: it may be absent.
-    short
-        Another name, of one letter.
-    more
-        Further arguments of `click.option`.
+    `kind` is the annotation of the value, or a click type; with the default None the option may be absent.
     """
     kind = kind if isinstance(kind, click.ParamType) else Value(kind)
     if default is not None:

@@ -31,22 +31,11 @@ def ignore_stops() -> None:
 
 
 class SignalRecorder:
-    """Records SIGTERM and SIGUSR1, and further signals, instead of their default action.
-
-    Parameters
-    ----------
-    further
-        Numbers of further signals.
-
-    Attributes
-    ----------
-    received
-        Number of the last signal that this process received, or None.
-    """
+    """Records SIGTERM and SIGUSR1, and further signals, instead of their default action."""
 
     def __init__(self, *further: int) -> None:
         self._numbers = (signal.SIGTERM, signal.SIGUSR1, *further)
-        self.received: int | None = None
+        self.received: int | None = None  # the last signal
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -86,13 +86,7 @@ class LastActivity:
 
 
 class ActivityRecord:
-    """The current operation and step of this process, recorded at every change.
-
-    Attributes
-    ----------
-    step
-        The current step.
-    """
+    """The current operation and step of this process, recorded at every change."""
 
     def __init__(self) -> None:
         self._memory = _record()[1]
@@ -171,11 +165,6 @@ def has_ended_in_order(last: LastActivity) -> bool:
 
 class ProcessView:
     """A process of this machine, or this one, observed without its cooperation.
-
-    Parameters
-    ----------
-    info
-        The process.
 
     Raises
     ------

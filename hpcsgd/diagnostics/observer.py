@@ -26,13 +26,7 @@ _STDERR = 2
 
 
 def start(processes: Sequence[ProcessInfo]) -> None:
-    """Start the observer of these ranks, which ends with the first of them.
-
-    Parameters
-    ----------
-    processes
-        The process of each rank, all on this machine.
-    """
+    """Start the observer of these ranks, all on this machine, which ends with the first of them."""
     code = f"import sys; sys.path[:] = {sys.path!r}\nfrom hpcsgd.diagnostics import observer; observer.main()"
     # Not to be taken for a rank.
     environment = {name: v for name, v in os.environ.items() if not name.startswith(("PMI", "HYDI", "MPI_"))}
@@ -72,11 +66,6 @@ def main() -> None:
 class Ends:
     """The ends of processes of this machine, in their order.
 
-    Parameters
-    ----------
-    processes
-        The processes.
-
     Raises
     ------
     OSError
@@ -107,16 +96,10 @@ class Ends:
 def report(
     processes: Sequence[ProcessInfo], activities: Sequence[LastActivity], first: int, killed: int
 ) -> Iterator[str]:
-    """Yield the lines of a report.
+    """Yield the lines of a report on the processes and the last activity of all ranks.
 
-    Parameters
-    ----------
-    processes, activities
-        The process and the last activity of each rank.
-    first
-        The rank that has ended first.
-    killed
-        Number of processes that the kernel has killed for lack of memory since the start of the job.
+    `first` is the rank that has ended first, and `killed` the number of processes that the kernel has killed
+    for lack of memory since the start of the job.
     """
     info = processes[first]
     begin = f"hpcsgd: {format_ranks(first)} ({info.host}, process {info.pid}) has ended first, or was killed"

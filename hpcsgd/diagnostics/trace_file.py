@@ -86,11 +86,6 @@ def _parts(folder: Path) -> list[Path]:
 class RankTrace:
     """The events of one rank, read from its file.
 
-    Parameters
-    ----------
-    path
-        Its file.
-
     Attributes
     ----------
     header, footer

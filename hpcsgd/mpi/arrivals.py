@@ -20,23 +20,8 @@ _MOST_DETAILED = 3  # ranks
 class Arrivals:
     """The ranks that have reached a start, as far as they are on this machine.
 
-    No message shows it yet, but each process has a record that others of its machine can read.
-
-    Parameters
-    ----------
-    what
-        What starts.
-    numbers
-        For each rank its number in the job.
-    rank
-        This rank.
-    timeout
-        Seconds until a wait fails.
-
-    Attributes
-    ----------
-    operation
-        Name of the wait, for errors.
+    No message shows it yet, but each process has a record that others of its machine can read. `numbers` are
+    those of the ranks in the job.
     """
 
     def __init__(self, what: str, numbers: Sequence[int], rank: int, timeout: float) -> None:

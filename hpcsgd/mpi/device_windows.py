@@ -34,11 +34,6 @@ class DeviceAllocator:
     Memory must not be freed while another rank has it mapped. So a window that every rank has dropped is
     unmapped by all, and then freed, when the next one is allocated, or when the world is closed.
 
-    Parameters
-    ----------
-    node
-        The ranks of this node.
-
     Notes
     -----
     A world of which a rank has died keeps its windows until the process ends.

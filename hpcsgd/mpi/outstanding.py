@@ -17,13 +17,7 @@ Signature = tuple[Any, ...]
 
 
 class Outstanding:
-    """The receives and collectives of a communicator, in the order in which they began.
-
-    Attributes
-    ----------
-    collectives
-        Number of collectives that have begun.
-    """
+    """The receives and collectives of a communicator, in the order in which they began."""
 
     def __init__(self) -> None:
         self.collectives = 0

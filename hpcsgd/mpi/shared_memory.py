@@ -41,11 +41,6 @@ class SharedAllocator:
 
     Unlike an MPI window it needs no collective call to be freed: the memory is released with the last tensor
     of the last rank that refers to it, also when some of the ranks have died.
-
-    Parameters
-    ----------
-    node
-        The ranks of this node.
     """
 
     def __init__(self, node: Communicator) -> None:

@@ -100,15 +100,8 @@ def abort_job() -> None:
 
 
 def unlink_mpich_segments(pid: int | None = None) -> None:
-    """Unlink the start-up segments of MPICH, after all ranks of the node have mapped them.
-
-    MPICH unlinks them in MPI_Finalize only, so an aborted job would leave them in memory; their names are not
-    needed any more.
-
-    Parameters
-    ----------
-    pid
-        A process that has mapped them. Default: this one.
+    """Unlink MPICH's start-up segments of a process, or this one, after all ranks of the node have mapped
+    them.
     """
     with contextlib.suppress(OSError):
         maps = Path(f"/proc/{pid or 'self'}/maps").read_text()

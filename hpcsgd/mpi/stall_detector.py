@@ -35,12 +35,7 @@ _MOST_OBSERVERS = 2  # ranks of a node that are queried about a silent one
 class StallDetector:
     """Records this rank's activity for others, and reports that of other ranks when a wait for them lasts.
 
-    Parameters
-    ----------
-    comm
-        An mpi4py communicator used for nothing else.
-    waiter, activity
-        The waits and the activity record of this rank.
+    It has an mpi4py communicator that is used for nothing else.
 
     Attributes
     ----------
@@ -86,13 +81,7 @@ class StallDetector:
             self.channel.notify(self._buddy, (self._notifications_sent, self._activity.last()))
 
     def close(self, gather: Callable[[int], list[int]]) -> None:
-        """Receive all notifications, for an unreceived message could reach another world; collective.
-
-        Parameters
-        ----------
-        gather
-            Returns the number of every rank on every rank.
-        """
+        """Receive all notifications, for an unreceived message could reach another world; collective."""
         if self._buddy is None:
             return  # on all ranks, which share one machine
         self._buddy = None

@@ -28,12 +28,9 @@ _REPORT_DELAY = 6.0  # seconds, for the child of another rank to print its repor
 
 
 def initialize(timeout: float) -> Any:
-    """Return `mpi4py.MPI`, which initialises MPI unless the program has: that waits for all ranks of the job.
+    """Return `mpi4py.MPI`, which initialises MPI unless the program has: that waits for all ranks.
 
-    Parameters
-    ----------
-    timeout
-        Seconds until the job ends, where ranks are missing.
+    The job ends after `timeout` seconds in which ranks are missing.
     """
     module = sys.modules.get("mpi4py.MPI")
     if launcher.size()[1] < 2 or (module is not None and module.Is_initialized()):

@@ -42,15 +42,7 @@ def lowest_alive_rank() -> int:
 
 
 class FailureDetector:
-    """Detects failed ranks of a communicator; without ULFM it does nothing.
-
-    Parameters
-    ----------
-    comm
-        The communicator of all ranks, with `MPI.ERRORS_RETURN`.
-    hosts
-        The host name of each rank.
-    """
+    """Detects failed ranks of a communicator with `MPI.ERRORS_RETURN`; without ULFM it does nothing."""
 
     def __init__(self, comm: Any, hosts: list[str]) -> None:
         self._comm, self._hosts = comm, hosts

@@ -21,14 +21,7 @@ _OPERATIONS = {"max": np.maximum, "and": np.bitwise_and}
 
 
 class CodeSumClient:
-    """Client side of the code sums of one shard.
-
-    Parameters
-    ----------
-    point_to_point
-        Codec of the shard.
-    residual
-        Error-feedback residual, or None; updated in place.
+    """Client side of the code sums of one shard, which updates the error-feedback residual in place.
 
     Attributes
     ----------
@@ -81,11 +74,6 @@ class CodeSumClient:
 
 class CodeSumServer:
     """Server side: the sum of one push of every client.
-
-    Parameters
-    ----------
-    point_to_point
-        Codec of the shard.
 
     Attributes
     ----------

@@ -63,15 +63,6 @@ def shard_codec(
 class _DeltaCodec:
     """Common part of the client's and the server's side.
 
-    Parameters
-    ----------
-    codec
-        Codec of the shard.
-    shard
-        Index of the shard.
-    mode
-        See `CodingConfig`.
-
     Attributes
     ----------
     push_bytes, reply_bytes
@@ -93,13 +84,6 @@ class _DeltaCodec:
 
 class ClientDeltaCodec(_DeltaCodec):
     """Client side.
-
-    Parameters
-    ----------
-    codec, shard
-        Codec and index of the shard.
-    coding
-        See `CodingConfig`.
 
     Attributes
     ----------

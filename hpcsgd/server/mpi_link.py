@@ -15,18 +15,9 @@ _MAX_RECEIVES = 2  # messages of one link that are received at the same time
 
 
 class MPILink(Link):
-    """Link between two ranks of one MPI job.
+    """Link between two ranks of one MPI job, on a communicator that is used by links alone.
 
-    Parameters
-    ----------
-    communicator
-        Used by links alone.
-    peer
-        Rank of the other side.
-    number
-        Number of the link among those of the two ranks, one a run, from 0; equal on both.
-    handler, name, traffic
-        See `Link`.
+    `number` distinguishes the links of the two ranks, one a run, from 0; it is equal on both.
     """
 
     permanent = True

@@ -21,15 +21,9 @@ _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class TCPLink(Link):
-    """Link over TCP.
+    """Link over TCP, which owns and closes its connection.
 
-    Parameters
-    ----------
-    connection
-        A connected socket, whose other side has been greeted, or the greeting that leads to one. The link
-        owns and closes it.
-    handler, name, traffic
-        See `Link`.
+    That is a connected socket, whose other side has been greeted, or the greeting that leads to one.
     """
 
     def __init__(

@@ -103,10 +103,7 @@ def _checksum(sizes: bytes, text: bytes) -> bytes:
 class UpdateLog:
     """Write-ahead log of a server, from which a restarted one continues.
 
-    Parameters
-    ----------
-    folder
-        Folder of the log files: ``log-00000003`` has the records since state 3.
+    In its folder, ``log-00000003`` has the records since state 3.
     """
 
     def __init__(self, folder: Path) -> None:

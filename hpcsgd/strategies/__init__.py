@@ -30,14 +30,7 @@ STRATEGIES: registry.Rows[Strategy] = registry.Rows(
 
 
 def build(spec: str, **context: object) -> Strategy:
-    """Make a strategy from ``NAME`` or ``NAME:key=value,key=value``.
-
-    Parameters
-    ----------
-    spec
-        A name of `STRATEGIES` and its options.
-    context
-        Options that the caller sets.
+    """Make a strategy from ``NAME`` or ``NAME:key=value,key=value``, with further options from the caller.
 
     Raises
     ------

@@ -49,11 +49,6 @@ class OpenLoop:
 class BatchWeights:
     """Which peers have a batch of their own: the others repeat one, with weight 0.
 
-    Parameters
-    ----------
-    world, peers, loop
-        The ranks, the peers, and the state of the user's loop.
-
     Attributes
     ----------
     of_step
@@ -108,12 +103,7 @@ class BatchWeights:
     def warn_once(self, kind: str, text: str, *, level: int = 0) -> None:
         """Warn of a kind of problem, once a run and on rank 0 alone, at the line of the loop over batches.
 
-        Parameters
-        ----------
-        kind, text
-            The kind, and the warning.
-        level
-            Number of calls between `synchronous_batches` and this one. Default 0.
+        `level` is the number of calls between `synchronous_batches` and this one.
         """
         if self._world.rank == 0 and kind not in self._warnings:
             self._warnings.add(kind)

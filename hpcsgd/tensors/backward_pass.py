@@ -63,13 +63,7 @@ class BackwardPass:
 
 
 class LastHooks:
-    """Hooks of accumulated gradients that run after those of the user, which may change a gradient.
-
-    Parameters
-    ----------
-    hooks
-        (parameter, hook) pairs.
-    """
+    """Hooks of accumulated gradients that run after those of the user, which may change a gradient."""
 
     def __init__(self, hooks: Sequence[tuple[Tensor, Callable[[Any], None]]]) -> None:
         self._hooks = list(hooks)
@@ -101,13 +95,7 @@ def _register(parameter: Tensor, hook: Callable[[Any], None]) -> Any:
 
 
 class _OutputHook:
-    """Forward hook of a module, whose copies and pickled forms have no effect: their passes are not seen.
-
-    Parameters
-    ----------
-    passes
-        Enters the passes.
-    """
+    """Forward hook of a module, whose copies and pickled forms have no effect: their passes are not seen."""
 
     def __init__(self, passes: BackwardPass) -> None:
         self._passes = passes

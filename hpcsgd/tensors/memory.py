@@ -70,13 +70,7 @@ class _Registration:
 
 
 def registered(memory: np.ndarray) -> Tensor:
-    """Return memory as a tensor, pinned until the last tensor on it is dropped.
-
-    Parameters
-    ----------
-    memory
-        (nbytes,), uint8, of the host.
-    """
+    """Return host memory, (nbytes,), uint8, as a tensor, pinned until the last tensor on it is dropped."""
     return torch.from_numpy(np.asarray(_Registration(memory)))
 
 
@@ -134,11 +128,6 @@ def overlapping(tensors: Sequence[tuple[str, Tensor]]) -> tuple[str, str] | None
     """Return the names of two tensors that share only some elements, or in another order; None: none do.
 
     Twice the same name if elements of one tensor share memory, as those of an expanded tensor.
-
-    Parameters
-    ----------
-    tensors
-        (name, tensor) pairs; tensors that are the same memory, as by `place`, count as one.
     """
     distinct = {place(tensor): (name, tensor) for name, tensor in tensors if tensor.numel()}
     pairs = map(_shared_bytes, _clusters(list(distinct.values())))

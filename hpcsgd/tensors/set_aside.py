@@ -32,13 +32,7 @@ class SetAside:
         self._parts: list[tuple[list[Tensor | None], float]] = []
 
     def take(self, factor: float) -> None:
-        """Set the gradients aside, and begin with zeros; the parameters count as used.
-
-        Parameters
-        ----------
-        factor
-            Their factor in the mean.
-        """
+        """Set the gradients aside, for the mean with this factor, and begin with zeros; all count as used."""
         self._parts.append((self._gradients.copies(), factor))
         self._gradients.begin_again()
         self._gradients.on_discard = self._drop
@@ -67,11 +61,8 @@ class SetAside:
     def put_back(self, *, is_own: bool) -> bool:
         """Add the parts from this rank's own batches to its gradients; return whether these have any.
 
-        Parameters
-        ----------
-        is_own
-            Whether the present gradients are from such a batch: else they are discarded where there are
-            parts.
+        The present gradients are discarded, where there are parts, if they are not from an own batch
+        (`is_own`).
         """
         self._gradients.report_discarded()
         if self._parts and not is_own:

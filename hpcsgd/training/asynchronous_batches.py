@@ -29,13 +29,7 @@ _LONG_ROUND = 32  # steps
 
 
 class AsynchronousBatches:
-    """Batches in the order in which an asynchronous strategy schedules the local peers.
-
-    Parameters
-    ----------
-    context, strategy, virtual_nodes, epochs
-        Those of the run.
-    """
+    """Batches in the order in which an asynchronous strategy schedules the local peers."""
 
     def __init__(
         self, context: StrategyContext, strategy: Strategy, virtual_nodes: VirtualNodes, epochs: Epochs
@@ -203,20 +197,7 @@ class AsynchronousBatches:
 
 
 class _Source(Generic[Batch]):
-    """The batches of one loader, again and again.
-
-    Parameters
-    ----------
-    loader
-        The loader.
-    epochs
-        Numbers its epochs.
-
-    Attributes
-    ----------
-    ahead
-        The next batch, where it has been fetched already; else None.
-    """
+    """The batches of one loader, again and again."""
 
     def __init__(self, loader: Iterable[Batch], epochs: Epochs) -> None:
         self._loader, self._epochs = loader, epochs

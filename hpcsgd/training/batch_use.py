@@ -126,13 +126,7 @@ class BatchUse:
 
 
 class _InputHook:
-    """Forward pre-hook of the model, whose copies and pickled forms have no effect.
-
-    Parameters
-    ----------
-    use
-        Gets the inputs.
-    """
+    """Forward pre-hook of the model, whose copies and pickled forms have no effect."""
 
     def __init__(self, use: BatchUse) -> None:
         self._use = use
@@ -157,11 +151,6 @@ class UsedBatches:
 
     A loop looks ahead if the ranks have taken equally many batches before they used the first one, and have
     used one for each since.
-
-    Parameters
-    ----------
-    context, use, loop
-        The context of the run, the use of its batches, and its loop.
     """
 
     def __init__(self, context: StrategyContext, use: BatchUse, loop: OpenLoop) -> None:

@@ -17,13 +17,6 @@ def averaged_closure(
     """Return a closure with the mean gradients and the mean loss, if the strategy averages gradients.
 
     So an optimizer makes the same decisions on all ranks: it takes the steps of one process with all data.
-
-    Parameters
-    ----------
-    closure
-        Computes the loss and its gradients; returns the loss.
-    strategy, context
-        Those of the run.
     """
     if not strategy.averages_gradients or context.world.size == 1:
         return closure

@@ -32,16 +32,7 @@ NamedBuffers = Sequence[tuple[str, Tensor]]
 
 
 class DriftCheck:
-    """Compares parameters, and the numbers in the optimizer's groups, over all ranks.
-
-    Parameters
-    ----------
-    world
-        The ranks.
-    optimizer
-        The optimizer; its learning rates and other numbers are compared.
-    every
-        Steps between two comparisons; 0: none.
+    """Compares parameters, and the numbers in the optimizer's groups, over all ranks; every 0 steps: never.
 
     Attributes
     ----------

@@ -13,11 +13,6 @@ class Epochs:
 
     It is called for those whose epoch can be read: an epoch that differs from the last one set here is the
     user's, and stays.
-
-    Parameters
-    ----------
-    active
-        False: nothing is ever set, as in plain training.
     """
 
     def __init__(self, *, active: bool) -> None:

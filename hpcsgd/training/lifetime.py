@@ -34,13 +34,6 @@ def world_of_run(comm: Any, device: str) -> World:
 
     Ranks follow each other's place in a run by that in its world. And what a run averages in the background
     comes in an order of its own, which another run of the world would meet in another order on each rank.
-
-    Parameters
-    ----------
-    comm
-        None, an mpi4py communicator, or a world.
-    device
-        The device of a world that is made.
     """
     if not isinstance(comm, World):
         return World(comm, device=device)
@@ -57,22 +50,9 @@ def has_open_run(world: World) -> bool:
 
 
 class Lifetime:
-    """Claims the parameters of a run, and leaves its world when the run is dropped.
+    """Claims the trained parameters of a run, and leaves its world when the run is dropped.
 
-    Nothing that lives as long as the model, the optimizer or the communication thread may refer to the run.
-
-    Parameters
-    ----------
-    run
-        The run, of which only a weak reference is kept.
-    strategy
-        Its strategy, not yet attached.
-    world
-        Its ranks.
-    owns_world
-        Whether the world is the run's own.
-    parameters
-        (name, parameter) pairs; those that require no gradient are not claimed.
+    It has only a weak reference to the run. `owns_world`: the world is the run's own.
 
     Raises
     ------

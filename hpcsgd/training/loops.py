@@ -29,11 +29,6 @@ class Batches(Iterator[Any]):
     """The batches of a loader: each `iter()` begins a loop over them, as that of a DataLoader does.
 
     `next()` goes on with a loop that it begins itself, and which the next `iter()` continues.
-
-    Parameters
-    ----------
-    begin
-        Begins a loop.
     """
 
     def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
@@ -61,11 +56,6 @@ class Batches(Iterator[Any]):
 
 class Loops:
     """Makes the loops of `run.batches`.
-
-    Parameters
-    ----------
-    context, strategy, model, virtual_nodes, uneven
-        Those of the run.
 
     Attributes
     ----------

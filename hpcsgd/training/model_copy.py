@@ -22,16 +22,9 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 def check_trainable(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], ranks: int) -> None:
-    """Check that the tensors of a model can be compared and copied, and that nothing else averages gradients.
+    """Check that a model's tensors can be compared and copied, and that nothing else averages gradients.
 
-    Parameters
-    ----------
-    model
-        The model.
-    tensors
-        Its (name, tensor) pairs that all ranks have in common.
-    ranks
-        Number of ranks; one alone needs none of this but shapes.
+    The tensors are those that all ranks have in common. One rank alone needs none of this but shapes.
 
     Raises
     ------
@@ -90,15 +83,7 @@ def copy_from_rank_0(world: World, tensors: Named, bucket_mib: float = DEFAULT_B
 
 
 class RootCopy:
-    """Copies tensors of rank 0 to all ranks, through a buffer of the size of a bucket.
-
-    Parameters
-    ----------
-    world
-        The ranks.
-    bucket_mib
-        Size of the buffer in MiB; it is smaller if all tensors together are. Default 4.
-    """
+    """Copies tensors of rank 0 to all ranks, through a buffer of the size of a bucket."""
 
     def __init__(self, world: World, bucket_mib: float = DEFAULT_BUCKET_MIB) -> None:
         self._world = world

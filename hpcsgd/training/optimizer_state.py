@@ -42,19 +42,6 @@ def copy_optimizer_state(
     With a strategy that averages gradients all ranks get them, if any state differs; with another one only
     ranks that have no state, as the others may have momentum of their own. Optimizers without a `state` by
     parameter, as those of torch.optim have, are left alone.
-
-    Parameters
-    ----------
-    world
-        The ranks.
-    optimizer
-        The optimizer, or a list of several.
-    parameters
-        (name, parameter) pairs whose states are common to all ranks.
-    strategy
-        The strategy.
-    bucket_mib
-        Size of the buffer in MiB. Default 4.
     """
     if world.size == 1:
         return

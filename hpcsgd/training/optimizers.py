@@ -20,13 +20,7 @@ _METHODS = ("step", "zero_grad", "state_dict", "load_state_dict")
 
 
 class OptimizerList:
-    """Several optimizers that step together, with the methods of one.
-
-    Parameters
-    ----------
-    optimizers
-        Each for parameters of its own.
-    """
+    """Several optimizers, each for parameters of its own, that step together, with the methods of one."""
 
     def __init__(self, optimizers: Sequence[Any]) -> None:
         self.optimizers = list(optimizers)
@@ -84,12 +78,7 @@ def as_optimizer(optimizer: Any) -> Any:
 class StepWatch:
     """Refuses calls of `optimizer.step()` outside of `run.step()`.
 
-    Parameters
-    ----------
-    optimizer
-        The optimizer of a run; without `register_step_pre_hook` its calls are not seen.
-    rank
-        This rank, for errors.
+    The calls of an optimizer without `register_step_pre_hook` are not seen.
 
     Attributes
     ----------
@@ -134,13 +123,6 @@ class NewOptimizers:
 
     It looks for one where more objects refer to a parameter than before. That takes some 20 ms, so the number
     of looks is limited.
-
-    Parameters
-    ----------
-    optimizer
-        The optimizer of a run.
-    rank
-        This rank, for warnings.
     """
 
     def __init__(self, optimizer: Any, rank: int) -> None:
@@ -207,12 +189,7 @@ def _inside(optimizer: Any) -> Any:
 def unscale(optimizer: Any, found_inf: Tensor | None, scale: Tensor | None) -> bool:
     """Divide an optimizer's gradients by the scale of a GradScaler; False: it requires a skip of the step.
 
-    Parameters
-    ----------
-    optimizer
-        The optimizer.
-    found_inf, scale
-        The attributes that a GradScaler has set; None without one.
+    `found_inf` and `scale` are the attributes that a GradScaler has set; None without one.
     """
     if found_inf is not None and bool(found_inf):
         return False

@@ -218,13 +218,6 @@ class _Part:
 
     With `drop_last`, the last batches that are fewer than the ranks are dropped too, as by one process whose
     batches are as large as those of all ranks together; but never all of them.
-
-    Parameters
-    ----------
-    whole
-        The sampler.
-    first, step
-        The first element, and the distance of two.
     """
 
     def __init__(self, whole: Any, first: int, step: int) -> None:

@@ -32,13 +32,6 @@ _FROZEN_SHARE = 10
 class Stepping:
     """Takes the steps of a run.
 
-    Parameters
-    ----------
-    strategy, context, trained
-        Those of the run.
-    check_every
-        See `DriftCheck`.
-
     Attributes
     ----------
     scaling

@@ -33,15 +33,6 @@ class SyncBatchNorms:
     single rank, modules of subclasses, and models of a `torch.distributed` job are left alone. Copies of the
     model are plain.
 
-    Parameters
-    ----------
-    model
-        The model of a run, whose modules change their class.
-    context
-        The context of the run.
-    strategy
-        Its strategy.
-
     Raises
     ------
     BadOption

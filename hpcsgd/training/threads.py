@@ -15,11 +15,6 @@ class ComputeThreads:
     """Sets the number of torch's threads where several ranks share a node, and restores it.
 
     A number that the user has set, by `OMP_NUM_THREADS` or `torch.set_num_threads`, stays as it is.
-
-    Parameters
-    ----------
-    world
-        The ranks.
     """
 
     def __init__(self, world: World) -> None:

@@ -21,13 +21,6 @@ class VirtualNodes:
 
     The strategy stores the parameters; buffers, optimizer states and generator states are stored here.
     With one peer a rank nothing is ever swapped.
-
-    Parameters
-    ----------
-    model, optimizer
-        Those of the run.
-    strategy, context
-        The attached strategy, and its context, whose `current_peer_index` is updated.
     """
 
     def __init__(

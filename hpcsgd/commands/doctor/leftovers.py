@@ -52,13 +52,7 @@ def collect(job: ExaminedJob) -> Facts:
 
 
 def find(folder: Path = _FOLDER) -> list[SharedFile]:
-    """Return the files in a folder but for those of this process: of ended jobs first, then by size.
-
-    Parameters
-    ----------
-    folder
-        The folder. Default ``/dev/shm``.
-    """
+    """Return the files in a folder but for those of this process: of ended jobs first, then by size."""
     files = [(path, _stat(path)) for path in folder.glob("*") if _library(path.name)]
     # After the listing: a job that starts maps its file before the maps are read.
     mapped, hidden = procfs.mappings(str(folder)) if files else ({}, set())

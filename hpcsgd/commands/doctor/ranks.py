@@ -25,13 +25,6 @@ _FACTS = 1
 class ExaminedJob:
     """The ranks of the job, without a `World`. If MPI cannot start, this process alone.
 
-    Parameters
-    ----------
-    out
-        The folder of the runs.
-    timeout
-        Seconds that rank 0 waits for the facts of all ranks.
-
     Attributes
     ----------
     problem
@@ -47,7 +40,7 @@ class ExaminedJob:
 
     def __init__(self, out: Path, timeout: float) -> None:
         self.out = out
-        self.timeout = timeout
+        self.timeout = timeout  # seconds that rank 0 waits for the facts of all ranks
         self.mpi, self.problem = start_mpi()
         comm_world = self.mpi.COMM_WORLD if self.mpi is not None else None
         self.rank: int = comm_world.rank if comm_world is not None else 0

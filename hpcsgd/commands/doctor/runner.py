@@ -22,27 +22,12 @@ _FAILED = "failed"
 
 
 class DoctorReport:
-    """The results so far, on rank 0; they can be printed as a page at any time.
-
-    Parameters
-    ----------
-    job
-        The ranks.
-
-    Attributes
-    ----------
-    ranks
-        The facts of each rank.
-    checked
-        The lines of each check that has ended.
-    findings
-        The mistakes.
-    """
+    """The results so far, on rank 0; they can be printed as a page at any time."""
 
     def __init__(self, job: ExaminedJob) -> None:
         self._job = job
-        self.ranks: list[Facts] = [{} for _ in range(job.size)]
-        self.checked: dict[str, list[str]] = {}
+        self.ranks: list[Facts] = [{} for _ in range(job.size)]  # the facts of each
+        self.checked: dict[str, list[str]] = {}  # the lines of each check that has ended
         self.findings: list[Finding] = []
         self._started = time.monotonic()
 
@@ -100,17 +85,7 @@ class DoctorReport:
 
 
 def run_checks(checks: Sequence[Check], out: Path, timeout: float = TIMEOUT) -> int:
-    """Run the checks and print the page; returns the exit status of this rank.
-
-    Parameters
-    ----------
-    checks
-        The checks, in the order of the page.
-    out
-        The folder of the runs.
-    timeout
-        Seconds without a reply from a rank after which the doctor stops. Default 30.
-    """
+    """Run the checks and print the page; returns the exit status of this rank."""
     job = ExaminedJob(out, timeout)
     if job.size == 1 and not job.is_reporting_rank:
         return 0

@@ -49,20 +49,8 @@ def draw_curves(
 ) -> None:
     """Draw curves into a panel, with gaps where values are not finite.
 
-    Parameters
-    ----------
-    axes, position
-        The panel, and its position in its row.
-    xlabel, ylabel
-        Names of the axes, with units.
-    curves
-        The curves.
-    log
-        Whether the vertical axis is logarithmic.
-    format_value
-        Formats the last value of a curve.
-    right
-        The right end of the horizontal axis, without its margin; default: that of the curves.
+    `format_value` formats the last value of a curve. The horizontal axis ends at `right`, and a margin;
+    default: at the end of the curves.
     """
     if log:
         _logarithmic(axes)

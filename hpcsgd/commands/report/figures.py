@@ -152,12 +152,7 @@ def draw_alone(panel: Panel) -> Figure:
 def line_styles(labels: Sequence[str], baselines: Collection[str]) -> dict[str, tuple[str, Dashes]]:
     """Assign a colour and dashes to each label, in the order in which to draw them: baselines first.
 
-    Parameters
-    ----------
-    labels
-        The labels; equal ones have one style.
-    baselines
-        Those of all-reduce: in ink, or the first alone if there are more than kinds of dashes.
+    These are in ink; the first one alone, if there are more than kinds of dashes.
     """
     first = [label for label in dict.fromkeys(labels) if label in baselines]
     if len(first) > len(DASHES):
@@ -190,12 +185,7 @@ def png(figure: Figure, folder: Path) -> Path:
 def svg(figure: Figure, description: str) -> str:
     """Return a figure as an SVG element for an HTML page, with ink in the page's text colour.
 
-    Parameters
-    ----------
-    figure
-        The figure.
-    description
-        A description for screen readers, HTML-escaped.
+    The description, for screen readers, is HTML-escaped.
     """
     with style():
         from matplotlib.backends.backend_svg import FigureCanvasSVG

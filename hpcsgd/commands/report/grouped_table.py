@@ -19,14 +19,7 @@ _UNKNOWN = "—"
 
 
 def grouped(runs: Sequence[RunRecord], over: str) -> Table:
-    """The summary of groups of runs, in the order of their first members.
-
-    Parameters
-    ----------
-    runs
-        The runs, at least one.
-    over
-        The setting in which the members of a group may differ.
+    """The summary of groups of runs that differ in the setting `over` alone, by their first members.
 
     Raises
     ------

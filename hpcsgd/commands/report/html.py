@@ -83,11 +83,6 @@ _RANKS_EXPLANATION = "Solid: computing. Translucent, above it: waiting for other
 def page(runs: Sequence[RunRecord]) -> str:
     """Return the report on runs as one self-contained HTML page.
 
-    Parameters
-    ----------
-    runs
-        The runs, at least one.
-
     Raises
     ------
     HpcsgdError

@@ -110,11 +110,6 @@ class _Cost:
 def figures(runs: Sequence[RunRecord]) -> list[Figure]:
     """Draw the figures of runs; the label of a figure is the name of its file.
 
-    Parameters
-    ----------
-    runs
-        The runs, at least one.
-
     Raises
     ------
     HpcsgdError

@@ -25,12 +25,7 @@ _KINDS: dict[str, type[Columns]] = {"train": TrainingRecords, "test": Evaluation
 
 
 def load(path: Path | str) -> RunRecord:
-    """Read a run folder.
-
-    Parameters
-    ----------
-    path
-        A folder with `config.toml` and `metrics.jsonl`.
+    """Read a run folder: its `config.toml` and `metrics.jsonl`.
 
     Raises
     ------

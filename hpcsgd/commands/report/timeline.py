@@ -35,15 +35,9 @@ _ROW, _WIDTH = 0.24, 7.4  # inches
 
 
 def timeline(trace: Path, first: int | None = None, last: int | None = None) -> Figure:
-    """Draw a trace, with two rows per rank.
+    """Draw the trace.json of `hpcsgd train --trace`, with two rows per rank.
 
-    Parameters
-    ----------
-    trace
-        The trace.json of `hpcsgd train --trace`.
-    first, last
-        First and last step: from the earliest start of the first to the latest end of the last on any rank.
-        Default: all steps.
+    From the earliest start of step `first` to the latest end of step `last` on any rank. Default: all steps.
 
     Raises
     ------

@@ -21,17 +21,8 @@ _NARROW = 28  # characters of a run's name in a line of a narrow terminal, if no
 def write(paths: Sequence[Path], out: Path) -> list[Path]:
     """Write a report on runs: the self-contained page `report.html`, and its figures as PNG files.
 
-    Parameters
-    ----------
-    paths
-        The run folders, at least one; a folder given twice counts once.
-    out
-        The folder to write into; created if it does not exist.
-
-    Returns
-    -------
-    list of Path
-        The files written, the page first.
+    A folder that is given twice counts once; `out` is created if it does not exist. Returns the files, the
+    page first.
 
     Raises
     ------
@@ -53,13 +44,6 @@ def tables(runs: Sequence[RunRecord], width: int) -> Iterator[Table]:
     """Yield the summary of the runs for a terminal: one table, or several where one would be too wide.
 
     No word is broken: each table has the names of the runs, and as many of the other columns as fit.
-
-    Parameters
-    ----------
-    runs
-        The runs.
-    width
-        Characters in a line of the terminal.
     """
     header, rows = cells(runs)
     columns = [

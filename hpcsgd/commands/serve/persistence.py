@@ -28,11 +28,6 @@ class ServerPersistence:
         Folder of the server, created if absent; no other server may use it at the same time.
     every
         Seconds between two checkpoints; a long log starts one earlier.
-
-    Attributes
-    ----------
-    folder
-        As given.
     """
 
     def __init__(self, folder: Path, every: float) -> None:

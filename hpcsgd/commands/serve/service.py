@@ -60,16 +60,7 @@ class ServeOptions(NamedTuple):
 class Service:
     """One server: its listening sockets, the links of its clients, and its persistent state.
 
-    Parameters
-    ----------
-    options, world
-        Options, and the ranks of the job, each of which is a server.
-    persistence
-        Folder of this server's state and metrics.
-    secret
-        Secret by which clients authenticate.
-    dashboard
-        Shows the clients.
+    Clients authenticate by the secret; each rank of `world` is a server.
     """
 
     def __init__(
@@ -285,25 +276,14 @@ class Service:
 
 
 class EndVote:
-    """Repeated non-blocking vote of all servers on whether to end.
-
-    Parameters
-    ----------
-    communicator
-        Communicator of the servers.
-
-    Attributes
-    ----------
-    stopped
-        Whether any server has received a signal to stop.
-    """
+    """Repeated non-blocking vote of all servers on whether to end."""
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self._flags = np.empty(2, np.int32)
         self._all = np.empty((communicator.size, 2), np.int32)
         self._request: Any = None
-        self.stopped = False
+        self.stopped = False  # whether any server has received a signal to stop
 
     def poll(self, stopped: bool, abandoned: bool) -> bool:
         """Vote; returns whether a vote is complete in which one server was stopped, or all are abandoned."""

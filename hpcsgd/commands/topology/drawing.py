@@ -24,14 +24,8 @@ _THINNEST, _THICKEST = 0.4, 1.8
 def draw(topology: Topology, title: str) -> Figure:
     """Draw the peers and their edges; the width of an edge grows with its weight.
 
-    An arrow points from a peer to the reader of its model. Needs matplotlib.
-
-    Parameters
-    ----------
-    topology
-        The topology; if its period is longer than 8 steps the first 8 are drawn.
-    title
-        Title above the panels.
+    An arrow points from a peer to the reader of its model. If the period of the topology is longer than 8
+    steps the first 8 are drawn. Needs matplotlib.
     """
     from matplotlib.figure import Figure
 

@@ -52,17 +52,7 @@ def steps_to_halve(topology: Topology) -> int | None:
 
 
 def details(topology: Topology, spec: str, parameters: int) -> Table:
-    """Return the table of one topology.
-
-    Parameters
-    ----------
-    topology
-        The topology.
-    spec
-        Spec of the topology, for the title.
-    parameters
-        Number of float32 parameters of a model.
-    """
+    """Return the table of one topology; `parameters` is the number of float32 parameters of a model."""
     table = Table(title=escape(f"{spec}, {topology.size} peers"), show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -74,12 +64,7 @@ def details(topology: Topology, spec: str, parameters: int) -> Table:
 def comparison(size: int, parameters: int) -> Group:
     """Return the table of all topologies with their default options, and the reasons why some are impossible.
 
-    Parameters
-    ----------
-    size
-        Number of peers.
-    parameters
-        Number of float32 parameters of a model.
+    `parameters` is the number of float32 parameters of a model.
     """
     table = Table(title=f"Topologies of {size} peers")
     table.add_column("topology", no_wrap=True)

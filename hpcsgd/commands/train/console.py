@@ -17,14 +17,7 @@ _LINE_EVERY = 5.0  # seconds
 class ConsoleDisplay:
     """Displays records and messages.
 
-    Parameters
-    ----------
-    mode
-        "bar", "plain", "off", or "auto": the bar if the output is a terminal.
-    total, step
-        Steps of the run, and steps already taken.
-    epochs
-        Length of the run in epochs.
+    Modes are "bar", "plain", "off", and "auto": the bar if the output is a terminal.
     """
 
     def __init__(self, mode: str, total: int, step: int, epochs: float) -> None:

@@ -19,16 +19,9 @@ _BATCH = 256
 
 
 class Objective:
-    """Mean cross-entropy of a model's logits, under autocast, with the sums for loss and accuracy.
+    """Mean cross-entropy of a model's logits, (..., classes), with the sums for loss and accuracy.
 
-    Parameters
-    ----------
-    model
-        Maps inputs to logits, (..., classes).
-    device
-        Device of the model, to which batches are moved.
-    autocast
-        "off", or the dtype of the forward pass: "bfloat16", "float16".
+    Batches are moved to the device; `autocast` is "off" or the dtype of the forward pass.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, autocast: str) -> None:
@@ -51,23 +44,9 @@ class Objective:
 
 @torch.no_grad()
 def evaluate(run: Run, objective: Objective, source: Source, shard: Tensor, world: World) -> Sums:
-    """Evaluate the consensus model on a source, each sample counted once; collective.
+    """Evaluate the consensus model on a source, each sample counted once; collective, equal on all ranks.
 
-    Parameters
-    ----------
-    run, objective
-        The run of the model, and its objective.
-    source
-        Samples, of which this rank evaluates a shard.
-    shard
-        Indices of this rank's samples, (n,) int64; the ranks' shards are disjoint.
-    world
-        The ranks.
-
-    Returns
-    -------
-    Sums
-        Those of all ranks' shards.
+    The ranks' shards, indices of samples of shape (n,), int64, are disjoint.
     """
     objective.model.eval()
     with run.averaged():

@@ -70,23 +70,11 @@ class Meter:
     """Reads a rank's clocks and byte counters as totals of the run, across pauses and resumes.
 
     Bytes of communication that lasts from one step into the next count in the step that uses its result.
-
-    Parameters
-    ----------
-    world
-        The ranks, with their counters.
-    before
-        Totals of earlier parts of the run.
-
-    Attributes
-    ----------
-    gradients
-        Number of gradients that this rank has computed; the caller counts them.
     """
 
     def __init__(self, world: World, before: Counters) -> None:
         self._world = world
-        self.gradients = before.gradients
+        self.gradients = before.gradients  # of this rank; the caller counts them
         now, used = self._now()
         self._offset = now + used - before
         self._pause: Counters | None = None
@@ -152,13 +140,6 @@ class MetricsWriter:
         As those of `MetricsFile`. Default: the folder is not created again.
     expected
         Number of records until that step; None (default): unknown.
-
-    Attributes
-    ----------
-    count
-        Number of records.
-    file
-        The file `metrics.jsonl`.
     """
 
     def __init__(

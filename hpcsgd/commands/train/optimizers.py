@@ -46,14 +46,7 @@ _STEP_FACTOR = 0.1
 
 
 def build(spec: str, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """Make an optimizer.
-
-    Parameters
-    ----------
-    spec
-        A name of `OPTIMIZERS`, and options.
-    parameters, learning_rate
-        The parameters, and their learning rate.
+    """Make an optimizer from a spec: a name of `OPTIMIZERS`, and options.
 
     Raises
     ------
@@ -67,17 +60,10 @@ def build(spec: str, parameters: Iterable[torch.nn.Parameter], learning_rate: fl
 
 
 def learning_rate_schedule(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
-    """Return the factor of the learning rate as a function of the step.
+    """Return the factor of the learning rate as a function of the step: a linear warm-up, then the schedule.
 
-    Parameters
-    ----------
-    schedule
-        "constant"; "cosine" (to 0 at the end); or "step" (times 0.1 after half of the steps after the
-        warm-up, and again after three quarters).
-    warmup
-        Steps of the linear warm-up.
-    total
-        Steps of the run, with the warm-up.
+    "cosine" ends at 0; "step" is times 0.1 after half of the steps after the warm-up, and again after three
+    quarters. `total` counts the steps of the warm-up too.
     """
 
     def factor(step: int) -> float:

@@ -27,17 +27,7 @@ class Plan:
 
     @classmethod
     def make(cls, settings: Settings, batches_of_peers: Sequence[int], synchronous: bool) -> Plan:
-        """Plan a run.
-
-        Parameters
-        ----------
-        settings
-            The settings of the run.
-        batches_of_peers
-            Batches in an epoch of each peer, of all ranks.
-        synchronous
-            Whether all peers take every step together.
-        """
+        """Plan a run, from the number of batches of each peer of all ranks in an epoch."""
         join = settings.uneven == "join" or not synchronous
         batches = max(batches_of_peers) if join else min(batches_of_peers)
         steps_per_epoch = math.ceil(batches / settings.accumulate)

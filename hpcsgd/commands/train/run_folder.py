@@ -91,17 +91,7 @@ def release(folder: Path) -> None:
 
 
 def config(folder: Path, settings: Settings, world: dict[str, object]) -> str:
-    """Return the text of `config.toml`.
-
-    Parameters
-    ----------
-    folder
-        The run's folder.
-    settings
-        Settings of the run.
-    world
-        Contents of the ``[world]`` table, for the reader's information.
-    """
+    """Return the text of `config.toml`; its table `[world]` is for the reader's information."""
     named = replace(settings, out=str(folder.parent), name=folder.name, resume="")
     return to_toml(named, world)
 
@@ -115,14 +105,7 @@ def mark(folder: Path, *, done: bool) -> None:
 
 
 def check_unchanged(settings: Settings, before: dict[str, Any]) -> None:
-    """Check that a resumed run has the same data, method and seed as before.
-
-    Parameters
-    ----------
-    settings
-        Settings of the resumed run.
-    before
-        Settings in the checkpoint, by name.
+    """Check that a resumed run has the data, method and seed of the settings in its checkpoint, `before`.
 
     Raises
     ------

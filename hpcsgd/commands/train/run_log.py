@@ -10,21 +10,7 @@ from hpcsgd.commands.train.metrics import Counters, MetricsWriter, Sums, counter
 
 
 class RunLog:
-    """Writes and displays the records of a run on rank 0; on other ranks the same calls do nothing.
-
-    Parameters
-    ----------
-    writer
-        On rank 0: the writer of the records.
-    step
-        Steps already taken.
-    total, epochs
-        Length of the run, in steps and in epochs.
-    steps_per_epoch
-        Converts steps to epochs in the records.
-    mode
-        Mode of `ConsoleDisplay`.
-    """
+    """Writes and displays the records of a run on rank 0; on other ranks the same calls do nothing."""
 
     def __init__(
         self,
@@ -51,22 +37,9 @@ class RunLog:
         learning_rate: float,
         method: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Record the training since an earlier record.
+        """Record the training of all ranks since the record at which rank 0 had the counters `since`.
 
-        Parameters
-        ----------
-        step
-            The step.
-        counters
-            Totals of each rank.
-        sums
-            Loss and hits of all ranks since the earlier record.
-        since
-            Counters of rank 0 at the earlier record.
-        learning_rate
-            Learning rate of the next step.
-        method
-            The strategy's own metrics, of each rank.
+        `counters` are the totals of each rank, and `method` the strategy's own metrics of each rank.
         """
         fields = {
             **_training_fields(counters, sums, since),

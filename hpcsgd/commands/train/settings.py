@@ -74,17 +74,7 @@ Epochs = Annotated[float, Within(0, 1e9)]
 
 
 def option(default: object, help: str, unit: str | None = None) -> Any:
-    """Declare one setting, whose annotation has its limits: its default, help text and unit.
-
-    Parameters
-    ----------
-    default
-        The default value.
-    help
-        One sentence for ``--help``.
-    unit
-        Unit of the value.
-    """
+    """Declare one setting, whose annotation has its limits: its default, help text and unit."""
     return dataclasses.field(default=default, metadata={"help": help, "unit": unit})
 
 
@@ -193,12 +183,7 @@ KINDS = typing.get_type_hints(Settings, include_extras=True)
 
 
 def default_model(data: str) -> str:
-    """Return the name of the model that `Settings.model` stands for if it is empty.
-
-    Parameters
-    ----------
-    data
-        The data set's spec.
+    """Return the name of the model that `Settings.model` stands for if it is empty, with a data set's spec.
 
     Raises
     ------
@@ -249,12 +234,7 @@ def merge(toml: Mapping[str, object], command_line: Mapping[str, object]) -> Set
 def from_toml(path: str | Path, element: int | None = None) -> dict[str, object]:
     """Read the settings in a TOML file, for `merge`; its ``[world]`` table is ignored.
 
-    Parameters
-    ----------
-    path
-        Path of the file.
-    element
-        Number of the run of a sweep, as in `sweep.select_run`.
+    `element` is the number of the run of a sweep, as in `sweep.select_run`.
 
     Raises
     ------
@@ -286,12 +266,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def to_toml(settings: Settings, extra: Mapping[str, object]) -> str:
     """Return all settings as TOML, which `from_toml` reads again; None is written as ``"none"``.
 
-    Parameters
-    ----------
-    settings
-        The settings.
-    extra
-        Contents of the ``[world]`` table, for the reader's information.
+    `extra` is the ``[world]`` table, for the reader's information.
     """
     values = {
         name: "none" if value is None else value for name, value in dataclasses.asdict(settings).items()

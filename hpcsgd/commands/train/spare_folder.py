@@ -23,19 +23,7 @@ from hpcsgd.training.checkpoint.files import delete, sync_folder
 class SpareFolder:
     """A complete run folder, with the newest checkpoint and all metrics, on another file system.
 
-    Parameters
-    ----------
-    run
-        The run's folder.
-    parent
-        Folder in which it is created; "": that of temporary files.
-    world
-        The ranks.
-
-    Attributes
-    ----------
-    path
-        The folder.
+    Its path is in `parent`, or, if that is empty, in the folder of temporary files.
     """
 
     def __init__(self, run: Path, parent: str, world: World) -> None:
@@ -110,15 +98,8 @@ class SpareFolder:
     def bring_home(self, config: str) -> str:
         """Move the newest checkpoint and the metrics to the run's folder where that has older ones; local.
 
-        Parameters
-        ----------
-        config
-            Text of the run's `config.toml`: the folder may be one of an earlier run in the same place.
-
-        Returns
-        -------
-        str
-            A line for the user; "": there is no spare folder.
+        The folder may be one of an earlier run in the same place, with another `config.toml`. Returns a line
+        for the user; "": there is no spare folder.
 
         Raises
         ------

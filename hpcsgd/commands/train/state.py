@@ -25,17 +25,6 @@ from hpcsgd.training.run import Run
 class RunState:
     """The position of a run, its sums since the last record, and their checkpoint.
 
-    Parameters
-    ----------
-    plan
-        Length of the run.
-    loaders
-        The training loaders of this rank's peers.
-    scaler
-        The gradient scaler.
-    synchronous
-        Whether all peers take every step together.
-
     Attributes
     ----------
     step, epoch, batch
@@ -59,12 +48,7 @@ class RunState:
     def advance(self, run: Run, batches: int = 0) -> None:
         """Set the position after a step of all peers, or after steps of an asynchronous method.
 
-        Parameters
-        ----------
-        run
-            The run, which counts the steps.
-        batches
-            Batches that each peer of a synchronous method used.
+        `batches` is the number that each peer of a synchronous method has used.
         """
         self.step = self.base + run.steps
         self.batch += batches
@@ -76,12 +60,7 @@ class RunState:
     def capture(self, run: Run, meter: Meter) -> dict[str, Any]:
         """Return the contents of a checkpoint of this rank.
 
-        Parameters
-        ----------
-        run
-            The run.
-        meter
-            This rank's counters; those of the state that the run waits for are included.
+        `meter` is read last: its counters include those of the state that the run waits for.
         """
         return {
             "run": run.state_dict(),
@@ -100,13 +79,7 @@ class RunState:
         }
 
     def restore(self, state: State, world: World) -> Counters:
-        """Continue from the contents of a checkpoint, except those of the run; collective.
-
-        Returns
-        -------
-        Counters
-            This rank's counters at the checkpoint.
-        """
+        """Continue from a checkpoint but for the run's own contents, and return its counters; collective."""
         self._scaler.load_state_dict(state["scaler"])
         self.base, self.step = state["base"], state["step"]
         self.epoch, self.batch = state["epoch"], state["batch"]
@@ -153,23 +126,7 @@ def find_resume_point(
 ) -> ResumePoint | None:
     """Find the state to continue from: in memory after a failure, else in a checkpoint; collective.
 
-    Parameters
-    ----------
-    settings, plan
-        Those of the run.
-    world
-        The ranks.
-    synchronous
-        Whether all peers take every step together.
-    checkpoints
-        The checkpoints of the run's folder.
-    snapshots
-        The checkpoints in memory.
-
-    Returns
-    -------
-    ResumePoint or None
-        None: a new run.
+    None: a new run.
 
     Raises
     ------

@@ -27,27 +27,8 @@ State = tuple[str, bool]
 class RunStorage:
     """The folder of a run, and a spare one for the time in which that cannot be written; collective.
 
-    A context manager, in which rank 0 owns the lock of the folder.
-
-    Parameters
-    ----------
-    folder
-        The run's folder.
-    settings
-        Settings of the run.
-    world
-        The ranks.
-    predecessor
-        Token of the lock of a rank 0 that has died; "": none.
-
-    Attributes
-    ----------
-    checkpoints
-        The checkpoints in the run's folder.
-    metrics
-        The writer of `metrics.jsonl`: on rank 0, after `open_metrics`.
-    token
-        Token of the lock.
+    A context manager, in which rank 0 owns the lock of the folder. `predecessor` is the token of the lock of
+    a rank 0 that has died; "": none.
     """
 
     def __init__(self, folder: Path, settings: Settings, world: World, predecessor: str = "") -> None:
@@ -105,12 +86,7 @@ class RunStorage:
         return states[0][1]
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Save a checkpoint in the run's folder, else in the spare one.
-
-        Parameters
-        ----------
-        step, state, meta
-            As those of `Checkpoints.save`.
+        """Save a checkpoint, as `Checkpoints.save`, in the run's folder, else in the spare one.
 
         Raises
         ------

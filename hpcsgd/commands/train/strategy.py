@@ -34,12 +34,7 @@ def build_strategy(settings: Settings) -> Strategy:
 def build_delays(settings: Settings, peers: Peers, *, clamp: bool) -> Delays:
     """Build the simulated delays of a run.
 
-    Parameters
-    ----------
-    settings, peers
-        Those of the run.
-    clamp
-        Whether delays may name peers that do not exist any more, since ranks have failed.
+    With `clamp` they may name peers that do not exist any more, since ranks have failed.
 
     Raises
     ------

@@ -30,14 +30,7 @@ def count_runs(table: dict[str, Any], path: str | Path) -> int:
 def select_run(table: dict[str, Any], path: str | Path, element: int | None) -> dict[str, Any]:
     """Return the settings of one run: those of its own table, on top of those before the first table.
 
-    Parameters
-    ----------
-    table
-        Contents of the file; without runs these are the settings.
-    path
-        Path of the file, for messages.
-    element
-        Number of the run, from 0; None: the file is no sweep.
+    `element` is its number, from 0; None: the file is no sweep, and its contents are the settings.
 
     Raises
     ------

@@ -82,20 +82,9 @@ def train(settings: Settings, trace: bool = False) -> Path:
 
 
 class Trainer:
-    """One run on one rank.
+    """One run on one rank, which continues from the snapshots, if there are any, and adds to them.
 
-    Parameters
-    ----------
-    settings
-        Settings of the run.
-    world
-        The ranks.
-    snapshots
-        In-memory checkpoints: the run continues from these, if there are any, and adds to them.
-    lost
-        The failure after which these ranks continue.
-    trace
-        Whether to record a timeline in the run's folder.
+    With `lost` these ranks are the survivors of a failure.
 
     Attributes
     ----------

@@ -92,13 +92,7 @@ def best_number(curve: Sequence[Point]) -> int:
 
 
 class SearchTrainer(Trainer):
-    """A run whose tokens form groups of different sizes, each of which is evaluated separately.
-
-    Attributes
-    ----------
-    curve
-        All evaluations.
-    """
+    """A run whose tokens form groups of different sizes, each of which is evaluated separately."""
 
     def __init__(self, settings: Settings, world: World) -> None:
         super().__init__(settings, world)

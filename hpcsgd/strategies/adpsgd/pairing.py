@@ -19,12 +19,7 @@ from hpcsgd.topology import Topology
 
 
 class BipartitePairs:
-    """The two halves of a topology; every edge joins one half to the other.
-
-    Parameters
-    ----------
-    graph
-        The topology; its edges of all steps count.
+    """The two halves of a topology; every edge, of any step, joins one half to the other.
 
     Attributes
     ----------
@@ -69,17 +64,7 @@ class BipartitePairs:
 
 
 class SynchronousPairs:
-    """Schedule "drawn": random pairs average one after the other, while forward and backward run.
-
-    Parameters
-    ----------
-    context
-        The context of the strategy.
-    parameters
-        The models of the local peers.
-    pairs
-        The graph from which pairs are sampled.
-    """
+    """Schedule "drawn": random pairs average one after the other, while forward and backward run."""
 
     def __init__(self, context: StrategyContext, parameters: Parameters, pairs: BipartitePairs) -> None:
         self._context, self._parameters, self._pairs = context, parameters, pairs

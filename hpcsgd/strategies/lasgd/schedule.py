@@ -50,11 +50,6 @@ def damping(records: Records, max_lag: int | None) -> float:
 class FixedPeriod:
     """A constant period.
 
-    Parameters
-    ----------
-    steps
-        The period, in steps.
-
     Attributes
     ----------
     steps

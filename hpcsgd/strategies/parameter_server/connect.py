@@ -23,13 +23,7 @@ _FILE_POLL_INTERVAL = 0.2  # seconds
 
 
 class MPIConnector:
-    """Connector to a server that is a rank of the same job.
-
-    Parameters
-    ----------
-    communicator, rank, number, traffic
-        See `MPILink`.
-    """
+    """Connector to a server that is a rank of the same job."""
 
     def __init__(self, communicator: Communicator, rank: int, number: int, traffic: Traffic) -> None:
         self._communicator, self._rank, self._number, self._traffic = communicator, rank, number, traffic
@@ -43,15 +37,6 @@ class TCPConnector:
     """Connector to a server of another job, whose address is in a rendezvous file.
 
     The file is read again for every link, for a restarted server has another port.
-
-    Parameters
-    ----------
-    path
-        The file, see `rendezvous.RendezvousFile`.
-    index
-        Index of the server in it.
-    traffic
-        See `Link`.
     """
 
     def __init__(self, path: Path, index: int, traffic: Traffic) -> None:

@@ -38,13 +38,7 @@ class GroupConfig(NamedTuple):
 
 
 class Worker(AllReduce):
-    """Rank of a group that exchanges its mean gradient or its model with parameter servers.
-
-    Parameters
-    ----------
-    group
-        See `GroupConfig`.
-    """
+    """Rank of a group that exchanges its mean gradient or its model with parameter servers."""
 
     synchronous = False
     accepts_weights = False

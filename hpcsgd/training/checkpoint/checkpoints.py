@@ -33,13 +33,7 @@ _EARLIER = "fix the cause, and resume from an earlier checkpoint: those are unch
 
 
 class NotSaved(HpcsgdError):
-    """A checkpoint that could not be written; earlier ones are untouched.
-
-    Attributes
-    ----------
-    reason
-        The cause, in one line.
-    """
+    """A checkpoint that could not be written, for a reason in one line; earlier ones are untouched."""
 
     reason = ""
 

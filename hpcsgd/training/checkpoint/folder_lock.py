@@ -62,11 +62,8 @@ class FolderLock:
     def acquire(self, predecessor: str = "") -> None:
         """Acquire the lock, or wait until its owner has shown that it lives.
 
-        Parameters
-        ----------
-        predecessor
-            Token of a dead owner whose work this process continues, even if the lock cannot be written yet.
-            Default "": none.
+        `predecessor` is the token of a dead owner whose work this process continues, even if the lock cannot
+        be written yet; "": none.
 
         Raises
         ------

@@ -65,13 +65,7 @@ class LockOwner:
         return f"scancel {self.job}" if self.job else f"kill {self.pid} on {self.host}"
 
     def lives(self, observer: LockOwner) -> bool | None:
-        """Return whether the owner lives, as far as another process can know without its sign of life.
-
-        Parameters
-        ----------
-        observer
-            This process.
-        """
+        """Return whether the owner lives, as far as another process can know without its sign of life."""
         if self.machine and self.machine == observer.machine:
             return _exists(self.pid, self.started)
         if not self.job or self.cluster != observer.cluster:

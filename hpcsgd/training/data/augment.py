@@ -10,12 +10,7 @@ from torch import Tensor
 def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
     """Shift each image by up to 4 pixels, padded with zeros, and mirror half of them, at random.
 
-    Parameters
-    ----------
-    x
-        Images, (n, channels, height, width), of any dtype.
-    generator
-        The only source of randomness.
+    Images are (n, channels, height, width), of any dtype; the generator is the only source of randomness.
 
     Notes
     -----

@@ -9,18 +9,9 @@ from hpcsgd.errors import HpcsgdError
 
 
 def find_folder(names: Iterable[str], folders: Iterable[Path], suffixes: Iterable[str], page: str) -> Path:
-    """Return the first folder with all files of a data set.
+    """Return the first folder with all files of a data set, each with one of the suffixes after its name.
 
-    Parameters
-    ----------
-    names
-        Names of the files.
-    folders
-        Candidate folders, in order.
-    suffixes
-        Suffixes, any of which a file may have after its name.
-    page
-        Source of the files, for the error.
+    The page is the source of the files, for the error.
 
     Raises
     ------

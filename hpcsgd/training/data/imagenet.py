@@ -62,15 +62,7 @@ def imagenet(path: Path = Path("data/imagenet"), workers: Annotated[int, Within(
 
 
 class ImageSource:
-    """A source of image files, decoded by a pool of threads.
-
-    Parameters
-    ----------
-    folder
-        A torchvision ``ImageFolder``.
-    pool
-        Decodes the images of a batch in parallel.
-    """
+    """A source of image files, a torchvision ``ImageFolder``, decoded in parallel by a pool of threads."""
 
     def __init__(self, folder: Any, pool: ThreadPoolExecutor) -> None:
         self._files = [file for file, _ in folder.samples]

@@ -52,21 +52,9 @@ def fashion_mnist(path: Path = Path("data/fashion-mnist")) -> Data:
 
 
 def read_idx(file: Path, dimensions: int, page: str) -> Tensor:
-    """Read the array of unsigned bytes in an idx file.
+    """Read the array of unsigned bytes in an idx file, compressed if its name ends in ``.gz``.
 
-    Parameters
-    ----------
-    file
-        Path of the file, compressed if its name ends in ``.gz``.
-    dimensions
-        Number of dimensions that the array must have.
-    page
-        Source of the file, for errors.
-
-    Returns
-    -------
-    Tensor
-        uint8.
+    It must have this number of dimensions. The page is the source of the file, for errors.
 
     Raises
     ------

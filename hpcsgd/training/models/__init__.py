@@ -102,14 +102,7 @@ def check_name(spec: str) -> None:
 
 
 def check_fits(spec: str, kind: str) -> None:
-    """Check that a model is one for a kind of data, as far as its name shows that.
-
-    Parameters
-    ----------
-    spec
-        As that of `build`.
-    kind
-        "language" or "classification".
+    """Check that a model is one for a kind of data, "language" or "classification", as far as its name shows.
 
     Raises
     ------

@@ -6,16 +6,7 @@ from hpcsgd.errors import BadOption
 
 
 def check_image(shape: tuple[int, ...], model: str, smallest: int = 1) -> tuple[int, int, int]:
-    """Return channels, height and width of an input, after a check.
-
-    Parameters
-    ----------
-    shape
-        Shape of one input.
-    model
-        Name of the model, for the error.
-    smallest
-        Smallest height and width, in pixels. Default 1.
+    """Return channels, height and width of a model's input, after a check for the smallest height and width.
 
     Raises
     ------
