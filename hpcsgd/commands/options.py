@@ -176,22 +176,30 @@ class Options:
 
 def command(name: str, options: type[T], run: Callable[[T], object]) -> click.Command:
     """Return a command that calls `run` with its options; the help is the docstring of their dataclass."""
-    kinds = _kinds(options)
 
     def call(**values: Any) -> None:
         run(options(**values))
 
+    return click.command(name, help=inspect.getdoc(options))(add_options(options, call))
+
+
+def add_options(options: type[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with an option for each field of a dataclass that is declared as one."""
+    kinds = _kinds(options)
     for field in reversed(_declared(options)):
-        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        call = option(flag, kinds[field.name], help, field.default)(call)
-    return click.command(name, help=inspect.getdoc(options))(call)
+        flag, help, kind = "--" + field.name.replace("_", "-"), field.metadata["help"], kinds[field.name]
+        if kind.kind is bool:
+            function = click.option(flag, default=field.default, help=help, is_flag=True)(function)
+        else:
+            function = option(flag, kind, help, field.default)(function)
+    return function
 
 
-def _declared(options: type[Options]) -> list[dataclasses.Field[Any]]:
+def _declared(options: type[Any]) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(options) if "help" in field.metadata]
 
 
-def _kinds(options: type[Options]) -> dict[str, Value]:
+def _kinds(options: type[Any]) -> dict[str, Value]:
     hints = typing.get_type_hints(options, include_extras=True)
     return {field.name: _kind(hints[field.name]) for field in _declared(options)}
 

@@ -1,19 +1,21 @@
 """`hpcsgd sbatch`: job scripts for Slurm, as text; those in `jobs/` are its output."""
 
+# ruff: noqa: RUF009 - `option` returns a field
+
 from __future__ import annotations
 
 import re
 import shlex
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
 
 from hpcsgd import registry
-from hpcsgd.commands.options import Value, option
+from hpcsgd.commands.options import Value, add_options, option
 from hpcsgd.commands.train import settings, sweep
 from hpcsgd.errors import BadOption, os_errors, shown
 from hpcsgd.registry import Accepted, Text, Within
@@ -129,23 +131,25 @@ Word = Annotated[str, Text(1, 255), Accepted(_check_word, "lasgd-8, without spac
 class SlurmJob:
     """A job's resources and command, from which its script is written."""
 
-    #: Number of nodes, and of ranks on each node.
-    nodes: Annotated[int, Within(1, 10**6)] = 2
-    ranks_per_node: Annotated[int, Within(1, 10**4)] = 2
-    cpus: Annotated[int, Within(1, 10**4)] = 2  # cores a rank
-    gpus: Annotated[int, Within(0, 1000)] = 0  # GPUs a node; 0: the script requests none
-    time: Annotated[str, Accepted(seconds)] = "1:00:00"  # time limit, in one of Slurm's formats, see `TIMES`
-    #: Seconds before the time limit at which Slurm sends SIGUSR1: the run writes a checkpoint and ends.
-    warn: Annotated[int, Within(1, 10**6)] = 120
-    #: Launcher of the ranks: srun with one of its plugins, or the mpiexec of the MPI itself.
-    mpi: Literal["pmi2", "pmix", "mpiexec"] = "pmi2"
-    requeue: bool = False  # whether the job returns to the queue until the run is done
+    nodes: Annotated[int, Within(1, 10**6)] = settings.option(2, "Number of nodes.")
+    ranks_per_node: Annotated[int, Within(1, 10**4)] = settings.option(2, "Ranks per node.")
+    cpus: Annotated[int, Within(1, 10**4)] = settings.option(2, "Cores per rank.")
+    gpus: Annotated[int, Within(0, 1000)] = settings.option(0, "GPUs per node; 0: none.")
+    time: Annotated[str, Accepted(seconds)] = settings.option(
+        "1:00:00", "Time limit: minutes, hours:minutes:seconds, days-hours, ..."
+    )
+    warn: Annotated[int, Within(1, 10**6)] = settings.option(
+        120, "Seconds before the time limit at which the run writes a checkpoint and ends."
+    )
+    mpi: Literal["pmi2", "pmix", "mpiexec"] = settings.option(
+        "pmi2", "Launcher of the ranks: srun with pmi2 or pmix, or mpiexec."
+    )
+    requeue: bool = settings.option(False, "Requeue the job until the run is done.")
     #: Number of runs of a sweep, one element of the job array each; 0: given to sbatch; None: no sweep.
     array: Natural | None = None
-    #: Options of sbatch; empty: Slurm's defaults.
-    name: Word = "hpcsgd"
-    partition: Word | Literal[""] = ""
-    account: Word | Literal[""] = ""
+    name: Word = settings.option("hpcsgd", "Name of the job.")
+    partition: Word | Literal[""] = settings.option("", "Partition to submit to; default: Slurm's.")
+    account: Word | Literal[""] = settings.option("", "Account to charge; default: Slurm's.")
     arguments: Sequence[str] = ()  # arguments of `hpcsgd train`; with a sweep the first is the TOML file
 
     def __post_init__(self) -> None:
@@ -175,10 +179,10 @@ def count_runs(path: str) -> int:
 
 def script(job: SlurmJob) -> str:
     """Return the script of a job; the same job gives the same text."""
-    about = _ABOUT[file_name(job)].strip()
+    about, directives = _ABOUT[file_name(job)].strip(), "\n".join(_directives(job))
     body = (_REQUEUED if job.requeue else "@train@\n").replace("@train@", _train(job))
     parts = [
-        f"#!/usr/bin/env bash\n{about}\n{_directives(job)}\nset -euo pipefail",
+        f"#!/usr/bin/env bash\n{about}\n{directives}\nset -euo pipefail",
         _ENVIRONMENT.strip().replace("@mpi@", job.mpi),
         _run_variables(job),
         body.strip(),
@@ -193,11 +197,7 @@ def file_name(job: SlurmJob) -> str:
     return "requeue.sbatch" if job.requeue else "train.sbatch"
 
 
-def _directives(job: SlurmJob) -> str:
-    return "\n".join(_directive_lines(job))
-
-
-def _directive_lines(job: SlurmJob) -> Iterator[str]:
+def _directives(job: SlurmJob) -> Iterator[str]:
     yield f"#SBATCH --job-name={job.name}"
     for name in ("partition", "account"):
         if value := getattr(job, name):
@@ -245,34 +245,10 @@ def _train(job: SlurmJob) -> str:
     return " ".join(["launch hpcsgd train", *arguments, '"$@"'])
 
 
-def _job_options(function: Callable[..., None]) -> Callable[..., None]:
-    texts = {
-        "nodes": "Number of nodes.",
-        "ranks_per_node": "Ranks per node.",
-        "cpus": "Cores per rank.",
-        "gpus": "GPUs per node; 0: none.",
-        "time": "Time limit: minutes, hours:minutes:seconds, days-hours, ...",
-        "warn": "Seconds before the time limit at which the run writes a checkpoint and ends.",
-        "mpi": "Launcher of the ranks: srun with pmi2 or pmix, or mpiexec.",
-        "requeue": "Requeue the job until the run is done.",
-        "name": "Name of the job.",
-        "partition": "Partition to submit to; default: Slurm's.",
-        "account": "Account to charge; default: Slurm's.",
-    }
-    kinds = typing.get_type_hints(SlurmJob, include_extras=True)
-    for name, text in reversed(texts.items()):
-        default, flag = getattr(SlurmJob, name), f"--{name.replace('_', '-')}"
-        if kinds[name] is bool:
-            function = click.option(flag, default=default, help=text, is_flag=True)(function)
-        else:
-            function = option(flag, kinds[name], text, default)(function)
-    return function
-
-
 @click.command()
 @click.argument("kind", type=Value(Literal["train", "sweep"]))
 @click.argument("arguments", nargs=-1, type=Value(str), metavar="[ARGUMENTS]...")
-@_job_options
+@partial(add_options, SlurmJob)
 @option("--out", Path, "File to write the script to; default: standard output.", metavar="FILE", short="-o")
 def sbatch(kind: str, arguments: tuple[str, ...], out: Path | None, **options: Any) -> None:
     """Write a job script for Slurm.
