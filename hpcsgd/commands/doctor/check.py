@@ -61,7 +61,8 @@ def name_ranks(members: Sequence[int], ranks: FactsByRank) -> str:
     return "ranks " + ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
-def lines_by_value(found: dict[Any, list[int]], ranks: FactsByRank) -> Iterator[str]:
+def lines_by_value(ranks: FactsByRank, value: Callable[[Facts], Hashable]) -> Iterator[str]:
     """The value alone if it is equal on all ranks; else a line per value, with its ranks."""
-    for value, members in found.items():
-        yield str(value) if len(found) == 1 else f"{value} ({name_ranks(members, ranks)})"
+    found = ranks_by_value(ranks, value)
+    for text, members in found.items():
+        yield str(text) if len(found) == 1 else f"{text} ({name_ranks(members, ranks)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -20,19 +21,20 @@ from hpcsgd.commands.doctor.check import (
     ranks_by_value,
 )
 from hpcsgd.commands.doctor.ranks import ExaminedJob
+from hpcsgd.mpi import environment
 
 _MAX_HOSTS = 4
 
 
 def collect(job: ExaminedJob) -> Facts:
-    boot = Path("/proc/sys/kernel/random/boot_id")
+    boot, quota = Path("/proc/sys/kernel/random/boot_id"), environment.cpu_quota()
     return {
         "host": socket.gethostname(),
         "machine": boot.read_text().strip() if boot.exists() else socket.gethostname(),
         "node": job.nodes.index(job.members),
         "cores": frozenset(os.sched_getaffinity(0)),
         "machine cores": os.cpu_count() or 1,
-        "quota": _quota(Path("/sys/fs/cgroup/cpu.max")),
+        "quota": quota if math.isfinite(quota) else None,  # in cores; None without one
         "threads": max(torch.get_num_threads(), _requested_threads(os.environ.get("OMP_NUM_THREADS", ""))),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
@@ -42,15 +44,6 @@ def _requested_threads(threads: str) -> int:
     """The first number in `OMP_NUM_THREADS`, which may list several levels; torch caps it at the cores."""
     first = threads.split(",")[0].strip()
     return int(first) if first.isdigit() else 0
-
-
-def _quota(limits: Path) -> float | None:
-    """The CPU quota of the container in cores, which its visible cores do not reflect; None without one."""
-    try:
-        most, period = limits.read_text().split()
-        return int(most) / int(period)
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return None
 
 
 def usable_cores(members: Sequence[int], ranks: FactsByRank) -> frozenset[int]:
@@ -74,7 +67,7 @@ def describe(ranks: FactsByRank) -> Iterator[str]:
         f"ranks: {len(ranks)}, nodes: {len(nodes)}, ranks on a node: {each}; "
         f"hosts: {', '.join(hosts[:_MAX_HOSTS])}{more}"
     )
-    yield from lines_by_value(ranks_by_value(ranks, _text), ranks)
+    yield from lines_by_value(ranks, _text)
 
 
 def _text(facts: Facts) -> str:

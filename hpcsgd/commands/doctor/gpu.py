@@ -69,7 +69,7 @@ def _compile(device: torch.device) -> str:
 
 
 def describe(ranks: FactsByRank) -> Iterator[str]:
-    yield from lines_by_value(ranks_by_value(ranks, _text), ranks)
+    yield from lines_by_value(ranks, _text)
 
 
 def _text(facts: Facts) -> str:

@@ -7,15 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hpcsgd.commands.doctor.check import (
-    Check,
-    Facts,
-    FactsByRank,
-    Finding,
-    lines_by_value,
-    name_ranks,
-    ranks_by_value,
-)
+from hpcsgd.commands.doctor.check import Check, Facts, FactsByRank, Finding, lines_by_value, name_ranks
 from hpcsgd.commands.doctor.ranks import ExaminedJob
 
 
@@ -36,10 +28,7 @@ def collect(_: ExaminedJob) -> Facts:
 def describe(ranks: FactsByRank) -> Iterator[str]:
     slowest = max(facts["kernel seconds"] for facts in ranks)
     yield f"host: compiled or loaded in {slowest:.1f} s"
-    yield from (
-        f"cache: {line}"
-        for line in lines_by_value(ranks_by_value(ranks, lambda facts: facts["cache"] or "none"), ranks)
-    )
+    yield from (f"cache: {line}" for line in lines_by_value(ranks, lambda facts: facts["cache"] or "none"))
 
 
 def diagnose(ranks: FactsByRank) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcsgd.commands.doctor.check import Check, Facts, FactsByRank, Finding, lines_by_value, ranks_by_value
+from hpcsgd.commands.doctor.check import Check, Facts, FactsByRank, Finding, lines_by_value
 from hpcsgd.commands.doctor.ranks import ExaminedJob
 from hpcsgd.mpi import launcher
 
@@ -31,7 +31,7 @@ def collect(job: ExaminedJob) -> Facts:
 
 
 def describe(ranks: FactsByRank) -> Iterator[str]:
-    yield from lines_by_value(ranks_by_value(ranks, _text), ranks)
+    yield from lines_by_value(ranks, _text)
     path = ranks[0]["mpiexec in PATH"] or "none"
     beside = ranks[0]["mpiexec beside"]
     yield f"mpiexec in PATH: {path}" + (f"; beside Python: {beside}" if beside not in ("", path) else "")

@@ -74,18 +74,15 @@ def _cuda_support() -> bool | None:
 
 
 def describe(ranks: FactsByRank) -> Iterator[str]:
-    yield from lines_by_value(ranks_by_value(ranks, _text), ranks)
+    yield from lines_by_value(ranks, _text)
     support = {True: "yes", False: "no", None: "unknown"}
     variable = {True: "set", False: "not set"}
     yield from lines_by_value(
-        ranks_by_value(
-            ranks,
-            lambda facts: (
-                f"CUDA-aware: {support[facts['mpi cuda']]}; "
-                f"HPCSGD_CUDA_AWARE {variable[facts.get('cuda aware', False)]}"
-            ),
-        ),
         ranks,
+        lambda facts: (
+            f"CUDA-aware: {support[facts['mpi cuda']]}; "
+            f"HPCSGD_CUDA_AWARE {variable[facts.get('cuda aware', False)]}"
+        ),
     )
 
 

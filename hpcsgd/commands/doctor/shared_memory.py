@@ -6,15 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 
-from hpcsgd.commands.doctor.check import (
-    Check,
-    Facts,
-    FactsByRank,
-    Finding,
-    lines_by_value,
-    ranks_by_node,
-    ranks_by_value,
-)
+from hpcsgd.commands.doctor.check import Check, Facts, FactsByRank, Finding, lines_by_value, ranks_by_node
 from hpcsgd.commands.doctor.ranks import ExaminedJob
 from hpcsgd.mpi import environment
 from hpcsgd.mpi.shared_memory import SharedAllocator
@@ -58,7 +50,7 @@ def required_bytes(ranks_of_node: int) -> int:
 
 
 def describe(ranks: FactsByRank) -> Iterator[str]:
-    yield from lines_by_value(ranks_by_value(ranks, _text), ranks)
+    yield from lines_by_value(ranks, _text)
     wide = max(map(len, ranks_by_node(ranks).values()))
     if wide > 1:
         yield f"a model of 100 MB needs {required_bytes(wide) / 1e6:,.0f} MB of it for {wide} ranks on a node"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 from hpcsgd.commands.doctor.check import (
     Check,
@@ -17,25 +16,19 @@ from hpcsgd.commands.doctor.check import (
     ranks_by_value,
 )
 from hpcsgd.commands.doctor.ranks import ExaminedJob
+from hpcsgd.tensors.fingerprint import package_version
 
 _PACKAGES = ("hpcsgd", "torch", "numpy", "mpi4py", "numba")
 
 
 def collect(_: ExaminedJob) -> Facts:
-    found = {name: _version(name) for name in _PACKAGES}
+    found = {name: package_version(name) for name in _PACKAGES}
     return {"versions": {**found, "Python": platform.python_version()}, "python": sys.executable}
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def describe(ranks: FactsByRank) -> Iterator[str]:
-    yield from lines_by_value(ranks_by_value(ranks, _text), ranks)
-    yield from lines_by_value(ranks_by_value(ranks, lambda facts: facts["python"]), ranks)
+    yield from lines_by_value(ranks, _text)
+    yield from lines_by_value(ranks, lambda facts: facts["python"])
 
 
 def _text(facts: Facts) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from hpcsgd.errors import BadOption, Disagreement, HpcsgdError, format_ranks
 from hpcsgd.registry import checked
 from hpcsgd.registry.limits import Count
+from hpcsgd.tensors.fingerprint import package_version
 from hpcsgd.training.checkpoint.files import (
     FORMAT,
     Fault,
@@ -122,7 +122,7 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "ranks": self._ranks,
-            "hpcsgd": _version(),
+            "hpcsgd": package_version("hpcsgd"),
             "files": {_file_name(rank): entry for rank, entry in enumerate(files)},
             "meta": meta,
         }
@@ -376,10 +376,3 @@ def _error(kind: type[E], what: str, faults: Mapping[int, Fault], remedy: str | 
 
 def _file_name(rank: int) -> str:
     return f"rank-{rank:04d}.pt"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("hpcsgd")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

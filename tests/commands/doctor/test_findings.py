@@ -355,15 +355,6 @@ def test_every_node_is_paired_with_its_neighbours_one_at_a_time(count: int) -> N
     assert network.pairs_inside_nodes([*nodes, [99]]) == [[(2 * n, 2 * n + 1) for n in range(count)]]
 
 
-def test_a_quota_of_a_container_is_read(tmp_path: Path) -> None:
-    limits = tmp_path / "cpu.max"
-    assert cores._quota(limits) is None
-    limits.write_text("max 100000\n")
-    assert cores._quota(limits) is None
-    limits.write_text("150000 100000\n")
-    assert cores._quota(limits) == 1.5
-
-
 @pytest.mark.parametrize(("text", "threads"), [("", 0), ("8", 8), (" 4,2 ", 4), ("many", 0)])
 def test_requested_threads_are_parsed(text: str, threads: int) -> None:
     assert cores._requested_threads(text) == threads
