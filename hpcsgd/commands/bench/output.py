@@ -81,15 +81,10 @@ class Results(Generic[R]):
         return [row | {name: environment[name] for name in environment if name not in row} for row in rows]
 
 
-def times(seconds: Callable[[R], Any], heading: str | None = "ms", form: str = ".3f") -> list[Column[R]]:
+def times(seconds: Callable[[R], Any], form: str = ".3f") -> list[Column[R]]:
     """Return columns of the median, which is in the table too, the minimum and the maximum, in milliseconds.
 
-    Parameters
-    ----------
-    seconds
-        Returns the times of a result in seconds, (calls,).
-    heading, form
-        Those of the median. Default "ms", with three decimals.
+    `seconds` returns the times of a result in seconds, (calls,); `form` is the format of the median.
     """
     statistics: dict[str, Callable[[Any], Any]] = {"median_ms": np.median, "min_ms": min, "max_ms": max}
 
@@ -97,7 +92,7 @@ def times(seconds: Callable[[R], Any], heading: str | None = "ms", form: str = "
         return lambda result: 1e3 * float(statistic(seconds(result)))
 
     return [
-        Column(milliseconds(function), name, heading if name == "median_ms" else None, form, 5)
+        Column(milliseconds(function), name, "ms" if name == "median_ms" else None, form, 5)
         for name, function in statistics.items()
     ]
 

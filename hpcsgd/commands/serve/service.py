@@ -25,12 +25,11 @@ from hpcsgd.mpi.world import World
 from hpcsgd.registry.limits import ServerMode
 from hpcsgd.server import Policy, Server, listening
 from hpcsgd.server.certificate import make_server_context
-from hpcsgd.server.metrics import server_metrics
+from hpcsgd.server.metrics import Utilization, server_metrics
 from hpcsgd.server.proof import ServerIdentity
 from hpcsgd.server.rendezvous import Endpoint, RendezvousFile
 from hpcsgd.server.strangers import Strangers
 from hpcsgd.server.tcp_link import TCPLink
-from hpcsgd.server.utilization import Utilization
 
 _log = logging.getLogger("hpcsgd.server")
 _TICK_SECONDS = 0.2  # between two checks of leases, checkpoints and signals

@@ -12,9 +12,8 @@ from torch import Tensor
 from hpcsgd.diagnostics.activity import phase
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.server import Policy, Server
-from hpcsgd.server.metrics import server_metrics
+from hpcsgd.server.metrics import Utilization, server_metrics
 from hpcsgd.server.mpi_link import MPILink
-from hpcsgd.server.utilization import Utilization
 from hpcsgd.strategies.base import Strategy
 from hpcsgd.strategies.context import StrategyContext
 

@@ -1,4 +1,7 @@
-"""Models, by name or from a module of the user."""
+"""Models, by name or from a module of the user.
+
+Each is made for the `shape` of one input and the number of `classes`: labels, or size of the vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -11,15 +11,7 @@ from hpcsgd.registry import Within, checked
 
 
 def logistic(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Multinomial logistic regression.
-
-    Parameters
-    ----------
-    shape
-        Shape of one input.
-    classes
-        Number of labels.
-    """
+    """Multinomial logistic regression."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
 
 

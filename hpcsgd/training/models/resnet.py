@@ -1,4 +1,4 @@
-"""ResNet: residual networks."""
+"""ResNet: residual networks, for images, (channels, height, width)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,6 @@ Block = Callable[[int, int, int], "Residual"]
 def resnet18(shape: tuple[int, ...], classes: int) -> nn.Module:
     """ResNet-18, with the stem for CIFAR below 64 pixels and the stem for ImageNet otherwise.
 
-    Parameters
-    ----------
-    shape
-        (channels, height, width).
-    classes
-        Number of labels.
-
     Notes
     -----
     He, Zhang, Ren, Sun, Deep residual learning for image recognition, 2016.
@@ -34,13 +27,6 @@ def resnet18(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def resnet50(shape: tuple[int, ...], classes: int) -> nn.Module:
     """ResNet-50, with the stem for CIFAR below 64 pixels and the stem for ImageNet otherwise.
-
-    Parameters
-    ----------
-    shape
-        (channels, height, width).
-    classes
-        Number of labels.
 
     Notes
     -----
@@ -54,13 +40,6 @@ def resnet50(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def resnet20(shape: tuple[int, ...], classes: int) -> nn.Module:
     """ResNet-20 for CIFAR, with projection shortcuts (option B).
-
-    Parameters
-    ----------
-    shape
-        (channels, height, width).
-    classes
-        Number of labels.
 
     Notes
     -----

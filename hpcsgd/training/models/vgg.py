@@ -1,4 +1,8 @@
-"""VGG with batch normalisation and one linear layer as head, as usual for CIFAR."""
+"""VGG with batch normalisation and one linear layer as head, as usual for CIFAR.
+
+Images are (channels, height, width), at least 2 by 2. Pooling stops once one of less than 32 pixels is one
+pixel in size.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,6 @@ _WIDTHS = (64, 128, 256, 512, 512)
 def vgg11(shape: tuple[int, ...], classes: int) -> nn.Module:
     """VGG-11 with batch normalisation.
 
-    Parameters
-    ----------
-    shape
-        (channels, height, width), at least 2 by 2. Pooling stops once an image below 32 pixels is one
-        pixel in size.
-    classes
-        Number of labels.
-
     Notes
     -----
     Simonyan, Zisserman, Very deep convolutional networks for large-scale image recognition, 2015.
@@ -31,14 +27,6 @@ def vgg11(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def vgg16(shape: tuple[int, ...], classes: int) -> nn.Module:
     """VGG-16 with batch normalisation.
-
-    Parameters
-    ----------
-    shape
-        (channels, height, width), at least 2 by 2. Pooling stops once an image below 32 pixels is one
-        pixel in size.
-    classes
-        Number of labels.
 
     Notes
     -----
