@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 
 from hpcsgd import registry
 from hpcsgd.errors import BadOption
-from hpcsgd.registry import Within, checked
+from hpcsgd.registry import Within
 from hpcsgd.registry.limits import Natural, Seconds, Seed
 
 _LONGEST = 1e9  # seconds, which a process can sleep
@@ -21,6 +22,7 @@ class Delays(ABC):
     """A distribution of the seconds that each gradient of each peer takes.
 
     A sample is a function of peer and number alone: every rank can compute those of all peers, in any order.
+    A distribution with options is a dataclass, whose fields are these.
 
     Attributes
     ----------
@@ -29,6 +31,9 @@ class Delays(ABC):
     """
 
     slow = range(0)
+
+    def __post_init__(self) -> None:
+        registry.check_fields(self)
 
     def sample(self, peer: int, number: int) -> float:
         """Return the seconds, at most 1e9, of gradient `number`, from 0, of a peer."""
@@ -59,6 +64,7 @@ class NoDelay(Delays):
         return 0.0
 
 
+@dataclass(eq=False)
 class ConstantDelay(Delays):
     """All gradients take equally long.
 
@@ -68,15 +74,14 @@ class ConstantDelay(Delays):
         Time of a gradient, at least 0. Default 1.
     """
 
-    @checked
-    def __init__(self, seconds: Seconds = 1.0) -> None:
-        self.seconds = seconds
+    seconds: Seconds = 1.0
 
     def _seconds(self, peer: int, number: int) -> float:
         return self.seconds
 
 
-class SlowPeers(ConstantDelay):
+@dataclass(eq=False)
+class SlowPeers(Delays):
     """One peer, or several with consecutive numbers, are slower than the others.
 
     Parameters
@@ -91,22 +96,20 @@ class SlowPeers(ConstantDelay):
         Number of slow peers. Default 1.
     """
 
-    @checked
-    def __init__(
-        self,
-        peer: Natural = 0,
-        factor: Annotated[float, Within(0, 1e9)] = 4.0,
-        seconds: Seconds = 1.0,
-        count: Natural = 1,
-    ) -> None:
-        super().__init__(seconds)
-        self.factor = factor
-        self.slow = range(peer, peer + count)
+    peer: Natural = 0
+    factor: Annotated[float, Within(0, 1e9)] = 4.0
+    seconds: Seconds = 1.0
+    count: Natural = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.slow = range(self.peer, self.peer + self.count)
 
     def _seconds(self, peer: int, number: int) -> float:
         return self.seconds * (self.factor if peer in self.slow else 1.0)
 
 
+@dataclass(eq=False)
 class ExponentialDelay(Delays):
     """An exponentially distributed time added to `base`.
 
@@ -120,14 +123,15 @@ class ExponentialDelay(Delays):
         Seed of the samples. Default 0.
     """
 
-    @checked
-    def __init__(self, mean: Seconds = 1.0, base: Seconds = 0.0, seed: Seed = 0) -> None:
-        self.mean, self.base, self.seed = mean, base, seed
+    mean: Seconds = 1.0
+    base: Seconds = 0.0
+    seed: Seed = 0
 
     def _seconds(self, peer: int, number: int) -> float:
         return self.base - self.mean * math.log(_uniform(self.seed, peer, number))
 
 
+@dataclass(eq=False)
 class ParetoDelay(Delays):
     """A heavy-tailed time added to `base`: P(more than t) = (scale / t) ** shape for t above scale.
 
@@ -144,15 +148,10 @@ class ParetoDelay(Delays):
         Seed of the samples. Default 0.
     """
 
-    @checked
-    def __init__(
-        self,
-        shape: Annotated[float, Within(0.06, 1e3)] = 1.5,  # below, the largest sample overflows
-        scale: Seconds = 1.0,
-        base: Seconds = 0.0,
-        seed: Seed = 0,
-    ) -> None:
-        self.shape, self.scale, self.base, self.seed = shape, scale, base, seed
+    shape: Annotated[float, Within(0.06, 1e3)] = 1.5  # below, the largest sample overflows
+    scale: Seconds = 1.0
+    base: Seconds = 0.0
+    seed: Seed = 0
 
     def _seconds(self, peer: int, number: int) -> float:
         return self.base + self.scale * math.pow(_uniform(self.seed, peer, number), -1 / self.shape)

@@ -168,13 +168,7 @@ class Topology(ABC):
 
 
 class Graph(Topology):
-    """An undirected graph with Metropolis-Hastings weights.
-
-    Parameters
-    ----------
-    size
-        Number of peers, at least 1.
-    """
+    """An undirected graph with Metropolis-Hastings weights."""
 
     @abstractmethod
     def edges_at(self, step: int) -> Iterable[Edge]:

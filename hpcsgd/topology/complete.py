@@ -10,13 +10,7 @@ from hpcsgd.topology.mixing import Edge
 
 
 class Complete(Graph):
-    """Each peer mixes with all others: the exact mean in one step.
-
-    Parameters
-    ----------
-    size
-        Number of peers.
-    """
+    """Each peer mixes with all others: the exact mean in one step."""
 
     def edges_at(self, step: int) -> Iterator[Edge]:
         """Return all pairs."""

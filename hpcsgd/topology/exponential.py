@@ -13,11 +13,6 @@ class ExponentialGraph(Topology):
 
     Directed and static: Ying et al., "Exponential Graph is Provably Efficient for Decentralized Deep
     Training", arXiv 2110.13363.
-
-    Parameters
-    ----------
-    size
-        Number of peers.
     """
 
     directed = True
@@ -33,11 +28,6 @@ class OnePeerExponentialGraph(Topology):
 
     Directed and time-varying. After p steps the exact mean, if `size` is a power of two (Ying et al., arXiv
     2110.13363); the graph of stochastic gradient push (Assran et al., arXiv 1811.10792).
-
-    Parameters
-    ----------
-    size
-        Number of peers.
     """
 
     directed = True

@@ -9,13 +9,7 @@ from hpcsgd.topology.mixing import Edge
 
 
 class Ring(Graph):
-    """Each peer mixes with its predecessor and its successor.
-
-    Parameters
-    ----------
-    size
-        Number of peers.
-    """
+    """Each peer mixes with its predecessor and its successor."""
 
     def edges_at(self, step: int) -> Iterator[Edge]:
         """Return (i, i + 1), and (size - 1, 0)."""

@@ -9,13 +9,7 @@ from hpcsgd.topology.mixing import Edge
 
 
 class Star(Graph):
-    """Each peer mixes with peer 0 only.
-
-    Parameters
-    ----------
-    size
-        Number of peers.
-    """
+    """Each peer mixes with peer 0 only."""
 
     def edges_at(self, step: int) -> Iterator[Edge]:
         """Return (0, i)."""

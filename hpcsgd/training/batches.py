@@ -266,15 +266,3 @@ def _wrong_length(context: StrategyContext, length: int, found: str) -> HpcsgdEr
         do="correct its __len__, or pass iter(loader): the ranks then check before each step "
         "which of them have a batch",
     )
-
-
-def in_loop(batches: Iterator[Batch], context: StrategyContext) -> Iterator[Batch]:
-    """Yield the batches, and record whether the loop over them is left before its end."""
-    calls, loop = context.world.calls, context.loop
-    calls.loop, calls.left, loop.is_open = calls.loop + 1, False, True
-    ended = False
-    try:
-        yield from batches
-        ended = True
-    finally:
-        calls.left, loop.is_open = not ended, False
