@@ -187,11 +187,15 @@ def add_options(options: type[Any], function: Callable[..., Any]) -> Callable[..
     """Return the function with an option for each field of a dataclass that is declared as one."""
     kinds = _kinds(options)
     for field in reversed(_declared(options)):
-        flag, help, kind = "--" + field.name.replace("_", "-"), field.metadata["help"], kinds[field.name]
+        name, help, kind = field.name.replace("_", "-"), field.metadata["help"], kinds[field.name]
+        default, more = field.default, field.metadata["click"]
         if kind.kind is bool:
-            function = click.option(flag, default=field.default, help=help, is_flag=True)(function)
+            flag = f"--{name}/--no-{name}" if default is None else f"--{name}"
+            function = click.option(flag, is_flag=True, default=default, help=help, **more)(function)
+        elif default is dataclasses.MISSING:
+            function = option(f"--{name}", kind, help, required=True, **more)(function)
         else:
-            function = option(flag, kind, help, field.default)(function)
+            function = option(f"--{name}", kind, help, default, **more)(function)
     return function
 
 

@@ -100,9 +100,7 @@ def abort_job() -> None:
 
 
 def unlink_mpich_segments(pid: int | None = None) -> None:
-    """Unlink MPICH's start-up segments of a process, or this one, after all ranks of the node have mapped
-    them.
-    """
+    """Unlink MPICH's start-up segments of a process, by default this one, once its node has mapped them."""
     with contextlib.suppress(OSError):
         maps = Path(f"/proc/{pid or 'self'}/maps").read_text()
         for segment in set(re.findall(r"/dev/shm/mpich_shm_\w+", maps)):

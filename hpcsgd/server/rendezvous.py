@@ -31,10 +31,7 @@ class RendezvousFile:
 
     def write(self, path: Path) -> None:
         """Write the file atomically, readable by its owner only."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(asdict(self), file)
-        os.replace(partial, path)
+        write_private(path, asdict(self))
 
     @staticmethod
     def read(path: Path) -> RendezvousFile:
@@ -52,6 +49,14 @@ class RendezvousFile:
                 got=text[:80],
                 do="pass to --connect the file that the servers write: hpcsgd serve --listen FILE",
             ) from None
+
+
+def write_private(path: Path, content: object) -> None:
+    """Write JSON to a file atomically, readable by its owner only."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(content, file)
+    os.replace(partial, path)
 
 
 def _parse_endpoint(addresses: list[str], port: int, fingerprint: str) -> Endpoint:

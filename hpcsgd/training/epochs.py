@@ -16,7 +16,7 @@ class Epochs:
     """
 
     def __init__(self, *, active: bool) -> None:
-        self._active = active
+        self._active = active  # False: nothing is ever set, as in plain training
         self._set: IdentityMap[int] = IdentityMap()
 
     def begin(self, loader: Any) -> None:

@@ -17,7 +17,7 @@ from hpcsgd.strategies.base import Strategy
 from hpcsgd.tensors.group import DEFAULT_BUCKET_MIB
 from hpcsgd.training.drift import checksum
 from hpcsgd.training.model_copy import copy_from_rank_0, is_plain
-from hpcsgd.training.optimizers import OptimizerList
+from hpcsgd.training.optimizers import single_optimizers
 from hpcsgd.training.trained_parameters import Named
 
 
@@ -46,7 +46,7 @@ def copy_optimizer_state(
     if world.size == 1:
         return
     workers, must_be_equal = strategy.workers(world.size), strategy.averages_gradients
-    optimizers = optimizer.optimizers if isinstance(optimizer, OptimizerList) else [optimizer]
+    optimizers = single_optimizers(optimizer)
     with_state = [each for each in optimizers if isinstance(getattr(each, "state", None), MutableMapping)]
     tensors: list[Tensor] = []
     outlines = [_outlines(each.state, parameters, tensors) for each in with_state]

@@ -103,7 +103,9 @@ class StepWatch:
             )
 
         hooked = [
-            each for each in map(_inside, _single(optimizer)) if hasattr(each, "register_step_pre_hook")
+            each
+            for each in map(_inside, single_optimizers(optimizer))
+            if hasattr(each, "register_step_pre_hook")
         ]
         references = [weakref.ref(each) for each in hooked]
         self._hooks = [each.register_step_pre_hook(check) for each in hooked]
@@ -131,7 +133,7 @@ class NewOptimizers:
         self._watched = [trained[0], trained[-1]] if trained else []
         self._most = self._references()
         self._found: dict[int, weakref.ref[Any]] = {}
-        every = [form for each in _single(optimizer) for form in (each, _inside(each))]
+        every = [form for each in single_optimizers(optimizer) for form in (each, _inside(each))]
         _of_runs.update(each for each in every if isinstance(each, torch.optim.Optimizer))
 
     def check(self) -> None:
@@ -173,7 +175,8 @@ def _kinds_of_optimizers(of: type = torch.optim.Optimizer) -> set[type]:
     return {of}.union(*map(_kinds_of_optimizers, of.__subclasses__()))
 
 
-def _single(optimizer: Any) -> list[Any]:
+def single_optimizers(optimizer: Any) -> list[Any]:
+    """Return the optimizers of a list, or the single one."""
     return optimizer.optimizers if isinstance(optimizer, OptimizerList) else [optimizer]
 
 
@@ -195,7 +198,7 @@ def unscale(optimizer: Any, found_inf: Tensor | None, scale: Tensor | None) -> b
         return False
     if scale is not None:
         scaler = _calling_scaler()
-        records = [(each, _records(scaler, each)) for each in _single(optimizer)]
+        records = [(each, _records(scaler, each)) for each in single_optimizers(optimizer)]
         # The loop may have made gradients finite since.
         if any(bool(record) for _, found in records for record in found):
             return False

@@ -81,6 +81,17 @@ class Results(Generic[R]):
         return [row | {name: environment[name] for name in environment if name not in row} for row in rows]
 
 
+class Timed:
+    """A result with the seconds of its calls, (calls,)."""
+
+    seconds: np.ndarray
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a call."""
+        return float(np.median(self.seconds))
+
+
 def times(seconds: Callable[[R], Any], form: str = ".3f") -> list[Column[R]]:
     """Return columns of the median, which is in the table too, the minimum and the maximum, in milliseconds.
 

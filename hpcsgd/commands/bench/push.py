@@ -13,8 +13,9 @@ import torch
 
 from hpcsgd.commands.bench import devices, output
 from hpcsgd.commands.bench.options import PushOptions
-from hpcsgd.commands.bench.output import Column, Results, times
-from hpcsgd.commands.serve.service import ServeOptions, Service
+from hpcsgd.commands.bench.output import Column, Results, Timed, times
+from hpcsgd.commands.serve.options import ServeOptions
+from hpcsgd.commands.serve.service import Service
 from hpcsgd.errors import BadOption
 from hpcsgd.mpi.world import World
 from hpcsgd.server import Policy, Server
@@ -29,7 +30,7 @@ _TENSOR = 256 * 1024  # elements
 
 
 @dataclass(frozen=True)
-class PushResult:
+class PushResult(Timed):
     """One kind of request over one kind of link."""
 
     over: str
@@ -40,7 +41,7 @@ class PushResult:
     @property
     def rate(self) -> float:
         """Bytes per second."""
-        return self.size / float(np.median(self.seconds))
+        return self.size / self.median
 
 
 def _columns(options: PushOptions) -> list[Column[PushResult]]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcsgd.commands.bench import baselines, devices, output
 from hpcsgd.commands.bench.options import StepOptions
-from hpcsgd.commands.bench.output import Column, Results, times
+from hpcsgd.commands.bench.output import Column, Results, Timed, times
 from hpcsgd.commands.bench.step_loop import (
     StepLoop,
     check_equal,
@@ -36,7 +36,7 @@ _IMAGES, _TEXT = "synthetic:shape=3x32x32,samples=1024", "text:limit=1,context={
 
 
 @dataclass(frozen=True)
-class StepResult:
+class StepResult(Timed):
     """Measurements of one model with one contender."""
 
     model: str
@@ -48,10 +48,6 @@ class StepResult:
     # Of hpcsgd: share of the communication for which the compute thread did not wait; bytes of its buffers.
     hidden: float | None
     buffers: int | None
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.seconds))
 
 
 def _mib(size: int) -> str:

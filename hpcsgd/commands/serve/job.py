@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Any
 import torch
 
 from hpcsgd.commands.serve.dashboard import ServerDashboard
+from hpcsgd.commands.serve.options import ServeOptions
 from hpcsgd.commands.serve.persistence import ServerPersistence
-from hpcsgd.commands.serve.service import ServeOptions, Service
+from hpcsgd.commands.serve.service import Service
 from hpcsgd.errors import BadOption, HpcsgdError, os_errors, shown
 from hpcsgd.mpi.world import World
 from hpcsgd.server.proof import new_secret
+from hpcsgd.server.rendezvous import write_private
 
 _log = logging.getLogger("hpcsgd.server")
 _DO = "free space there, make it writable, or choose another --checkpoint folder"
@@ -55,10 +56,7 @@ def _secret(folder: Path, options: ServeOptions, servers: int) -> str:
     with os_errors(f"the servers cannot use the folder {folder}", do=_DO):
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump({**settings, "secret": new_secret()}, file)
-            os.replace(partial, path)
+            write_private(path, {**settings, "secret": new_secret()})
         found = _parse(path)
     for name, value in settings.items():
         if found[name] != value:

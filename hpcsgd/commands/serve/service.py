@@ -10,19 +10,18 @@ import signal
 import socket
 import time
 from contextlib import ExitStack, suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from hpcsgd.commands.serve.dashboard import ServerDashboard, session_row
+from hpcsgd.commands.serve.options import ServeOptions
 from hpcsgd.commands.serve.persistence import ServerPersistence
 from hpcsgd.commands.signals import SignalRecorder
 from hpcsgd.commands.train.metrics import FILE
 from hpcsgd.errors import HpcsgdError, os_errors
 from hpcsgd.mpi.communicator import Communicator
 from hpcsgd.mpi.world import World
-from hpcsgd.registry.limits import ServerMode
 from hpcsgd.server import Policy, Server, listening
 from hpcsgd.server.certificate import make_server_context
 from hpcsgd.server.metrics import Utilization, server_metrics
@@ -35,25 +34,6 @@ _log = logging.getLogger("hpcsgd.server")
 _TICK_SECONDS = 0.2  # between two checks of leases, checkpoints and signals
 _METRICS_INTERVAL = 5.0  # seconds
 _BUSY_SECONDS = 1.0  # since the last message of a client
-
-
-class ServeOptions(NamedTuple):
-    """Options of `hpcsgd serve`."""
-
-    listen: Path  # rendezvous file to write, see `hpcsgd.server.rendezvous.RendezvousFile`
-    #: See `hpcsgd.server.Policy`.
-    mode: ServerMode = "sync"
-    alpha: float | None = None
-    max_staleness: int | None = None
-    lease: float = 10.0
-    checkpoint: Path | None = None  # folder of the servers' state; None: beside `listen`
-    checkpoint_every: float = 60.0  # seconds between two checkpoints
-    groups: int = 1  # number of groups that must have connected before the servers may end
-    linger: float = 60.0  # seconds to wait for disconnected groups, once all others are done
-    progress: str = "auto"  # output, see `hpcsgd.commands.serve.dashboard.ServerDashboard`
-    #: Where to listen, see `hpcsgd.server.listening.resolve`. Default: all addresses of this host.
-    bind: tuple[str, ...] = ()
-    tls: bool | None = None  # whether links are encrypted; None: those that leave the host
 
 
 class Service:

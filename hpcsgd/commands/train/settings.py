@@ -73,9 +73,12 @@ NAMES_ELSEWHERE = {
 Epochs = Annotated[float, Within(0, 1e9)]
 
 
-def option(default: object, help: str, unit: str | None = None) -> Any:
-    """Declare one setting, whose annotation has its limits: its default, help text and unit."""
-    return dataclasses.field(default=default, metadata={"help": help, "unit": unit})
+def option(default: object, help: str, unit: str | None = None, **click: Any) -> Any:
+    """Declare one setting, whose annotation has its limits: its default, help text and unit.
+
+    A setting without a default has `dataclasses.MISSING`. `click` are further arguments of `click.option`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "unit": unit, "click": click})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from hpcsgd.commands.bench import baselines, devices, output
 from hpcsgd.commands.bench.allreduce.contenders import COPY, GLOO, MPI, AllReduceMethod, check, methods
 from hpcsgd.commands.bench.options import AllReduceOptions
-from hpcsgd.commands.bench.output import Column, Results, times
+from hpcsgd.commands.bench.output import Column, Results, Timed, times
 from hpcsgd.commands.bench.timing import Contender, interleave
 from hpcsgd.mpi.world import World
 
@@ -25,7 +25,7 @@ _COPIED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class SizeResult:
+class SizeResult(Timed):
     """One method on buffers of one size."""
 
     size: int  # bytes
@@ -34,10 +34,6 @@ class SizeResult:
     passes: int = 1  # how often the method must read and write a buffer
     limit: float = math.nan  # the shortest possible time in seconds; NaN if unknown
     baseline: float = math.nan  # median seconds of the better of MPI and gloo
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.seconds))
 
 
 def human(size: int) -> str:

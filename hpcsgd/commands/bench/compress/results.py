@@ -11,7 +11,7 @@ import torch
 from hpcsgd.commands.bench import output
 from hpcsgd.commands.bench.compress.contenders import COPY, FLOAT32, GLOO
 from hpcsgd.commands.bench.compress.problem import AveragingProblem
-from hpcsgd.commands.bench.output import Column, Results, times
+from hpcsgd.commands.bench.output import Column, Results, Timed, times
 
 ALLREDUCE = "all-reduce"
 
@@ -23,7 +23,7 @@ _NOTES = (
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Timed):
     """One phase of a method on one kind of gradients, or one kernel."""
 
     data: str
@@ -34,10 +34,6 @@ class Measurement:
     moved: float = math.nan  # bytes
     bits: float = math.nan  # per element on the wire, where float32 has 32
     error: float = math.nan  # relative
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.seconds))
 
 
 CSV_COLUMNS: list[Column[Measurement]] = [
