@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from hpcsgd.collectives.staging import after_compute
 from hpcsgd.diagnostics.traffic import Moved
-from hpcsgd.mpi.tasks import Steps, stepwise
+from hpcsgd.mpi.tasks import Steps, steps_of, stepwise
 from hpcsgd.mpi.world import World
 
 
@@ -23,14 +23,14 @@ class StepWork:
     operation
         Name of the job.
     job
-        Returns the steps; on a GPU they are executed after all work that is queued there now.
+        See `Progress.submit`; on a GPU it is executed after all work that is queued there now.
     """
 
-    def __init__(self, world: World, operation: str, job: Callable[[], Steps[None]]) -> None:
+    def __init__(self, world: World, operation: str, job: Callable[[], Steps[None] | None]) -> None:
         self._traffic, self._moved, self._is_used = world.traffic, Moved(), False
 
         def counted() -> Steps[None]:
-            return stepwise(lambda: self._traffic.counted_ahead(self._moved), job())
+            return stepwise(lambda: self._traffic.counted_ahead(self._moved), steps_of(job))
 
         self._work = world.progress.submit(operation, after_compute(world.device, counted))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,8 @@ class BatchUse:
         self._is_needed = counted or context.world.size > 1
         trained = [p for _, p in context.parameters if p.requires_grad]
         every = -(-len(trained) // (_FEW_SAMPLES if context.loop.sees_backward else _SAMPLES)) or 1
-        self._samples = trained[::every] if self._is_needed else []
+        # Weak: what refers to a parameter shows `NewOptimizers` where to look.
+        self._samples = [weakref.ref(p) for p in (trained[::every] if self._is_needed else [])]
 
     @property
     def steps(self) -> int:
@@ -122,7 +124,8 @@ class BatchUse:
         self._context.loop.batch_used = True
 
     def _gradients(self) -> list[tuple[int, int]]:
-        return [(id(p.grad), 0 if p.grad is None else p.grad._version) for p in self._samples]
+        found = [None if (p := sample()) is None else p.grad for sample in self._samples]
+        return [(id(gradient), 0 if gradient is None else gradient._version) for gradient in found]
 
 
 class _InputHook:

@@ -145,6 +145,7 @@ def starting(start: Start) -> Start:
         gc.disable()
         try:
             checked_start(run, *arguments, **options)
+            run._stepping.begin()
         except BaseException as error:
             if hasattr(run, "_lifetime"):
                 run._lifetime.leave_after(error)

@@ -131,10 +131,14 @@ class NewOptimizers:
         self._optimizer, self._rank, self._looks = optimizer, rank, 4
         trained = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor)]
         self._watched = [trained[0], trained[-1]] if trained else []
-        self._most = self._references()
+        self._most: list[int] = []
         self._found: dict[int, weakref.ref[Any]] = {}
         every = [form for each in single_optimizers(optimizer) for form in (each, _inside(each))]
         _of_runs.update(each for each in every if isinstance(each, torch.optim.Optimizer))
+
+    def begin(self) -> None:
+        """Count what refers to the parameters now: at the end of the start of the run."""
+        self._most = self._references()
 
     def check(self) -> None:
         """Look for one that was not there at the last step; warn of one that has taken no step since."""
@@ -147,7 +151,9 @@ class NewOptimizers:
             self._look()
 
     def _references(self) -> list[int]:
-        return [sys.getrefcount(p) for p in self._watched]
+        # The state of the run's own optimizer, which its first step makes, is no sign of another one.
+        state = getattr(self._optimizer, "state", {})
+        return [sys.getrefcount(p) - (p in state) for p in self._watched]
 
     def _look(self) -> None:
         kinds, found = _kinds_of_optimizers(), self._found

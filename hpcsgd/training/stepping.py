@@ -61,6 +61,10 @@ class Stepping:
         self._buffers = buffers
         self._drift.begin(buffers.of_training())
 
+    def begin(self) -> None:
+        """Begin to look for other optimizers, at the end of the start."""
+        self._new_optimizers.begin()
+
     def unscale(self) -> bool:
         """Divide the gradients by the scale of a GradScaler; False: this step must be skipped."""
         return unscale(self._optimizer, *self.scaling)

@@ -194,14 +194,16 @@ for shared in "10":
     if world.rank == 1:
         time.sleep(4)
         continue
-    exchange.publish(0, 7, [1])
-    waits = (
-        lambda: exchange.mix(0, 7, [(1, 1.0)]),
-        lambda: [exchange.publish(0, version, [1]) for version in (8, 9)],
-    )
-    for wait in waits:
+    complete = world.waiter.complete
+    complete(lambda: exchange.publish(0, 7, [1]), "publish")
+
+    def publish_two():
+        for version in (8, 9):
+            yield from exchange.publish(0, version, [1])
+
+    for job in (lambda: exchange.mix(0, 7, [(1, 1.0)]), publish_two):
         try:
-            wait()
+            complete(job, "a wait")
         except DeadlineExceeded as error:
             text = str(error)
             assert "for rank 1" in text and ("version 7" in text or "version 9" in text), text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpcsgd import HpcsgdError, Run
+from hpcsgd import DSGD, AllReduce, HpcsgdError, LocalSGD, Run
 
 
 class Wrapped(torch.optim.Optimizer):
@@ -71,6 +72,24 @@ def test_an_optimizer_that_the_loop_makes_is_a_warning(world: Any, steps_itself:
             run.step()
     messages = [str(each.message) for each in caught if "make another one with the new" in str(each.message)]
     assert [m.partition("that the loop")[0].split()[-1] for m in messages] == ["SGD"] * (not steps_itself)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "strategy", [AllReduce, LocalSGD, lambda: DSGD("ring")], ids=["allreduce", "local", "dsgd"]
+)
+def test_runs_of_one_optimizer_do_not_look_for_others(
+    world: Any, strategy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at all objects of the process takes longer than many steps."""
+    model = nn.Linear(2, 1)
+    with Run(model, torch.optim.Adam(model.parameters()), strategy(), comm=world) as run:
+        monkeypatch.setattr(gc, "get_objects", None)
+        for _ in range(2):
+            for x in run.batches([torch.ones(1, 2)] * 3):
+                run.zero_grad()
+                model(x).sum().backward()
+                run.step()
 
 
 @pytest.mark.mpi
