@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 from hpcsgd.errors import BadOption, HpcsgdError
 from hpcsgd.tensors.memory import with_other_views
 from hpcsgd.training.model_copy import is_plain
-from hpcsgd.training.optimizers import single_optimizers
 
 Named = tuple[str, nn.Parameter]
 
@@ -136,7 +135,8 @@ class TrainedParameters:
 
     def with_sparse_gradients(self) -> set[str]:
         """Return the names of parameters with sparse gradients: of such embeddings, or in a SparseAdam."""
-        optimizers = single_optimizers(self._optimizer)
+        # Also those inside of an optimizer of the user's own.
+        optimizers = getattr(self._optimizer, "optimizers", [self._optimizer])
         sparse = [each for each in optimizers if isinstance(each, torch.optim.SparseAdam)]
         found = {p for each in sparse for group in each.param_groups for p in group["params"]}
         for module in self._model.modules():
