@@ -96,11 +96,12 @@ class RankCalls:
     def in_pass(self) -> Iterator[None]:
         """Context in which the gradients of one more backward pass are averaged."""
         self.passes += 1
-        _averaging[self.world] = self.passes
+        if self.world:  # worlds of one rank have no name
+            _averaging[self.world] = self.passes
         try:
             yield
         finally:
-            _averaging.pop(self.world, None)  # worlds of one rank have no name
+            _averaging.pop(self.world, None)
 
     @contextmanager
     def ending(self) -> Iterator[None]:

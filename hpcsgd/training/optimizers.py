@@ -152,8 +152,8 @@ class NewOptimizers:
 
     def _references(self) -> list[int]:
         # The state of the run's own optimizer, which its first step makes, is no sign of another one.
-        state = getattr(self._optimizer, "state", {})
-        return [sys.getrefcount(p) - (p in state) for p in self._watched]
+        states = [each.state for each in single_optimizers(self._optimizer) if _has_state_by_parameter(each)]
+        return [sys.getrefcount(p) - sum(p in state for state in states) for p in self._watched]
 
     def _look(self) -> None:
         kinds, found = _kinds_of_optimizers(), self._found
@@ -175,6 +175,11 @@ class NewOptimizers:
             RuntimeWarning,
             stacklevel=5,
         )
+
+
+def _has_state_by_parameter(optimizer: Any) -> bool:
+    """Return whether the state is a dictionary, as torch's; optimizers of the user's own may have any."""
+    return isinstance(getattr(optimizer, "state", None), dict)
 
 
 def _kinds_of_optimizers(of: type = torch.optim.Optimizer) -> set[type]:

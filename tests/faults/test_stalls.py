@@ -112,7 +112,7 @@ def test_ranks_that_idle_by_design_then_one_that_sleeps_then_one_that_is_stopped
     last += r"after all-reduce of bucket 0 at step 3; its step is 3; it does not answer\n"
     last += r" +no rank on its machine answers"
     assert re.search(last, stopped), job
-    assert job.stderr.count("Traceback") == 1 and "waited 8 s in a barrier" in stopped, job
+    assert job.stderr.count("Traceback") == 1 and "waited 8 s for rank 2 in a barrier" in stopped, job
 
 
 def test_a_rank_without_memory_is_named() -> None:

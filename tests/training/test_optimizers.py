@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 import warnings
 from typing import Any
 
@@ -90,6 +91,21 @@ def test_runs_of_one_optimizer_do_not_look_for_others(
                 run.zero_grad()
                 model(x).sum().backward()
                 run.step()
+
+
+@pytest.mark.parametrize("state", [None, [torch.zeros(1, 2)], {}], ids=["none", "list", "dict"])
+def test_the_state_of_an_optimizer_of_the_user_s_own_may_be_anything(alone: Any, state: Any) -> None:
+    model = nn.Linear(2, 1)
+    inner: Any = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = types.SimpleNamespace(
+        param_groups=inner.param_groups,
+        state=state,
+        **{name: getattr(inner, name) for name in ("step", "zero_grad", "state_dict", "load_state_dict")},
+    )
+    with Run(model, optimizer, comm=alone) as run:
+        for _ in range(2):
+            model(torch.ones(1, 2)).sum().backward()
+            run.step()
 
 
 @pytest.mark.mpi
