@@ -7,8 +7,8 @@ import re
 _THREAD = re.compile(r"(Current thread|Thread) 0x\w+")
 _FRAME = re.compile(r'  File ".*", line \d+ in ')
 _BOOTSTRAP = re.compile(r'/threading.py", line \d+ in (_bootstrap|_bootstrap_inner|run)$')
-_COMMUNICATION = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _execute_jobs$')
-_IDLE = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in (_next_job|_call)$')
+_COMMUNICATION = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in _execute_queue$')
+_IDLE = re.compile(r'hpcsgd/mpi/progress.py", line \d+ in (_next_work|_poll|_advance)$')
 #: The innermost frames of the thread that answers a request for the stacks.
 _ANSWER = re.compile(
     r'hpcsgd/(mpi/(stall_detector|control_messages)|diagnostics/(activity|inspection))\.py"'

@@ -117,8 +117,12 @@ class Progress:
             self._serving.release()
 
     def _advance(self, service: Task) -> float:
-        with self.waiter.tracer.span(service.name, "service"):
-            return service.advance()
+        try:
+            with self.waiter.tracer.span(service.name, "service"):
+                return service.advance()
+        except BaseException as error:
+            self._fail(error)  # the service has ended: later operations could wait for it for ever
+            raise
 
     def submit(self, operation: str, job: Callable[[], Any], turn: Turn | None = None) -> Work:
         """Queue a task; every rank must submit the same tasks in the same order.
@@ -253,6 +257,8 @@ class Progress:
         """Forget what refers to buffers: the error of a failed task, services, and tasks they have queued."""
         self._failed = self._failed_at = None
         self._services.clear()
+        self._early.clear()
+        self._late.clear()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
@@ -298,7 +304,8 @@ class Progress:
             self._execute(work.operation, lambda: self._advance_in_turn(work))
         except BaseException as error:
             for each in (work, *self._late):
-                each.fail(error)
+                if not each.done:
+                    each.fail(error)
                 self._count_end()
             self._late.clear()
             return
@@ -349,7 +356,9 @@ class Progress:
 
     def _end_late(self) -> None:
         while self._late:
-            self.waiter.until(self._advance_late, self._late[0].operation)
+            awaited = self._late[0].awaited
+            missing = awaited.missing if awaited is not None else None
+            self.waiter.until(self._advance_late, self._late[0].operation, missing)
 
     def _poll_or_fail(self) -> float:
         try:

@@ -178,5 +178,5 @@ class Work(Task):
 
     def fail(self, error: BaseException) -> None:
         """End the task by an error."""
-        self._error = error
+        self._error, self.awaited = error, None
         self._end(None)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpcsgd import DeadlineExceeded
 from hpcsgd.diagnostics.activity import ActivityRecord
+from hpcsgd.diagnostics.stack_dump import summarize
 from hpcsgd.mpi.progress import Progress
 from hpcsgd.mpi.tasks import POLL_INTERVAL, Steps, Turn, Wait
 from hpcsgd.mpi.waiting import DeadlineWaiter, Explanation, WaitHooks
@@ -167,6 +170,19 @@ def test_a_failed_service_fails_the_next_operation(progress: Progress) -> None:
             progress.submit("a job", lambda: time.sleep(0.001)).wait()
 
 
+def test_a_service_that_fails_in_a_wait_of_this_thread_fails_later_operations_too(progress: Progress) -> None:
+    def steps() -> Steps[None]:
+        while threading.current_thread() is not threading.main_thread():
+            yield POLL_INTERVAL
+        raise KeyError("lost")
+
+    progress.serve(steps())
+    with pytest.raises(KeyError, match="lost"):
+        progress.waiter.until(lambda: False, "a wait")
+    with pytest.raises(KeyError, match="lost"):
+        progress.run("another operation", lambda: None)
+
+
 @pytest.mark.parametrize("call", ["run", "submit"])
 def test_steps_wait_for_what_they_yield_and_return_a_result(progress: Progress, call: str) -> None:
     seen: list[float] = []
@@ -258,3 +274,44 @@ def test_the_deadline_of_a_task_names_what_it_waits_for(progress: Progress) -> N
         progress.submit("the task", lambda: (yield from steps)).wait()
     assert "look there; to wait longer" in str(error.value)
     progress.release()
+
+
+def test_a_dump_of_stacks_names_the_communication_thread_and_omits_it_where_it_is_idle(
+    progress: Progress, tmp_path: Path
+) -> None:
+    gate = threading.Event()
+
+    def threads() -> list[str]:
+        with (tmp_path / "stacks").open("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            return [line for line in summarize(file.read()) if "thread" in line and "File" not in line]
+
+    progress.submit("the first", lambda: None).wait()
+    time.sleep(0.05)
+    assert "communication thread:" not in threads() and "another thread:" not in threads()
+    begun = threading.Event()
+    work = progress.submit("a wait", lambda: begun.set() or gate.wait(20))
+    assert begun.wait(20) and "communication thread:" in threads()
+    gate.set()
+    work.wait()
+
+
+def test_an_error_of_a_late_task_leaves_the_result_of_one_that_has_ended(progress: Progress) -> None:
+    turns, hold = [Turn(), Turn()], threading.Event()
+
+    def late() -> Steps[None]:
+        turns[0].over = True
+        yield Wait(lambda: works[1].test())
+        raise KeyError("late")
+
+    def last() -> Steps[int]:
+        yield None
+        return 7
+
+    progress.submit("a plain task", lambda: hold.wait(20))
+    works = [progress.submit(str(i), job, turns[i]) for i, job in enumerate((late, last))]
+    hold.set()
+    with pytest.raises(KeyError, match="late"):
+        works[0].wait(20)
+    assert works[1].wait() == 7
