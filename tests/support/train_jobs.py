@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpcsgd.commands.train.metrics import TIME_FIELDS
 from tests.support import devices
-from tests.support.launch import CLI, launch
+from tests.support.launch import CLI, launch, rank_processes
 
 _COMMANDS = """
-import contextlib, io, json, os, random, traceback
+import contextlib, io, json, os, random, time, traceback
 import numpy, torch
 from hpcsgd.mpi import launcher
 
 folder, rank = sys.argv[1], launcher.rank()
-commands = json.loads(sys.argv[2])
+commands, gates = json.loads(sys.argv[2]), sys.argv[3]
 sys.path.insert(0, folder)
 outcomes = []
-for command in commands:
+print("begun", flush=True)
+for number, command in enumerate(commands):
+    if command is None:  # the test's turn
+        open(os.path.join(gates, f"{number}-closed-{rank}"), "w").close()
+        while not os.path.exists(os.path.join(gates, f"{number}-open")):
+            time.sleep(0.01)
+        continue
     # The random state that one run leaves must not help the next.
     random.seed(), numpy.random.seed(), torch.seed()
     sys.argv = ["hpcsgd", *command]
@@ -76,20 +84,55 @@ class Outcome:
     errs: list[str]
 
 
-def run_commands(folder: Path, ranks: int, *commands: Sequence[object], prelude: str = "") -> list[Outcome]:
-    """Run commands of `hpcsgd` one after the other in one job; `folder` is on its module path."""
-    texts = json.dumps([[str(word) for word in command] for command in commands])
-    job = launch(CLI + devices.prelude() + prelude + _COMMANDS, ranks, str(folder), texts, timeout=150)
+#: What a test does while a job waits between two commands.
+Between = Callable[[], object]
+
+
+def run_commands(
+    folder: Path, ranks: int, *commands: Sequence[object] | Between, prelude: str = ""
+) -> list[Outcome]:
+    """Run commands of `hpcsgd` one after the other in one job; `folder` is on its module path.
+
+    A function among the commands is called here, after those before it and before those after it; it has no
+    outcome.
+    """
+    texts = json.dumps([None if callable(words) else [str(word) for word in words] for words in commands])
+    gates = Path(tempfile.mkdtemp(dir=folder))
+
+    def take_turns(job: dict[int, str]) -> None:
+        for number, between in enumerate(commands):
+            if callable(between):
+                _wait_for_ranks(job, [gates / f"{number}-closed-{rank}" for rank in range(ranks)])
+                between()
+                (gates / f"{number}-open").touch()
+
+    script, arguments = CLI + devices.prelude() + prelude + _COMMANDS, (str(folder), texts, str(gates))
+    meanwhile = take_turns if any(map(callable, commands)) else None
+    job = launch(script, ranks, *arguments, timeout=150, meanwhile=meanwhile)
     assert job.returncode == 0 and not job.timed_out and not job.left and not job.files, job
     read = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(ranks)]
     return [Outcome(*map(list, zip(*of_ranks, strict=True))) for of_ranks in zip(*read, strict=True)]
 
 
-def trained(folder: Path, ranks: int, *commands: str, prelude: str = "") -> list[str]:
-    """Run `hpcsgd train` with each line of arguments; all must succeed. Returns the output of rank 0."""
-    full = [("train", "--out", folder, *command.split()) for command in commands]
+def _wait_for_ranks(job: dict[int, str], files: list[Path]) -> None:
+    """Return once each rank of a job has written its file, or one has ended: the test then sees its error."""
+    processes, give_up = rank_processes(job).values(), time.monotonic() + 150
+    while not all(file.exists() for file in files) and time.monotonic() < give_up:
+        if not all(Path(f"/proc/{process}").exists() for process in processes):
+            return
+        time.sleep(0.01)
+
+
+def trained(folder: Path, ranks: int, *commands: str | Between, prelude: str = "") -> list[str]:
+    """Run `hpcsgd train` with each line of arguments; all must succeed. Returns the output of rank 0.
+
+    Functions among the commands: as for `run_commands`.
+    """
+    full = [
+        command if callable(command) else ("train", "--out", folder, *command.split()) for command in commands
+    ]
     outcomes = run_commands(folder, ranks, *full, prelude=prelude)
-    for command, outcome in zip(full, outcomes, strict=True):
+    for command, outcome in zip((words for words in full if not callable(words)), outcomes, strict=True):
         assert outcome.codes == [0] * ranks, (command, outcome)
         assert not any(outcome.outs[1:]) and not any(outcome.errs), (command, outcome)
     return [outcome.outs[0] for outcome in outcomes]

@@ -63,41 +63,41 @@ def test_errors_are_reported_once(tmp_path: Path) -> None:
         (["--resume", run, "--optimizer", "adam"], ["cannot be resumed with another optimizer", "adam"]),
     ]
     training: list[object] = ["train", "--out", tmp_path]
-    outcomes = run_commands(
+    newest, older = (run / "checkpoints" / f"step-0000000{step}" for step in (2, 1))
+
+    def damage() -> None:
+        assert [r["step"] for r in records(run, "test")] == [1, 2]
+        # Real processes and their exit code: too many ranks for the checkpoint.
+        job = launch(CLI + "run()", 3, "train", "--resume", str(run), timeout=120)
+        assert job.returncode not in (0, None) and not job.timed_out and not job.left and not job.files, job
+        assert job.stderr.count("saved by another number of ranks") == 1, job
+        assert "Traceback" not in job.stderr, job
+        assert "expected: 2 ranks" in job.stderr and "start 2 ranks; or resume with any number" in job.stderr
+
+        shutil.copy(run / "metrics.jsonl", tmp_path / "before.jsonl")
+        content = bytearray((newest / "rank-0001.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest / "rank-0001.pt").write_bytes(content)
+        shutil.copytree(run, tmp_path / "requeued")
+        shutil.copytree(run, tmp_path / "lost")
+        for manifest in (tmp_path / "lost").rglob("manifest.json"):
+            manifest.write_text("")
+
+    *outcomes, damaged, offered, requeued, lost = run_commands(
         tmp_path,
         2,
         *([*training, *words] for words, _ in early),
         [*training, *TINY, "--name", "run"],
         *([*training, *words] for words, _ in late),
+        damage,
+        ["train", "--resume", run],
+        ["train", "--resume", older],
+        *([*training, *TINY, "--resume", "auto", "--name", name] for name in ("requeued", "lost")),
     )
     first = outcomes.pop(len(early))
     assert first.codes == [0, 0], first
     for outcome, (_, expected) in zip(outcomes, early + late, strict=True):
         assert_refused(outcome, *expected)
-    assert [r["step"] for r in records(run, "test")] == [1, 2]
-
-    # Real processes and their exit code: too many ranks for the checkpoint.
-    job = launch(CLI + "run()", 3, "train", "--resume", str(run), timeout=120)
-    assert job.returncode not in (0, None) and not job.timed_out and not job.left and not job.files, job
-    assert job.stderr.count("saved by another number of ranks") == 1 and "Traceback" not in job.stderr, job
-    assert "expected: 2 ranks" in job.stderr and "start 2 ranks; or resume with any number" in job.stderr
-
-    before = (run / "metrics.jsonl").read_bytes()
-    newest, older = (run / "checkpoints" / f"step-0000000{step}" for step in (2, 1))
-    content = bytearray((newest / "rank-0001.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (newest / "rank-0001.pt").write_bytes(content)
-    shutil.copytree(run, tmp_path / "requeued")
-    shutil.copytree(run, tmp_path / "lost")
-    for manifest in (tmp_path / "lost").rglob("manifest.json"):
-        manifest.write_text("")
-    damaged, offered, requeued, lost = run_commands(
-        tmp_path,
-        2,
-        ["train", "--resume", run],
-        ["train", "--resume", older],
-        *([*training, *TINY, "--resume", "auto", "--name", name] for name in ("requeued", "lost")),
-    )
     assert_refused(damaged, "rank-0001.pt is damaged", f"step 1 is complete: resume from {older}\n")
     assert_refused(lost, "is whole", "step 1: ranks 0, 1: ", "step 2: ranks 0, 1: ", "choose another name")
     assert offered.codes == [0, 0] and "from step 1;" in offered.outs[0], offered
@@ -108,7 +108,7 @@ def test_errors_are_reported_once(tmp_path: Path) -> None:
     for folder in (run, tmp_path / "requeued"):
         assert [r["step"] for r in records(folder, "test")] == [1, 2]
     # Nothing of the run without a whole checkpoint is lost.
-    assert (tmp_path / "lost" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "lost" / "metrics.jsonl").read_bytes() == (tmp_path / "before.jsonl").read_bytes()
 
 
 def test_a_bad_command_line_ends_a_job(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hpcsgd.commands.train.metrics import TIME_FIELDS
 from tests.support import strategy_rows as s
 from tests.support.launch import launch
 from tests.support.markdown_pages import ROOT, Page
-from tests.support.train_jobs import CLI, NOISY, trained, without_times
+from tests.support.train_jobs import CLI, NOISY, Between, trained, without_times
 
 RANKS = 3
 #: The steps of all periods differ from that of the signal.
@@ -62,10 +62,13 @@ FURTHER = [
 ]
 
 
-def straight_and_stopped(folder: Path, methods: Iterable[str]) -> None:
-    """Run each method without a stop, and with a SIGTERM of one rank after which it is resumed."""
+def straight_and_stopped(folder: Path, methods: Iterable[str], *further: str | Between) -> None:
+    """Run each method without a stop, and with a SIGTERM of one rank after which it is resumed.
+
+    `further` commands follow in the same job.
+    """
     (folder / "own.py").write_text(MODEL)
-    commands = []
+    commands: list[str] = []
     for number, method in enumerate(methods):
         words, stop = f"{COMMON} {method} --name", f"stop={STOP_AT_PASS},number={int(signal.SIGTERM)}"
         commands += [
@@ -73,7 +76,7 @@ def straight_and_stopped(folder: Path, methods: Iterable[str]) -> None:
             f"{words} stopped-{number} --model own:stopping:{stop}",
             f"--resume {folder}/stopped-{number} --model own:stopping",
         ]
-    outputs = trained(folder, RANKS, *commands)
+    outputs = trained(folder, RANKS, *commands, *further)[: len(commands)]
     assert all("SIGTERM: checkpoint of step" in output for output in outputs[1::3])
     assert all("from step" in output for output in outputs[2::3])
 
@@ -90,12 +93,15 @@ def left_by_a_kill(run: Path, copy: Path) -> None:
 
 @pytest.mark.timeout(100)
 def test_records_do_not_depend_on_a_stop(tmp_path: Path) -> None:
-    straight_and_stopped(tmp_path, TELLING)
     runs = [tmp_path / f"straight-{number}" for number in range(len(TELLING))]
     killed = [tmp_path / f"killed-{number}" for number in range(len(TELLING))]
-    for run, copy in zip(runs, killed, strict=True):
-        left_by_a_kill(run, copy)
-    trained(tmp_path, RANKS, *(f"--resume {run} --model own:stopping" for run in killed))
+
+    def kill_all() -> None:
+        for run, copy in zip(runs, killed, strict=True):
+            left_by_a_kill(run, copy)
+
+    resumes = (f"--resume {run} --model own:stopping" for run in killed)
+    straight_and_stopped(tmp_path, TELLING, kill_all, *resumes)
     for number, run in enumerate(runs):
         expected = without_times(run)
         assert {"train", "test"} == {record["event"] for record in expected}
