@@ -76,31 +76,24 @@ def test_compressed_groups_have_the_same_bits_though_the_server_is_killed(tmp_pa
 
 
 @pytest.mark.timeout(120)
-def test_servers_do_not_remove_the_file_of_others(tmp_path: Path) -> None:
+def test_a_folder_is_for_the_servers_of_one_job_and_a_file_of_the_last_ones_alone(tmp_path: Path) -> None:
     file = tmp_path / "servers"
-    with Job(tmp_path, "one", *SERVE, "--checkpoint", "one.state") as one:
-        one.wait_for("hpcsgd train --connect")
-        with Job(tmp_path, "two", *SERVE, "--checkpoint", "two.state") as two:
-            two.wait_for("hpcsgd train --connect")
-            written = file.read_text()
-            one.send(signal.SIGTERM)
-            assert one.end() == 0 and file.read_text() == written, one.text
-            two.send(signal.SIGTERM)
-            assert two.end() == 0 and not file.exists(), two.text
-
-
-@pytest.mark.timeout(120)
-def test_one_folder_is_for_the_servers_of_one_job(tmp_path: Path) -> None:
     with Job(tmp_path, "one", *SERVE) as one:
         one.wait_for("hpcsgd train --connect")
         with Job(tmp_path, "two", *SERVE) as two:
             assert two.end() == 2 and "is in use by another job" in two.text, two.text
         one.send(signal.SIGKILL)
         assert one.end() == -signal.SIGKILL
-        with Job(tmp_path, "three", *SERVE) as three:
-            three.wait_for("hpcsgd train --connect")  # the lock of the killed one is taken over
+    # Servers with a folder of their own, then others that write the same file.
+    with Job(tmp_path, "three", *SERVE, "--checkpoint", "three.state") as three:
+        three.wait_for("hpcsgd train --connect")
+        with Job(tmp_path, "four", *SERVE) as four:
+            four.wait_for("hpcsgd train --connect")  # the lock of the killed one is taken over
+            written = file.read_text()
             three.send(signal.SIGTERM)
-            assert three.end() == 0, three.text
+            assert three.end() == 0 and file.read_text() == written, three.text
+            four.send(signal.SIGTERM)
+            assert four.end() == 0 and not file.exists(), four.text
 
 
 def _shards(folder: Path) -> dict[int, dict[str, Any]]:
