@@ -90,8 +90,8 @@ class Progress:
     def stop_serving(self, service: Task) -> None:
         """End a service; on return no step of it is in progress."""
         with self._serving:
-            if service in self._services:
-                self._services.remove(service)
+            self._services = [each for each in self._services if each is not service]
+            service.close()  # its owner refers to it, and its steps to the owner
 
     @property
     def is_serving(self) -> bool:

@@ -107,6 +107,11 @@ class Task:
             self.awaited, found = found, None
         return found or 0.0
 
+    def close(self) -> None:
+        """Leave the remaining steps out, and release what they refer to; not within a step."""
+        self._steps.close()
+        self.awaited, self.done = None, True
+
     def _end(self, result: Any) -> None:
         self.done = True
 
@@ -171,12 +176,13 @@ class Work(Task):
                 self._progress.waiter.event(self._ended, lambda: self.operation, timeout)
 
     def _end(self, result: Any) -> None:
-        # The steps hold the buffers; released first, they may be freed by a caller that sees the end.
-        self._steps, self._result = steps_of(lambda: None), result
+        self._result = result
         super()._end(result)
         self._ended.set()
 
     def fail(self, error: BaseException) -> None:
         """End the task by an error."""
-        self._error, self.awaited = error, None
+        self._error = error
+        # The steps hold the buffers; released first, they may be freed by a caller that sees the end.
+        self.close()
         self._end(None)

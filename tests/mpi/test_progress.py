@@ -153,6 +153,7 @@ def test_a_service_runs_while_idle_and_while_waiting_until_stopped(progress: Pro
     main = threading.current_thread().name
     progress.waiter.until(lambda: main in calls, "a wait of this thread")
     progress.stop_serving(service)
+    assert service.done and not progress.is_serving
     before = len(calls)
     time.sleep(0.02)
     assert len(calls) == before
@@ -315,3 +316,23 @@ def test_an_error_of_a_late_task_leaves_the_result_of_one_that_has_ended(progres
     with pytest.raises(KeyError, match="late"):
         works[0].wait(20)
     assert works[1].wait() == 7
+
+
+def test_a_stopped_service_is_freed_with_its_owner(progress: Progress) -> None:
+    class Owner:
+        def __init__(self) -> None:
+            self.service = progress.serve(self.steps())
+
+        def steps(self) -> Steps[None]:
+            while True:
+                yield POLL_INTERVAL
+
+    owner = Owner()
+    freed = weakref.ref(owner)
+    progress.stop_serving(owner.service)
+    gc.disable()
+    try:
+        del owner
+        assert freed() is None
+    finally:
+        gc.enable()

@@ -35,5 +35,5 @@ def test_run_of_an_earlier_version_resumes_to_the_same_end_and_reports(tmp_path:
         assert after["bytes_sent"] == before["bytes_sent"]
     assert (tmp_path / "lasgd" / "done").exists()
     words = ["report", str(tmp_path / "lasgd"), "--out", str(tmp_path / "report")]
-    CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert CliRunner().invoke(cli, words, catch_exceptions=False).exit_code == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 0
